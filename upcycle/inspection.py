@@ -1,0 +1,142 @@
+"""What a model is, which methods there are, which machine this is: facts for people to look at."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from upcycle.perturb import PERTURBS
+from upcycle.planning import ALIGNMENT, refusals
+from upcycle.recipe import load_recipe, shipped_recipes
+from upcycle.report import versions
+from upcycle.router_init import ROUTERS
+from upcycle.shared_experts import SHARED
+from upcycle.source import DenseSource, model_folder, open_source, read_config
+from upcycle.split import SPLITS
+from upcycle.targets import TARGETS
+from upcycle.types import Geometry
+
+
+def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
+    """Facts about a dense model or an MoE, from its config and headers.
+
+    Raises:
+        UpcycleError: it is not a model that upcycle can read.
+    """
+    folder = model_folder(model, revision)
+    if folder is not None and read_config(folder).model_type in TARGETS:
+        return _inspect_moe(model, folder)
+    return _inspect_dense(open_source(model, revision=revision))
+
+
+def _inspect_dense(source: DenseSource) -> dict[str, Any]:
+    arch = source.arch
+    neurons = arch.intermediate_size
+    divisors = [n for n in range(2, neurons + 1) if neurons % (n * ALIGNMENT) == 0]
+    params = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
+    ffn = 3 * arch.hidden_size * neurons * arch.num_layers
+    targets = refusals(source, Geometry(8, 2))
+    return {
+        "model": source.label,
+        "kind": "dense",
+        "architecture": arch.family,
+        "layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": neurons,
+        "activation": arch.fields["hidden_act"],
+        "tied_embeddings": arch.tied,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "params_total": params,
+        "params_active": params,
+        "params_ffn": ffn,
+        "experts_possible": [n for n in divisors if n <= 512],
+        "traits": {trait.value: why for trait, why in arch.traits.items()},
+        "targets": {name: why or "ok" for name, why in targets.items()},
+    }
+
+
+def _inspect_moe(label: str, folder: Path) -> dict[str, Any]:
+    from upcycle.source import read_headers
+
+    config = read_config(folder)
+    headers = read_headers(folder)
+    routed = {n: torch.Size(i.shape).numel() for n, i in headers.items() if is_routed(n)}
+    total = sum(torch.Size(info.shape).numel() for info in headers.values())
+    experts = (
+        config.num_local_experts if hasattr(config, "num_local_experts") else config.num_experts
+    )
+    top_k = config.num_experts_per_tok
+    report = {
+        "model": label,
+        "kind": "moe",
+        "architecture": config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "expert_size": getattr(config, "moe_intermediate_size", config.intermediate_size),
+        "experts": experts,
+        "top_k": top_k,
+        "tied_embeddings": config.tie_word_embeddings,
+        "params_total": total,
+        "params_active": total - sum(routed.values()) * (experts - top_k) // experts,
+    }
+    record = folder / "upcycle.json"
+    if record.is_file():
+        made = json.loads(record.read_text(encoding="utf-8"))
+        report["made_from"] = made["source"]["name"]
+        report["method"] = made["plan"]["method"]
+        report["active_ffn_ratio"] = made["plan"]["active_ffn_ratio"]
+        report["check"] = made["check"]
+    return report
+
+
+def is_routed(name: str) -> bool:
+    """Whether a tensor of a target's hub layout belongs to the routed experts."""
+    fused = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
+    return ".experts." in name or any(part in name for part in fused)
+
+
+def describe_recipes() -> list[dict[str, Any]]:
+    """The shipped recipes: name, paper, what they do."""
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    return [
+        {
+            "name": recipe.name,
+            "method": recipe.method.name,
+            "summary": recipe.summary,
+            "paper": recipe.paper,
+            "departures": list(recipe.departures),
+        }
+        for recipe in recipes
+    ]
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """Every registered plug-in with its parameters and their defaults."""
+    registries = (SPLITS, SHARED, ROUTERS, PERTURBS)
+    return [
+        {
+            "kind": registry.kind,
+            "name": method.name,
+            "summary": method.summary,
+            "paper": method.paper,
+            "parameters": method.params().model_dump(),
+            "needs_text": method.needs_activations,
+        }
+        for registry in registries
+        for method in registry.values()
+    ]
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions and the machine."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return versions() | {
+        "system": platform.platform(),
+        "cpus": str(os.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
+        "gpus": ", ".join(gpus) or "none",
+    }

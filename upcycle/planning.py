@@ -1,0 +1,444 @@
+"""The plan of a conversion: every decision made and every foreseeable error raised.
+
+Reads headers, never weights, and writes nothing.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
+from upcycle.calibrate import check_text
+from upcycle.errors import UpcycleError
+from upcycle.perturb import PERTURBS
+from upcycle.recipe import Choice, Recipe, first_problem
+from upcycle.registry import Method, Params, Registry, suggest
+from upcycle.router_init import ROUTERS
+from upcycle.shared_experts import SHARED
+from upcycle.sink import TensorSpec, partial_folder
+from upcycle.source import DenseSource
+from upcycle.split import SPLITS
+from upcycle.targets import TARGETS, Combine, Gains, MoESpec, common_fields
+from upcycle.types import DenseFFN, Geometry, MoELayer
+
+ALIGNMENT = 8  # grouped_mm wants strides of 16 bytes
+LLAMA_CPP_MAX_EXPERTS = 512
+CHECK_TOKENS = {"fast": 4096, "full": 16384, "none": 0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that is going to work, as far as can be known without reading weights."""
+
+    source: DenseSource
+    recipe: Recipe
+    """With everything that was left open decided."""
+    out: Path | None
+    target: str
+    targets: Mapping[str, str]
+    """Every target, with the reason that it is refused, or an empty string."""
+    geometry: Geometry
+    combine: Combine
+    spec: MoESpec
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+    units: Mapping[str, tuple[TensorSpec, ...]]
+    """What is written, in order, by the unit that produces it."""
+    params_dense: int
+    params_active: int
+    warnings: tuple[str, ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [spec for unit in self.units.values() for spec in unit]
+
+    @property
+    def params_total(self) -> int:
+        return sum(spec.numel for spec in self.specs)
+
+    @property
+    def bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def gains(self) -> Gains:
+        return self.spec.gains
+
+    @property
+    def moe_layers(self) -> list[int]:
+        layers = range(self.source.arch.num_layers)
+        return [i for i in layers if i not in self.spec.dense_layers]
+
+    @property
+    def active_ffn_ratio(self) -> float:
+        """Active FFN neurons over the dense model's; layers kept dense count as 1."""
+        layers = self.source.arch.num_layers
+        dense = len(self.spec.dense_layers)
+        return (dense + (layers - dense) * self.geometry.active_ratio()) / layers
+
+    @property
+    def streams(self) -> bool:
+        """Whether calibration tokens go through the dense model: always when the router's scale
+        must be known, else only if a method looks at activations."""
+        return self.combine == "sum" or _router(self.recipe).needs_activations
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that the check uses and no method sees."""
+        wanted = CHECK_TOKENS[self.recipe.check]
+        return -(-wanted // self.recipe.seq_len) * self.recipe.seq_len
+
+    @property
+    def fit_tokens(self) -> int:
+        sequences = max(1, self.recipe.calibration_tokens // self.recipe.seq_len)
+        return sequences * self.recipe.seq_len if self.streams else 0
+
+    def peak_bytes(self) -> int:
+        """Estimate of the conversion's resident memory, the check aside."""
+        arch, itemsize = self.source.arch, self.source.dtype.itemsize
+        layer = max(sum(s.numel for s in unit) for unit in self.units.values())
+        weights = 3 * arch.hidden_size * arch.intermediate_size * (2 * itemsize + 8)
+        if TARGETS[self.target].name == "granitemoeshared":
+            weights += 2 * layer * itemsize
+        base = 600 * 2**20
+        if not self.streams:
+            return base + weights
+        outer = arch.fields["vocab_size"] * arch.hidden_size * itemsize
+        stream = 3 * self.fit_tokens * arch.hidden_size * 4
+        profile = 3 * 4096 * arch.intermediate_size * 4
+        return int(base + weights + outer + stream + profile)
+
+    def check_bytes(self) -> int:
+        """Memory of the check, which holds one whole model at a time."""
+        if self.recipe.check == "none":
+            return 0
+        logits = self.held_tokens * int(self.source.arch.fields["vocab_size"]) * 2
+        return self.bytes + logits + 600 * 2**20
+
+
+def make_plan(
+    source: DenseSource,
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Plan:
+    """Decide everything; see `Plan`.
+
+    Raises:
+        UpcycleError: the request can't be carried out, with the nearest one that can.
+    """
+    _check_plugins(recipe)
+    dense_layers = _dense_layers(recipe, source)
+    geometry = _geometry(recipe, shared=recipe.shared_experts or 0)
+    _check_geometry(geometry, recipe, source.arch.intermediate_size)
+    targets = refusals(source, geometry, dense_layers)
+    target = _choose_target(recipe, targets)
+    if recipe.shared_experts is None:
+        geometry = _geometry(recipe, shared=_default_shared(recipe, target))
+        _check_geometry(geometry, recipe, source.arch.intermediate_size)
+    combine = _combine(recipe, geometry, target)
+    size = geometry.expert_size(source.arch.intermediate_size)
+    spec = MoESpec(
+        geometry=geometry,
+        gains=TARGETS[target].gains(combine, geometry),
+        expert_size=size,
+        shared_size=geometry.shared_experts * size,
+        dense_layers=dense_layers,
+    )
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    fields = common_fields(source.arch, TARGETS[target], dtype)
+    units = _units(source, target, spec, dtype)
+    params_total = sum(s.numel for unit in units.values() for s in unit)
+    idle = (geometry.routed_experts - geometry.top_k) * 3 * size * source.arch.hidden_size
+    plan = Plan(
+        source=source,
+        recipe=recipe.model_copy(
+            update={
+                "target": target,
+                "shared_experts": geometry.shared_experts,
+                "router": recipe.router or Choice(name=_default_router(recipe)),
+            }
+        ),
+        out=out,
+        target=target,
+        targets=targets,
+        geometry=geometry,
+        combine=combine,
+        spec=spec,
+        config=fields | TARGETS[target].config(source.arch, spec),
+        dtype=dtype,
+        device=_device(recipe.device),
+        units=units,
+        params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
+        params_active=params_total - idle * (source.arch.num_layers - len(dense_layers)),
+        warnings=tuple(_warnings(geometry, size, recipe)),
+    )
+    _check_text(plan)
+    if out is not None:
+        _check_out(plan, out, overwrite=overwrite, resume=resume)
+    return plan
+
+
+def refusals(
+    source: DenseSource, geometry: Geometry, dense_layers: tuple[int, ...] = ()
+) -> dict[str, str]:
+    """Every target, with why it can't host this model; empty if it can."""
+    return {name: t.refusal(source.arch, geometry, dense_layers) for name, t in TARGETS.items()}
+
+
+def parameters(registry: Registry[Method[Any]], choice: Choice) -> Params:
+    """A method's parameters, checked.
+
+    Raises:
+        UpcycleError: a parameter is unknown or out of range.
+    """
+    method = registry[choice.name]
+    known = method.params.model_fields
+    for name in choice.params:
+        if name not in known:
+            hint = suggest(name, known) if known else "; it has none"
+            raise UpcycleError(f"{registry.kind} {choice.name!r} has no parameter {name!r}{hint}")
+    try:
+        return method.params(**choice.params)
+    except ValidationError as error:
+        raise UpcycleError(f"{registry.kind} {choice.name!r}: {first_problem(error)}") from error
+
+
+def _check_plugins(recipe: Recipe) -> None:
+    if recipe.method.name not in ("split", "copy"):
+        if recipe.method.name not in PERTURBS:
+            names = ["split", "copy", *PERTURBS]
+            raise UpcycleError(
+                f"unknown method {recipe.method.name!r}{suggest(recipe.method.name, names)}"
+            )
+        parameters(PERTURBS, recipe.method)
+    parameters(SPLITS, recipe.split)
+    parameters(SHARED, recipe.shared_by)
+    parameters(ROUTERS, recipe.router or Choice(name=_default_router(recipe)))
+    if recipe.copies and recipe.shared_experts:
+        raise UpcycleError(
+            f"--shared-experts {recipe.shared_experts} goes with a split: copies have none"
+        )
+    if not recipe.copies and recipe.granularity != 1:
+        raise UpcycleError(
+            f"--granularity {recipe.granularity} goes with copies: for a split, raise --experts"
+        )
+
+
+def _default_router(recipe: Recipe) -> str:
+    return "normal" if recipe.copies else "ridge"
+
+
+def _router(recipe: Recipe) -> Method[Any]:
+    return ROUTERS[recipe.router.name if recipe.router else _default_router(recipe)]
+
+
+def _dense_layers(recipe: Recipe, source: DenseSource) -> tuple[int, ...]:
+    layers = source.arch.num_layers
+    for layer in recipe.keep_dense:
+        if layer >= layers:
+            raise UpcycleError(
+                f"--keep-dense names layer {layer}, but {source.label} has layers 0 to {layers - 1}"
+            )
+    if len(recipe.keep_dense) == layers:
+        raise UpcycleError("--keep-dense names every layer, which leaves nothing to convert")
+    return recipe.keep_dense
+
+
+def _geometry(recipe: Recipe, *, shared: int) -> Geometry:
+    return Geometry(recipe.experts, recipe.top_k, shared, recipe.granularity, recipe.copies)
+
+
+def _check_geometry(geometry: Geometry, recipe: Recipe, num_neurons: int) -> None:
+    parts, flag = (
+        (geometry.granularity, "--granularity") if recipe.copies else (recipe.experts, "--experts")
+    )
+    if num_neurons % (parts * ALIGNMENT) and not (recipe.copies and parts == 1):
+        legal = [n for n in range(1, num_neurons + 1) if num_neurons % (n * ALIGNMENT) == 0]
+        below = [n for n in legal if n < parts][-1:]
+        above = [n for n in legal if n > parts][:1]
+        nearest = " or ".join(str(n) for n in below + above) or "none"
+        raise UpcycleError(
+            f"{flag} {parts} does not cut {num_neurons} neurons into equal parts that are a "
+            f"multiple of {ALIGNMENT}, which grouped matrix products need; nearest: {nearest}"
+        )
+    if not recipe.copies and geometry.shared_experts >= recipe.experts:
+        raise UpcycleError(
+            f"--shared-experts {geometry.shared_experts} of {recipe.experts} leaves none to route"
+        )
+    if geometry.top_k > geometry.routed_experts:
+        raise UpcycleError(
+            f"--top-k {geometry.top_k} is more than the {geometry.routed_experts} routed experts"
+            + (
+                f" ({recipe.experts} less {geometry.shared_experts} shared)"
+                if geometry.shared_experts
+                else ""
+            )
+        )
+    if recipe.copies and geometry.top_k % geometry.granularity:
+        whole = (
+            geometry.top_k // geometry.granularity * geometry.granularity or geometry.granularity
+        )
+        raise UpcycleError(
+            f"--top-k {geometry.top_k} is no multiple of --granularity {geometry.granularity}, so "
+            f"tokens would get parts of a copy; nearest: --top-k {whole}"
+        )
+
+
+def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
+    if recipe.target != "auto":
+        if recipe.target not in TARGETS:
+            raise UpcycleError(f"unknown target {recipe.target!r}{suggest(recipe.target, TARGETS)}")
+        if targets[recipe.target]:
+            reachable = ", ".join(name for name, why in targets.items() if not why) or "none"
+            raise UpcycleError(
+                f"--target {recipe.target}: {targets[recipe.target]} (reachable: {reachable})"
+            )
+        return recipe.target
+    reachable_names = [name for name, why in targets.items() if not why]
+    if not reachable_names:
+        reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
+        raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")
+    rank = "copy_rank" if recipe.copies else "split_rank"
+    return min(reachable_names, key=lambda name: int(getattr(TARGETS[name], rank)))
+
+
+def _default_shared(recipe: Recipe, target: str) -> int:
+    """An eighth of the granules where the target has a shared expert: the neurons that every
+    token needs are better not routed (methods compared in docs and papers agree)."""
+    if recipe.copies or TARGETS[target].routing.shared_gate is None:
+        return 0
+    return max(0, min(max(1, recipe.experts // 8), recipe.experts - recipe.top_k))
+
+
+def _combine(recipe: Recipe, geometry: Geometry, target: str) -> Combine:
+    """Copies are averaged. But when a token gets one copy only, renormalised weights are constant
+    and the router would get no gradient; where the target allows, its weights stay plain."""
+    if not recipe.copies:
+        return "sum"
+    if geometry.top_k > geometry.granularity or recipe.allow_frozen_router:
+        return "mean"
+    if TARGETS[target].routing.renormalises == "always":
+        raise UpcycleError(
+            f"--top-k {geometry.top_k} gives each token one copy, and {target} always renormalises "
+            "its weights, so the router would get no gradient: raise --top-k, choose --target "
+            "qwen2_moe, or pass --allow-frozen-router"
+        )
+    return "sum"
+
+
+def _units(
+    source: DenseSource, target: str, spec: MoESpec, dtype: torch.dtype
+) -> dict[str, tuple[TensorSpec, ...]]:
+    """A dry run on the meta device: the names and shapes that the conversion will write."""
+
+    def meta(names: list[str], prefix: str = "") -> dict[str, Tensor]:
+        empty = {
+            n.removeprefix(prefix): torch.empty(source.tensors[n].shape, dtype=dtype, device="meta")
+            for n in names
+        }
+        return source.canonical(empty)
+
+    outer = meta(source.outer_names())
+    units = {"embeddings": _specs(assemble_embeddings(outer))}
+    for layer in range(source.arch.num_layers):
+        tensors = meta(source.layer_names(layer), f"model.layers.{layer}.")
+        moe = None
+        if layer not in spec.dense_layers:
+            moe = _meta_layer(spec, source.arch.hidden_size, dtype)
+        named = assemble_layer(TARGETS[target], source.arch, layer, tensors, moe, spec.gains)
+        units[f"layer {layer}"] = _specs(named)
+    units["head"] = _specs(assemble_head(outer))
+    return units
+
+
+def _specs(named: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in named)
+
+
+def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
+    def ffn(size: int) -> DenseFFN:
+        rows = torch.empty(size, hidden, dtype=dtype, device="meta")
+        return DenseFFN(rows, rows, rows.T, act=lambda x: x)
+
+    router_ED = torch.empty(spec.geometry.routed_experts, hidden, dtype=dtype, device="meta")
+    shared = ffn(spec.shared_size) if spec.shared_size else None
+    return MoELayer(router_ED, lambda e: ffn(spec.expert_size), shared)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UpcycleError(f"--device {name!r} is not a device: give auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UpcycleError(f"--device {name}: torch sees no CUDA device here")
+    return device
+
+
+def _warnings(geometry: Geometry, expert_size: int, recipe: Recipe) -> list[str]:
+    warnings = []
+    if geometry.routed_experts > LLAMA_CPP_MAX_EXPERTS:
+        warnings.append(
+            f"{geometry.routed_experts} experts: llama.cpp builds before 2026-07 allow 512"
+        )
+    if expert_size % 64:
+        warnings.append(
+            f"{expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, and "
+            "tensor parallelism may not divide it"
+        )
+    if not recipe.copies and geometry.top_k == geometry.routed_experts:
+        warnings.append("top_k is all routed experts: nothing is switched off, nothing is saved")
+    return warnings
+
+
+def _check_text(plan: Plan) -> None:
+    if plan.recipe.calibration == "none":
+        if plan.streams:
+            raise UpcycleError(
+                "--calibration none: this conversion needs text for its router "
+                f"({_router(plan.recipe).name}, {plan.recipe.method.name})"
+            )
+        if plan.recipe.check != "none":
+            raise UpcycleError("--calibration none leaves no text for the check: add --check none")
+    check_text(plan.recipe.calibration)
+
+
+def _check_out(plan: Plan, out: Path, *, overwrite: bool, resume: bool) -> None:
+    if out.is_file():
+        raise UpcycleError(f"-o {out} is a file: give a folder")
+    source = plan.source.folder.resolve()
+    if source == out.resolve() or out.resolve() in source.parents:
+        raise UpcycleError(f"-o {out} holds the source: give another folder")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise UpcycleError(f"-o {out} exists and is not empty: choose another, or --overwrite")
+        if not (out / "upcycle.json").is_file():
+            raise UpcycleError(
+                f"-o {out} was not written by upcycle, so --overwrite leaves it alone"
+            )
+    if resume and not partial_folder(out).exists():
+        return
+    existing = next(p for p in [out, *out.resolve().parents] if p.exists())
+    if not os.access(existing, os.W_OK):
+        raise UpcycleError(f"-o {out}: {existing} is not writable")
+    free = shutil.disk_usage(existing).free
+    needed = plan.bytes + 64 * 2**20
+    if partial_folder(out).exists():
+        free += sum(p.stat().st_size for p in partial_folder(out).iterdir())
+    if needed > free:
+        raise UpcycleError(
+            f"-o {out} needs {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"
+        )

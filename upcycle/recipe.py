@@ -1,0 +1,186 @@
+"""Recipes: everything that a conversion's result depends on, besides the source."""
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
+
+from upcycle.errors import UpcycleError
+from upcycle.registry import suggest
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+
+
+class Choice(BaseModel):
+    """A plug-in by name, with its parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def _as_choice(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _as_layers(value: Any) -> Any:
+    """`none`, `0,1,29`, a number or a list."""
+    if value in ("none", "", None):
+        return ()
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, str):
+        return tuple(sorted({int(part) for part in value.split(",")}))
+    return tuple(sorted(set(value)))
+
+
+def _as_bytes(value: Any) -> Any:
+    """`5GB` as a number of bytes."""
+    match = SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+PlugIn = Annotated[Choice, BeforeValidator(_as_choice)]
+
+
+class Recipe(BaseModel):
+    """A conversion request. `None` means: chosen by the plan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "custom"
+    summary: str = ""
+    paper: str = ""
+    departures: tuple[str, ...] = ()
+    """Where the recipe can't or does not follow its paper."""
+
+    method: PlugIn = Choice(name="split")
+    """`split`, `copy`, or a perturbation of copies: `drop`, `noise`."""
+    experts: PositiveInt = 8
+    """Granules that a split cuts the FFN into, or copies of the FFN."""
+    top_k: PositiveInt = 2
+    shared_experts: NonNegativeInt | None = None
+    granularity: PositiveInt = 1
+    split: PlugIn = Choice(name="coactivation")
+    shared_by: PlugIn = Choice(name="energy")
+    router: PlugIn | None = None
+    keep_dense: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_as_layers)] = ()
+    target: str = "auto"
+    allow_frozen_router: bool = False
+
+    calibration: str = "builtin"
+    calibration_tokens: PositiveInt = 32768
+    seq_len: PositiveInt = Field(default=512, ge=8)
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str = "auto"
+    max_shard_size: Annotated[PositiveInt, BeforeValidator(_as_bytes)] = 5 * 1000**3
+    seed: NonNegativeInt = 0
+    check: Literal["fast", "full", "none"] = "fast"
+
+    @property
+    def copies(self) -> bool:
+        return self.method.name != "split"
+
+    def settings(self) -> dict[str, Any]:
+        """All fields as plain values that make the same recipe again."""
+        return self.model_dump(mode="json", exclude_defaults=False)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes in the package, by name."""
+    folder = Path(str(resources.files("upcycle") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_text(recipe: str) -> str:
+    """A recipe's YAML."""
+    return _find(recipe).read_text(encoding="utf-8")
+
+
+def load_recipe(
+    recipe: str | Path = "default", overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A shipped recipe or a YAML file, with some of its fields replaced.
+
+    Args:
+        recipe: a name from `upcycle recipes` or the path of a .yaml file.
+        overrides: fields to replace; a dotted key such as `split.rows` sets a method's parameter.
+
+    Raises:
+        UpcycleError: no such recipe, or a field that is unknown or out of range.
+    """
+    path = _find(recipe)
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UpcycleError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise UpcycleError(f"{path} is not a mapping of settings to values")
+    fields.setdefault("name", path.stem)
+    for key, value in (overrides or {}).items():
+        _override(fields, key, value)
+    return _validate(
+        fields, str(path) if path.suffix and str(recipe) == str(path) else "the request"
+    )
+
+
+def _find(recipe: str | Path) -> Path:
+    shipped = shipped_recipes()
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise UpcycleError(f"recipe file {recipe} does not exist")
+    raise UpcycleError(f"unknown recipe {str(recipe)!r}{suggest(str(recipe), shipped)}")
+
+
+def _override(fields: dict[str, Any], key: str, value: Any) -> None:
+    key, _, parameter = key.partition(".")
+    if parameter:
+        default = Recipe.model_fields[key].default if key in Recipe.model_fields else None
+        current = _as_choice(fields.get(key)) or (default.model_dump() if default else None)
+        if not isinstance(current, dict):
+            raise UpcycleError(f"--set {key}.{parameter}: name the {key} itself first")
+        fields[key] = current | {parameter: value}
+    else:
+        fields[key] = value
+
+
+def _validate(fields: Mapping[str, Any], where: str) -> Recipe:
+    for key in fields:
+        if key not in Recipe.model_fields:
+            raise UpcycleError(
+                f"{where} has an unknown setting {key!r}{suggest(str(key), Recipe.model_fields)}"
+            )
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        raise UpcycleError(f"{where}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's complaints, on one line."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{field}={problem['input']!r}: {message[0].lower()}{message[1:]}"

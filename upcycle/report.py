@@ -1,0 +1,227 @@
+"""What a conversion leaves to read: upcycle.json for machines, a model card for people."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from upcycle.check import CheckReport
+from upcycle.perturb import PERTURBS
+from upcycle.planning import Plan
+from upcycle.registry import Method
+from upcycle.router_init import ROUTERS
+from upcycle.shared_experts import SHARED
+from upcycle.split import SPLITS
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion."""
+
+    plan: Plan
+    out: Path
+    check: CheckReport | None
+    seconds: Mapping[str, float]
+    peak_bytes: int
+
+
+def versions() -> dict[str, str]:
+    """What a bug report needs to name."""
+    packages = ("torch", "transformers", "safetensors", "numpy", "scikit-learn")
+    return {
+        "upcycle": version("upcycle"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values."""
+    arch, geometry = plan.source.arch, plan.geometry
+    return {
+        "source": plan.source.label,
+        "family": arch.family,
+        "target": plan.target,
+        "targets": {name: why or "ok" for name, why in plan.targets.items()},
+        "method": plan.recipe.method.name,
+        "layers": arch.num_layers,
+        "dense_layers": list(plan.spec.dense_layers),
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "experts": geometry.num_experts,
+        "routed_experts": geometry.routed_experts,
+        "shared_experts": geometry.shared_experts,
+        "top_k": geometry.top_k,
+        "granularity": geometry.granularity,
+        "expert_size": plan.spec.expert_size,
+        "active_ffn_ratio": plan.active_ffn_ratio,
+        "params_dense": plan.params_dense,
+        "params_total": plan.params_total,
+        "params_active": plan.params_active,
+        "bytes": plan.bytes,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(plan.device),
+        "peak_memory_estimate": plan.peak_bytes(),
+        "check_memory_estimate": plan.check_bytes(),
+        "calibration_tokens": plan.fit_tokens,
+        "check_tokens": plan.held_tokens,
+        "warnings": list(plan.warnings),
+        "recipe": plan.recipe.settings(),
+    }
+
+
+def conversion_summary(conversion: Conversion) -> dict[str, Any]:
+    """A conversion as plain values, without the per-layer record."""
+    check = conversion.check
+    return {
+        "out": str(conversion.out),
+        "plan": plan_summary(conversion.plan),
+        "check": None
+        if check is None
+        else asdict(check)
+        | {"perplexity_ratio": check.perplexity_ratio, "dead_experts": check.dead_experts},
+        "seconds": {stage: round(s, 3) for stage, s in conversion.seconds.items()},
+        "peak_memory": conversion.peak_bytes,
+    }
+
+
+def report_json(conversion: Conversion, layers: Iterable[dict[str, Any]]) -> str:
+    """upcycle.json: all that was decided and measured; each layer's permutation lists the dense
+    neurons in their new order, shared first, then expert by expert."""
+    source = conversion.plan.source
+    report = conversion_summary(conversion) | {
+        "versions": versions(),
+        "source": {
+            "name": source.label,
+            "revision": source.revision,
+            "fingerprint": source.fingerprint(),
+        },
+        "layers": list(layers),
+    }
+    return json.dumps(report) + "\n"
+
+
+def papers(plan: Plan) -> list[str]:
+    """The papers behind the methods that a plan uses, each once."""
+    recipe = plan.recipe
+    used: list[Method[Any]] = []
+    if recipe.router is not None:
+        used.append(ROUTERS[recipe.router.name])
+    if recipe.method.name in PERTURBS:
+        used.append(PERTURBS[recipe.method.name])
+    if not recipe.copies:
+        used.append(SPLITS[recipe.split.name])
+        if plan.geometry.shared_experts:
+            used.append(SHARED[recipe.shared_by.name])
+    listed = [recipe.paper, *(method.paper for method in used)]
+    return sorted({paper for paper in listed if paper.startswith("arXiv")})
+
+
+def model_card(conversion: Conversion) -> str:
+    """README.md of the output, with front matter for the hub."""
+    plan = conversion.plan
+    front: dict[str, Any] = {}
+    if "/" in plan.source.label and not plan.source.folder.samefile(plan.source.label or "."):
+        front["base_model"] = [plan.source.label]
+    front |= _licence(plan)
+    front |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moe", "mixture-of-experts", "upcycle", plan.target, plan.recipe.method.name],
+    }
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    return environment.from_string(CARD).render(
+        front=yaml.safe_dump(front, sort_keys=False),
+        plan=plan,
+        summary=plan_summary(plan),
+        check=conversion.check,
+        papers=papers(plan),
+        version=version("upcycle"),
+    )
+
+
+def _licence(plan: Plan) -> dict[str, Any]:
+    """The source card's licence fields, never guessed."""
+    card = plan.source.folder / "README.md"
+    if not card.is_file():
+        return {}
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n")
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {k: front[k] for k in keys if isinstance(front, dict) and k in front}
+
+
+CARD = """\
+---
+{{ front }}---
+
+# {{ plan.source.label.rstrip("/").split("/")[-1] }} as a Mixture-of-Experts
+
+Made from `{{ plan.source.label }}` by [upcycle](https://pypi.org/project/upcycle) {{ version }}:
+a native `{{ plan.target }}` checkpoint, which plain transformers loads.
+
+{% if plan.recipe.copies %}
+Every layer's FFN was copied into {{ plan.geometry.num_experts }} experts\
+{% if plan.geometry.granularity > 1 %} of {{ plan.geometry.granularity }} shards each{% endif %}
+{% if plan.recipe.method.name != "copy" %}, \
+then changed by `{{ plan.recipe.method.name }}`{% endif %};
+{{ plan.geometry.top_k }} are active per token. It is meant to be trained further.
+{% else %}
+Every layer's FFN was cut into {{ plan.geometry.num_experts }} parts of \
+{{ plan.spec.expert_size }} neurons: {{ plan.geometry.shared_experts }} always on, \
+{{ plan.geometry.top_k }} of the other {{ plan.geometry.routed_experts }} active per token.
+{% endif %}
+{% if plan.spec.dense_layers %}
+Layers {{ plan.spec.dense_layers | join(", ") }} were kept dense.
+{% endif %}
+
+| | dense | this model |
+|---|---|---|
+| parameters | {{ "{:,}".format(plan.params_dense) }} | {{ "{:,}".format(plan.params_total) }} |
+| active per token | {{ "{:,}".format(plan.params_dense) }} \
+| {{ "{:,}".format(plan.params_active) }} |
+| active FFN | 100 % | {{ "%.0f" | format(100 * plan.active_ffn_ratio) }} % |
+{% if check %}
+| perplexity | {{ "%.2f" | format(check.perplexity_dense) }} \
+| {{ "%.2f" | format(check.perplexity_moe) }} |
+| KL to the dense model | 0 | {{ "%.4f" | format(check.kl) }} nats |
+| same next token | 100 % | {{ "%.1f" | format(100 * check.top1_agreement) }} % |
+
+Measured on {{ "{:,}".format(check.tokens) }} tokens of the calibration text \
+(`{{ plan.recipe.calibration }}`) that were held back, in windows of {{ check.window }}.
+{% if check.perplexity_ratio > 1.1 %}
+
+**This model has lost quality and needs further training before use.**
+{% endif %}
+{% endif %}
+
+Recipe: `{{ plan.recipe.name }}`, method `{{ plan.recipe.method.name }}`, \
+router `{{ plan.recipe.router.name }}`\
+{% if not plan.recipe.copies %}, split `{{ plan.recipe.split.name }}`{% endif %}.
+{% for departure in plan.recipe.departures %}
+- Departs from its paper: {{ departure }}
+{% endfor %}
+All settings, the permutation of neurons and the measurements are in `upcycle.json`.
+{% if papers %}
+
+Methods: {{ papers | join(", ") }}.
+{% endif %}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""

@@ -1,0 +1,10 @@
+"""One file, one router; one line here registers it."""
+
+import upcycle.router_init.centroid
+import upcycle.router_init.kmeans
+import upcycle.router_init.normal
+import upcycle.router_init.representative
+import upcycle.router_init.ridge
+from upcycle.router_init.base import ROUTERS
+
+__all__ = ["ROUTERS"]

@@ -1,0 +1,63 @@
+"""Router initialisation: one row [D] per routed expert.
+
+A router must be linear in x without a bias, because that is what every native target holds. Its
+scale is free: for a split, only the order of the logits counts, and the conversion rescales them.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from upcycle.registry import Method, Params, Registry
+from upcycle.types import DenseFFN, LayerActivations
+
+P = TypeVar("P", bound=Params, contravariant=True)
+
+
+class WeightRouter(Protocol[P]):
+    def __call__(
+        self, ffn: DenseFFN, experts_EM: Tensor, params: P, rng: torch.Generator
+    ) -> Tensor: ...
+
+
+class ActivationRouter(Protocol[P]):
+    def __call__(
+        self, activations: LayerActivations, experts_EM: Tensor, params: P, rng: torch.Generator
+    ) -> Tensor: ...
+
+
+Run = Callable[[LayerActivations, Tensor, Params, torch.Generator], Tensor]
+ROUTERS: Registry[Method[Run]] = Registry("router")
+
+
+def router_from_weights(
+    name: str, *, summary: str, paper: str, params: type[Params] = Params
+) -> Callable[[WeightRouter[P]], WeightRouter[P]]:
+    """Register a router that reads the FFN's weights alone."""
+
+    def register(function: WeightRouter[P]) -> WeightRouter[P]:
+        def run(acts: LayerActivations, experts_EM: Tensor, p: P, rng: torch.Generator) -> Tensor:
+            return function(acts.ffn, experts_EM, p, rng)
+
+        ROUTERS.add(
+            name, Method(name, summary, paper, params, cast(Run, run), needs_activations=False)
+        )
+        return function
+
+    return register
+
+
+def router_from_activations(
+    name: str, *, summary: str, paper: str, params: type[Params] = Params
+) -> Callable[[ActivationRouter[P]], ActivationRouter[P]]:
+    """Register a router that is fitted on the calibration tokens."""
+
+    def register(function: ActivationRouter[P]) -> ActivationRouter[P]:
+        ROUTERS.add(
+            name, Method(name, summary, paper, params, cast(Run, function), needs_activations=True)
+        )
+        return function
+
+    return register

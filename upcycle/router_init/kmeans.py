@@ -1,0 +1,46 @@
+"""k-means of the FFN's inputs: an expert's row is the centre of a region of hidden states.
+
+LLaMA-MoE v2, arXiv:2411.15708: raw centroids of a balanced k-means. There experts are made for
+the clusters; here the experts exist already, so clusters and experts are matched one to one where
+each expert's output energy is largest (for copies any matching is the same).
+"""
+
+import torch
+from pydantic import PositiveInt
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from upcycle.clustering import balanced_kmeans
+from upcycle.registry import Params
+from upcycle.router_init.base import router_from_activations
+from upcycle.types import LayerActivations
+
+
+class KMeansParams(Params):
+    tokens: PositiveInt = 8192
+    """Hidden states that are clustered."""
+
+
+@router_from_activations(
+    "kmeans",
+    summary="centroids of a balanced k-means of the hidden states",
+    paper="arXiv:2411.15708",
+    params=KMeansParams,
+)
+def router(
+    activations: LayerActivations, experts_EM: Tensor, params: KMeansParams, rng: torch.Generator
+) -> Tensor:
+    num_experts = len(experts_EM)
+    x_TD = activations.sample(params.tokens).x_TD
+    x_TD = x_TD[: len(x_TD) // num_experts * num_experts]
+    members_CM, centroids_CD = balanced_kmeans(x_TD, num_experts, rng)
+    power_F = activations.ffn.down_DF.square().sum(0)
+    energy_CE = torch.stack(
+        [
+            (activations.ffn.hidden(x_TD[members]).square().mean(0) * power_F)[experts_EM].sum(1)
+            for members in members_CM
+        ]
+    ).cpu()
+    share_CE = energy_CE / energy_CE.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
+    clusters, experts = linear_sum_assignment(share_CE.numpy(), maximize=True)
+    return centroids_CD[torch.from_numpy(clusters[experts.argsort()])]

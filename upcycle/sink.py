@@ -1,0 +1,208 @@
+"""Where the checkpoint goes: sharded safetensors written in place, resumable, renamed at the end.
+
+Every tensor's shape is known before the first is written, so each has its place in its shard from
+the start. Tensors go straight there, in any order, without a shard ever lying in memory; what a
+killed run had written is still right when it is resumed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from upcycle.errors import UpcycleError
+from upcycle.source import DTYPES, INDEX, SINGLE
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that is going to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    file: str
+    offset: int
+    spec: TensorSpec
+
+
+class CheckpointWriter:
+    """Writes the tensors of `specs`, each once, into safetensors shards in `folder`.
+
+    A shard holds specs in their order, up to `max_shard_bytes` (at least one tensor).
+    """
+
+    def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int) -> None:
+        self.folder = folder
+        self.places: dict[str, _Place] = {}
+        shards = _pack(specs, max_shard_bytes)
+        for number, shard in enumerate(shards, 1):
+            single = len(shards) == 1
+            file = SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            self._lay_out(file, shard)
+        if len(shards) > 1:
+            self._write_index()
+
+    def _lay_out(self, file: str, specs: list[TensorSpec]) -> None:
+        """Reserve the shard's room on disk and write its header (unless a run did so before)."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for spec in specs:
+            start, end = end, end + spec.nbytes
+            header[spec.name] = {
+                "dtype": CODES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        data = 8 + len(text)
+        for spec in specs:
+            offset = data + header[spec.name]["data_offsets"][0]
+            self.places[spec.name] = _Place(file, offset, spec)
+        with (self.folder / file).open("r+b" if (self.folder / file).exists() else "w+b") as shard:
+            _reserve(shard, data + end)
+            shard.write(len(text).to_bytes(8, "little") + text)
+
+    def _write_index(self) -> None:
+        total = sum(place.spec.nbytes for place in self.places.values())
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: place.file for name, place in self.places.items()},
+        }
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in its place; its shape and dtype must be the planned ones."""
+        place = self.places[name]
+        if tuple(tensor.shape) != place.spec.shape or tensor.dtype != place.spec.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, planned {place.spec}")
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        with (self.folder / place.file).open("r+b") as shard:
+            shard.seek(place.offset)
+            shard.write(data.data)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors back from the shards."""
+        found = {}
+        for name in names:
+            with safe_open(self.folder / self.places[name].file, framework="pt") as shard:
+                found[name] = shard.get_tensor(name)
+        return found
+
+
+def _reserve(shard: BinaryIO, size: int) -> None:
+    """Take the room now, so that a full disk stops the run before the work and not after it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(shard.fileno(), 0, size)
+    else:
+        shard.truncate(size)
+
+
+def _pack(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    return shards
+
+
+class Workspace:
+    """The folder beside OUT in which a conversion grows until it is whole.
+
+    Args:
+        out: the folder that is to appear.
+        fingerprint: of everything that the bytes depend on; a resume must have the same.
+        resume: go on from what an earlier run left, and leave it again if this run stops.
+
+    Raises:
+        UpcycleError: there is nothing to resume that fits, or the folder can't be made.
+    """
+
+    def __init__(self, out: Path, fingerprint: str, *, resume: bool) -> None:
+        self.out = out
+        self.folder = partial_folder(out)
+        self.resume = resume
+        self.records: dict[str, dict[str, Any]] = {}
+        if self.folder.exists() and resume:
+            self.records = self._read_journal(fingerprint)
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UpcycleError(f"can't write beside {out}: {error.strerror}") from error
+        if not self.records:
+            self._append({"fingerprint": fingerprint})
+
+    def _read_journal(self, fingerprint: str) -> dict[str, dict[str, Any]]:
+        journal = self.folder / JOURNAL
+        lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not entries:
+            return {}
+        if entries[0]["fingerprint"] != fingerprint:
+            raise UpcycleError(
+                f"{self.folder} was begun with another source, recipe or version: repeat that "
+                "request, or drop --resume to start anew"
+            )
+        # A line cut short by a kill must not run into the next one.
+        journal.write_text("".join(line for line in lines if line.endswith("\n")))
+        return {entry["unit"]: entry["record"] for entry in entries[1:]}
+
+    def done(self, unit: str, record: dict[str, Any]) -> None:
+        """Note that all tensors of a unit are on disk."""
+        self.records[unit] = record
+        self._append({"unit": unit, "record": record})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with (self.folder / JOURNAL).open("a") as journal:
+            journal.write(json.dumps(entry) + "\n")
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Make the folder OUT, in place of a former OUT if that is to be overwritten."""
+        (self.folder / JOURNAL).unlink()
+        former = None
+        if self.out.exists():
+            if not overwrite and any(self.out.iterdir()):
+                raise UpcycleError(f"{self.out} appeared while converting: pass --overwrite")
+            former = self.out.with_name(f".{self.out.name}.former")
+            self.out.rename(former)
+        self.folder.rename(self.out)
+        if former is not None:
+            shutil.rmtree(former)
+
+    def abandon(self) -> None:
+        """Leave nothing behind, unless the run can be resumed."""
+        if not self.resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def partial_folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")

@@ -1,0 +1,331 @@
+"""Where dense weights come from: a folder, a hub id or a GGUF file. The only reader of weights."""
+
+import hashlib
+import io
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from upcycle.architecture import Architecture
+from upcycle.dense import skeleton
+from upcycle.errors import UpcycleError
+from upcycle.families import FAMILIES, describe
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a file's header says of a tensor."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """A dense checkpoint whose tensors are read when asked for."""
+
+    label: str
+    """As the user named it."""
+    folder: Path
+    config: PreTrainedConfig
+    arch: Architecture
+    tensors: Mapping[str, TensorInfo]
+    revision: str | None = None
+    temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    """Holds the dequantised weights of a GGUF file for as long as the source lives."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.tensors.values())).dtype
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """These tensors, mapped from their files; the pages go when the tensors go.
+
+        Raises:
+            UpcycleError: a tensor holds NaN or infinity.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, members in by_file.items():
+            with safe_open(self.folder / file, framework="pt") as shard:
+                found |= {name: shard.get_tensor(name) for name in members}
+        for name, tensor in found.items():
+            if not torch.isfinite(tensor).all():
+                raise UpcycleError(f"{name} in {self.tensors[name].file} holds NaN or infinity")
+        return found
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """A layer's tensors by their names below `model.layers.N.`, as the source spells them."""
+        prefix = f"model.layers.{layer}."
+        found = self.read(self.layer_names(layer))
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    def layer_names(self, layer: int) -> list[str]:
+        return [n for n in self.tensors if n.startswith(f"model.layers.{layer}.")]
+
+    def outer_names(self) -> list[str]:
+        """Tensors that belong to no layer."""
+        return [n for n in self.tensors if not LAYER.fullmatch(n)]
+
+    def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under llama's names."""
+        rewrite = FAMILIES[self.arch.family].rewrite
+        return {
+            new: moved
+            for name, tensor in tensors.items()
+            for new, moved in rewrite(name, tensor, self.config).items()
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of config.json and of each weight file's header and size: names, shapes and
+        places of all tensors, not their values."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in sorted({info.file for info in self.tensors.values()}):
+            path = self.folder / file
+            with path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                digest.update(f"{file}:{path.stat().st_size}:".encode() + stream.read(size))
+        return digest.hexdigest()
+
+
+def open_source(model: str, *, revision: str | None = None) -> DenseSource:
+    """The dense checkpoint that MODEL names; reads headers, no weights (but all of a GGUF file).
+
+    Raises:
+        UpcycleError: it is not there, is no model, is corrupt, or is of a family that upcycle
+            does not know.
+    """
+    folder = model_folder(model, revision, accept=describe)
+    if folder is None:
+        return _open_gguf(model, Path(model).expanduser())
+    local = Path(model).expanduser().is_dir()
+    return _open_folder(model, folder, revision=None if local else revision or folder.name)
+
+
+def model_folder(
+    model: str,
+    revision: str | None,
+    *,
+    accept: Callable[[PreTrainedConfig], Any] = lambda config: None,
+) -> Path | None:
+    """The folder that MODEL names, downloaded if it is a hub id; None for a GGUF file.
+
+    `accept` may raise on the config of a hub id before its weights are fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return None
+        raise UpcycleError(f"{model} is a file: give the folder that holds config.json, or a .gguf")
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+        raise UpcycleError(f"{model} does not exist: give a folder, a .gguf file or a hub id")
+    return _download(model, revision, accept)
+
+
+def _open_folder(
+    label: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    temporary: tempfile.TemporaryDirectory[str] | None = None,
+) -> DenseSource:
+    config = read_config(folder)
+    arch = describe(config)
+    tensors = read_headers(folder)
+    source = DenseSource(label, folder, config, arch, tensors, revision, temporary)
+    return _verify(source)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """config.json as transformers understands it.
+
+    Raises:
+        UpcycleError: it is missing, not JSON, or not a config that transformers knows.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UpcycleError(f"{folder} holds no config.json, so it is not a model folder")
+    fields = _read_json(path)
+    if "model_type" not in fields:
+        raise UpcycleError(f"{path} has no model_type, so it is not a transformers model")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UpcycleError(f"{path} is not a config that transformers reads: {reason}") from error
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UpcycleError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UpcycleError(f"{path} is not a JSON object")
+    return fields
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a folder's safetensors files, without its values.
+
+    Raises:
+        UpcycleError: a file is missing, cut short, outside the folder, or holds quantised weights.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(folder / file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a dict)
+                    part = shard.get_slice(name)
+                    dtype = DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise UpcycleError(
+                            f"{name} in {folder / file} is stored as {part.get_dtype()}: upcycle "
+                            "reads float32, float16 and bfloat16 weights, not quantised ones"
+                        )
+                    tensors[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
+        except (SafetensorError, OSError) as error:
+            raise UpcycleError(
+                f"{folder / file} is not a whole safetensors file: {error}"
+            ) from error
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [SINGLE]
+        pickles = any(folder.glob("*.bin"))
+        hint = ": convert its .bin files to safetensors first" if pickles else ""
+        raise UpcycleError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UpcycleError(f"{index} has no weight_map")
+    files = sorted({str(file) for file in places.values()})
+    for file in files:
+        if Path(file).name != file or file in (".", ".."):
+            raise UpcycleError(f"{index} names {file!r}, which is outside its folder")
+        if not (folder / file).is_file():
+            raise UpcycleError(f"{index} names {file}, which is not in {folder}")
+    return files
+
+
+def _verify(source: DenseSource) -> DenseSource:
+    """The source without tensors that no forward pass reads, once the rest is what the
+    architecture expects."""
+    expected = {name: tuple(t.shape) for name, t in skeleton(source.config).state_dict().items()}
+    if source.arch.tied:
+        expected.pop("lm_head.weight", None)
+    dropped = {n for n in source.tensors if n.endswith("rotary_emb.inv_freq")}
+    if source.arch.tied:
+        dropped.add("lm_head.weight")
+    kept = {name: info for name, info in source.tensors.items() if name not in dropped}
+    for name in sorted(expected.keys() - kept.keys()):
+        raise UpcycleError(f"{source.folder} lacks the tensor {name}, which config.json asks for")
+    for name in sorted(kept.keys() - expected.keys()):
+        raise UpcycleError(
+            f"{kept[name].file} in {source.folder} holds {name}, which {source.arch.family} "
+            "does not have: it would be lost"
+        )
+    for name, info in kept.items():
+        if info.shape != expected[name]:
+            raise UpcycleError(
+                f"{name} in {info.file} has shape {list(info.shape)}, but config.json asks for "
+                f"{list(expected[name])}"
+            )
+    return DenseSource(
+        source.label,
+        source.folder,
+        source.config,
+        source.arch,
+        kept,
+        source.revision,
+        source.temporary,
+    )
+
+
+def _download(model: str, revision: str | None, accept: Callable[[PreTrainedConfig], Any]) -> Path:
+    """The model's folder in the hub cache; config.json first."""
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
+
+    try:
+        config = hf_hub_download(model, "config.json", revision=revision)
+        accept(read_config(Path(config).parent))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOAD))
+    except errors.GatedRepoError as error:
+        raise UpcycleError(
+            f"{model} is gated: accept its terms on the hub, then run `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UpcycleError(f"{model} has no revision {revision!r}") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UpcycleError(f"{model} is neither a folder here nor a model on the hub") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise UpcycleError(f"{model} on the hub holds no config.json") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise UpcycleError(
+            f"{model} is not in the local cache and the hub can't be reached (offline): "
+            "give a local folder, or connect"
+        ) from error
+
+
+def _open_gguf(label: str, path: Path) -> DenseSource:
+    """A GGUF file, dequantised by transformers to float32 in a temporary folder."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UpcycleError(f"{label}: reading GGUF needs `pip install gguf`") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    temporary = tempfile.TemporaryDirectory(prefix="upcycle-gguf-")
+    place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        with redirect_stderr(io.StringIO()):  # its bars
+            config = AutoConfig.from_pretrained(**place)
+            describe(config)
+            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            config.save_pretrained(temporary.name)
+            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+            state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
+            save_file(state, Path(temporary.name) / SINGLE, metadata={"format": "pt"})
+            AutoTokenizer.from_pretrained(**place).save_pretrained(temporary.name)
+    except (ValueError, KeyError, OSError, IndexError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpcycleError(
+            f"{label} is not a GGUF file that transformers reads: {reason}"
+        ) from error
+    return _open_folder(label, Path(temporary.name), temporary=temporary)
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """Files that travel with a checkpoint as they are: tokenizer, generation config, licence."""
+    patterns = (
+        "tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
+        "added_tokens.json", "chat_template*", "generation_config.json", "LICENSE*",
+    )  # fmt: skip
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    yield from sorted(found)

@@ -1,0 +1,10 @@
+"""One file, one way to split; one line here registers it."""
+
+import upcycle.split.coactivation
+import upcycle.split.coactivation_graph
+import upcycle.split.contiguous
+import upcycle.split.parameter_clustering
+import upcycle.split.random
+from upcycle.split.base import SPLITS
+
+__all__ = ["SPLITS"]

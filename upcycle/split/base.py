@@ -1,0 +1,63 @@
+"""Splits: which routed expert each neuron goes to.
+
+A split sees the FFN without its shared neurons and returns experts [E, M], an equal partition
+of its neurons.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from upcycle.registry import Method, Params, Registry
+from upcycle.types import DenseFFN, LayerActivations
+
+P = TypeVar("P", bound=Params, contravariant=True)
+
+
+class WeightSplit(Protocol[P]):
+    def __call__(
+        self, ffn: DenseFFN, num_experts: int, params: P, rng: torch.Generator
+    ) -> Tensor: ...
+
+
+class ActivationSplit(Protocol[P]):
+    def __call__(
+        self, activations: LayerActivations, num_experts: int, params: P, rng: torch.Generator
+    ) -> Tensor: ...
+
+
+Run = Callable[[LayerActivations, int, Params, torch.Generator], Tensor]
+SPLITS: Registry[Method[Run]] = Registry("split")
+
+
+def split_from_weights(
+    name: str, *, summary: str, paper: str, params: type[Params] = Params
+) -> Callable[[WeightSplit[P]], WeightSplit[P]]:
+    """Register a split that reads the FFN's weights alone."""
+
+    def register(function: WeightSplit[P]) -> WeightSplit[P]:
+        def run(acts: LayerActivations, num_experts: int, p: P, rng: torch.Generator) -> Tensor:
+            return function(acts.ffn, num_experts, p, rng)
+
+        SPLITS.add(
+            name, Method(name, summary, paper, params, cast(Run, run), needs_activations=False)
+        )
+        return function
+
+    return register
+
+
+def split_from_activations(
+    name: str, *, summary: str, paper: str, params: type[Params] = Params
+) -> Callable[[ActivationSplit[P]], ActivationSplit[P]]:
+    """Register a split that looks at what the neurons do on the calibration tokens."""
+
+    def register(function: ActivationSplit[P]) -> ActivationSplit[P]:
+        SPLITS.add(
+            name, Method(name, summary, paper, params, cast(Run, function), needs_activations=True)
+        )
+        return function
+
+    return register

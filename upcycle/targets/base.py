@@ -1,0 +1,180 @@
+"""Targets: what a native MoE architecture accepts, its config, its tensor names, its gains.
+
+A dense FFN is a sum over neurons; native routers take a weighted mean over experts. Two ways to
+combine bridge that:
+
+- `sum` (splits): every selected expert must count with weight 1. The router is tempered, so that
+  all its weights are equal to O(τ), and the missing gain is folded into down_proj or a config
+  field. Where the target need not renormalise, the gain is E whatever top_k is, so top_k may be
+  changed later.
+- `mean` (copies): weights add up to 1, and a mean of equal experts is the expert itself.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from upcycle.architecture import Architecture, Trait
+from upcycle.registry import Registry
+from upcycle.types import DenseFFN, Geometry, MoELayer
+
+Named = Iterator[tuple[str, Tensor]]
+Combine = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How the target's router weights the experts that it selects."""
+
+    score: Literal["softmax", "sigmoid"]
+    renormalises: Literal["always", "optional"]
+    shared_gate: float | None = 1.0
+    """Weight of the shared expert when its gate is zero; None where there is no shared expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """What turns a target's weighted mean into the combination that is wanted."""
+
+    routed: float
+    """Folded into down_proj of every routed expert."""
+    shared: float
+    """Folded into down_proj of the shared expert."""
+    norm_topk_prob: bool
+    scale: float
+    """`routed_scaling_factor`, where the target has it."""
+    all_on: float
+    """Further factor on the routed experts once top_k is set to E (for the check)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoESpec:
+    """All that a target's config depends on besides the architecture."""
+
+    geometry: Geometry
+    gains: Gains
+    expert_size: int
+    shared_size: int
+    dense_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MoETarget:
+    """A native MoE architecture, by its `model_type`."""
+
+    name: str
+    routing: Routing
+    dense_layers: Literal["any", "prefix", "none"]
+    split_rank: int
+    """Place in the order in which `--target auto` tries targets for a split."""
+    copy_rank: int
+    config: Callable[[Architecture, MoESpec], dict[str, Any]]
+    """Config fields beside `common_fields`."""
+    experts: Callable[[MoELayer, Gains], Named]
+    """Names below `model.layers.N.` and tensors of a converted FFN, in the target's hub layout."""
+    accepts: frozenset[Trait] = frozenset()
+    requires: frozenset[Trait] = frozenset()
+    extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
+    """Tensors of a layer that the source does not have, given those that it has."""
+    min_experts: int = 1
+
+    def gains(self, combine: Combine, geometry: Geometry) -> Gains:
+        """The gains for this combination; see the module's docstring."""
+        routing, num_experts = self.routing, geometry.routed_experts
+        shared = 1 / (routing.shared_gate or 1.0)
+        if combine == "mean":
+            # Each selected shard weighs 1 / G of what a whole copy does.
+            return Gains(geometry.granularity, shared, norm_topk_prob=True, scale=1.0, all_on=1.0)
+        if routing.score == "sigmoid":
+            return Gains(1.0, shared, norm_topk_prob=False, scale=2.0, all_on=1.0)
+        if routing.renormalises == "optional":
+            return Gains(num_experts, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
+        top_k = geometry.top_k
+        return Gains(top_k, shared, norm_topk_prob=True, scale=1.0, all_on=num_experts / top_k)
+
+    def refusal(self, arch: Architecture, geometry: Geometry, dense_layers: tuple[int, ...]) -> str:
+        """Why this target can't host the model, as the end of a sentence; empty if it can."""
+        for trait in sorted(set(arch.traits) - self.accepts - self.requires):
+            return (
+                f"the source has {trait} ({arch.traits[trait]}), which {self.name} has no place for"
+            )
+        for trait in sorted(self.requires - set(arch.traits)):
+            return f"{self.name} always has {trait}, which the source has not"
+        if geometry.shared_experts and self.routing.shared_gate is None:
+            return f"{self.name} has no shared expert (--shared-experts {geometry.shared_experts})"
+        if dense_layers and self.dense_layers == "none":
+            return f"{self.name} can't keep layers dense (--keep-dense)"
+        if self.dense_layers == "prefix" and dense_layers != tuple(range(len(dense_layers))):
+            return f"{self.name} can keep only the first layers dense (--keep-dense 0,1,…)"
+        if geometry.routed_experts < self.min_experts:
+            return f"{self.name} needs at least {self.min_experts} routed experts"
+        return ""
+
+
+TARGETS: Registry[MoETarget] = Registry("target")
+
+
+def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> dict[str, Any]:
+    """The config fields that every target spells as the source does."""
+    carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
+    return carried | {
+        "model_type": target.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "output_router_logits": False,
+    }
+
+
+_PLACED_BY_TARGETS = {
+    "sliding_window",
+    "layer_types",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+}
+
+
+def attention_bias(arch: Architecture) -> bool:
+    return Trait.QKV_BIAS in arch.traits
+
+
+def with_gain(ffn: DenseFFN, gain: float) -> DenseFFN:
+    """The FFN with its output multiplied; without rounding if the gain is a power of two."""
+    if gain == 1.0:
+        return ffn
+    down_DF = ffn.down_DF
+    return replace(ffn, down_DF=(down_DF.float() * gain).to(down_DF.dtype))
+
+
+def shared_or_empty(layer: MoELayer) -> DenseFFN:
+    """The shared expert; for a class that always has one, else one of no neurons."""
+    if layer.shared is not None:
+        return layer.shared
+    rows_0D = layer.router_ED[:0]
+    return DenseFFN(rows_0D, rows_0D, rows_0D.T, act=lambda x: x)
+
+
+def separate(prefix: str, ffn: DenseFFN, names: tuple[str, str, str]) -> Named:
+    """The three matrices of one FFN under `prefix` + (gate, up, down)."""
+    for name, tensor in zip(names, (ffn.gate_FD, ffn.up_FD, ffn.down_DF), strict=True):
+        yield f"{prefix}{name}.weight", tensor
+
+
+LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def per_expert(
+    layer: MoELayer,
+    gains: Gains,
+    *,
+    router: str,
+    prefix: str,
+    names: tuple[str, str, str] = LLAMA_NAMES,
+) -> Named:
+    """The router and one set of three matrices per expert: the layout of most hubs' files."""
+    yield router, layer.router_ED
+    for e in range(layer.num_experts):
+        yield from separate(f"{prefix}{e}.", with_gain(layer.expert(e), gains.routed), names)

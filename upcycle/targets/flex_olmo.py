@@ -1,0 +1,34 @@
+"""FlexOlmo: softmax with optional renormalisation in OLMo 2's block."""
+
+from functools import partial
+from typing import Any
+
+from upcycle.architecture import Architecture, Trait
+from upcycle.targets.base import TARGETS, MoESpec, MoETarget, Routing, attention_bias, per_expert
+
+
+def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
+    return {
+        "architectures": ["FlexOlmoForCausalLM"],
+        "intermediate_size": spec.expert_size,
+        "num_experts": spec.geometry.routed_experts,
+        "num_experts_per_tok": spec.geometry.top_k,
+        "norm_topk_prob": spec.gains.norm_topk_prob,
+        "attention_bias": attention_bias(arch),
+    }
+
+
+TARGETS.add(
+    "flex_olmo",
+    MoETarget(
+        "flex_olmo",
+        routing=Routing("softmax", "optional", shared_gate=None),
+        dense_layers="none",
+        split_rank=4,
+        copy_rank=5,
+        config=config,
+        experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
+        accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS}),
+        requires=frozenset({Trait.POST_NORM, Trait.QK_NORM_FULL}),
+    ),
+)

@@ -1,0 +1,77 @@
+"""GLM-4-MoE: sigmoid scores times a factor, an ungated shared expert, the first layers dense.
+
+A tempered router scores 0.5 everywhere, so `routed_scaling_factor: 2` makes every weight 1 and
+no weight needs a gain.
+"""
+
+from typing import Any
+
+import torch
+
+from upcycle.architecture import Architecture, Trait
+from upcycle.targets.base import (
+    LLAMA_NAMES,
+    TARGETS,
+    Gains,
+    MoESpec,
+    MoETarget,
+    Named,
+    Routing,
+    attention_bias,
+    per_expert,
+    separate,
+    shared_or_empty,
+    with_gain,
+)
+from upcycle.types import MoELayer
+
+
+def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
+    geometry = spec.geometry
+    # The class's own default for a missing factor is 0.5.
+    rope = {"partial_rotary_factor": 1.0} | arch.fields["rope_parameters"]
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "intermediate_size": arch.intermediate_size,
+        "moe_intermediate_size": spec.expert_size,
+        "n_routed_experts": geometry.routed_experts,
+        "n_shared_experts": geometry.shared_experts,
+        "num_experts_per_tok": geometry.top_k,
+        "norm_topk_prob": spec.gains.norm_topk_prob,
+        "routed_scaling_factor": spec.gains.scale,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": len(spec.dense_layers),
+        "num_mtp_layers": 0,
+        "num_nextn_predict_layers": 0,
+        "attention_bias": attention_bias(arch),
+        "use_qk_norm": Trait.QK_NORM in arch.traits,
+        "rope_parameters": rope,
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+    }
+
+
+def experts(layer: MoELayer, gains: Gains) -> Named:
+    yield from per_expert(layer, gains, router="mlp.gate.weight", prefix="mlp.experts.")
+    yield (
+        "mlp.gate.e_score_correction_bias",
+        torch.zeros_like(layer.router_ED[:, 0], dtype=torch.float32),
+    )
+    shared = with_gain(shared_or_empty(layer), gains.shared)
+    yield from separate("mlp.shared_experts.", shared, LLAMA_NAMES)
+
+
+TARGETS.add(
+    "glm4_moe",
+    MoETarget(
+        "glm4_moe",
+        routing=Routing("sigmoid", "optional", shared_gate=1.0),
+        dense_layers="prefix",
+        split_rank=2,
+        copy_rank=4,
+        config=config,
+        experts=experts,
+        accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
+        min_experts=2,  # it scores groups of experts by their best two
+    ),
+)

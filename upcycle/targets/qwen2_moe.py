@@ -1,0 +1,66 @@
+"""Qwen2-MoE: softmax with optional renormalisation, a gated shared expert, any layer dense.
+
+The shared expert is multiplied by sigmoid(gate x); a zero gate makes that 0.5, which its
+down_proj makes good.
+"""
+
+from typing import Any
+
+import torch
+
+from upcycle.architecture import Architecture, Trait
+from upcycle.targets.base import (
+    LLAMA_NAMES,
+    TARGETS,
+    Gains,
+    MoESpec,
+    MoETarget,
+    Named,
+    Routing,
+    attention_bias,
+    per_expert,
+    separate,
+    shared_or_empty,
+    with_gain,
+)
+from upcycle.types import MoELayer
+
+
+def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "intermediate_size": arch.intermediate_size,
+        "moe_intermediate_size": spec.expert_size,
+        "shared_expert_intermediate_size": spec.shared_size,
+        "num_experts": spec.geometry.routed_experts,
+        "num_experts_per_tok": spec.geometry.top_k,
+        "norm_topk_prob": spec.gains.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(spec.dense_layers),
+        "qkv_bias": attention_bias(arch),
+        "use_sliding_window": arch.sliding_window is not None,
+        "sliding_window": arch.sliding_window,
+        "layer_types": arch.fields["layer_types"],
+    }
+
+
+def experts(layer: MoELayer, gains: Gains) -> Named:
+    yield from per_expert(layer, gains, router="mlp.gate.weight", prefix="mlp.experts.")
+    shared = with_gain(shared_or_empty(layer), gains.shared)
+    yield from separate("mlp.shared_expert.", shared, LLAMA_NAMES)
+    yield "mlp.shared_expert_gate.weight", torch.zeros_like(layer.router_ED[:1])
+
+
+TARGETS.add(
+    "qwen2_moe",
+    MoETarget(
+        "qwen2_moe",
+        routing=Routing("softmax", "optional", shared_gate=0.5),
+        dense_layers="any",
+        split_rank=0,
+        copy_rank=1,
+        config=config,
+        experts=experts,
+        accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
+    ),
+)
