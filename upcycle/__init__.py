@@ -28,7 +28,6 @@ def plan(
     recipe: str | Path = "default",
     revision: str | None = None,
     overwrite: bool = False,
-    resume: bool = False,
     **settings: Any,
 ) -> "Plan":
     """What `convert` would build; reads no weights and writes nothing.
@@ -38,7 +37,7 @@ def plan(
         out: where the result would go; the room there is checked.
         recipe: a shipped recipe or a YAML file.
         revision: of a hub id.
-        overwrite, resume: as in `convert`.
+        overwrite: as in `convert`.
         settings: fields of the recipe to replace, such as `experts=8`.
 
     Raises:
@@ -51,7 +50,7 @@ def plan(
     loaded = load_recipe(recipe, settings)
     source = open_source(model, revision=revision)
     place = None if out is None else Path(out)
-    return make_plan(source, loaded, place, overwrite=overwrite, resume=resume)
+    return make_plan(source, loaded, place, overwrite=overwrite)
 
 
 def convert(
@@ -84,7 +83,6 @@ def convert(
         recipe=recipe,
         revision=revision,
         overwrite=overwrite,
-        resume=resume,
         **settings,
     )
     quiet: Progress = lambda stage, done, total: None  # noqa: E731

@@ -70,7 +70,7 @@ def load_tokenizer(source: DenseSource) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower for a corrupt tokenizer.json
         raise UpcycleError(
             f"{source.folder} holds no tokenizer that transformers reads, so no text can be "
             "tokenised: add the model's tokenizer files, or pass --calibration none"
@@ -79,7 +79,11 @@ def load_tokenizer(source: DenseSource) -> Any:
 
 def check_text(text: str) -> None:
     """Raise the errors about a calibration text that can be known without reading it."""
-    if text in ("builtin", "self", "none") or text.startswith("hf:"):
+    if text in ("builtin", "self", "none"):
+        return
+    if text.startswith("hf:"):
+        if not text.removeprefix("hf:").split(":")[0]:
+            raise UpcycleError(f"--calibration {text!r} names no dataset: hf:DATASET")
         return
     path = Path(text).expanduser()
     if not path.is_file():
@@ -139,7 +143,7 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -152,9 +156,11 @@ def _jsonl(path: Path) -> Iterator[str]:
 
 
 def _parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UpcycleError(f"{path} needs `pip install upcycle[datasets]`") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -162,6 +168,9 @@ def _parquet(path: Path) -> Iterator[str]:
     if "text" not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise UpcycleError(f'{path} has no column "text" (it has {names})')
+    kind = file.schema_arrow.field("text").type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise UpcycleError(f'{path}: column "text" holds {kind}, not strings')
     for batch in file.iter_batches(columns=["text"]):
         yield from (text for text in batch.column(0).to_pylist() if text)
 
@@ -172,14 +181,17 @@ def _hub_dataset(name: str) -> Iterator[str]:
     except ImportError as error:
         raise UpcycleError(f"hf:{name} needs `pip install upcycle[datasets]`") from error
     dataset, split, column = [*name.split(":"), "", ""][:3]
+    split, column = split or "train", column or "text"
     try:
-        rows = datasets.load_dataset(dataset, split=split or "train", streaming=True)
-        for row in rows:
-            if (column or "text") not in row:
+        for row in datasets.load_dataset(dataset, split=split, streaming=True):
+            if column not in row:
                 raise UpcycleError(
-                    f"hf:{dataset} has no column {column or 'text'!r} (it has {', '.join(row)})"
+                    f"hf:{dataset} has no column {column!r} (it has {', '.join(row)})"
                 )
-            yield row[column or "text"]
+            if not isinstance(row[column], str):
+                kind = type(row[column]).__name__
+                raise UpcycleError(f"hf:{dataset}: column {column!r} holds {kind}, not strings")
+            yield row[column]
     except (ConnectionError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(f"hf:{dataset} can't be loaded: {reason}") from error

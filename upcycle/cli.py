@@ -265,7 +265,6 @@ def _plan(options: Options) -> "Plan":
         recipe=options["recipe"],
         revision=options["revision"],
         overwrite=options["overwrite"],
-        resume=options["resume"],
         **settings,
     )
 
@@ -278,7 +277,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UpcycleError(f"--set {text!r} is not KEY=VALUE")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UpcycleError(f"--set {text!r}: the value is not YAML") from error
 
 
@@ -305,9 +304,11 @@ def recipes(
     with _errors():
         from upcycle import console
         from upcycle.inspection import describe_methods, describe_recipes
-        from upcycle.recipe import recipe_text
+        from upcycle.recipe import load_recipe, recipe_text
 
-        if name is not None and not json_:
+        if name is not None and json_:
+            _print_json(load_recipe(name).settings())
+        elif name is not None:
             sys.stdout.write(recipe_text(name))
         elif json_:
             _print_json({"recipes": describe_recipes(), "methods": describe_methods()})

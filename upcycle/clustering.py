@@ -1,10 +1,7 @@
 """Balanced clustering: groups of exactly equal size."""
 
 import torch
-from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
-
-from upcycle.rng import draw_seed
 
 
 def balanced_assignment(cost_FE: Tensor) -> Tensor:
@@ -65,8 +62,7 @@ def balanced_kmeans(
         The members of each cluster [E, F / E], ascending, and the centroids [E, C].
     """
     rows_FC = rows_FC.float().cpu()
-    seeds, _ = kmeans_plusplus(rows_FC.numpy(), num_clusters, random_state=draw_seed(rng))
-    centroids_EC = torch.from_numpy(seeds)
+    centroids_EC = _seeds(rows_FC, num_clusters, rng)
     owner_F = torch.zeros(len(rows_FC), dtype=torch.int64)
     for _ in range(iterations):
         previous, owner_F = owner_F, balanced_assignment(squared_distance(rows_FC, centroids_EC))
@@ -75,6 +71,19 @@ def balanced_kmeans(
         if torch.equal(previous, owner_F):
             break
     return members_EM, centroids_EC
+
+
+def _seeds(rows_FC: Tensor, num_clusters: int, rng: torch.Generator) -> Tensor:
+    """k-means++: rows drawn with probability proportional to their squared distance from those
+    drawn before (Arthur and Vassilvitskii, 2007)."""
+    chosen = [int(torch.randint(len(rows_FC), (), generator=rng))]
+    distance_F = torch.full((len(rows_FC),), torch.inf)
+    for _ in range(num_clusters - 1):
+        gap_F = (rows_FC - rows_FC[chosen[-1]]).square().sum(1)
+        distance_F = distance_F.minimum(gap_F)
+        weight_F = distance_F if distance_F.any() else torch.ones_like(distance_F)
+        chosen.append(int(torch.multinomial(weight_F, 1, generator=rng)))
+    return rows_FC[chosen]
 
 
 def squared_distance(rows_FC: Tensor, centroids_EC: Tensor) -> Tensor:

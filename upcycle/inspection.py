@@ -9,13 +9,14 @@ from typing import Any
 import psutil
 import torch
 
+from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
 from upcycle.planning import ALIGNMENT, refusals
 from upcycle.recipe import load_recipe, shipped_recipes
 from upcycle.report import versions
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
-from upcycle.source import DenseSource, model_folder, open_source, read_config
+from upcycle.source import DenseSource, model_folder, open_source, read_config, read_headers
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
 from upcycle.types import Geometry
@@ -60,8 +61,6 @@ def _inspect_dense(source: DenseSource) -> dict[str, Any]:
 
 
 def _inspect_moe(label: str, folder: Path) -> dict[str, Any]:
-    from upcycle.source import read_headers
-
     config = read_config(folder)
     headers = read_headers(folder)
     routed = {n: torch.Size(i.shape).numel() for n, i in headers.items() if is_routed(n)}
@@ -84,13 +83,21 @@ def _inspect_moe(label: str, folder: Path) -> dict[str, Any]:
         "params_active": total - sum(routed.values()) * (experts - top_k) // experts,
     }
     record = folder / "upcycle.json"
-    if record.is_file():
+    return report | _origin(record) if record.is_file() else report
+
+
+def _origin(record: Path) -> dict[str, Any]:
+    """What upcycle.json says of how the checkpoint was made."""
+    try:
         made = json.loads(record.read_text(encoding="utf-8"))
-        report["made_from"] = made["source"]["name"]
-        report["method"] = made["plan"]["method"]
-        report["active_ffn_ratio"] = made["plan"]["active_ffn_ratio"]
-        report["check"] = made["check"]
-    return report
+        return {
+            "made_from": made["source"]["name"],
+            "method": made["plan"]["method"],
+            "active_ffn_ratio": made["plan"]["active_ffn_ratio"],
+            "check": made["check"],
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise UpcycleError(f"{record} is not what upcycle writes: restore or delete it") from error
 
 
 def is_routed(name: str) -> bool:

@@ -130,13 +130,13 @@ def make_plan(
     out: Path | None = None,
     *,
     overwrite: bool = False,
-    resume: bool = False,
 ) -> Plan:
     """Decide everything; see `Plan`.
 
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
+    out = None if out is None else out.expanduser().resolve()
     _check_plugins(recipe)
     dense_layers = _dense_layers(recipe, source)
     geometry = _geometry(recipe, shared=recipe.shared_experts or 0)
@@ -146,7 +146,7 @@ def make_plan(
     if recipe.shared_experts is None:
         geometry = _geometry(recipe, shared=_default_shared(recipe, target))
         _check_geometry(geometry, recipe, source.arch.intermediate_size)
-    combine = _combine(recipe, geometry, target)
+    combine = _combine(recipe, geometry, target, targets)
     size = geometry.expert_size(source.arch.intermediate_size)
     spec = MoESpec(
         geometry=geometry,
@@ -185,7 +185,7 @@ def make_plan(
     )
     _check_text(plan)
     if out is not None:
-        _check_out(plan, out, overwrite=overwrite, resume=resume)
+        _check_out(plan, out, overwrite=overwrite)
     return plan
 
 
@@ -274,7 +274,8 @@ def _check_geometry(geometry: Geometry, recipe: Recipe, num_neurons: int) -> Non
         )
     if not recipe.copies and geometry.shared_experts >= recipe.experts:
         raise UpcycleError(
-            f"--shared-experts {geometry.shared_experts} of {recipe.experts} leaves none to route"
+            f"--shared-experts {geometry.shared_experts} of {recipe.experts} leaves none to route: "
+            f"give at most {recipe.experts - 1}"
         )
     if geometry.top_k > geometry.routed_experts:
         raise UpcycleError(
@@ -318,10 +319,13 @@ def _default_shared(recipe: Recipe, target: str) -> int:
     token needs are better not routed (methods compared in docs and papers agree)."""
     if recipe.copies or TARGETS[target].routing.shared_gate is None:
         return 0
-    return max(0, min(max(1, recipe.experts // 8), recipe.experts - recipe.top_k))
+    to_route = max(recipe.top_k, TARGETS[target].min_experts)
+    return max(0, min(max(1, recipe.experts // 8), recipe.experts - to_route))
 
 
-def _combine(recipe: Recipe, geometry: Geometry, target: str) -> Combine:
+def _combine(
+    recipe: Recipe, geometry: Geometry, target: str, targets: Mapping[str, str]
+) -> Combine:
     """Copies are averaged. But when a token gets one copy only, renormalised weights are constant
     and the router would get no gradient; where the target allows, its weights stay plain."""
     if not recipe.copies:
@@ -329,10 +333,15 @@ def _combine(recipe: Recipe, geometry: Geometry, target: str) -> Combine:
     if geometry.top_k > geometry.granularity or recipe.allow_frozen_router:
         return "mean"
     if TARGETS[target].routing.renormalises == "always":
+        plain = [
+            t for t in targets if not targets[t] and TARGETS[t].routing.renormalises != "always"
+        ]
+        best = min(plain, key=lambda t: TARGETS[t].copy_rank, default="")
+        choose = f"choose --target {best}, " if best else ""
         raise UpcycleError(
             f"--top-k {geometry.top_k} gives each token one copy, and {target} always renormalises "
-            "its weights, so the router would get no gradient: raise --top-k, choose --target "
-            "qwen2_moe, or pass --allow-frozen-router"
+            f"its weights, so the router would get no gradient: raise --top-k, {choose}or pass "
+            "--allow-frozen-router"
         )
     return "sum"
 
@@ -383,8 +392,12 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UpcycleError(f"--device {name!r} is not a device: give auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UpcycleError(f"--device {name}: torch sees no CUDA device here")
+    if device.type not in ("cpu", "cuda"):
+        raise UpcycleError(f"--device {name!r} is not supported: give auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UpcycleError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here"
+        )
     return device
 
 
@@ -416,11 +429,11 @@ def _check_text(plan: Plan) -> None:
     check_text(plan.recipe.calibration)
 
 
-def _check_out(plan: Plan, out: Path, *, overwrite: bool, resume: bool) -> None:
+def _check_out(plan: Plan, out: Path, *, overwrite: bool) -> None:
     if out.is_file():
         raise UpcycleError(f"-o {out} is a file: give a folder")
     source = plan.source.folder.resolve()
-    if source == out.resolve() or out.resolve() in source.parents:
+    if source == out or out in source.parents:
         raise UpcycleError(f"-o {out} holds the source: give another folder")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
@@ -429,9 +442,9 @@ def _check_out(plan: Plan, out: Path, *, overwrite: bool, resume: bool) -> None:
             raise UpcycleError(
                 f"-o {out} was not written by upcycle, so --overwrite leaves it alone"
             )
-    if resume and not partial_folder(out).exists():
-        return
-    existing = next(p for p in [out, *out.resolve().parents] if p.exists())
+    existing = next(p for p in out.parents if p.exists())
+    if not existing.is_dir():
+        raise UpcycleError(f"-o {out}: {existing} is a file: give another folder")
     if not os.access(existing, os.W_OK):
         raise UpcycleError(f"-o {out}: {existing} is not writable")
     free = shutil.disk_usage(existing).free

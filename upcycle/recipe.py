@@ -20,6 +20,8 @@ from pydantic import (
 from upcycle.errors import UpcycleError
 from upcycle.registry import suggest
 
+PLUG_INS = ("method", "split", "shared_by", "router")
+"""The fields that are a `Choice`."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
@@ -36,6 +38,8 @@ class Choice(BaseModel):
 
 
 def _as_choice(value: Any) -> Any:
+    if not isinstance(value, str | Mapping | Choice | None):
+        raise ValueError("give a method's name, or a mapping of its name and parameters")
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -43,18 +47,20 @@ def _as_layers(value: Any) -> Any:
     """`none`, `0,1,29`, a number or a list."""
     if value in ("none", "", None):
         return ()
-    if isinstance(value, int):
-        return (value,)
-    if isinstance(value, str):
-        return tuple(sorted({int(part) for part in value.split(",")}))
-    return tuple(sorted(set(value)))
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    if not all(str(part).strip().isdecimal() for part in parts):
+        raise ValueError("give layers such as 0,1,29, or none")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def _as_bytes(value: Any) -> Any:
     """`5GB` as a number of bytes."""
-    match = SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
+    if not isinstance(value, str):
         return value
+    match = SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("give a size such as 5GB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
@@ -92,7 +98,7 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
     max_shard_size: Annotated[PositiveInt, BeforeValidator(_as_bytes)] = 5 * 1000**3
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     check: Literal["fast", "full", "none"] = "fast"
 
     @property
@@ -130,12 +136,13 @@ def load_recipe(
     path = _find(recipe)
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UpcycleError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise UpcycleError(f"{path} is not a mapping of settings to values")
     fields.setdefault("name", path.stem)
-    for key, value in (overrides or {}).items():
+    # A method first, then its parameters, in whichever order they were given.
+    for key, value in sorted((overrides or {}).items(), key=lambda item: "." in item[0]):
         _override(fields, key, value)
     return _validate(
         fields, str(path) if path.suffix and str(recipe) == str(path) else "the request"
@@ -155,15 +162,17 @@ def _find(recipe: str | Path) -> Path:
 
 
 def _override(fields: dict[str, Any], key: str, value: Any) -> None:
-    key, _, parameter = key.partition(".")
-    if parameter:
-        default = Recipe.model_fields[key].default if key in Recipe.model_fields else None
-        current = _as_choice(fields.get(key)) or (default.model_dump() if default else None)
-        if not isinstance(current, dict):
-            raise UpcycleError(f"--set {key}.{parameter}: name the {key} itself first")
-        fields[key] = current | {parameter: value}
-    else:
+    name, dot, parameter = key.partition(".")
+    if not dot:
         fields[key] = value
+        return
+    if name not in PLUG_INS:
+        raise UpcycleError(f"--set {key}: {name!r} has no parameters{suggest(name, PLUG_INS)}")
+    default = Recipe.model_fields[name].default
+    current = _as_choice(fields.get(name)) or (default.model_dump() if default else None)
+    if not isinstance(current, dict):
+        raise UpcycleError(f"--set {key}: name the {name} itself first, by --{name} or in a recipe")
+    fields[name] = current | {parameter: value}
 
 
 def _validate(fields: Mapping[str, Any], where: str) -> Recipe:

@@ -33,7 +33,7 @@ class Conversion:
 
 def versions() -> dict[str, str]:
     """What a bug report needs to name."""
-    packages = ("torch", "transformers", "safetensors", "numpy", "scikit-learn")
+    packages = ("torch", "transformers", "safetensors", "numpy", "scipy")
     return {
         "upcycle": version("upcycle"),
         "python": platform.python_version(),

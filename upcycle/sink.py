@@ -150,31 +150,34 @@ class Workspace:
         self.folder = partial_folder(out)
         self.resume = resume
         self.records: dict[str, dict[str, Any]] = {}
-        if self.folder.exists() and resume:
-            self.records = self._read_journal(fingerprint)
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UpcycleError(f"can't write beside {out}: {error.strerror}") from error
-        if not self.records:
-            self._append({"fingerprint": fingerprint})
-
-    def _read_journal(self, fingerprint: str) -> dict[str, dict[str, Any]]:
-        journal = self.folder / JOURNAL
-        lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
-        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        entries = self._read_journal() if resume else []
         if not entries:
-            return {}
-        if entries[0]["fingerprint"] != fingerprint:
+            self._begin(fingerprint)
+        elif entries[0]["fingerprint"] != fingerprint:
             raise UpcycleError(
                 f"{self.folder} was begun with another source, recipe or version: repeat that "
                 "request, or drop --resume to start anew"
             )
-        # A line cut short by a kill must not run into the next one.
-        journal.write_text("".join(line for line in lines if line.endswith("\n")))
-        return {entry["unit"]: entry["record"] for entry in entries[1:]}
+        self.records |= {entry["unit"]: entry["record"] for entry in entries[1:]}
+
+    def _begin(self, fingerprint: str) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UpcycleError(f"can't write beside {self.out}: {error.strerror}") from error
+        self._append({"fingerprint": fingerprint})
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """The entries of an earlier run."""
+        journal = self.folder / JOURNAL
+        lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole != lines:
+            # A line cut short by a kill must not run into the next one.
+            journal.write_text("".join(whole))
+        return [json.loads(line) for line in whole]
 
     def done(self, unit: str, record: dict[str, Any]) -> None:
         """Note that all tensors of a unit are on disk."""
@@ -187,16 +190,15 @@ class Workspace:
 
     def publish(self, *, overwrite: bool) -> None:
         """Make the folder OUT, in place of a former OUT if that is to be overwritten."""
-        (self.folder / JOURNAL).unlink()
-        former = None
+        former = self.out.with_name(f".{self.out.name}.former")
         if self.out.exists():
             if not overwrite and any(self.out.iterdir()):
                 raise UpcycleError(f"{self.out} appeared while converting: pass --overwrite")
-            former = self.out.with_name(f".{self.out.name}.former")
+            shutil.rmtree(former, ignore_errors=True)
             self.out.rename(former)
+        (self.folder / JOURNAL).unlink()
         self.folder.rename(self.out)
-        if former is not None:
-            shutil.rmtree(former)
+        shutil.rmtree(former, ignore_errors=True)
 
     def abandon(self) -> None:
         """Leave nothing behind, unless the run can be resumed."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +27,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# What transformers raises on a config whose fields are wrong.
+CONFIG_ERRORS = (
+    ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError,
+)  # fmt: skip
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -49,6 +54,7 @@ class DenseSource:
     arch: Architecture
     tensors: Mapping[str, TensorInfo]
     revision: str | None = None
+    """The commit of a hub id."""
     temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
     """Holds the dequantised weights of a GGUF file for as long as the source lives."""
 
@@ -119,7 +125,7 @@ def open_source(model: str, *, revision: str | None = None) -> DenseSource:
     if folder is None:
         return _open_gguf(model, Path(model).expanduser())
     local = Path(model).expanduser().is_dir()
-    return _open_folder(model, folder, revision=None if local else revision or folder.name)
+    return _open_folder(model, folder, revision=None if local else folder.name)
 
 
 def model_folder(
@@ -133,6 +139,8 @@ def model_folder(
     `accept` may raise on the config of a hub id before its weights are fetched.
     """
     path = Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise UpcycleError(f"--revision {revision} goes with a hub id, but {model} is a local path")
     if path.is_dir():
         return path
     if path.is_file():
@@ -172,8 +180,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UpcycleError(f"{path} has no model_type, so it is not a transformers model")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except CONFIG_ERRORS as error:
+        reason = " ".join(str(error).split())
         raise UpcycleError(f"{path} is not a config that transformers reads: {reason}") from error
     return config
 
@@ -313,7 +321,9 @@ def _open_gguf(label: str, path: Path) -> DenseSource:
             state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
             save_file(state, Path(temporary.name) / SINGLE, metadata={"format": "pt"})
             AutoTokenizer.from_pretrained(**place).save_pretrained(temporary.name)
-    except (ValueError, KeyError, OSError, IndexError, AttributeError) as error:
+    except UpcycleError:
+        raise
+    except Exception as error:  # readers of corrupt files raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(
             f"{label} is not a GGUF file that transformers reads: {reason}"

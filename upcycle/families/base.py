@@ -38,6 +38,9 @@ class DenseFamily:
     ANY they never do."""
     extra: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """Config fields in the common vocabulary that the source spells differently."""
+    partial_rotary: bool = False
+    """Whether its class reads `partial_rotary_factor`; the others rotate whole heads whatever it
+    says."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
 
@@ -127,6 +130,11 @@ def _traits(
         trait = Trait.SLIDING_WINDOW if len(kinds) == 1 else Trait.MIXED_WINDOW
         traits[trait] = f"sliding_window={fields['sliding_window']}"
     rotary = fields["rope_parameters"].get("partial_rotary_factor", 1.0)
+    if rotary != 1.0 and not family.partial_rotary:
+        raise UpcycleError(
+            f"config.json sets partial_rotary_factor={rotary}, which transformers' {family.name} "
+            "ignores, so what the model computes is not clear: remove it"
+        )
     if rotary != 1.0:
         traits[Trait.PARTIAL_ROTARY] = f"partial_rotary_factor={rotary}"
     scale = fields["attention_multiplier"]
@@ -172,6 +180,10 @@ REASONS = {
     "t5": "is an encoder-decoder, and no native MoE hosts its gated FFN",
 }
 
+MOE_BY_ANOTHER_NAME = set(
+    "mixtral dbrx flex_olmo gpt_oss deepseek_v2 deepseek_v3 jamba qwen3_next llama4_text".split()
+)
+
 
 def unsupported_reason(model_type: str) -> str:
     known = ", ".join(sorted(FAMILIES))
@@ -179,7 +191,7 @@ def unsupported_reason(model_type: str) -> str:
         return (
             f"{model_type} can't become a native MoE: it {REASONS[model_type]} (supported: {known})"
         )
-    if "moe" in model_type or model_type in ("mixtral", "olmoe", "dbrx"):
+    if "moe" in model_type or model_type in MOE_BY_ANOTHER_NAME:
         return f"the source is a {model_type} model, which is a Mixture-of-Experts already"
     return (
         f"model_type {model_type!r} is not a dense family that upcycle knows (supported: {known})"

@@ -29,6 +29,7 @@ FAMILIES.add(
         "phi3",
         # Dropouts act in training only; the original length also stands in rope_parameters.
         inert={"resid_pdrop": ANY, "embd_pdrop": ANY, "original_max_position_embeddings": ANY},
+        partial_rotary=True,
         rewrite=rewrite,
     ),
 )

@@ -23,7 +23,7 @@ from upcycle.types import LayerActivations
 class RepresentativeParams(Params):
     tokens: PositiveInt = 4096
     """Length of the profiles that representatives are picked by."""
-    strength: PositiveFloat = 0.01
+    strength: PositiveFloat = 0.1
     """λ of the regression, over the mean second moment of x."""
 
 

@@ -1,8 +1,9 @@
 """Ridge: predict from x how much each expert matters.
 
 An expert's energy on a token is the sum of h² |down|² over its neurons. The rows are the ridge
-regression of its square root, less the token's mean over experts (which no selection can see).
-Closed form, from xᵀx and xᵀy.
+regression of its square root, in closed form from xᵀx and xᵀy. A token's mean over experts is
+taken out first: no selection can see it, and without it the logits are smaller, so that bfloat16
+rounds them less.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from upcycle.types import LayerActivations
 
 
 class RidgeParams(Params):
-    strength: PositiveFloat = 0.01
+    strength: PositiveFloat = 0.1
     """λ over the mean second moment of x."""
 
 

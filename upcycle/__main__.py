@@ -1,0 +1,5 @@
+"""`python -m upcycle`, also for `accelerate launch -m upcycle`."""
+
+from upcycle.cli import main
+
+main()
