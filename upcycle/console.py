@@ -193,12 +193,13 @@ def _verdict(conversion: "Conversion") -> str:
         return "The function is unchanged; train it further so that the copies come to differ."
     if plan.recipe.copies:
         return f"Perplexity is {ratio:.2f} × the dense model's until the new neurons are trained."
+    first = "" if 0 in plan.spec.dense_layers else ", keep the first layer dense (--keep-dense 0)"
     if ratio <= 1.1:
         return f"The split costs {100 * (ratio - 1):.1f} % of perplexity."
     return (
         f"[bold yellow]The split costs much: perplexity is {ratio:.2f} × the dense model's.[/] "
-        "To lose less, raise --top-k or --shared-experts, cut finer with more --experts, keep the "
-        "first layer dense (--keep-dense 0); or train the result further."
+        f"To lose less, raise --top-k or --shared-experts, cut finer with more --experts{first}; "
+        "or train the result further."
     )
 
 

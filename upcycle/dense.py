@@ -71,14 +71,20 @@ class HiddenStream:
         block.load_state_dict(
             {k: v.to(self.device, self.dtype) for k, v in weights.items()}, assign=True
         )
-        seen: list[Tensor] = []
-        hook = block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        tokens = sum(hidden_bLD[..., 0].numel() for hidden_bLD in self.hidden)
+        x_TD = torch.empty(tokens, self.hidden[0].shape[-1], device=self.device, dtype=self.dtype)
+        room = iter(x_TD.split(self.hidden[0][..., 0].numel()))
+
+        def keep_input(_: nn.Module, args: tuple[Tensor]) -> None:
+            next(room).copy_(args[0].flatten(0, 1))
+
+        hook = block.mlp.register_forward_pre_hook(keep_input)
         for i, hidden_bLD in enumerate(self.hidden):
             out = block(hidden_bLD, **self._arguments(layer, len(hidden_bLD)))
             self.hidden[i] = out[0] if isinstance(out, tuple) else out
         hook.remove()
         block.to("meta")
-        return torch.cat([x_bLD.flatten(0, 1) for x_bLD in seen])
+        return x_TD
 
     def _arguments(self, layer: int, batch: int) -> dict[str, Any]:
         """What transformers called the layer with; the last batch may be the shorter one."""

@@ -146,7 +146,7 @@ def make_plan(
     if recipe.shared_experts is None:
         geometry = _geometry(recipe, shared=_default_shared(recipe, target))
         _check_geometry(geometry, recipe, source.arch.intermediate_size)
-    combine = _combine(recipe, geometry, target, targets)
+    combine = _combine(recipe, target, targets)
     size = geometry.expert_size(source.arch.intermediate_size)
     spec = MoESpec(
         geometry=geometry,
@@ -310,8 +310,21 @@ def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
     if not reachable_names:
         reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
         raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")
+    if _router_needs_plain_weights(recipe):
+        reachable_names = [n for n in reachable_names if _plain_weights(n)] or reachable_names
     rank = "copy_rank" if recipe.copies else "split_rank"
     return min(reachable_names, key=lambda name: int(getattr(TARGETS[name], rank)))
+
+
+def _router_needs_plain_weights(recipe: Recipe) -> bool:
+    """When a token gets one copy only, renormalised weights are constant, and the router would
+    get no gradient."""
+    one_copy = recipe.copies and recipe.top_k == recipe.granularity
+    return one_copy and not recipe.allow_frozen_router
+
+
+def _plain_weights(target: str) -> bool:
+    return TARGETS[target].routing.renormalises == "optional"
 
 
 def _default_shared(recipe: Recipe, target: str) -> int:
@@ -323,23 +336,17 @@ def _default_shared(recipe: Recipe, target: str) -> int:
     return max(0, min(max(1, recipe.experts // 8), recipe.experts - to_route))
 
 
-def _combine(
-    recipe: Recipe, geometry: Geometry, target: str, targets: Mapping[str, str]
-) -> Combine:
-    """Copies are averaged. But when a token gets one copy only, renormalised weights are constant
-    and the router would get no gradient; where the target allows, its weights stay plain."""
+def _combine(recipe: Recipe, target: str, targets: Mapping[str, str]) -> Combine:
+    """A split is a sum, copies are averaged, unless their router needs plain weights."""
     if not recipe.copies:
         return "sum"
-    if geometry.top_k > geometry.granularity or recipe.allow_frozen_router:
+    if not _router_needs_plain_weights(recipe):
         return "mean"
-    if TARGETS[target].routing.renormalises == "always":
-        plain = [
-            t for t in targets if not targets[t] and TARGETS[t].routing.renormalises != "always"
-        ]
-        best = min(plain, key=lambda t: TARGETS[t].copy_rank, default="")
-        choose = f"choose --target {best}, " if best else ""
+    if not _plain_weights(target):
+        others = [name for name, why in targets.items() if not why and _plain_weights(name)]
+        choose = f"choose --target {' or '.join(others)}, " if others else ""
         raise UpcycleError(
-            f"--top-k {geometry.top_k} gives each token one copy, and {target} always renormalises "
+            f"--top-k {recipe.top_k} gives each token one copy, and {target} always renormalises "
             f"its weights, so the router would get no gradient: raise --top-k, {choose}or pass "
             "--allow-frozen-router"
         )
@@ -430,7 +437,7 @@ def _check_text(plan: Plan) -> None:
 
 
 def _check_out(plan: Plan, out: Path, *, overwrite: bool) -> None:
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise UpcycleError(f"-o {out} is a file: give a folder")
     source = plan.source.folder.resolve()
     if source == out or out in source.parents:

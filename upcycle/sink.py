@@ -165,9 +165,10 @@ class Workspace:
             shutil.rmtree(self.folder)
         try:
             self.folder.mkdir(parents=True)
+            self._append({"fingerprint": fingerprint})
         except OSError as error:
+            self.abandon()
             raise UpcycleError(f"can't write beside {self.out}: {error.strerror}") from error
-        self._append({"fingerprint": fingerprint})
 
     def _read_journal(self) -> list[dict[str, Any]]:
         """The entries of an earlier run."""
@@ -196,8 +197,13 @@ class Workspace:
                 raise UpcycleError(f"{self.out} appeared while converting: pass --overwrite")
             shutil.rmtree(former, ignore_errors=True)
             self.out.rename(former)
-        (self.folder / JOURNAL).unlink()
-        self.folder.rename(self.out)
+        try:
+            (self.folder / JOURNAL).unlink()
+            self.folder.rename(self.out)
+        except BaseException:
+            if former.exists():
+                former.rename(self.out)
+            raise
         shutil.rmtree(former, ignore_errors=True)
 
     def abandon(self) -> None:

@@ -1,0 +1,64 @@
+"""Fixtures that every test file may use."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_dense
+from transformers.utils import logging
+
+import upcycle
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    """Makes a tiny dense checkpoint, once per session and options; leave its folder as it is."""
+    made = {}
+
+    def make(family: str = "llama", *, dtype=torch.float32, shards=None, **fields) -> Path:
+        key = json.dumps([family, str(dtype), shards, fields], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"dense-{family}-")
+            made[key] = make_dense(folder, family, dtype=dtype, shards=shards, **fields)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file of random letters to calibrate on, enough for 8192 of the tiny models' tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz .,\n", k=9000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory, text):
+    """Converts a source by the quickest methods and without the check, once per session and
+    settings; leave its folder as it is."""
+    quick = {
+        "split": "random",
+        "router": "normal",
+        "calibration": str(text),
+        "calibration_tokens": 256,
+        "seq_len": 64,
+        "check": "none",
+    }
+    made = {}
+
+    def convert(source: Path, **settings) -> Path:
+        key = json.dumps([str(source), settings], sort_keys=True)
+        if key not in made:
+            out = tmp_path_factory.mktemp("moe") / "out"
+            upcycle.convert(str(source), out, **(quick | settings))
+            made[key] = out
+        return made[key]
+
+    return convert

@@ -1,0 +1,142 @@
+"""What a converted model must compute, worked out here without upcycle.
+
+Every quantity is compared as `gap`: the largest difference of any logit over the logits' standard
+deviation.
+"""
+
+import functools
+import json
+from contextlib import contextmanager
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+TOLERANCE = {"mean": 2e-5, "sum": 5e-3}
+"""The largest gap of a float32 model. A mean of copies leaves rounding; a sum of experts leaves an
+error of the order of its router's temperature, 1e-4, too, which every layer adds to."""
+
+NOISE = 4.0
+"""The largest gap below float32, in units of what rounding does to the dense model itself."""
+
+MUTATED = 0.5
+"""The least gap of a model with one mistake in it: far beyond every tolerance."""
+
+ALWAYS_RENORMALISES = {"mixtral", "granitemoeshared"}
+"""Their K selected experts share weight 1 whatever K is, so a split's gain is K; elsewhere each
+expert's weight does not depend on K."""
+
+TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+"""Longer than the windows of the tiny models."""
+
+
+def load(folder, dtype=torch.float32, **overrides):
+    """The folder's model by plain transformers; fails unless every tensor finds its place."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, local_files_only=True, **overrides
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not info[kind], f"{kind}: {info[kind]}"
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, tokens=TOKENS):
+    return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+@functools.cache
+def dense_logits(folder, dtype=torch.float32):
+    """Of a source, which no test changes."""
+    return logits(load(folder, dtype))
+
+
+def gap(actual, expected):
+    return float((actual - expected).abs().max() / expected.std())
+
+
+def noise(folder, dtype):
+    """What the dtype's rounding does to the dense model in the folder."""
+    return gap(dense_logits(folder, dtype), dense_logits(folder))
+
+
+def load_all_on(folder, dtype=torch.float32):
+    """The split in the folder with all its routed experts selected, each with weight 1."""
+    config = read_json(folder / "config.json")
+    routed = read_json(folder / "upcycle.json")["plan"]["routed_experts"]
+    model = load(folder, dtype, num_experts_per_tok=routed)
+    if config["model_type"] in ALWAYS_RENORMALISES:
+        for stacked in experts(model):
+            stacked.down_proj.data *= routed / config["num_experts_per_tok"]
+    return model
+
+
+def routers(model):
+    """Layer by layer. Called, each returns (logits, weights, indices of the selected experts)."""
+    return [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+
+
+def experts(model):
+    """Layer by layer, with gate_up_proj [E, 2 M, D] and down_proj [E, D, M]."""
+    return [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+
+
+def moe_layers(folder):
+    """The folder's record of each converted layer."""
+    return [layer for layer in read_json(folder / "upcycle.json")["layers"] if not layer["dense"]]
+
+
+@contextmanager
+def selections(model):
+    """Collects which experts the router of each MoE layer selects [T, K], during the context."""
+    seen = [None] * len(routers(model))
+    hooks = [
+        router.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out[2]))
+        for i, router in enumerate(routers(model))
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
+    """The dense model's logits when each token's FFN is the unweighted sum of the shared neurons
+    and of the experts that the converted model selected for it.
+
+    Neurons that belong to no such expert are silenced where they enter the dense down_proj.
+    """
+    hooks = []
+    for record, selected_TK in zip(moe_layers(folder), selected, strict=True):
+        mask_TF = active_neurons(folder, record["permutation"], selected_TK)
+
+        def silence(_, args, mask_TF=mask_TF):
+            (h_BLF,) = args
+            return (h_BLF * mask_TF.view_as(h_BLF).to(h_BLF.dtype),)
+
+        mlp = dense.model.layers[record["layer"]].mlp
+        hooks.append(mlp.down_proj.register_forward_pre_hook(silence))
+    result = logits(dense, tokens)
+    for hook in hooks:
+        hook.remove()
+    return result
+
+
+def active_neurons(folder, permutation, selected_TK):
+    """1 for the neurons that count, 0 for the others [T, F]."""
+    plan = read_json(folder / "upcycle.json")["plan"]
+    shared = plan["shared_experts"] * plan["expert_size"]
+    experts_EM = torch.tensor(permutation[shared:]).view(-1, plan["expert_size"])
+    mask_TF = torch.zeros(len(selected_TK), len(permutation))
+    mask_TF[:, permutation[:shared]] = 1
+    return mask_TF.scatter(1, experts_EM[selected_TK].flatten(1), 1)
+
+
+def weights(folder):
+    """All tensors of the folder's safetensors files."""
+    return {
+        k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()
+    }
+
+
+def read_json(path):
+    return json.loads(path.read_text())

@@ -1,0 +1,290 @@
+"""Calibration text: every source of it, packed without padding, and every way it can be wrong."""
+
+import itertools
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import upcycle
+from upcycle import UpcycleError, calibrate, conversion
+from upcycle.calibrate import calibration_tokens
+from upcycle.source import open_source
+
+EOS = 257
+TEXTS = ["first document", "", "zweites Dokument: äöü", "line\u2028separator"]
+
+
+@pytest.fixture
+def tiny(dense):
+    return open_source(str(dense()))
+
+
+def tokens(source, text, sequences=2, seq_len=8, seed=0):
+    return calibration_tokens(source, str(text), sequences, seq_len, seed)
+
+
+def packed(source, texts) -> list[int]:
+    """The texts' tokens, an end-of-sequence token after each."""
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    return [token for text in texts for token in [*tokenizer.encode(text), EOS]]
+
+
+def refusal(source, text, **sizes) -> str:
+    with pytest.raises(UpcycleError) as caught:
+        tokens(source, text, **sizes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+# --- builtin ---------------------------------------------------------------------------------
+
+
+def test_builtin_is_the_same_every_time(tiny):
+    first = tokens(tiny, "builtin", 4, 64)
+    assert torch.equal(first, tokens(tiny, "builtin", 4, 64))
+    assert not torch.equal(first, tokens(tiny, "builtin", 4, 64, seed=1))
+    assert first.shape == (4, 64)
+
+
+def test_builtin_holds_prose_and_code():
+    documents = list(itertools.islice(calibrate._builtin(0), 40))
+    code = [text for text in documents if "    def " in text or "    return " in text]
+    prose = [text for text in documents if text.count(". ") + text.count(".\n") > 3]
+    assert len(code) > 10
+    assert len(prose) > 10
+
+
+def test_builtin_is_enough_for_the_default_and_the_full_check(tiny):
+    wanted = 32768 + 16384
+    assert tokens(tiny, "builtin", wanted // 512, 512).numel() == wanted
+    assert sum(map(len, calibrate._builtin(0))) > 16 * wanted
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_text_is_packed_without_padding(tiny, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("0123456789" * 3)
+    expected = packed(tiny, ["0123456789" * 3])
+    found = tokens(tiny, path, 3, 10)
+    assert found.shape == (3, 10)
+    assert found.flatten().tolist() == expected[:30]
+
+
+def test_jsonl_documents_are_joined_by_end_of_sequence(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "id": 1} for text in TEXTS])
+    path.write_text(path.read_text() + "\n")  # a blank line
+    expected = packed(tiny, TEXTS)
+    sequences = len(expected) // 8
+    assert tokens(tiny, path, sequences).flatten().tolist() == expected[: 8 * sequences]
+
+
+def test_parquet_documents_are_joined_likewise(tiny, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", text=[*TEXTS, None], n=[1] * 5)
+    expected = packed(tiny, [text for text in TEXTS if text])
+    sequences = len(expected) // 8
+    assert tokens(tiny, path, sequences).flatten().tolist() == expected[: 8 * sequences]
+
+
+def test_exactly_enough_text_is_enough(tiny, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 15)  # and the end-of-sequence token
+    assert tokens(tiny, path).shape == (2, 8)
+    path.write_text("x" * 14)
+    assert refusal(tiny, path) == (
+        f"calibration text {str(path)!r} holds 15 tokens, but 16 are needed (check included): "
+        "lower --calibration-tokens, or give more text"
+    )
+
+
+def test_only_as_much_is_read_as_needed(tiny, monkeypatch):
+    def endless(text, seed):
+        yield "0123456789"
+        yield "0123456789"
+        pytest.fail("a third document was read")
+
+    monkeypatch.setattr(calibrate, "_documents", endless)
+    assert tokens(tiny, "builtin", 2, 8).shape == (2, 8)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_text_in_another_encoding(tiny, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes("ä".encode("latin-1") * 100)
+    assert refusal(tiny, path).startswith(f"{path} is not UTF-8 text (")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{text: 1}", "is not JSON"),
+        ('{"content": "x"}', 'has no "text" string'),
+        ('{"text": 5}', 'has no "text" string'),
+        ('"text"', 'has no "text" string'),
+    ],
+)
+def test_jsonl_line_that_is_wrong(tiny, tmp_path, line, words):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    assert refusal(tiny, path).startswith(f"{path}, line 2, {words}")
+
+
+def test_parquet_that_is_wrong(tiny, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", content=["x"], n=[1])
+    assert refusal(tiny, path) == f'{path} has no column "text" (it has content, n)'
+    write_parquet(path, text=[1, 2])
+    assert refusal(tiny, path) == f'{path}: column "text" holds int64, not strings'
+    path.write_bytes(b"PAR1 no")
+    assert refusal(tiny, path).startswith(f"{path} is not a parquet file: ")
+
+
+def test_empty_files(tiny, tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text("")
+        assert "tokens, but 16 are needed" in refusal(tiny, tmp_path / name)
+    empty = write_parquet(tmp_path / "a.parquet", text=pyarrow.array([], pyarrow.string()))
+    assert "holds 0 tokens, but 16 are needed" in refusal(tiny, empty)
+
+
+# --- hf: -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset folder with two splits and two columns of text."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = [
+            {"text": f"{split} text {i}", "body": f"{split} body {i}", "n": i} for i in range(9)
+        ]
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begins"),
+    [
+        ("", "train text 0"),
+        (":test", "test text 0"),
+        (":test:body", "test body 0"),
+        ("::body", "train body 0"),
+    ],
+)
+def test_dataset_split_and_column(tiny, dataset, suffix, begins):
+    found = tokens(tiny, f"hf:{dataset}{suffix}", 2, 12).flatten().tolist()
+    expected = packed(tiny, [begins])
+    assert found[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    ("suffix", "words"),
+    [
+        (":train:txt", "has no column 'txt' (it has text, body, n)"),
+        (":train:n", "column 'n' holds int, not strings"),
+        (":dev", "can't be loaded: "),
+    ],
+)
+def test_dataset_that_is_wrong(tiny, dataset, suffix, words):
+    sentence = refusal(tiny, f"hf:{dataset}{suffix}")
+    assert sentence.startswith(f"hf:{dataset}")
+    assert words in sentence
+
+
+def test_dataset_that_does_not_exist(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert refusal(tiny, f"hf:{tmp_path}/none").startswith(f"hf:{tmp_path}/none can't be loaded: ")
+
+
+def test_dataset_while_the_network_fails(tiny, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no route to host\nmore")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    assert refusal(tiny, "hf:org/name") == "hf:org/name can't be loaded: no route to host"
+
+
+# --- self ------------------------------------------------------------------------------------
+
+
+def test_self_is_drawn_from_the_model(tiny):
+    found = tokens(tiny, "self", 3, 16)
+    assert found.shape == (3, 16)
+    assert (found[:, 0] == 256).all()
+    assert torch.equal(found, tokens(tiny, "self", 3, 16))
+    assert not torch.equal(found, tokens(tiny, "self", 3, 16, seed=1))
+    assert len({tuple(row) for row in found.tolist()}) == 3
+
+
+def test_self_leaves_the_random_state_alone(tiny):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tokens(tiny, "self", 1, 8)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# --- the tokenizer ---------------------------------------------------------------------------
+
+
+def test_tokens_outside_the_vocabulary(dense):
+    small = open_source(str(dense(vocab_size=100, bos_token_id=None, eos_token_id=None)))
+    sentence = refusal(small, "builtin")
+    assert sentence.startswith(f"the tokenizer in {small.folder} makes token ")
+    assert sentence.endswith("but vocab_size is 100: it belongs to another model")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"a": 1}', '{"model": {"type": "bogus"}, "added_tokens": []}']
+)
+def test_tokenizer_that_is_corrupt(dense, tmp_path, content):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in dense().iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text(content)
+    sentence = refusal(open_source(str(folder)), "builtin")
+    assert sentence.startswith(f"{folder} holds no tokenizer that transformers reads")
+
+
+# --- what is held back -----------------------------------------------------------------------
+
+
+def test_held_back_tokens_are_not_among_the_fitted(dense, tmp_path, monkeypatch):
+    seen = {}
+    stream = conversion.HiddenStream
+
+    def spy_on_stream(config, embed_VD, fit_BL, device):
+        seen["fit"] = fit_BL
+        return stream(config, embed_VD, fit_BL, device)
+
+    def spy_on_check(plan, folder, held_BL, progress):
+        seen["held"] = held_BL
+
+    monkeypatch.setattr(conversion, "HiddenStream", spy_on_stream)
+    monkeypatch.setattr(conversion, "run_check", spy_on_check)
+    text = tmp_path / "a.txt"
+    text.write_text("".join(map(chr, range(33, 126))) * 60)
+    sizes = {"calibration_tokens": 200, "seq_len": 64}
+    upcycle.convert(str(dense()), tmp_path / "out", calibration=str(text), **sizes)
+    assert seen["fit"].shape == (3, 64)
+    assert seen["held"].shape == (64, 64)
+    everything = packed(open_source(str(dense())), [text.read_text()])
+    both = torch.cat([seen["fit"], seen["held"]]).flatten().tolist()
+    assert both == everything[: len(both)]

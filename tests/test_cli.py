@@ -1,0 +1,377 @@
+"""The command line: what goes in, what comes out on which stream, and with which exit code."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import typer
+from reference import load
+from typer.testing import CliRunner
+
+import upcycle
+from upcycle import CheckFailed, conversion, planning
+from upcycle.cli import app
+from upcycle.perturb import PERTURBS
+from upcycle.recipe import Recipe, shipped_recipes
+from upcycle.router_init import ROUTERS
+from upcycle.shared_experts import SHARED
+from upcycle.split import SPLITS
+from upcycle.targets import TARGETS
+
+COMMANDS = ["convert", "plan", "inspect", "recipes", "env"]
+QUICK = "--calibration-tokens 64 --seq-len 64 --check none --split contiguous".split()
+TARGET_OF = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen3",
+    "glm4_moe": "llama",
+    "granitemoeshared": "granite",
+    "flex_olmo": "olmo2",
+}
+
+
+def run(*arguments, env=None):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=env or {})
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def report(*arguments, env=None) -> dict:
+    """What a command that succeeds prints with --json: one JSON object, on one line."""
+    result = run(*arguments, "--json", env=env)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.endswith("}\n")
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def error(*arguments, code=2, env=None) -> str:
+    """The one sentence that a command which fails prints, on stderr alone."""
+    result = run(*arguments, env=env)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert sum("error: " in line for line in lines) == 1
+    return lines[-1].removeprefix("error: ")
+
+
+def options(command: str) -> dict[str, typer.core.TyperOption]:
+    click_command = typer.main.get_command(app).commands[command]
+    return {p.opts[0]: p for p in click_command.params if p.param_type_name == "option"}
+
+
+# --- help ------------------------------------------------------------------------------------
+
+
+def test_help_of_every_command_imports_no_torch():
+    program = f"""
+import sys
+from upcycle.cli import app
+for arguments in [[], *([name] for name in {COMMANDS})]:
+    app([*arguments, "--help"], standalone_mode=False)
+heavy = {{"torch", "transformers", "numpy", "yaml"}} & sys.modules.keys()
+sys.exit(f"imported: {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
+
+
+def test_every_command_is_known_here():
+    assert sorted(typer.main.get_command(app).commands) == sorted(COMMANDS)
+
+
+def test_no_arguments_show_the_help():
+    assert "Usage: " in run().output
+
+
+@pytest.mark.parametrize("command", ["convert", "plan"])
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("--method", {"split", "copy", *PERTURBS}),
+        ("--split", {*SPLITS}),
+        ("--router", {*ROUTERS}),
+        ("--shared-by", {*SHARED}),
+        ("--target", {"auto", *TARGETS}),
+    ],
+)
+def test_names_in_the_help_are_the_registered_ones(command, option, names):
+    listed = re.search(r"\w+(?: \| \w+)+", options(command)[option].help).group()
+    assert set(listed.split(" | ")) == names
+
+
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_every_setting_has_an_option_and_a_variable(command):
+    fields = set(Recipe.model_fields) - {"name", "summary", "paper", "departures"}
+    settings = {o.removeprefix("--").replace("-", "_"): p for o, p in options(command).items()}
+    assert fields <= settings.keys()
+    for field in fields - {"allow_frozen_router"}:
+        assert settings[field].envvar == f"UPCYCLE_{field.upper()}"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["experts", "top-k", "granularity", "calibration-tokens", "seq-len", "seed", "max-shard-size"],
+)
+def test_default_in_the_help_is_the_recipes(option):
+    written = re.search(r"\[default: (\w+)\]", options("convert")[f"--{option}"].help).group(1)
+    field = option.replace("-", "_")
+    assert getattr(Recipe(**{field: written}), field) == getattr(Recipe(), field)
+
+
+# --- streams and exit codes ------------------------------------------------------------------
+
+
+def test_convert_prints_one_json_object(dense, tmp_path):
+    made = report("convert", dense(), "-o", tmp_path / "out", *QUICK)
+    assert made["out"] == str(tmp_path / "out")
+    assert made["check"] is None
+    assert load(tmp_path / "out")
+
+
+def test_process_prints_one_json_object_and_leaves_with_0(dense, tmp_path):
+    program = "from upcycle.cli import main; main()"
+    arguments = ["convert", str(dense()), "-o", str(tmp_path / "out"), "--split", "contiguous"]
+    arguments += ["--calibration-tokens", "512", "--json"]
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["check"]["tokens"] == planning.CHECK_TOKENS["fast"]
+    assert done.stderr == ""
+
+
+def test_convert_for_people_names_the_result(dense, tmp_path, monkeypatch):
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    result = run("convert", dense(), "-o", tmp_path / "out", *QUICK, "--check", "fast")
+    assert result.exit_code == 0
+    assert "out loads with AutoModelForCausalLM" in " ".join(result.stdout.split())
+    assert "perplexity" in result.stdout
+    assert "converting layers …" in result.stderr
+
+
+def test_plan_for_people_lists_targets_and_notes(dense):
+    result = run("plan", dense())
+    assert result.exit_code == 0
+    assert all(target in result.stdout for target in TARGETS)
+    assert "note: 24 neurons per expert is no multiple of 64" in result.stderr
+
+
+def test_dry_run_is_plan(dense, tmp_path):
+    request = [dense(), "-o", tmp_path / "out", "--experts", "4", "--set", "seed=3"]
+    assert report("convert", *request, "--dry-run") == report("plan", *request)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_and_convert_take_the_same_options():
+    assert options("convert").keys() - options("plan").keys() == {"--dry-run"}
+    assert options("plan").keys() <= options("convert").keys()
+
+
+def test_bad_input_leaves_with_2(dense):
+    assert error("plan", dense(), "--experts", "5", "--json").endswith("nearest: 4 or 6")
+
+
+def test_convert_without_a_place(dense):
+    assert error("convert", dense()) == "name the folder for the result: -o OUT"
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (CheckFailed("it differs"), "it differs; please report this"),
+        (KeyboardInterrupt(), "interrupted; nothing was left behind"),
+        (MemoryError(), "out of memory: lower --calibration-tokens"),
+        (OSError(28, "No space left on device", "x.safetensors"), "No space left on device: x.s"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_anything_else_leaves_with_1(dense, tmp_path, monkeypatch, raised, sentence):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(conversion, "run", fail)
+    assert error("convert", dense(), "-o", tmp_path / "out", code=1).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--topk", "2"],
+        ["--experts", "many"],
+        ["--experts"],
+        ["--experts", ""],
+        ["--json=yes"],
+        ["extra"],
+        ["--set"],
+    ],
+)
+def test_misspelt_options_leave_with_2(dense, arguments):
+    result = run("plan", dense(), *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_misspelt_option_names_the_nearest(dense):
+    assert "--top-k" in run("plan", dense(), "--topk", "2").stderr
+
+
+def test_misspelt_command_leaves_with_2():
+    assert run("convrt").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--set", "experts"],
+        ["--set", "=3"],
+        ["--set", "experts=[1"],
+        ["--set", "experts=2024-13-45"],
+        ["--set", "experts={a: 1}"],
+        ["--set", "method=[drop]"],
+        ["--set", "keep_dense={a: 1}"],
+        ["--set", "name=[]"],
+        ["--set", "departures=3"],
+        ["--set", ".x=3"],
+        ["--set", "split.=3"],
+        ["--set", "calibration=null"],
+        ["--recipe", ""],
+        ["--recipe", "."],
+        ["--calibration", ""],
+        ["--calibration", "."],
+        ["--device", "cuda:x"],
+        ["--out", "/dev/null"],
+        ["--out", "/dev/null/out"],
+        ["--out", "/"],
+        ["--revision", "v1"],
+        ["--max-shard-size", "-5GB"],
+        ["--keep-dense", "0-2"],
+    ],
+)
+def test_bad_values_are_one_sentence(dense, arguments):
+    assert error("plan", dense(), *arguments)
+
+
+@pytest.mark.parametrize("model", ["", ".", "/", "~", "a/b/c", "https://hub/org/name", "a b", "é"])
+def test_models_that_are_none_are_one_sentence(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in ("plan", "inspect"):
+        assert error(command, model)
+
+
+# --- precedence ------------------------------------------------------------------------------
+
+
+def test_flag_over_variable_over_recipe_over_default(dense, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("experts: 4\ntop_k: 1\nseq_len: 128\n")
+    variables = {"UPCYCLE_EXPERTS": "6", "UPCYCLE_TOP_K": "3", "UPCYCLE_RECIPE": str(recipe)}
+    made = report("plan", dense(), "--experts", "12", env=variables)["recipe"]
+    assert (made["experts"], made["top_k"], made["seq_len"]) == (12, 3, 128)
+    assert made["calibration_tokens"] == Recipe().calibration_tokens
+    assert made["name"] == "mine"
+    other = report("plan", dense(), "--recipe", "default", env=variables)["recipe"]
+    assert (other["name"], other["experts"]) == ("default", 6)
+
+
+def test_set_replaces_any_setting(dense):
+    sets = ["--set", "split.tokens=512", "--set", "keep_dense=[0, 2]", "--set", "experts=4"]
+    recipe = report("plan", dense(), "--experts", "8", *sets)["recipe"]
+    assert recipe["split"] == {"name": "coactivation", "tokens": 512}
+    assert (recipe["keep_dense"], recipe["experts"]) == ([0, 2], 4)
+
+
+def test_parameters_of_a_named_method(dense):
+    method = ["--method", "drop", "--set", "method.ratio=0.25"]
+    assert report("plan", dense(), *method)["recipe"]["method"] == {"name": "drop", "ratio": 0.25}
+
+
+def test_underscores_in_options(dense):
+    made = report("plan", dense(), "--top_k", "3", "--keep_dense", "1", "--shared-by", "rate")
+    assert (made["top_k"], made["dense_layers"]) == (3, [1])
+
+
+def test_typo_in_a_recipe_names_the_nearest_setting(dense, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("expert: 4\n")
+    sentence = error("plan", dense(), "--recipe", recipe)
+    assert sentence.startswith(f"{recipe} has an unknown setting 'expert', did you mean 'experts'?")
+
+
+# --- the other commands ----------------------------------------------------------------------
+
+
+def test_inspect_a_dense_model(dense):
+    facts = report("inspect", dense())
+    assert (facts["kind"], facts["architecture"], facts["layers"]) == ("dense", "llama", 3)
+    assert facts["params_total"] == sum(p.numel() for p in load(dense()).parameters())
+    assert facts["params_ffn"] == 3 * 3 * 48 * 192
+    assert facts["experts_possible"] == [2, 3, 4, 6, 8, 12, 24]
+    assert {name for name, why in facts["targets"].items() if why == "ok"} == {
+        "glm4_moe", "granitemoeshared", "mixtral", "qwen2_moe",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_inspect_a_moe(dense, tmp_path, target):
+    made = upcycle.convert(
+        str(dense(TARGET_OF[target])), tmp_path / "moe", target=target, split="random",
+        calibration_tokens=64, seq_len=64, check="none",
+    ).plan  # fmt: skip
+    facts = report("inspect", tmp_path / "moe")
+    assert (facts["kind"], facts["architecture"], facts["top_k"]) == ("moe", target, 2)
+    assert (facts["experts"], facts["expert_size"]) == (made.geometry.routed_experts, 24)
+    assert facts["params_total"] == made.params_total
+    assert facts["params_active"] == made.params_active
+    assert facts["made_from"] == made.source.label
+    shown = run("inspect", tmp_path / "moe")
+    assert shown.exit_code == 0
+    assert target in shown.stdout
+
+
+def test_inspect_a_moe_whose_record_is_spoilt(dense, tmp_path):
+    upcycle.convert(str(dense()), tmp_path / "moe", method="copy", check="none")
+    (tmp_path / "moe" / "upcycle.json").write_text("{}")
+    assert "upcycle.json is not what upcycle writes" in error("inspect", tmp_path / "moe")
+    (tmp_path / "moe" / "upcycle.json").unlink()
+    assert "made_from" not in report("inspect", tmp_path / "moe")
+
+
+def test_inspect_for_people_names_divisors_and_targets(dense):
+    shown = run("inspect", dense()).stdout
+    assert "2, 3, 4, 6, 8, 12, 24" in shown
+    assert "mixtral" in shown
+
+
+def test_recipes_are_listed(dense):
+    listed = report("recipes")
+    assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
+    names = {*SPLITS, *SHARED, *ROUTERS, *PERTURBS}
+    assert {method["name"] for method in listed["methods"]} == names
+    shown = run("recipes").stdout
+    assert all(name in shown for name in shipped_recipes())
+
+
+def test_recipe_is_printed_as_it_is_stored():
+    path = shipped_recipes()["default"]
+    assert run("recipes", "default").stdout == path.read_text()
+    assert report("recipes", "default")["name"] == "default"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_recipe_that_is_none(flags):
+    assert error("recipes", "defalt", *flags).startswith(
+        "unknown recipe 'defalt', did you mean 'default'?"
+    )
+
+
+def test_env_names_versions():
+    versions = report("env")
+    assert versions["upcycle"] == upcycle.__version__
+    assert {"python", "torch", "transformers", "system", "gpus"} <= versions.keys()
+    assert upcycle.__version__ in run("env").stdout

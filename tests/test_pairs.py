@@ -1,0 +1,484 @@
+"""Every dense family on every target that hosts it: the converted model computes what it must."""
+
+import shutil
+
+import pytest
+import torch
+from models import FAMILIES as FAMILY_FIELDS
+from models import SIZES
+from reference import (
+    ALWAYS_RENORMALISES,
+    MUTATED,
+    NOISE,
+    TOKENS,
+    TOLERANCE,
+    dense_logits,
+    experts,
+    gap,
+    load,
+    load_all_on,
+    logits,
+    moe_layers,
+    naive_sum_logits,
+    noise,
+    read_json,
+    routers,
+    selections,
+    weights,
+)
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING
+
+import upcycle
+from upcycle.errors import UpcycleError
+from upcycle.families import FAMILIES, describe
+from upcycle.targets import TARGETS
+from upcycle.types import Geometry
+
+LLAMA_LIKE = {"qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"}
+HOSTS = {
+    "llama": LLAMA_LIKE,
+    "mistral": {"qwen2_moe", "mixtral"},
+    "qwen2": {"qwen2_moe", "glm4_moe", "granitemoeshared"},
+    "qwen3": {"qwen3_moe", "glm4_moe"},
+    "phi3": {"qwen2_moe", "mixtral"},
+    "gemma": {"granitemoeshared"},
+    "granite": {"granitemoeshared"},
+    "olmo2": {"flex_olmo"},
+}
+SHARED = {"qwen2_moe", "glm4_moe", "granitemoeshared"}
+KEEPS_ANY_DENSE = {"qwen2_moe", "qwen3_moe"}
+SPLIT = {"experts": 8, "top_k": 3}
+COPY = {"method": "copy", "experts": 4, "top_k": 2}
+
+
+def hosts(family):
+    config = CONFIG_MAPPING[family](**(SIZES | FAMILY_FIELDS[family]))
+    arch = describe(config)
+    return {name for name, t in TARGETS.items() if not t.refusal(arch, Geometry(8, 3), ())}
+
+
+PAIRS = [(family, target) for family in sorted(FAMILIES) for target in sorted(hosts(family))]
+FAMILY_OF = {target: family for family, target in reversed(PAIRS)}
+LOW_PRECISION = [torch.bfloat16, torch.float16]
+
+
+def xfail_glm4_moe(target):
+    reason = "the writer refuses glm4_moe's float32 bias from a float32 source"
+    mark = pytest.mark.xfail(reason=reason, strict=True)
+    return pytest.param(target, marks=mark) if target == "glm4_moe" else target
+
+
+pairs = pytest.mark.parametrize(("family", "target"), PAIRS)
+shared_pairs = pytest.mark.parametrize(
+    ("family", "target", "shared"),
+    [(f, t, s) for f, t in PAIRS for s in ((0, 2) if t in SHARED else (0,))],
+)
+targets = pytest.mark.parametrize("target", sorted(TARGETS))
+
+
+def test_each_family_has_its_hosts():
+    assert {family: hosts(family) for family in FAMILIES} == HOSTS
+
+
+class TestSplit:
+    @shared_pairs
+    def test_all_experts_on_is_the_dense_model(self, dense, moe, family, target, shared):
+        out = moe(dense(family), target=target, shared_experts=shared, **SPLIT)
+        assert gap(logits(load_all_on(out)), dense_logits(dense(family))) < TOLERANCE["sum"]
+
+    @shared_pairs
+    def test_is_the_plain_sum_of_the_selected_experts(self, dense, moe, family, target, shared):
+        out = moe(dense(family), target=target, shared_experts=shared, **SPLIT)
+        assert gap(*naive_sum(dense(family), out)) < TOLERANCE["sum"]
+
+    @shared_pairs
+    @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+    def test_below_float32_the_gap_is_rounding(self, dense, moe, family, target, shared, dtype):
+        source = dense(family, dtype=dtype)
+        out = moe(source, target=target, shared_experts=shared, **SPLIT)
+        limit = NOISE * noise(source, dtype)
+        assert gap(logits(load_all_on(out, dtype)), dense_logits(source, dtype)) < limit
+        assert gap(*naive_sum(source, out, dtype)) < limit
+
+    @pairs
+    def test_partition_holds_each_neuron_once(self, dense, moe, family, target):
+        for layer in moe_layers(moe(dense(family), target=target, shared_experts=0, **SPLIT)):
+            assert sorted(layer["permutation"]) == list(range(SIZES["intermediate_size"]))
+
+    @pytest.mark.parametrize("top_k", [1, 6])
+    @pytest.mark.parametrize("target", sorted(set(TARGETS) - ALWAYS_RENORMALISES))
+    def test_top_k_may_change_later(self, dense, moe, target, top_k):
+        source = dense(FAMILY_OF[target])
+        out = moe(source, target=target, shared_experts=0, **SPLIT)
+        assert gap(*naive_sum(source, out, num_experts_per_tok=top_k)) < TOLERANCE["sum"]
+
+
+class TestCopy:
+    @pairs
+    def test_is_the_dense_model(self, dense, moe, family, target):
+        out = moe(dense(family), target=target, **COPY)
+        assert gap(logits(load(out)), dense_logits(dense(family))) < TOLERANCE["mean"]
+
+    @pairs
+    @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+    def test_below_float32_the_gap_is_rounding(self, dense, moe, family, target, dtype):
+        source = dense(family, dtype=dtype)
+        out = moe(source, target=target, **COPY)
+        limit = NOISE * noise(source, dtype)
+        assert gap(logits(load(out, dtype)), dense_logits(source, dtype)) < limit
+
+    @pairs
+    def test_writes_the_dense_models_text(self, dense, moe, family, target):
+        models = load(dense(family)), load(moe(dense(family), target=target, **COPY))
+        settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+        expected, actual = (m.generate(TOKENS[:, :20], **settings) for m in models)
+        assert torch.equal(actual, expected)
+
+    @pytest.mark.parametrize("target", [xfail_glm4_moe(target) for target in sorted(TARGETS)])
+    @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+    def test_stored_in_another_dtype_is_the_dense_model_in_it(self, dense, moe, target, stored):
+        source, dtype = dense(FAMILY_OF[target]), getattr(torch, stored)
+        out = moe(source, target=target, dtype=stored, **COPY)
+        assert read_json(out / "config.json")["dtype"] == stored
+        limit = NOISE * noise(source, dtype)
+        assert gap(logits(load(out, dtype)), dense_logits(source, dtype)) < limit
+
+    @pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
+    def test_of_top_1_is_the_dense_model(self, dense, moe, target):
+        out = moe(dense(), target=target, method="copy", experts=4, top_k=1)
+        assert gap(logits(load(out)), dense_logits(dense())) < TOLERANCE["sum"]
+
+    @pytest.mark.parametrize("target", sorted(ALWAYS_RENORMALISES))
+    def test_of_top_1_is_refused_where_its_router_would_be_frozen(self, dense, target):
+        request = {"method": "copy", "experts": 4, "top_k": 1, "target": target}
+        with pytest.raises(UpcycleError, match="no gradient"):
+            upcycle.plan(str(dense()), **request)
+        assert upcycle.plan(str(dense()), allow_frozen_router=True, **request).combine == "mean"
+
+    @pytest.mark.parametrize("target", sorted(LLAMA_LIKE))
+    @pytest.mark.parametrize(("copies", "granularity", "top_k"), [(2, 2, 4), (4, 2, 4), (4, 3, 6)])
+    def test_granular_copies_are_averaged(self, dense, moe, target, copies, granularity, top_k):
+        grid = {"experts": copies, "granularity": granularity, "top_k": top_k}
+        out = moe(dense(), method="copy", target=target, **grid)
+        assert gap(logits(load(out)), dense_logits(dense())) < TOLERANCE["mean"]
+
+    @pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
+    def test_one_granular_copy_is_summed(self, dense, moe, target):
+        out = moe(dense(), method="copy", experts=2, granularity=2, top_k=2, target=target)
+        assert gap(logits(load(out)), dense_logits(dense())) < TOLERANCE["sum"]
+
+    def test_router_is_not_tempered(self, dense, moe):
+        rows = weights(moe(dense(), target="mixtral", **COPY))
+        name = "model.layers.0.block_sparse_moe.gate.weight"
+        assert rows[name].std() == pytest.approx(0.02, rel=0.2)
+
+
+class TestFiles:
+    @pairs
+    def test_saved_by_transformers_it_is_the_same_model(self, dense, moe, tmp_path, family, target):
+        model = load(moe(dense(family), target=target, shared_experts=0, **SPLIT))
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits(load(tmp_path)), logits(model))
+
+    @pairs
+    def test_names_are_those_that_transformers_saves(self, dense, moe, tmp_path, family, target):
+        out = moe(dense(family), target=target, shared_experts=0, **SPLIT)
+        load(out).save_pretrained(tmp_path)
+        assert set(weights(out)) == set(weights(tmp_path))
+
+    @pairs
+    def test_tied_embeddings_stay_tied(self, dense, moe, family, target):
+        source = dense(family, tie_word_embeddings=True)
+        out = moe(source, target=target, **COPY)
+        assert "lm_head.weight" not in weights(out)
+        model = load(out)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert gap(logits(model), dense_logits(source)) < TOLERANCE["mean"]
+
+    def test_head_of_its_own_is_kept(self, dense, moe):
+        source = dense("gemma", tie_word_embeddings=False)
+        out = moe(source, **COPY)
+        assert "lm_head.weight" in weights(out)
+        assert gap(logits(load(out)), dense_logits(source)) < TOLERANCE["mean"]
+
+    @pytest.mark.parametrize("settings", [SPLIT, COPY], ids=["split", "copy"])
+    def test_sharded_source_gives_the_same_tensors(self, dense, moe, settings):
+        sharded = dense(shards="50KB")
+        assert len(list(sharded.glob("*.safetensors"))) > 2
+        whole, from_shards = (weights(moe(source, **settings)) for source in (dense(), sharded))
+        assert set(whole) == set(from_shards)
+        assert all(torch.equal(whole[name], from_shards[name]) for name in whole)
+
+    @pytest.mark.xfail(reason="tensors lie in the order of the source's files", strict=True)
+    def test_sharded_source_gives_the_same_bytes(self, dense, moe):
+        whole, from_shards = (moe(dense(shards=size), **COPY) for size in (None, "50KB"))
+        name = "model.safetensors"
+        assert (whole / name).read_bytes() == (from_shards / name).read_bytes()
+
+    @targets
+    def test_sharded_output_is_the_same_model(self, dense, moe, target):
+        settings = {"target": target, "shared_experts": 0, **SPLIT}
+        source = dense(FAMILY_OF[target])
+        out = moe(source, max_shard_size="50KB", **settings)
+        assert len(list(out.glob("*.safetensors"))) > 2
+        assert torch.equal(logits(load(out)), logits(load(moe(source, **settings))))
+
+    @pytest.mark.xfail(reason="the writer refuses the tensors of the other dtype", strict=True)
+    def test_source_of_two_dtypes_is_converted(self, dense, moe, tmp_path):
+        source = dense(dtype=torch.bfloat16)
+        store_norms_in_float32(source, tmp_path)
+        assert gap(logits(load(moe(tmp_path, **COPY))), dense_logits(source)) < TOLERANCE["mean"]
+
+
+class TestLayersKeptDense:
+    @pytest.mark.parametrize("target", sorted(KEEPS_ANY_DENSE))
+    def test_any_layer_where_the_target_can(self, dense, moe, target):
+        source = dense(FAMILY_OF[target])
+        out = moe(source, target=target, keep_dense="0,2", shared_experts=0, **SPLIT)
+        assert [layer["layer"] for layer in moe_layers(out)] == [1]
+        assert gap(logits(load_all_on(out)), dense_logits(source)) < TOLERANCE["sum"]
+        assert gap(*naive_sum(source, out)) < TOLERANCE["sum"]
+
+    @pytest.mark.parametrize("kept", ["0", "0,1"])
+    def test_first_layers_on_glm4_moe(self, dense, moe, kept):
+        out = moe(dense(), target="glm4_moe", keep_dense=kept, shared_experts=2, **SPLIT)
+        assert len(moe_layers(out)) == 3 - len(kept.split(","))
+        assert gap(logits(load_all_on(out)), dense_logits(dense())) < TOLERANCE["sum"]
+        assert gap(*naive_sum(dense(), out)) < TOLERANCE["sum"]
+
+    @pytest.mark.parametrize("target", sorted(set(TARGETS) - KEEPS_ANY_DENSE))
+    def test_is_refused_where_the_target_can_not(self, dense, target):
+        source = str(dense(FAMILY_OF[target]))
+        with pytest.raises(UpcycleError, match=rf"{target} can.*--keep-dense"):
+            upcycle.plan(source, target=target, keep_dense="0,2", **SPLIT)
+
+    def test_of_copies(self, dense, moe):
+        out = moe(dense(), target="qwen2_moe", keep_dense="1", **COPY)
+        assert gap(logits(load(out)), dense_logits(dense())) < TOLERANCE["mean"]
+
+
+ROPE = {"rope_theta": 5e3}
+SCALED_ROPE = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+ALL_FAMILIES = sorted(set(FAMILIES))
+
+
+class TestPositions:
+    """On 40 tokens, which is beyond the original length of each scaled rope."""
+
+    @pytest.mark.parametrize("kind", sorted(SCALED_ROPE))
+    @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"phi3"}))
+    def test_scaled_rope_is_kept(self, dense, moe, family, kind):
+        rope = {"rope_type": kind, **ROPE, **SCALED_ROPE[kind]}
+        length = {"max_position_embeddings": 32} if kind == "dynamic" else {}
+        reached = exact_hosts(dense, moe, family, rope_parameters=rope, **length)
+        assert reached == HOSTS[family]
+
+    @pytest.mark.parametrize(("rotary", "expected"), [(1.0, LLAMA_LIKE), (0.5, {"glm4_moe"})])
+    def test_long_rope_of_phi3_is_kept(self, dense, moe, rotary, expected):
+        reached = exact_hosts(dense, moe, "phi3", sliding_window=None, **long_rope(rotary))
+        assert reached == expected
+
+    def test_partial_rotary_goes_to_glm4_moe(self, dense, moe):
+        rope = {"rope_type": "default", **ROPE, "partial_rotary_factor": 0.5}
+        reached = exact_hosts(dense, moe, "phi3", sliding_window=None, rope_parameters=rope)
+        assert reached == {"glm4_moe"}
+
+
+def long_rope(rotary):
+    angles = int(SIZES["hidden_size"] // SIZES["num_attention_heads"] * rotary) // 2
+    return {
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            **ROPE,
+            "partial_rotary_factor": rotary,
+            "short_factor": [1 + i / 9 for i in range(angles)],
+            "long_factor": [2 + i for i in range(angles)],
+        },
+    }
+
+
+# Values that no default has, for every field that changes the forward pass.
+UNUSUAL = {
+    "attention_bias": [True],
+    "attention_multiplier": [0.1],
+    "embedding_multiplier": [2.5],
+    "head_dim": [24],
+    "hidden_act": ["gelu", "relu"],
+    "layer_types": [["full_attention", "sliding_attention", "full_attention"]],
+    "logits_scaling": [0.5],
+    "max_window_layers": [0, 1],
+    "mlp_bias": [True],
+    "num_key_value_heads": [1, 4],
+    "residual_multiplier": [0.3],
+    "rms_norm_eps": [0.05],
+    "rope_parameters": [{"rope_type": "default", "rope_theta": 300.0}],
+    "sliding_window": [5, None],
+    "tie_word_embeddings": [False, True],
+    "use_bidirectional_attention": [True],
+    "use_sliding_window": [True],
+}
+# Without these the fields about windows change nothing in qwen2 and qwen3.
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+# Fields that size the model, name tokens, act in training only, or stand in rope_parameters too.
+WITHOUT_EFFECT = set(
+    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    max_position_embeddings original_max_position_embeddings initializer_range use_cache
+    bos_token_id eos_token_id pad_token_id attention_dropout resid_pdrop embd_pdrop
+    pretraining_tp""".split()
+)
+WITHOUT_A_HOST = {
+    ("gemma", "use_bidirectional_attention"),
+    ("granite", "mlp_bias"),
+    ("llama", "mlp_bias"),
+    ("qwen3", "layer_types"),
+    ("qwen3", "max_window_layers"),
+}
+
+
+def declared(family):
+    return set(CONFIG_MAPPING[family].__annotations__) - WITHOUT_EFFECT
+
+
+class TestConfigFields:
+    def test_each_that_a_family_declares_is_tested(self):
+        assert set().union(*map(declared, FAMILIES)) <= set(UNUSUAL)
+
+    @pytest.mark.parametrize(
+        ("family", "field", "value"),
+        [(f, name, v) for f in ALL_FAMILIES for name in sorted(declared(f)) for v in UNUSUAL[name]],
+        ids=str,
+    )
+    def test_each_is_hosted_or_refused(self, dense, moe, family, field, value):
+        fields = (WINDOW if "window" in field or field == "layer_types" else {}) | {field: value}
+        reached = exact_hosts(dense, moe, family, **fields)
+        assert reached or (family, field) in WITHOUT_A_HOST
+
+    def test_llama_with_attention_bias_goes_to_granitemoeshared(self, dense, moe):
+        assert exact_hosts(dense, moe, attention_bias=True) == {"granitemoeshared"}
+
+    @pytest.mark.parametrize("family", ALL_FAMILIES)
+    def test_head_dim_needs_not_divide_hidden_size(self, dense, moe, family):
+        assert exact_hosts(dense, moe, family, head_dim=24) == HOSTS[family]
+
+    def test_qwen2_with_some_windows_goes_to_qwen2_moe(self, dense, moe):
+        assert exact_hosts(dense, moe, "qwen2", **WINDOW, max_window_layers=1) == {"qwen2_moe"}
+
+    def test_qwen3_with_all_windows_goes_to_qwen3_moe(self, dense, moe):
+        assert exact_hosts(dense, moe, "qwen3", **WINDOW, max_window_layers=0) == {"qwen3_moe"}
+
+    def test_mistral_without_a_window_is_a_llama(self, dense, moe):
+        assert exact_hosts(dense, moe, "mistral", sliding_window=None) == LLAMA_LIKE
+
+    def test_granite_without_multipliers_is_a_llama(self, dense, moe):
+        plain = dict.fromkeys(
+            ("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0
+        )
+        reached = exact_hosts(dense, moe, "granite", attention_multiplier=12**-0.5, **plain)
+        assert reached == LLAMA_LIKE
+
+
+class TestMutations:
+    """One mistake in the files moves the logits far beyond every tolerance above."""
+
+    @targets
+    @pytest.mark.parametrize("settings", [SPLIT, COPY], ids=["split", "copy"])
+    def test_gate_and_up_of_one_expert_swapped(self, dense, moe, tmp_path, target, settings):
+        source = dense(FAMILY_OF[target])
+        out = moe(source, target=target, shared_experts=0, **settings)
+        mutate(out, tmp_path, swap_gate_and_up)
+        loaded = load_all_on(tmp_path) if settings is SPLIT else load(tmp_path)
+        assert gap(logits(loaded), dense_logits(source)) > MUTATED
+
+    @targets
+    def test_gain_dropped(self, dense, moe, tmp_path, target):
+        """With an epsilon so large that the norm after olmo2's FFN does not hide a lost gain."""
+        source = dense(FAMILY_OF[target], rms_norm_eps=1.0)
+        out = moe(source, target=target, shared_experts=0, **SPLIT)
+        mutate(out, tmp_path, drop_gain)
+        assert gap(logits(load_all_on(out)), dense_logits(source)) < TOLERANCE["sum"]
+        assert gap(logits(load_all_on(tmp_path)), dense_logits(source)) > MUTATED
+
+    @targets
+    def test_two_experts_swapped(self, dense, moe, tmp_path, target):
+        source = dense(FAMILY_OF[target])
+        out = moe(source, target=target, shared_experts=0, **SPLIT)
+        mutate(out, tmp_path, swap_experts)
+        assert gap(*naive_sum(source, tmp_path)) > MUTATED
+
+    @targets
+    def test_two_rows_of_the_router_swapped(self, dense, moe, tmp_path, target):
+        """Against the sum over the experts that the right router selects."""
+        source = dense(FAMILY_OF[target])
+        out = moe(source, target=target, shared_experts=0, **SPLIT)
+        mutate(out, tmp_path, swap_router_rows)
+        _, expected = naive_sum(source, out)
+        assert gap(logits(load(tmp_path)), expected) > MUTATED
+
+
+def naive_sum(source, out, dtype=torch.float32, **overrides):
+    """The converted model's logits, and those that the experts it selects should give."""
+    model = load(out, dtype, **overrides)
+    with selections(model) as selected:
+        actual = logits(model)
+    return actual, naive_sum_logits(load(source, dtype), out, selected)
+
+
+def exact_hosts(dense, moe, family="llama", **fields):
+    """The targets that host a source with these config fields, each of which must equal it."""
+    source = dense(family, **fields)
+    try:
+        reasons = upcycle.plan(str(source), **COPY).targets
+    except UpcycleError:
+        return set()
+    reached = {name for name, why in reasons.items() if not why}
+    expected = dense_logits(source)
+    for target in reached:
+        out = moe(source, target=target, **COPY)
+        assert gap(logits(load(out)), expected) < TOLERANCE["mean"], target
+    return reached
+
+
+def mutate(out, folder, change):
+    """A copy of the checkpoint with its second layer's experts and router changed."""
+    model = load(out)
+    with torch.no_grad():
+        change(routers(model)[1], experts(model)[1])
+    model.save_pretrained(folder)
+    shutil.copy(out / "upcycle.json", folder)
+
+
+def swap_gate_and_up(router, experts):
+    both = experts.gate_up_proj[0]
+    both.copy_(both.roll(len(both) // 2, 0))
+
+
+def drop_gain(router, experts):
+    experts.down_proj.div_(len(experts.down_proj))
+
+
+def swap_experts(router, experts):
+    for stacked in (experts.gate_up_proj, experts.down_proj):
+        stacked[:2] = stacked[:2].flip(0)
+
+
+def swap_router_rows(router, experts):
+    router.weight[:2] = router.weight[:2].flip(0)
+
+
+def store_norms_in_float32(source, folder):
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors = weights(source)
+    mixed = {k: t.float() if k.endswith("norm.weight") else t for k, t in tensors.items()}
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})

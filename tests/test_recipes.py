@@ -1,0 +1,135 @@
+"""The shipped recipes, and how a recipe is read."""
+
+import pytest
+import yaml
+
+import upcycle
+from upcycle import UpcycleError, planning
+from upcycle.recipe import Recipe, load_recipe, shipped_recipes
+
+WIDE = {"intermediate_size": 512, "num_hidden_layers": 1}
+"""Wide enough for 64 experts of 8 neurons."""
+SHIPPED = sorted(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_says_what_it_is(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.summary
+    assert recipe.paper == "" or recipe.paper.startswith("arXiv:")
+    assert "\n" not in recipe.summary
+
+
+def test_default_recipe_is_shipped_and_is_the_defaults():
+    written = load_recipe().settings()
+    defaults = Recipe(name="default", summary=written["summary"]).settings()
+    assert written == defaults
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_plans_on_most_families(dense, name, family):
+    plan = upcycle.plan(str(dense(family, **WIDE)), recipe=name)
+    assert plan.recipe.name == name
+    assert plan.target
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_converts_and_passes_its_check(dense, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    tokens = {"calibration_tokens": 128, "seq_len": 64}
+    done = upcycle.convert(str(dense(**WIDE)), tmp_path / "out", recipe=name, **tokens)
+    changed_on_purpose = done.plan.recipe.method.name not in ("split", "copy")
+    assert (done.check.exact_error is None) == changed_on_purpose
+
+
+# --- reading one -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a recipe file."""
+
+    def write(text: str | bytes, name: str = "mine.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def test_recipe_file_is_named_after_itself(written):
+    recipe = load_recipe(written("experts: 4\nsplit: {name: random}\n"))
+    assert (recipe.name, recipe.experts, recipe.split.name) == ("mine", 4, "random")
+    assert recipe.top_k == Recipe().top_k
+
+
+def test_empty_recipe_is_the_defaults(written):
+    assert load_recipe(written("")).settings() == Recipe(name="mine").settings()
+
+
+def test_settings_make_the_same_recipe_again(written):
+    recipe = load_recipe("moefication", {"keep_dense": "0,2", "max_shard_size": "1.5GB"})
+    again = load_recipe(written(yaml.safe_dump(recipe.settings())))
+    assert again == recipe
+
+
+def test_overrides_replace_what_the_recipe_says(written):
+    path = written("method: {name: drop, ratio: 0.25}\nexperts: 4\n")
+    assert load_recipe(path, {"experts": 6}).experts == 6
+    assert load_recipe(path, {"method.ratio": 0.5}).method.params == {"ratio": 0.5}
+    assert load_recipe(path, {"method": "drop"}).method.params == {}
+
+
+@pytest.mark.parametrize("overrides", [["method", "method.ratio"], ["method.ratio", "method"]])
+def test_parameter_belongs_to_the_method_given_with_it(overrides):
+    values = {"method": "drop", "method.ratio": 0.5}
+    method = load_recipe("default", {key: values[key] for key in overrides}).method
+    assert (method.name, method.params) == ("drop", {"ratio": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("written_size", "num_bytes"),
+    [("5GB", 5e9), ("1.5 kB", 1500), ("7", 7), ("2m", 2e6), (10**6, 1e6), ("1TB", 1e12)],
+)
+def test_sizes(written_size, num_bytes):
+    assert Recipe(max_shard_size=written_size).max_shard_size == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("expert: 4", "has an unknown setting 'expert', did you mean 'experts'?"),
+        ("1: 4", "has an unknown setting 1"),
+        ("experts: many", "experts='many': input should be a valid integer"),
+        ("experts: 0", "experts=0: input should be greater than 0"),
+        ("check: maybe", "check='maybe': input should be 'fast', 'full' or 'none'"),
+        ("split: 3", "split=3: give a method's name"),
+        ("split: {rows: up}", "split.name={'rows': 'up'}: field required"),
+        ("keep_dense: [0, x]", "keep_dense=[0, 'x']: give layers such as 0,1,29, or none"),
+        ("[experts, 4]", "is not a mapping of settings to values"),
+        ("experts 4", "is not a mapping of settings to values"),
+        ("experts: [4", "is not YAML"),
+        ("summary: 2024-13-45", "is not YAML"),
+        (b"\xff\xfe\xff", "is not YAML"),
+        ("a: !!python/object:os.system {}", "is not YAML"),
+    ],
+)
+def test_recipe_that_is_wrong(written, text, words):
+    path = written(text)
+    with pytest.raises(UpcycleError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(str(path))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipe_file_that_does_not_exist(tmp_path):
+    with pytest.raises(UpcycleError, match=r"recipe file .*none\.yaml does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_recipe_name_that_does_not_exist():
+    with pytest.raises(UpcycleError, match="'moefikation', did you mean 'moefication'"):
+        load_recipe("moefikation")

@@ -1,0 +1,85 @@
+"""Ridge regression against numpy's least squares on the augmented system."""
+
+import numpy as np
+import pytest
+import torch
+
+from upcycle.regression import ridge
+
+T, D, E = 57, 9, 4
+
+
+def make_pair(tokens=T, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(tokens, D, generator=rng) * torch.linspace(0.2, 3, D)
+    return x_TD, torch.randn(tokens, E, generator=rng) + x_TD[:, :E]
+
+
+def augmented_least_squares(x_TD, y_TE, strength):
+    """min |x Wᵀ - y|² + λ|W|² is plain least squares with √λ I below x and zeros below y."""
+    x, y = x_TD.double().numpy(), y_TE.double().numpy()
+    penalty = strength * np.mean([float(column @ column) for column in x.T])
+    tall_x = np.concatenate([x, np.sqrt(penalty) * np.eye(D)])
+    tall_y = np.concatenate([y, np.zeros((D, E))])
+    solution_DE, *_ = np.linalg.lstsq(tall_x, tall_y, rcond=None)
+    return torch.from_numpy(solution_DE.T).float()
+
+
+@pytest.mark.parametrize("strength", [1e-4, 0.01, 1.0, 30.0])
+@pytest.mark.parametrize("tokens", [T, 5], ids=["many tokens", "fewer tokens than inputs"])
+def test_ridge_is_least_squares_of_the_augmented_system(tokens, strength):
+    x_TD, y_TE = (tensor.double() for tensor in make_pair(tokens))
+    expected_ED = augmented_least_squares(x_TD, y_TE, strength)
+    torch.testing.assert_close(ridge([(x_TD, y_TE)], strength), expected_ED)
+
+
+def test_ridge_of_float32_inputs_is_off_by_their_rounding_only():
+    x_TD, y_TE = make_pair()
+    expected_ED = augmented_least_squares(x_TD, y_TE, 0.01)
+    torch.testing.assert_close(ridge([(x_TD, y_TE)], 0.01), expected_ED)
+
+
+def test_weights_are_float32_rows_per_output():
+    weight_ED = ridge([make_pair()], 0.01)
+    assert weight_ED.shape == (E, D)
+    assert weight_ED.dtype == torch.float32
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_strength_has_no_unit(unit):
+    x_TD, y_TE = make_pair()
+    in_other_unit_ED = ridge([(x_TD * unit, y_TE)], 0.5) * unit
+    torch.testing.assert_close(in_other_unit_ED, ridge([(x_TD, y_TE)], 0.5))
+
+
+def test_strength_does_not_depend_on_the_number_of_tokens():
+    x_TD, y_TE = make_pair()
+    torch.testing.assert_close(ridge([(x_TD, y_TE)] * 3, 0.5), ridge([(x_TD, y_TE)], 0.5))
+
+
+@pytest.mark.parametrize("piece", [1, 7, T])
+def test_pieces_give_the_same_as_the_whole(piece):
+    x_TD, y_TE = make_pair()
+    pieces = zip(x_TD.split(piece), y_TE.split(piece), strict=True)
+    torch.testing.assert_close(ridge(pieces, 0.01), ridge([(x_TD, y_TE)], 0.01))
+
+
+def test_a_linear_target_is_found_exactly_without_penalty():
+    x_TD = make_pair()[0].double()
+    true_ED = torch.arange(E * D).view(E, D).double()
+    torch.testing.assert_close(ridge([(x_TD, x_TD @ true_ED.T)], 1e-12), true_ED.float())
+
+
+def test_more_strength_means_smaller_weights():
+    norms = [float(ridge([make_pair()], strength).norm()) for strength in (0.01, 0.1, 1, 10)]
+    assert norms == sorted(norms, reverse=True)
+    assert norms[-1] < norms[0] / 5
+
+
+def test_many_pieces_are_added_up_in_float64():
+    """In float32, a large first piece would swallow the small ones after it."""
+    x_TD, y_TE = make_pair()
+    large = (torch.full((1, D), 3e4), torch.full((1, E), 3e4))
+    pieces = [large, *zip(x_TD.split(1), y_TE.split(1), strict=True)]
+    whole = [torch.cat([piece[side] for piece in pieces]).double() for side in (0, 1)]
+    torch.testing.assert_close(ridge(pieces, 1e-9), ridge([whole], 1e-9), rtol=1e-3, atol=1e-4)

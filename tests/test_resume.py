@@ -1,0 +1,371 @@
+"""A checkpoint is whole or absent: kills, interrupts, full disks, and the bytes that result."""
+
+import errno
+import hashlib
+import json
+import os
+import signal
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import upcycle
+from upcycle import UpcycleError, conversion, planning
+from upcycle.cli import app
+from upcycle.sink import CheckpointWriter, Workspace, partial_folder
+
+SETTINGS = {
+    "calibration_tokens": 128, "seq_len": 64, "max_shard_size": "100KB", "keep_dense": [1],
+}  # fmt: skip
+FLAGS = "--calibration-tokens 128 --seq-len 64 --max-shard-size 100KB --keep-dense 1".split()
+
+
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch):
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+
+
+@pytest.fixture(autouse=True)
+def source_stays_as_it_is(dense):
+    before = hashes(dense())
+    yield
+    assert hashes(dense()) == before
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dense, tmp_path_factory):
+    """The bytes of a conversion that nothing disturbed."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(planning.CHECK_TOKENS, "fast", 64)
+        upcycle.convert(str(dense()), out, **SETTINGS)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    return content(out)
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
+
+
+def content(folder):
+    """Every file's bytes; of upcycle.json all but times, memory and place."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(files["upcycle.json"])
+    for key in ("seconds", "peak_memory", "out"):
+        del report[key]
+    return files | {"upcycle.json": report}
+
+
+def command(dense, out, *flags) -> tuple[int, str]:
+    """The command line's exit code, and the last line that it prints on stderr."""
+    arguments = ["convert", str(dense()), "-o", str(out), *FLAGS, *flags]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit | None)
+    return result.exit_code, result.stderr.splitlines()[-1]
+
+
+# --- kills -----------------------------------------------------------------------------------
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(act) -> bool:
+    """Whether the function, in a process of its own, ended by a kill."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            act()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill_at_step(stage, step):
+    def arrange(patch):
+        def progress(at_stage, done, total):
+            if (at_stage, done) == (stage, step):
+                kill()
+
+        return progress
+
+    return arrange
+
+
+def kill_in_tensor(number):
+    """With a tensor in place that is wrong."""
+
+    def arrange(patch):
+        write, calls = CheckpointWriter.write, []
+
+        def torn(self, name, tensor):
+            calls.append(name)
+            if len(calls) == number:
+                write(self, name, torch.full_like(tensor, 7))
+                kill()
+            write(self, name, tensor)
+
+        patch.setattr(CheckpointWriter, "write", torn)
+
+    return arrange
+
+
+def kill_in_journal(number):
+    """With half a line written."""
+
+    def arrange(patch):
+        append, calls = Workspace._append, []
+
+        def torn(self, entry):
+            calls.append(entry)
+            if len(calls) == number:
+                line = json.dumps(entry)
+                with (self.folder / "journal.jsonl").open("a") as journal:
+                    journal.write(line[: len(line) // 2])
+                kill()
+            append(self, entry)
+
+        patch.setattr(Workspace, "_append", torn)
+
+    return arrange
+
+
+def kill_before_publishing(patch):
+    patch.setattr(Workspace, "publish", lambda *_, **__: kill())
+
+
+MOMENTS = {
+    "before layer 0": kill_at_step("converting layers", 0),
+    "before layer 1": kill_at_step("converting layers", 1),
+    "before layer 2": kill_at_step("converting layers", 2),
+    "after the last layer": kill_at_step("converting layers", 3),
+    "in the embeddings": kill_in_tensor(1),
+    "in layer 0": kill_in_tensor(9),
+    "in layer 2": kill_in_tensor(60),
+    "in the journal's first line": kill_in_journal(1),
+    "in the journal's line of layer 0": kill_in_journal(4),
+    "in the check": kill_at_step("checking", 1),
+    "before publishing": kill_before_publishing,
+}
+
+
+def start_and_kill(dense, out, moment, **settings) -> None:
+    def act():
+        with pytest.MonkeyPatch.context() as patch:
+            progress = MOMENTS[moment](patch)
+            upcycle.convert(str(dense()), out, progress=progress, **SETTINGS | settings)
+
+    dense()
+    assert killed(act)
+    assert not out.exists()
+    assert partial_folder(out).is_dir()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_resumed_after_a_kill_gives_the_same_bytes(dense, out, uninterrupted, moment):
+    start_and_kill(dense, out, moment)
+    upcycle.convert(str(dense()), out, resume=True, **SETTINGS)
+    assert content(out) == uninterrupted
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_resumed_after_many_kills_gives_the_same_bytes(dense, out, uninterrupted):
+    moments = [
+        "in the journal's first line", "in the embeddings", "before layer 0", "in layer 0",
+        "before layer 1", "before layer 2", "after the last layer", "in the check",
+        "before publishing",
+    ]  # fmt: skip
+    for moment in moments:
+        start_and_kill(dense, out, moment, resume=True)
+    upcycle.convert(str(dense()), out, resume=True, **SETTINGS)
+    assert content(out) == uninterrupted
+
+
+def test_resuming_does_not_repeat_finished_layers(dense, out, monkeypatch):
+    start_and_kill(dense, out, "before layer 2")
+    layers, convert_layer = [], conversion.convert_layer
+    monkeypatch.setattr(
+        conversion,
+        "convert_layer",
+        lambda p, i, *rest: layers.append(i) or convert_layer(p, i, *rest),
+    )
+    upcycle.convert(str(dense()), out, resume=True, **SETTINGS)
+    assert layers == [2]
+
+
+def test_copies_resume_too(dense, out, tmp_path):
+    request = {"method": "drop", "experts": 2}
+    start_and_kill(dense, out, "before layer 2", keep_dense=[], **request)
+    for place in (out, tmp_path / "other"):
+        upcycle.convert(str(dense()), place, resume=True, **SETTINGS | {"keep_dense": []} | request)
+    assert content(out) == content(tmp_path / "other")
+
+
+def test_without_resume_a_killed_run_is_begun_anew(dense, out, uninterrupted):
+    start_and_kill(dense, out, "before layer 1")
+    steps = []
+    upcycle.convert(str(dense()), out, progress=lambda *step: steps.append(step), **SETTINGS)
+    assert content(out) == uninterrupted
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_another_request_can_not_resume(dense, out):
+    start_and_kill(dense, out, "before layer 1")
+    left = hashes(partial_folder(out))
+    with pytest.raises(UpcycleError, match="begun with another source, recipe or version"):
+        upcycle.convert(str(dense()), out, resume=True, **SETTINGS, seed=1)
+    code, sentence = command(dense, out, "--resume", "--seed", "1")
+    assert code == 2
+    assert "repeat that request, or drop --resume to start anew" in sentence
+    assert hashes(partial_folder(out)) == left
+
+
+# --- interrupts and failures -----------------------------------------------------------------
+
+
+def at_layer(monkeypatch, layer, act) -> None:
+    """Arranges for something to happen while the layer is converted."""
+    convert_layer = conversion.convert_layer
+
+    def convert(plan, at, *rest):
+        if at == layer:
+            act()
+        return convert_layer(plan, at, *rest)
+
+    monkeypatch.setattr(conversion, "convert_layer", convert)
+
+
+def fail():
+    raise RuntimeError("broken")
+
+
+@pytest.fixture
+def terminate_as_before():
+    former = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, former)
+
+
+@pytest.mark.usefixtures("terminate_as_before")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing(dense, out, monkeypatch, number):
+    at_layer(monkeypatch, 2, lambda: signal.raise_signal(number))
+    code, sentence = command(dense, out)
+    assert code == 1
+    assert sentence.startswith("error: interrupted; nothing was left behind")
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.usefixtures("terminate_as_before")
+def test_interrupt_of_a_resumable_run_keeps_what_is_done(dense, out, uninterrupted):
+    with pytest.MonkeyPatch.context() as patch:
+        at_layer(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        code, _ = command(dense, out, "--resume")
+    assert code == 1
+    assert list(out.parent.iterdir()) == [partial_folder(out)]
+    upcycle.convert(str(dense()), out, resume=True, **SETTINGS)
+    assert content(out) == uninterrupted
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_failure_keeps_the_finished_layers_only_if_resumable(dense, out, monkeypatch, resume):
+    at_layer(monkeypatch, 2, fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        upcycle.convert(str(dense()), out, resume=resume, **SETTINGS)
+    assert list(out.parent.iterdir()) == ([partial_folder(out)] if resume else [])
+
+
+def disk_full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(CheckpointWriter, "write"), (os, "posix_fallocate"), (Workspace, "done")],
+)
+def test_full_disk_leaves_nothing_and_says_so(dense, out, monkeypatch, place, name):
+    monkeypatch.setattr(place, name, disk_full, raising=False)
+    assert command(dense, out) == (1, "error: No space left on device")
+    assert list(out.parent.iterdir()) == []
+
+
+def test_full_disk_at_the_first_moment_leaves_nothing(dense, out, monkeypatch):
+    monkeypatch.setattr(Workspace, "_append", disk_full)
+    sentence = f"error: can't write beside {out}: No space left on device"
+    assert command(dense, out) == (2, sentence)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_full_disk_at_the_last_moment_leaves_nothing(dense, out, monkeypatch):
+    monkeypatch.setattr(conversion, "report_json", disk_full)
+    assert command(dense, out) == (1, "error: No space left on device")
+    assert list(out.parent.iterdir()) == []
+
+
+# --- overwriting -----------------------------------------------------------------------------
+
+
+def test_former_result_stays_until_the_new_one_is_whole(dense, out, uninterrupted):
+    upcycle.convert(str(dense()), out, **SETTINGS)
+    seen = []
+
+    def watch(stage, done, total):
+        seen.append(stage)
+        assert content(out) == uninterrupted
+
+    upcycle.convert(str(dense()), out, overwrite=True, progress=watch, **SETTINGS, seed=1)
+    assert {"converting layers", "checking"} == set(seen)
+    assert content(out) != uninterrupted
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_failing_run_keeps_the_former_result(dense, out, uninterrupted, monkeypatch):
+    upcycle.convert(str(dense()), out, **SETTINGS)
+    monkeypatch.setattr(CheckpointWriter, "write", disk_full)
+    assert command(dense, out, "--overwrite")[0] == 1
+    assert content(out) == uninterrupted
+    assert list(out.parent.iterdir()) == [out]
+
+
+# --- bytes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "drop", "experts": 2, "keep_dense": []},
+        {"split": "parameter_clustering", "router": "kmeans"},
+        {"calibration": "self", "check": "none"},
+    ],
+)
+def test_same_seed_same_bytes_other_seed_other_bytes(dense, tmp_path, settings):
+    contents = []
+    for number, seed in enumerate((0, 0, 1)):
+        place = tmp_path / str(number)
+        upcycle.convert(str(dense()), place, **SETTINGS | settings, seed=seed)
+        contents.append({p.name: p.read_bytes() for p in place.glob("*.safetensors")})
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+
+
+def test_tokenizer_and_licence_files_are_copied_byte_for_byte(dense, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in dense().iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    extra = {"LICENSE": b"mine\r\n", "merges.txt": b"\xff\x00", "chat_template.jinja": b"{{ x }}"}
+    for name, content_ in extra.items():
+        (source / name).write_bytes(content_)
+    upcycle.convert(str(source), tmp_path / "out", check="none", **SETTINGS)
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", *extra}
+    assert all((tmp_path / "out" / n).read_bytes() == (source / n).read_bytes() for n in names)

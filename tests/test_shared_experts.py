@@ -1,0 +1,130 @@
+"""Scores of neurons for the shared expert, against loops over tokens and neurons."""
+
+import math
+
+import pytest
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.planning import parameters
+from upcycle.recipe import Choice
+from upcycle.shared_experts import SHARED
+from upcycle.types import DenseFFN, LayerActivations
+
+D, F, T = 24, 40, 19
+
+
+@pytest.fixture
+def activations():
+    rng = torch.Generator().manual_seed(0)
+    gate_FD, up_FD = torch.randn(2, F, D, generator=rng) / D**0.5
+    down_DF = torch.randn(D, F, generator=rng) * torch.linspace(0.3, 3, F)
+    ffn = DenseFFN(gate_FD, up_FD, down_DF, torch.nn.functional.silu)
+    return LayerActivations(ffn, torch.randn(T, D, generator=rng))
+
+
+def score(name, activations, **params):
+    return SHARED[name].run(activations, parameters(SHARED, Choice(name=name, **params)))
+
+
+def naive_hidden(activations):
+    """h as a list of tokens, each a list of neurons."""
+    gate_FD, up_FD = activations.ffn.gate_FD.double(), activations.ffn.up_FD.double()
+    tokens = []
+    for x_D in activations.x_TD.double():
+        before = [float(row_D @ x_D) for row_D in gate_FD]
+        up = [float(row_D @ x_D) for row_D in up_FD]
+        tokens.append([b / (1 + math.exp(-b)) * u for b, u in zip(before, up, strict=True)])
+    return tokens
+
+
+def ranking(score_F):
+    return sorted(range(F), key=lambda neuron: -float(score_F[neuron]))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_rule_scores_every_neuron(name, activations):
+    score_F = score(name, activations)
+    assert score_F.shape == (F,)
+    assert score_F.isfinite().all()
+    assert len(score_F.unique()) > 1
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_no_rule_depends_on_chunking(name, activations, monkeypatch):
+    whole_F = score(name, activations)
+    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 3 * F)
+    assert len(list(activations.chunks())) == 7
+    torch.testing.assert_close(score(name, activations), whole_F)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_no_rule_touches_its_input_or_global_randomness(name, activations):
+    ffn, state = activations.ffn, torch.get_rng_state()
+    before = [m.clone() for m in (ffn.gate_FD, ffn.up_FD, ffn.down_DF, activations.x_TD)]
+    score(name, activations)
+    after = [ffn.gate_FD, ffn.up_FD, ffn.down_DF, activations.x_TD]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_rule_rejects_unknown_parameters(name):
+    with pytest.raises(UpcycleError, match="has no parameter 'strngest'"):
+        parameters(SHARED, Choice(name=name, strngest=3))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_rule_ranks_a_loud_neuron_first_and_a_dead_one_last(name, activations):
+    gate_FD = activations.ffn.gate_FD.clone()
+    up_FD = activations.ffn.up_FD.clone()
+    gate_FD[17], up_FD[17] = 50 * gate_FD[17], 50 * up_FD[17]
+    up_FD[0] = 0
+    ffn = DenseFFN(gate_FD, up_FD, activations.ffn.down_DF, torch.nn.functional.silu)
+    score_F = score(name, LayerActivations(ffn, activations.x_TD), **shallow(name))
+    assert score_F.argmax() == 17
+    assert score_F[0] == score_F.min()
+
+
+def shallow(name):
+    """So few marks per token that the loudest neuron stands alone."""
+    return {"strongest": 1} if name == "rate" else {}
+
+
+def test_energy_is_the_sum_of_squared_contributions(activations):
+    down_DF = activations.ffn.down_DF.double().tolist()
+    energy_F = [0.0] * F
+    for h_F in naive_hidden(activations):
+        for neuron, h in enumerate(h_F):
+            energy_F[neuron] += sum((h * row[neuron]) ** 2 for row in down_DF)
+    score_F = score("energy", activations)
+    torch.testing.assert_close(score_F, torch.tensor(energy_F))
+    assert ranking(score_F) == ranking(energy_F)
+
+
+@pytest.mark.parametrize("strongest", [1, 4, 10])
+def test_rate_counts_the_tokens_on_which_a_neuron_is_among_the_strongest(activations, strongest):
+    counts = [0] * F
+    for h_F in naive_hidden(activations):
+        for neuron in sorted(range(F), key=lambda i: -abs(h_F[i]))[:strongest]:
+            counts[neuron] += 1
+    assert score("rate", activations, strongest=strongest).tolist() == counts
+    assert sum(counts) == strongest * T
+
+
+def test_rate_marks_ten_neurons_as_in_the_paper(activations):
+    assert score("rate", activations).sum() == 10 * T
+
+
+def test_rate_marks_all_neurons_when_asked_for_more_than_there_are(activations):
+    assert score("rate", activations, strongest=F + 1).tolist() == [T] * F
+
+
+def test_energy_sees_down_proj_and_rate_does_not(activations):
+    ffn = activations.ffn
+    louder = ffn.down_DF.clone()
+    louder[:, 3] *= 10
+    changed = LayerActivations(DenseFFN(ffn.gate_FD, ffn.up_FD, louder, ffn.act), activations.x_TD)
+    assert torch.equal(score("rate", changed), score("rate", activations))
+    ratio = score("energy", changed)[3] / score("energy", activations)[3]
+    assert float(ratio) == pytest.approx(100)

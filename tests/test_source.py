@@ -1,0 +1,465 @@
+"""Where weights are read from: folders, GGUF files, the hub cache; and inputs that are wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import upcycle
+from upcycle import UpcycleError, source
+from upcycle.cli import app
+from upcycle.source import INDEX, SINGLE, companions, open_source
+
+SHARD_SIZE = "60KB"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+QUICK = {"split": "contiguous", "calibration_tokens": 64, "seq_len": 64, "check": "none"}
+
+
+@pytest.fixture
+def copy(dense, tmp_path):
+    """Makes a copy of a tiny one-layer model that a test may spoil."""
+
+    def make(**options) -> Path:
+        folder = tmp_path / "model"
+        return shutil.copytree(dense(num_hidden_layers=1, **options), folder)
+
+    return make
+
+
+def edit_config(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(folder: Path, change) -> None:
+    state = load_file(folder / SINGLE)
+    change(state)
+    save_file(state, folder / SINGLE, metadata={"format": "pt"})
+
+
+def assert_refused(model, *words: str) -> None:
+    """convert ends with exit code 2 and one sentence that holds the words; nothing is written."""
+    out = Path(model).parent / "out"
+    before = sorted(out.parent.rglob("*"))
+    arguments = ["convert", str(model), "-o", str(out), "--json"]
+    arguments += ["--calibration-tokens", "64", "--seq-len", "64", "--check", "none"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.exception
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert result.stdout == ""
+    assert sorted(out.parent.rglob("*")) == before
+
+
+# --- folders ---------------------------------------------------------------------------------
+
+
+def test_folder_of_one_file_yields_every_tensor(dense):
+    folder = dense()
+    opened = open_source(str(folder))
+    found = opened.read(list(opened.tensors))
+    expected = load_file(folder / SINGLE)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert opened.revision is None
+
+
+def test_sharded_folder_yields_the_same_tensors(dense):
+    whole, sharded = open_source(str(dense())), open_source(str(dense(shards=SHARD_SIZE)))
+    assert len({info.file for info in sharded.tensors.values()}) > 1
+    expected = whole.read(list(whole.tensors))
+    found = sharded.read(list(sharded.tensors))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_layer_names_lose_their_prefix(dense):
+    layer = open_source(str(dense())).read_layer(1)
+    assert layer["mlp.gate_proj.weight"].shape == (192, 48)
+    assert not any(name.startswith("model.") for name in layer)
+
+
+def test_layers_and_the_rest_are_all_tensors(dense):
+    opened = open_source(str(dense()))
+    layers = [name for layer in range(3) for name in opened.layer_names(layer)]
+    assert sorted(layers + opened.outer_names()) == sorted(opened.tensors)
+
+
+def test_layer_1_is_not_layer_10(dense):
+    opened = open_source(str(dense(num_hidden_layers=11)))
+    assert len(opened.layer_names(1)) == len(opened.layer_names(10)) == 9
+
+
+def test_reading_a_layer_opens_only_its_files(dense, monkeypatch):
+    folder = dense(shards=SHARD_SIZE)
+    opened = open_source(str(folder))
+    files = []
+    monkeypatch.setattr(
+        source, "safe_open", lambda path, **how: files.append(path.name) or safe_open(path, **how)
+    )
+    opened.read_layer(1)
+    assert set(files) == {opened.tensors[name].file for name in opened.layer_names(1)}
+    assert len(files) < len(list(folder.glob("*.safetensors")))
+
+
+def test_opening_reads_headers_only(dense, monkeypatch):
+    monkeypatch.setattr(source.DenseSource, "read", lambda *_: pytest.fail("weights were read"))
+    assert open_source(str(dense())).tensors
+
+
+def test_path_with_home(dense, monkeypatch):
+    folder = dense()
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert open_source(f"~/{folder.name}").folder == folder
+
+
+def test_unused_rotary_buffer_is_dropped(copy):
+    folder = copy()
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(folder, lambda state: state.update({name: torch.ones(6)}))
+    assert name not in open_source(str(folder)).tensors
+
+
+def test_head_of_a_tied_model_is_dropped(copy):
+    folder = copy(tie_word_embeddings=True)
+    edit_weights(folder, lambda state: state.update({"lm_head.weight": torch.ones(272, 48)}))
+    assert "lm_head.weight" not in open_source(str(folder)).tensors
+
+
+def test_fingerprint_tells_shapes_and_config_apart(dense):
+    models = [dense(), dense(num_hidden_layers=1), dense(rope_theta=5000.0), dense("qwen2")]
+    prints = [open_source(str(folder)).fingerprint() for folder in models]
+    assert len(set(prints)) == len(models)
+    assert prints[0] == open_source(str(models[0])).fingerprint()
+
+
+@pytest.mark.xfail(strict=True, reason="conversion writes a tensor in the planned dtype, if ever")
+def test_norms_in_float32_beside_bfloat16_weights(copy):
+    folder = copy(dtype=torch.bfloat16)
+
+    def widen_norms(state):
+        state |= {name: state[name].float() for name in state if "norm" in name}
+
+    edit_weights(folder, widen_norms)
+    upcycle.convert(str(folder), folder.parent / "out", **QUICK)
+
+
+def test_companions_are_the_small_files_only(copy):
+    folder = copy()
+    for name in ("LICENSE", "merges.txt", "chat_template.jinja", "notes.txt", "pytorch_model.bin"):
+        (folder / name).write_text("x")
+    names = {path.name for path in companions(folder)}
+    assert names == {
+        "LICENSE", "merges.txt", "chat_template.jinja", "generation_config.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+# --- GGUF ------------------------------------------------------------------------------------
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers.": "blk.",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.": "attn_",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attn_norm",
+    "mlp.": "ffn_",
+    "_proj": "",
+}
+
+
+def write_gguf(path: Path, folder: Path) -> Path:
+    """A tiny llama as llama.cpp stores it, in float32."""
+    config = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config["vocab_size"])
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    tokens = [*sorted(vocab, key=vocab.get), "ab"]
+    tokens += [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for name, tensor in load_file(folder / SINGLE).items():
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        for kind, count in heads.items():
+            if kind in name:  # llama.cpp interleaves the two halves of the rotary dimension
+                tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_yields_the_weights_and_the_tokenizer(dense, tmp_path):
+    folder = dense(num_hidden_layers=1)
+    opened = open_source(str(write_gguf(tmp_path / "tiny.gguf", folder)))
+    found, expected = opened.read(list(opened.tensors)), load_file(folder / SINGLE)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert opened.fingerprint() == open_source(str(tmp_path / "tiny.gguf")).fingerprint()
+    text = "def cab(): # 5"
+    tokens = AutoTokenizer.from_pretrained(opened.folder).encode(text)
+    assert AutoTokenizer.from_pretrained(opened.folder).decode(tokens) == text
+
+
+def test_gguf_converts_and_leaves_no_temporary_folder(dense, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(source.tempfile, "tempdir", str(temporary))
+    path = write_gguf(tmp_path / "tiny.gguf", dense(num_hidden_layers=1))
+    conversion = upcycle.convert(str(path), tmp_path / "out", **QUICK)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert list(temporary.iterdir()) == [conversion.plan.source.folder]
+    del conversion
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a GGUF file", b"GGUF\3\0\0\0" + b"\1" * 60],
+    ids=["empty", "other", "cut"],
+)
+def test_corrupt_gguf(tmp_path, content):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    assert_refused(path, str(path), "GGUF")
+
+
+def test_missing_gguf(tmp_path):
+    assert_refused(tmp_path / "none.gguf", "none.gguf does not exist")
+
+
+# --- the hub ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub cache, offline."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cache_model(hub: Path, model: str, folder: Path, revision: str = "main") -> Path:
+    repo = hub / f"models--{model.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / revision).write_text(COMMIT)
+    return shutil.copytree(folder, repo / "snapshots" / COMMIT)
+
+
+def test_hub_id_is_found_in_the_cache(hub, dense):
+    snapshot = cache_model(hub, "org/tiny", dense())
+    opened = open_source("org/tiny")
+    assert (opened.folder, opened.label, opened.revision) == (snapshot, "org/tiny", COMMIT)
+    assert opened.read_layer(0)
+
+
+@pytest.mark.parametrize("revision", ["v1", COMMIT])
+def test_hub_revision_is_a_tag_or_a_commit(hub, dense, revision):
+    snapshot = cache_model(hub, "org/tiny", dense(), revision="v1")
+    opened = open_source("org/tiny", revision=revision)
+    assert (opened.folder, opened.revision) == (snapshot, COMMIT)
+
+
+def test_revision_that_is_not_in_the_cache(hub, dense):
+    cache_model(hub, "org/tiny", dense())
+    with pytest.raises(UpcycleError, match=r"org/tiny is not in the local cache .*offline"):
+        open_source("org/tiny", revision="v2")
+
+
+def test_hub_id_that_is_not_in_the_cache_says_offline(hub):
+    result = CliRunner().invoke(app, ["plan", "org/tiny"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "error: org/tiny is not in the local cache and the hub can't be reached (offline): "
+        "give a local folder, or connect"
+    ]
+
+
+def test_hub_family_is_refused_before_its_weights_are_fetched(hub, dense, monkeypatch):
+    snapshot = cache_model(hub, "org/tiny", dense())
+    edit_config(snapshot, model_type="opt")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetched")
+    )
+    with pytest.raises(UpcycleError, match="opt can't become a native MoE"):
+        open_source("org/tiny")
+
+
+def test_hub_model_without_weights_in_the_cache(hub, dense):
+    (cache_model(hub, "org/tiny", dense()) / SINGLE).unlink()
+    with pytest.raises(UpcycleError, match=f"holds neither {SINGLE}"):
+        open_source("org/tiny")
+
+
+def test_revision_of_a_folder_is_refused(dense):
+    with pytest.raises(UpcycleError, match="--revision v1 goes with a hub id"):
+        open_source(str(dense()), revision="v1")
+
+
+# --- what is no model ------------------------------------------------------------------------
+
+
+def test_missing_path(tmp_path):
+    assert_refused(tmp_path / "absent", f"{tmp_path / 'absent'} does not exist")
+
+
+def test_file_instead_of_a_folder(copy):
+    assert_refused(copy() / "config.json", "is a file: give the folder")
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    assert_refused(tmp_path / "model", "holds no config.json, so it is not a model folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"model_type": ', "config.json is not JSON"),
+        (b"\xff\xfe", "config.json is not JSON"),
+        (b"[]", "config.json is not a JSON object"),
+        (b"{}", "config.json has no model_type"),
+        (b'{"model_type": "bogus"}', "not a config that transformers reads"),
+    ],
+)
+def test_config_that_is_none(copy, content, words):
+    folder = copy()
+    (folder / "config.json").write_bytes(content)
+    assert_refused(folder, words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 5}, "attention heads (5)"),
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"dtype": "bogus"}, "bogus"),
+        ({"hidden_act": "bogus"}, "bogus"),
+        ({"vocab_size": -3}, "-3"),
+        ({"rope_parameters": {"rope_type": "bogus"}}, "bogus"),
+        ({"model_type": "mixtral"}, "is a Mixture-of-Experts already"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ],
+)
+def test_config_with_a_bad_field(copy, fields, words):
+    folder = copy()
+    edit_config(folder, **fields)
+    assert_refused(folder, words)
+
+
+# --- weights that are wrong ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])
+def test_truncated_weights(copy, kept):
+    path = copy() / SINGLE
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    assert_refused(path.parent, str(path), "is not a whole safetensors file")
+
+
+def test_no_weights(copy):
+    folder = copy()
+    (folder / SINGLE).unlink()
+    assert_refused(folder, f"holds neither {SINGLE} nor {INDEX}")
+
+
+def test_pickled_weights_only(copy):
+    folder = copy()
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    assert_refused(folder, "convert its .bin files to safetensors first")
+
+
+def test_index_that_names_a_missing_shard(copy):
+    folder = copy(shards=SHARD_SIZE)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert_refused(folder, INDEX, f"names {shard.name}, which is not in {folder}")
+
+
+@pytest.mark.parametrize("place", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
+def test_index_that_names_a_path_outside(copy, place):
+    folder = copy(shards=SHARD_SIZE)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = place
+    (folder / INDEX).write_text(json.dumps(index))
+    assert_refused(folder, INDEX, f"names {place!r}, which is outside its folder")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_index_without_a_map(copy, content):
+    folder = copy(shards=SHARD_SIZE)
+    (folder / INDEX).write_text(content)
+    assert_refused(folder, f"{INDEX} has no weight_map")
+
+
+def test_tensor_of_another_shape(copy):
+    folder = copy()
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(folder, lambda state: state.update({name: torch.ones(96, 48)}))
+    assert_refused(folder, name, "has shape [96, 48], but config.json asks for [192, 48]")
+
+
+def test_missing_tensor(copy):
+    folder = copy()
+    edit_weights(folder, lambda state: state.pop("model.norm.weight"))
+    assert_refused(folder, "lacks the tensor model.norm.weight")
+
+
+def test_unexpected_tensor(copy):
+    folder = copy()
+    name = "model.layers.0.mlp.gate_proj.bias"
+    edit_weights(folder, lambda state: state.update({name: torch.ones(192)}))
+    assert_refused(folder, f"holds {name}, which llama does not have: it would be lost")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_not_finite(copy, name, value):
+    folder = copy()
+    edit_weights(folder, lambda state: state[name][3].fill_(float(value)))
+    assert_refused(folder, f"{name} in {SINGLE} holds NaN or infinity")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [(torch.int8, "I8"), (torch.int64, "I64"), (torch.float8_e4m3fn, "F8_E4M3")],
+)
+def test_quantised_weights(copy, dtype, code):
+    folder = copy()
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit_weights(folder, lambda state: state.update({name: state[name].to(dtype)}))
+    assert_refused(folder, f"{name} in {folder / SINGLE} is stored as {code}", "not quantised")

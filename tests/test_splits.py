@@ -1,0 +1,354 @@
+"""Every split is an equal partition; each recovers the structure that it looks for."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from upcycle.errors import UpcycleError
+from upcycle.planning import parameters
+from upcycle.recipe import Choice
+from upcycle.rng import generator
+from upcycle.split import SPLITS
+from upcycle.split.coactivation_graph import (
+    GraphParams,
+    coactivation_counts,
+    cut,
+    prune,
+    rebalance,
+)
+from upcycle.types import DenseFFN, LayerActivations
+
+D, F, E, T = 24, 64, 4, 192
+PURITY = 0.9
+PLANTED = {
+    "parameter_clustering": {},
+    "coactivation": {},
+    "coactivation_graph": {"fire_fraction": 1 / E},
+}
+"""The splits that look at the neurons, with parameters under which the planted groups show."""
+
+
+def make_activations(seed=0, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(seed)
+    gate_FD, up_FD = torch.randn(2, F, D, generator=rng) / D**0.5
+    ffn = DenseFFN(gate_FD, up_FD, torch.randn(D, F, generator=rng), silu)
+    return LayerActivations(ffn.to("cpu", dtype), torch.randn(T, D, generator=rng).to(dtype))
+
+
+def make_planted(seed):
+    """E groups of neurons that each answer to one direction, in shuffled order, and text whose
+    topic is one of these directions for T / E tokens at a time. Returns each neuron's group."""
+    rng = torch.Generator().manual_seed(seed)
+    directions_ED = torch.linalg.qr(torch.randn(D, E, generator=rng)).Q.T
+    group_F = torch.arange(F)[torch.randperm(F, generator=rng)] % E
+    noise_2FD = 0.2 * torch.randn(2, F, D, generator=rng)
+    gate_FD, up_FD = directions_ED[group_F] + noise_2FD
+    ffn = DenseFFN(2 * gate_FD, up_FD, torch.randn(D, F, generator=rng), silu)
+    topic_TD = 3 * directions_ED.repeat_interleave(T // E, dim=0)
+    return LayerActivations(ffn, topic_TD + 0.3 * torch.randn(T, D, generator=rng)), group_F
+
+
+def split(name, activations, *, num_experts=E, rng=None, **params):
+    rng = rng or torch.Generator().manual_seed(1)
+    choice = Choice(name=name, **params)
+    return SPLITS[name].run(activations, num_experts, parameters(SPLITS, choice), rng)
+
+
+def purity(experts_EM, group_F):
+    """The share of neurons that are in an expert mostly made of their own group."""
+    groups = [group_F[members].tolist() for members in experts_EM]
+    return sum(max(map(group.count, group)) for group in groups) / F
+
+
+def assert_partition(experts_EM, num_experts=E):
+    assert experts_EM.shape == (num_experts, F // num_experts)
+    assert experts_EM.dtype == torch.int64
+    assert sorted(experts_EM.flatten().tolist()) == list(range(F))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("num_experts", [1, 2, E, 16])
+def test_every_split_is_an_equal_partition(name, num_experts):
+    assert_partition(split(name, make_activations(), num_experts=num_experts), num_experts)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_lists_the_neurons_of_an_expert_in_order(name):
+    rows = split(name, make_activations()).tolist()
+    assert all(row == sorted(row) for row in rows)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_accepts_bfloat16(name):
+    assert_partition(split(name, make_activations(dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_accepts_neurons_that_are_all_dead(name):
+    activations = make_activations()
+    activations.ffn.gate_FD.zero_()
+    assert_partition(split(name, activations))
+
+
+@pytest.mark.parametrize("name", [n for n in SPLITS if not SPLITS[n].needs_activations])
+def test_every_split_from_weights_accepts_an_empty_stream(name):
+    ffn = make_activations(dtype=torch.bfloat16).ffn
+    assert_partition(split(name, LayerActivations(ffn, ffn.gate_FD.new_empty(0, D))))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_gives_the_same_answer_for_the_same_generator(name):
+    first, second = (split(name, make_activations(), rng=generator(0, "split", 3)) for _ in "ab")
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_of_a_layer_is_independent_of_the_layers_before(name):
+    activations = make_activations()
+    alone = split(name, activations, rng=generator(0, "split", 1))
+    split(name, make_activations(seed=5), rng=generator(0, "split", 0))
+    assert torch.equal(split(name, activations, rng=generator(0, "split", 1)), alone)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_no_split_touches_its_input_or_global_randomness(name):
+    activations, state = make_activations(), torch.get_rng_state()
+    split(name, activations)
+    untouched = make_activations()
+    assert torch.equal(activations.x_TD, untouched.x_TD)
+    for matrix in ("gate_FD", "up_FD", "down_DF"):
+        assert torch.equal(getattr(activations.ffn, matrix), getattr(untouched.ffn, matrix))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_no_split_depends_on_chunking(name, monkeypatch):
+    activations, _ = make_planted(0)
+    whole = split(name, activations, **PLANTED.get(name, {}))
+    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 5 * F)
+    assert torch.equal(split(name, activations, **PLANTED.get(name, {})), whole)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_rejects_unknown_parameters(name):
+    with pytest.raises(UpcycleError, match="has no parameter 'nonsense'"):
+        split(name, make_activations(), nonsense=1)
+
+
+@pytest.mark.parametrize("name", [n for n in SPLITS if SPLITS[n].params.model_fields])
+def test_an_unknown_parameter_is_met_with_the_nearest_known(name):
+    for field in SPLITS[name].params.model_fields:
+        with pytest.raises(UpcycleError, match=f"did you mean '{field}'"):
+            split(name, make_activations(), **{f"{field}x": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("coactivation", {"tokens": 0}),
+        ("coactivation_graph", {"fire_fraction": 0}),
+        ("coactivation_graph", {"fire_fraction": 1.1}),
+        ("coactivation_graph", {"batch_tokens": 0}),
+        ("parameter_clustering", {"rows": "down"}),
+    ],
+)
+def test_values_out_of_range_are_rejected(name, params):
+    with pytest.raises(UpcycleError, match=next(iter(params))):
+        split(name, make_activations(), **params)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_groups_are_recovered(name, seed):
+    activations, group_F = make_planted(seed)
+    found = purity(split(name, activations, **PLANTED[name]), group_F)
+    assert found >= PURITY
+    assert found > purity(split("random", activations), group_F) + 0.3
+
+
+def test_parameter_clustering_reads_the_matrix_that_rows_names():
+    activations, group_F = make_planted(0)
+    ffn = activations.ffn
+    scrambled = torch.randn(F, D, generator=torch.Generator().manual_seed(0))
+    only_up = LayerActivations(DenseFFN(scrambled, ffn.up_FD, ffn.down_DF, silu), activations.x_TD)
+    assert purity(split("parameter_clustering", only_up, rows="up"), group_F) >= PURITY
+    assert purity(split("parameter_clustering", only_up, rows="gate"), group_F) < 0.6
+
+
+def test_parameter_clustering_ignores_the_length_of_rows():
+    activations, group_F = make_planted(0)
+    activations.ffn.gate_FD.mul_(loud_groups(group_F))
+    assert purity(split("parameter_clustering", activations), group_F) >= PURITY
+
+
+def test_coactivation_ignores_how_loud_a_neuron_is():
+    activations, group_F = make_planted(0)
+    activations.ffn.up_FD.mul_(loud_groups(group_F))
+    assert purity(split("coactivation", activations), group_F) >= PURITY
+
+
+def loud_groups(group_F):
+    """Half of the groups far louder than the others."""
+    return torch.where(group_F < E // 2, 100.0, 1.0)[:, None]
+
+
+def test_coactivation_ignores_the_sign_of_a_neuron():
+    activations, group_F = make_planted(0)
+    activations.ffn.up_FD[::2].neg_()
+    assert purity(split("coactivation", activations), group_F) >= PURITY
+
+
+def test_coactivation_profiles_are_as_long_as_asked():
+    activations, group_F = make_planted(0)
+    activations.x_TD[1::2] = torch.nan
+    assert purity(split("coactivation", activations, tokens=T // 2), group_F) >= PURITY
+
+
+def test_contiguous_slices_are_in_order():
+    experts_EM = split("contiguous", make_activations())
+    assert experts_EM.flatten().tolist() == list(range(F))
+
+
+def test_random_depends_on_the_generator_and_not_on_the_order():
+    splits = [split("random", make_activations(), rng=generator(0, "split", i)) for i in range(3)]
+    assert all(not torch.equal(a, b) for a, b in pairwise(splits))
+    assert not torch.equal(splits[0], split("contiguous", make_activations()))
+
+
+def naive_counts(activations, firing, batch_tokens):
+    """Loops over batches and pairs of neurons."""
+    norms = activations.ffn.down_DF.norm(dim=0).tolist()
+    counts = [[0] * F for _ in range(F)]
+    for x_bD in activations.x_TD.split(batch_tokens):
+        fired = set()
+        for h_F in activations.ffn.hidden(x_bD).tolist():
+            strength = [abs(h) * norm for h, norm in zip(h_F, norms, strict=True)]
+            fired |= set(sorted(range(F), key=lambda i: -strength[i])[:firing])
+        for i in fired:
+            for j in fired - {i}:
+                counts[i][j] += 1
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("fire_fraction", "firing", "batch_tokens"), [(0.1, 6, 8), (0.001, 1, 8), (0.25, 16, 5)]
+)
+def test_coactivation_counts_batches_in_which_both_fire(fire_fraction, firing, batch_tokens):
+    activations = make_activations()
+    params = GraphParams(fire_fraction=fire_fraction, batch_tokens=batch_tokens)
+    counts = coactivation_counts(activations, params)
+    assert counts.tolist() == naive_counts(activations, firing, batch_tokens)
+
+
+def test_coactivation_counts_do_not_depend_on_how_batches_are_grouped():
+    """More than 512 batches are counted in several steps."""
+    activations = make_activations()
+    repeated = LayerActivations(activations.ffn, activations.x_TD.repeat(4, 1))
+    params = GraphParams(batch_tokens=1)
+    assert len(repeated.x_TD) > 512
+    counts = coactivation_counts(repeated, params)
+    assert torch.equal(counts, 4 * coactivation_counts(activations, params))
+
+
+def graph(num_nodes, edges):
+    """A symmetric matrix from {(i, j): weight}."""
+    weight = torch.zeros(num_nodes, num_nodes)
+    for (i, j), value in edges.items():
+        weight[i, j] = weight[j, i] = value
+    return weight
+
+
+def complete(num_nodes, value):
+    return {(i, j): value for i in range(num_nodes) for j in range(i)}
+
+
+def test_prune_counts_in_units_of_the_first_non_zero_decile_and_drops_what_is_less():
+    """Of 49 entries the 7 on the diagonal are zero, so the first decile is 0; the two entries of
+    the edge of weight 1 come next, and the second decile is 5."""
+    counts = graph(7, complete(7, 5) | {(1, 0): 1, (3, 2): 11})
+    expected = graph(7, complete(7, 1) | {(1, 0): 0, (3, 2): 2})
+    assert torch.equal(prune(counts, 7), expected.long())
+
+
+def test_prune_keeps_the_strongest_edges_of_every_neuron():
+    path = graph(4, {(0, 1): 20, (1, 2): 10, (2, 3): 40})
+    assert torch.equal(prune(path, 1), graph(4, {(0, 1): 2, (2, 3): 4}).long())
+
+
+def test_prune_keeps_an_edge_that_either_end_needs():
+    star = graph(4, {(0, 1): 10, (0, 2): 20, (0, 3): 40})
+    assert torch.equal(prune(star, 1), graph(4, {(0, 1): 1, (0, 2): 2, (0, 3): 4}).long())
+
+
+def test_prune_leaves_counts_alone():
+    counts = graph(4, {(0, 1): 20, (1, 2): 10, (2, 3): 40})
+    before = counts.clone()
+    prune(counts, 1)
+    assert torch.equal(counts, before)
+
+
+def test_prune_of_no_edges_is_no_edges():
+    weight = prune(torch.zeros(5, 5), 2)
+    assert weight.dtype == torch.int64
+    assert not weight.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cut_parts_cliques_at_the_weakest_links(seed):
+    """Three cliques of 4, interleaved, joined in a ring by light edges."""
+    edges = {(i, j): 9 for i, j in complete(12, 9) if i % 3 == j % 3}
+    parts = cut(graph(12, edges | {(0, 1): 1, (4, 5): 1, (2, 3): 1}).long(), 3, seed).tolist()
+    assert parts == parts[:3] * 4
+    assert len(set(parts)) == 3
+
+
+@pytest.mark.parametrize("light", range(4))
+def test_cut_prefers_light_edges(light):
+    """A ring of 12 whose every fourth edge is light."""
+    ring = {(i, (i + 1) % 12): 1 if i % 4 == light else 50 for i in range(12)}
+    parts = cut(graph(12, ring).long(), 3, 0).roll(-light - 1).view(3, 4)
+    assert [len(set(part)) for part in parts.tolist()] == [1, 1, 1]
+
+
+def test_cut_of_a_graph_without_edges_names_a_part_for_every_neuron():
+    parts = cut(torch.zeros(12, 12, dtype=torch.int64), 3, 0)
+    assert parts.shape == (12,)
+    assert set(parts.tolist()) <= {0, 1, 2}
+
+
+def rebalanced(parts, num_parts, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return rebalance(torch.tensor(parts), num_parts, rng).tolist()
+
+
+def test_rebalance_leaves_equal_parts_as_they_are():
+    assert rebalanced([2, 0, 1, 2, 1, 0], 3) == [[1, 5], [2, 4], [0, 3]]
+
+
+def test_rebalance_moves_only_what_is_over():
+    first, second = rebalanced([0, 0, 1, 0, 0, 1], 2)
+    assert {2, 5} < set(second)
+    assert sorted(first + second) == list(range(6))
+    assert len(first) == len(second) == 3
+
+
+def test_rebalance_moves_neurons_at_random():
+    moved = {tuple(rebalanced([0, 0, 1, 0, 0, 1], 2, seed)[1]) for seed in range(40)}
+    assert moved == {(0, 2, 5), (1, 2, 5), (2, 3, 5), (2, 4, 5)}
+
+
+def test_rebalance_mixes_what_comes_from_different_parts():
+    """Parts 0 and 1 have two neurons over each, parts 2 and 3 have room for two each."""
+    filled = {frozenset(rebalanced([0] * 4 + [1] * 4, 4, seed)[2]) for seed in range(40)}
+    from_both = [pair for pair in filled if min(pair) < 4 <= max(pair)]
+    assert from_both
+    assert len(from_both) < len(filled)
+
+
+@pytest.mark.parametrize("parts", [[0] * 12, [1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3]])
+def test_rebalance_fills_empty_parts(parts):
+    experts = rebalanced(parts, 4)
+    assert [len(row) for row in experts] == [3, 3, 3, 3]
+    assert sorted(neuron for row in experts for neuron in row) == list(range(12))

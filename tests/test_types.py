@@ -1,0 +1,187 @@
+"""The values of a conversion against naive loops over numpy float64."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from upcycle.types import DenseFFN, ExpertLayout, Geometry, LayerActivations, MoELayer
+
+D, F, T = 24, 40, 11
+
+
+def make_ffn(seed, num_neurons=F):
+    rng = torch.Generator().manual_seed(seed)
+    gate_FD, up_FD = torch.randn(2, num_neurons, D, generator=rng) / D**0.5
+    return DenseFFN(
+        gate_FD, up_FD, torch.randn(D, num_neurons, generator=rng), torch.nn.functional.silu
+    )
+
+
+def make_inputs(tokens=T, seed=9):
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_hidden(ffn, x_D):
+    """Neuron by neuron, for one token."""
+    gate_FD, up_FD = ffn.gate_FD.double().numpy(), ffn.up_FD.double().numpy()
+    hidden = []
+    for gate_D, up_D in zip(gate_FD, up_FD, strict=True):
+        before = float(gate_D @ x_D)
+        hidden.append(before / (1 + math.exp(-before)) * float(up_D @ x_D))
+    return np.array(hidden)
+
+
+def naive_ffn(ffn, x_D):
+    """The sum of what every neuron adds."""
+    down_DF = ffn.down_DF.double().numpy()
+    hidden_F = naive_hidden(ffn, x_D)
+    return sum(hidden_F[i] * down_DF[:, i] for i in range(len(hidden_F)))
+
+
+def by_token(function, x_TD):
+    return torch.from_numpy(np.stack([function(x_D) for x_D in x_TD.double().numpy()])).float()
+
+
+def test_hidden_is_activated_gate_times_up():
+    ffn, x_TD = make_ffn(0), make_inputs()
+    expected_TF = by_token(lambda x_D: naive_hidden(ffn, x_D), x_TD)
+    torch.testing.assert_close(ffn.hidden(x_TD), expected_TF)
+
+
+def test_call_sums_the_neurons():
+    ffn, x_TD = make_ffn(0), make_inputs()
+    torch.testing.assert_close(ffn(x_TD), by_token(lambda x_D: naive_ffn(ffn, x_D), x_TD))
+
+
+def test_sizes_come_from_the_weights():
+    assert (make_ffn(0).num_neurons, make_ffn(0).hidden_size) == (F, D)
+
+
+def test_take_keeps_neurons_in_the_order_asked():
+    ffn, x_TD = make_ffn(0), make_inputs()
+    taken = ffn.take(torch.tensor([30, 2, 17]))
+    for place, neuron in enumerate([30, 2, 17]):
+        assert torch.equal(taken.gate_FD[place], ffn.gate_FD[neuron])
+        assert torch.equal(taken.up_FD[place], ffn.up_FD[neuron])
+        assert torch.equal(taken.down_DF[:, place], ffn.down_DF[:, neuron])
+    torch.testing.assert_close(taken.hidden(x_TD), ffn.hidden(x_TD)[:, [30, 2, 17]])
+
+
+def test_complementary_parts_add_up_to_the_whole():
+    ffn, x_TD = make_ffn(0), make_inputs()
+    shuffled = torch.randperm(F, generator=torch.Generator().manual_seed(1))
+    parts = ffn.take(shuffled[:13])(x_TD) + ffn.take(shuffled[13:])(x_TD)
+    torch.testing.assert_close(parts, ffn(x_TD))
+
+
+def test_to_converts_every_matrix_and_leaves_the_original():
+    ffn = make_ffn(0)
+    half = ffn.to("cpu", torch.bfloat16)
+    assert {m.dtype for m in (half.gate_FD, half.up_FD, half.down_DF)} == {torch.bfloat16}
+    assert ffn.gate_FD.dtype == torch.float32
+    assert half.act is ffn.act
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 3 * F, 2**24])
+def test_chunks_cover_the_tokens_in_order(monkeypatch, chunk_elements):
+    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", chunk_elements)
+    activations = LayerActivations(make_ffn(0), make_inputs())
+    chunks = list(activations.chunks())
+    assert all(len(x_tD) == len(h_tF) for x_tD, h_tF in chunks)
+    assert torch.equal(torch.cat([x_tD for x_tD, _ in chunks]), activations.x_TD)
+    h_TF = torch.cat([h_tF for _, h_tF in chunks])
+    torch.testing.assert_close(h_TF, activations.ffn.hidden(activations.x_TD))
+
+
+def test_chunks_stay_below_the_limit(monkeypatch):
+    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 3 * F + 1)
+    sizes = [len(x_tD) for x_tD, _ in LayerActivations(make_ffn(0), make_inputs()).chunks()]
+    assert sizes == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 10, 11, 99])
+def test_sample_is_evenly_spread_and_not_too_long(tokens):
+    activations = LayerActivations(make_ffn(0), torch.arange(float(T))[:, None].expand(T, D))
+    places = activations.sample(tokens).x_TD[:, 0].tolist()
+    assert 1 <= len(places) <= tokens
+    assert len(places) >= min(tokens, T) / 2
+    gaps = {b - a for a, b in pairwise(places)}
+    assert len(gaps) <= 1
+
+
+def test_sample_of_enough_tokens_is_all_of_them():
+    activations = LayerActivations(make_ffn(0), make_inputs())
+    assert torch.equal(activations.sample(T).x_TD, activations.x_TD)
+
+
+def test_activations_of_some_neurons_keep_the_inputs():
+    activations = LayerActivations(make_ffn(0), make_inputs())
+    some = activations.take(torch.tensor([5, 1]))
+    assert some.x_TD is activations.x_TD
+    ((_, h_tF),) = some.chunks()
+    torch.testing.assert_close(h_tF, activations.ffn.hidden(activations.x_TD)[:, [5, 1]])
+
+
+def naive_moe(router_ED, experts, shared, x_D, top_k, *, average):
+    scores = [float(row_D @ x_D) for row_D in router_ED.double().numpy()]
+    chosen = sorted(range(len(scores)), key=lambda e: -scores[e])[:top_k]
+    y_D = naive_ffn(shared, x_D) if shared else np.zeros(D)
+    for e in chosen:
+        weight = math.exp(scores[e]) / sum(math.exp(scores[c]) for c in chosen) if average else 1
+        y_D = y_D + weight * naive_ffn(experts[e], x_D)
+    return y_D
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("with_shared", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_reference_forward_is_the_loop_over_tokens_and_experts(top_k, with_shared, average):
+    experts = [make_ffn(seed, num_neurons=8) for seed in range(5)]
+    shared = make_ffn(7, num_neurons=16) if with_shared else None
+    router_ED, x_TD = make_inputs(5, seed=3), make_inputs()
+    moe = MoELayer(router_ED, experts.__getitem__, shared)
+    expected_TD = by_token(
+        lambda x_D: naive_moe(router_ED, experts, shared, x_D, top_k, average=average), x_TD
+    )
+    torch.testing.assert_close(moe(x_TD, top_k, average=average), expected_TD)
+
+
+def test_all_experts_of_a_partition_sum_to_the_dense_ffn():
+    ffn, x_TD = make_ffn(0), make_inputs()
+    layout = ExpertLayout(torch.arange(8, F).view(4, 8).flip(0), torch.arange(8))
+    moe = MoELayer(
+        make_inputs(4, seed=3), lambda e: ffn.take(layout.experts_EM[e]), ffn.take(layout.shared_S)
+    )
+    torch.testing.assert_close(moe(x_TD, 4), ffn(x_TD))
+
+
+def test_average_of_copies_is_the_dense_ffn():
+    ffn, x_TD = make_ffn(0), make_inputs()
+    moe = MoELayer(make_inputs(4, seed=3), lambda e: ffn, None)
+    torch.testing.assert_close(moe(x_TD, 2, average=True), ffn(x_TD))
+
+
+def test_permutation_lists_shared_neurons_first_then_expert_by_expert():
+    layout = ExpertLayout(torch.tensor([[5, 0], [3, 1]]), torch.tensor([2, 4]))
+    assert layout.permutation.tolist() == [2, 4, 5, 0, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("geometry", "routed", "size", "shared_size", "active"),
+    [
+        (Geometry(8, 2), 8, 8, 0, 0.25),
+        (Geometry(16, 6, shared_experts=2), 14, 4, 8, 0.5),
+        (Geometry(8, 2, copies=True), 8, 64, 0, 2.0),
+        (Geometry(4, 8, granularity=8, copies=True), 32, 8, 0, 1.0),
+        (Geometry(4, 16, granularity=8, copies=True), 32, 8, 0, 2.0),
+    ],
+    ids=["split", "S2A6E16", "copies", "one whole copy in shards", "two whole copies in shards"],
+)
+def test_geometry_of_64_neurons(geometry, routed, size, shared_size, active):
+    assert geometry.routed_experts == routed
+    assert geometry.expert_size(64) == size
+    assert geometry.shared_size(64) == shared_size
+    assert geometry.active_ratio() == active
