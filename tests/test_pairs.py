@@ -63,12 +63,6 @@ FAMILY_OF = {target: family for family, target in reversed(PAIRS)}
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
-def xfail_glm4_moe(target):
-    reason = "the writer refuses glm4_moe's float32 bias from a float32 source"
-    mark = pytest.mark.xfail(reason=reason, strict=True)
-    return pytest.param(target, marks=mark) if target == "glm4_moe" else target
-
-
 pairs = pytest.mark.parametrize(("family", "target"), PAIRS)
 shared_pairs = pytest.mark.parametrize(
     ("family", "target", "shared"),
@@ -135,7 +129,7 @@ class TestCopy:
         expected, actual = (m.generate(TOKENS[:, :20], **settings) for m in models)
         assert torch.equal(actual, expected)
 
-    @pytest.mark.parametrize("target", [xfail_glm4_moe(target) for target in sorted(TARGETS)])
+    @targets
     @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
     def test_stored_in_another_dtype_is_the_dense_model_in_it(self, dense, moe, target, stored):
         source, dtype = dense(FAMILY_OF[target]), getattr(torch, stored)
@@ -210,7 +204,6 @@ class TestFiles:
         assert set(whole) == set(from_shards)
         assert all(torch.equal(whole[name], from_shards[name]) for name in whole)
 
-    @pytest.mark.xfail(reason="tensors lie in the order of the source's files", strict=True)
     def test_sharded_source_gives_the_same_bytes(self, dense, moe):
         whole, from_shards = (moe(dense(shards=size), **COPY) for size in (None, "50KB"))
         name = "model.safetensors"
@@ -224,7 +217,6 @@ class TestFiles:
         assert len(list(out.glob("*.safetensors"))) > 2
         assert torch.equal(logits(load(out)), logits(load(moe(source, **settings))))
 
-    @pytest.mark.xfail(reason="the writer refuses the tensors of the other dtype", strict=True)
     def test_source_of_two_dtypes_is_converted(self, dense, moe, tmp_path):
         source = dense(dtype=torch.bfloat16)
         store_norms_in_float32(source, tmp_path)

@@ -469,7 +469,6 @@ def planned(model: str, settings: dict) -> bool:
     return True
 
 
-@pytest.mark.xfail(strict=True, reason="conversion writes a tensor in the planned dtype, if ever")
 def test_tensor_that_is_float32_whatever_the_dtype(dense, tmp_path):
     upcycle.convert(
         str(dense()), tmp_path / "out", target="glm4_moe", dtype="bfloat16", split="random", **QUICK

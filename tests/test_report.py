@@ -198,7 +198,6 @@ def test_local_source_is_no_base_model(source, tmp_path, monkeypatch):
         assert "base_model" not in card(tmp_path / str(number))[0]
 
 
-@pytest.mark.xfail(strict=True, reason="the card looks for a folder of the hub id's name")
 def test_hub_source_is_the_base_model(dense, tmp_path, monkeypatch):
     repo = tmp_path / "hub" / "models--org--tiny"
     (repo / "refs").mkdir(parents=True)

@@ -245,9 +245,11 @@ def test_kmeans_gives_each_expert_the_centre_of_the_topic_it_answers_to(loudness
 
 
 def test_kmeans_matches_one_to_one_at_the_largest_total_share():
-    """Against all ways to match, with experts that have no clear favourite."""
+    """Against all ways to match, with experts that have no clear favourite. A share is of the
+    expert's own energy, so a loud expert counts no more than the others."""
     activations, _, means_ED = make_topics(torch.ones(E))
     experts_EM = make_experts()
+    activations.ffn.down_DF[:, experts_EM[0]] *= 100
     energy_TE = naive_energies(activations, experts_EM)
     energy_CE = np.stack([energy_TE[c::E].mean(axis=0) for c in range(E)])
     share_CE = energy_CE / energy_CE.mean(axis=0)

@@ -144,7 +144,6 @@ def test_fingerprint_tells_shapes_and_config_apart(dense):
     assert prints[0] == open_source(str(models[0])).fingerprint()
 
 
-@pytest.mark.xfail(strict=True, reason="conversion writes a tensor in the planned dtype, if ever")
 def test_norms_in_float32_beside_bfloat16_weights(copy):
     folder = copy(dtype=torch.bfloat16)
 

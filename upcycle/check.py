@@ -5,6 +5,7 @@ with all its experts on does too. Then what the conversion did to the model, on 
 has seen: perplexity, divergence, agreement, and how tokens spread over experts.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ EXACT_TOKENS = 128
 # temperature; weights below float32 round their gains.
 TOLERANCE = {"mean": 1e-3, "sum": 1e-2}
 LOW_PRECISION_TOLERANCE = 0.1
+WEIGHT_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,13 @@ def run_check(plan: Plan, folder: Path, tokens_BL: Tensor, progress: Any) -> Che
     dense = _load(plan.source.folder, dtype, plan.device)
     exact_tokens_1L = tokens_BL[:1, :EXACT_TOKENS].to(plan.device)
     exact_dense = _logits(dense, exact_tokens_1L)
-    dense_logits, dense_loss = [], 0.0
+    dense_outputs, dense_loss = [], 0.0
     for i, window_L in enumerate(tokens_BL):
         progress("checking", i, total)
         log_probs_LV = _logits(dense, window_L[None].to(plan.device)).log_softmax(-1)
         dense_loss += _loss(log_probs_LV, window_L)
-        dense_logits.append(log_probs_LV.to("cpu", torch.float16))
+        # float16 halves the memory, but makes ties: the most likely tokens are kept apart.
+        dense_outputs.append((log_probs_LV.to("cpu", torch.float16), log_probs_LV.argmax(-1)))
     del dense
 
     moe = _load(folder, dtype, plan.device)
@@ -89,17 +92,18 @@ def run_check(plan: Plan, folder: Path, tokens_BL: Tensor, progress: Any) -> Che
             f"{exact_error:.2g} of their spread (at most {tolerance:g} is rounding)"
         )
     moe_loss = kl = agreement = 0.0
-    with _count_load(moe) as counts:
-        for i, (window_L, stored_LV) in enumerate(zip(tokens_BL, dense_logits, strict=True)):
+    with _watch_routers(moe) as (counts, weights):
+        pairs = zip(tokens_BL, dense_outputs, strict=True)
+        for i, (window_L, (stored_LV, top_L)) in enumerate(pairs):
             progress("checking", len(tokens_BL) + i, total)
             log_probs_LV = _logits(moe, window_L[None].to(plan.device)).log_softmax(-1)
             moe_loss += _loss(log_probs_LV, window_L)
             reference_LV = stored_LV.to(plan.device).float().log_softmax(-1)
             gap_LV = reference_LV.exp() * (reference_LV - log_probs_LV)
             kl += gap_LV.sum(-1).mean().item()
-            same = log_probs_LV.argmax(-1) == reference_LV.argmax(-1)
-            agreement += same.float().mean().item()
+            agreement += (log_probs_LV.argmax(-1) == top_L).float().mean().item()
     progress("checking", total, total)
+    _check_weights(plan, weights)
     windows = len(tokens_BL)
     return CheckReport(
         exact_error=exact_error,
@@ -136,9 +140,16 @@ def _dtype_that_fits(plan: Plan) -> torch.dtype:
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, local_files_only=True
-    )
+    with warnings.catch_warnings():
+        # A target that always has a shared expert holds one of no neurons.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckFailed(f"{folder} does not load in transformers: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise CheckFailed(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")
@@ -183,21 +194,36 @@ def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _count_load(model: Any) -> Iterator[list[Tensor]]:
-    """How often each expert is selected [E], per MoE layer, during the context."""
+def _watch_routers(model: Any) -> Iterator[tuple[list[Tensor], list[float]]]:
+    """Per MoE layer, how often each expert is selected [E]; and per call of a router, the mean
+    over tokens of the sum of the selected experts' weights."""
     counts: list[Tensor] = []
+    weights: list[float] = []
     hooks = []
     for place, router in enumerate(routers(model)):
         counts.append(torch.zeros(router.weight.shape[0], dtype=torch.int64))
 
-        def count(_: nn.Module, __: Any, output: Any, place: int = place) -> None:
-            chosen = output[2].flatten().cpu()
-            counts[place] += chosen.bincount(minlength=len(counts[place]))
+        def watch(_: nn.Module, __: Any, output: Any, place: int = place) -> None:
+            _, weights_TK, chosen_TK = output
+            counts[place] += chosen_TK.flatten().cpu().bincount(minlength=len(counts[place]))
+            weights.append(weights_TK.float().sum(-1).mean().item())
 
-        hooks.append(router.register_forward_hook(count))
-    yield counts
+        hooks.append(router.register_forward_hook(watch))
+    yield counts, weights
     for hook in hooks:
         hook.remove()
+
+
+def _check_weights(plan: Plan, weights: list[float]) -> None:
+    """With its gain, each selected expert must count once in a sum, and all once in a mean."""
+    geometry = plan.geometry
+    expected = geometry.top_k if plan.combine == "sum" else geometry.granularity
+    worst = max(weights, key=lambda weight: abs(weight * plan.gains.routed - expected))
+    if abs(worst * plan.gains.routed / expected - 1) > WEIGHT_TOLERANCE:
+        raise CheckFailed(
+            f"the selected experts count {worst * plan.gains.routed:.4g} times instead of "
+            f"{expected}: the router's weights and the gain in down_proj do not fit"
+        )
 
 
 def _utilisation(count_E: Tensor) -> list[float]:

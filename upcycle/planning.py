@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
-from upcycle.calibrate import check_text
+from upcycle.calibrate import check_text, load_tokenizer
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
 from upcycle.recipe import Choice, Recipe, first_problem
@@ -434,6 +434,8 @@ def _check_text(plan: Plan) -> None:
         if plan.recipe.check != "none":
             raise UpcycleError("--calibration none leaves no text for the check: add --check none")
     check_text(plan.recipe.calibration)
+    if plan.fit_tokens + plan.held_tokens:
+        load_tokenizer(plan.source)
 
 
 def _check_out(plan: Plan, out: Path, *, overwrite: bool) -> None:

@@ -127,7 +127,7 @@ def model_card(conversion: Conversion) -> str:
     """README.md of the output, with front matter for the hub."""
     plan = conversion.plan
     front: dict[str, Any] = {}
-    if "/" in plan.source.label and not plan.source.folder.samefile(plan.source.label or "."):
+    if plan.source.revision is not None:
         front["base_model"] = [plan.source.label]
     front |= _licence(plan)
     front |= {
@@ -139,6 +139,7 @@ def model_card(conversion: Conversion) -> str:
     return environment.from_string(CARD).render(
         front=yaml.safe_dump(front, sort_keys=False),
         plan=plan,
+        name=plan.source.label if plan.source.revision else Path(plan.source.label).name,
         summary=plan_summary(plan),
         check=conversion.check,
         papers=papers(plan),
@@ -166,9 +167,9 @@ CARD = """\
 ---
 {{ front }}---
 
-# {{ plan.source.label.rstrip("/").split("/")[-1] }} as a Mixture-of-Experts
+# {{ name.split("/")[-1] }} as a Mixture-of-Experts
 
-Made from `{{ plan.source.label }}` by [upcycle](https://pypi.org/project/upcycle) {{ version }}:
+Made from `{{ name }}` by [upcycle](https://pypi.org/project/upcycle) {{ version }}:
 a native `{{ plan.target }}` checkpoint, which plain transformers loads.
 
 {% if plan.recipe.copies %}

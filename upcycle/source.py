@@ -31,6 +31,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 CONFIG_ERRORS = (
     ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError,
 )  # fmt: skip
+SAMPLES = 64  # per weight file, of 4 kB, in a fingerprint
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -103,14 +104,18 @@ class DenseSource:
         }
 
     def fingerprint(self) -> str:
-        """SHA-256 of config.json and of each weight file's header and size: names, shapes and
-        places of all tensors, not their values."""
+        """SHA-256 of config.json and, per weight file, of its size, header and a sample of its
+        bytes: every tensor's name, shape and place, and enough of the values to tell two
+        checkpoints apart without reading them whole."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in sorted({info.file for info in self.tensors.values()}):
-            path = self.folder / file
-            with path.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                digest.update(f"{file}:{path.stat().st_size}:".encode() + stream.read(size))
+            size = (self.folder / file).stat().st_size
+            digest.update(f"{file}:{size}:".encode())
+            with (self.folder / file).open("rb") as stream:
+                digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
+                for place in range(SAMPLES):
+                    stream.seek(place * size // SAMPLES)
+                    digest.update(stream.read(4096))
         return digest.hexdigest()
 
 
@@ -251,7 +256,8 @@ def _verify(source: DenseSource) -> DenseSource:
     dropped = {n for n in source.tensors if n.endswith("rotary_emb.inv_freq")}
     if source.arch.tied:
         dropped.add("lm_head.weight")
-    kept = {name: info for name, info in source.tensors.items() if name not in dropped}
+    # Sorted: how the source is sharded must not show in the output.
+    kept = {name: source.tensors[name] for name in sorted(source.tensors.keys() - dropped)}
     for name in sorted(expected.keys() - kept.keys()):
         raise UpcycleError(f"{source.folder} lacks the tensor {name}, which config.json asks for")
     for name in sorted(kept.keys() - expected.keys()):

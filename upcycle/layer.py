@@ -1,0 +1,124 @@
+"""One layer's conversion: from a dense FFN to experts and a router. Tensors in, tensors out."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from upcycle.perturb import PERTURBS
+from upcycle.planning import Plan, parameters
+from upcycle.recipe import Choice
+from upcycle.rng import generator
+from upcycle.router_init import ROUTERS
+from upcycle.shared_experts import SHARED
+from upcycle.split import SPLITS
+from upcycle.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer
+
+# Small enough that softmax weights are equal, large enough that no selection flips; float16 can't
+# hold smaller router weights (measured in tests/test_exactness.py).
+TEMPERATURE = {torch.float16: 1e-3}
+DEFAULT_TEMPERATURE = 1e-4
+
+
+def convert_layer(
+    plan: Plan, layer: int, ffn: DenseFFN, x_TD: Tensor | None
+) -> tuple[MoELayer, ExpertLayout]:
+    """Turn one dense FFN into experts and a router.
+
+    Args:
+        ffn: in the source's dtype.
+        x_TD: what the FFN sees on the calibration tokens, if the plan streams them.
+    """
+    if x_TD is None:
+        activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
+    else:
+        activations = LayerActivations(ffn.to(x_TD.device, torch.float32), x_TD.float())
+    with torch.no_grad():
+        make = _copy_layer if plan.recipe.copies else _split_layer
+        router_ED, layout = make(plan, layer, activations)
+        if plan.combine == "sum":
+            router_ED = temper(router_ED, activations.x_TD, plan.dtype)
+    shared = ffn.take(layout.shared_S) if len(layout.shared_S) else None
+    expert = Experts(plan, layer, ffn, layout)
+    return MoELayer(router_ED.to("cpu", plan.dtype), expert, shared), layout
+
+
+def _split_layer(
+    plan: Plan, layer: int, activations: LayerActivations
+) -> tuple[Tensor, ExpertLayout]:
+    """Take the shared neurons out, cut the rest into experts, fit the router."""
+    recipe, num_neurons = plan.recipe, activations.ffn.num_neurons
+    score_F = torch.zeros(num_neurons)
+    if plan.spec.shared_size:
+        params = parameters(SHARED, recipe.shared_by)
+        score_F = SHARED[recipe.shared_by.name].run(activations, params).cpu()
+    order_F = score_F.argsort(descending=True, stable=True)
+    shared_S = order_F[: plan.spec.shared_size].sort().values
+    routed_R = order_F[plan.spec.shared_size :].sort().values
+    routed = activations.take(routed_R)
+    members_EM = SPLITS[recipe.split.name].run(
+        routed,
+        plan.geometry.routed_experts,
+        parameters(SPLITS, recipe.split),
+        generator(recipe.seed, "split", layer),
+    )
+    router_ED = _route(plan, layer, routed, members_EM)
+    return router_ED, ExpertLayout(routed_R[members_EM], shared_S)
+
+
+def _copy_layer(
+    plan: Plan, layer: int, activations: LayerActivations
+) -> tuple[Tensor, ExpertLayout]:
+    """N copies of G shards; a copy's shards share a router row, so they are chosen together
+    (NVIDIA's virtual groups, arXiv:2410.07524)."""
+    geometry = plan.geometry
+    neurons_F = torch.arange(activations.ffn.num_neurons)
+    copies_NF = neurons_F.expand(geometry.num_experts, -1)
+    router_ND = _route(plan, layer, activations, copies_NF)
+    shards_GM = neurons_F.view(geometry.granularity, -1)
+    layout = ExpertLayout(shards_GM.repeat(geometry.num_experts, 1), neurons_F[:0])
+    return router_ND.repeat_interleave(geometry.granularity, dim=0), layout
+
+
+def _route(plan: Plan, layer: int, activations: LayerActivations, experts_EM: Tensor) -> Tensor:
+    choice = plan.recipe.router or Choice(name="ridge")
+    rng = generator(plan.recipe.seed, "router", layer)
+    return ROUTERS[choice.name].run(activations, experts_EM, parameters(ROUTERS, choice), rng)
+
+
+def temper(router_ED: Tensor, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The router scaled so that a token's logits spread by τ: its weights become equal.
+
+    What all rows have in common is taken out first: it shifts a token's logits together, which
+    selects nothing, and would cost precision below float32 and equal weights under a sigmoid.
+
+    Args:
+        x_TD: calibration inputs, by which the spread is measured.
+        dtype: in which the router will be stored.
+    """
+    router_ED = router_ED - router_ED.mean(0)
+    logits_TE = x_TD.float() @ router_ED.to(x_TD.device).float().T
+    spread = logits_TE.std(dim=1, correction=0).mean().item()
+    tau = TEMPERATURE.get(dtype, DEFAULT_TEMPERATURE)
+    return router_ED * (tau / spread if spread > 0 else tau)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Makes expert e when asked, so that copies never lie in memory together."""
+
+    plan: Plan
+    layer: int
+    ffn: DenseFFN
+    layout: ExpertLayout
+
+    def __call__(self, expert: int) -> DenseFFN:
+        neurons_M = self.layout.experts_EM[expert]
+        whole = len(neurons_M) == self.ffn.num_neurons and self.plan.recipe.copies
+        ffn = self.ffn if whole else self.ffn.take(neurons_M)
+        method = self.plan.recipe.method
+        if method.name not in PERTURBS:
+            return ffn
+        rng = generator(self.plan.recipe.seed, f"perturb expert {expert}", self.layer)
+        changed = PERTURBS[method.name].run(ffn, parameters(PERTURBS, method), rng)
+        return replace(changed, act=ffn.act)
