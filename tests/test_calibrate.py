@@ -107,7 +107,7 @@ def test_exactly_enough_text_is_enough(tiny, tmp_path):
     assert tokens(tiny, path).shape == (2, 8)
     path.write_text("x" * 14)
     assert refusal(tiny, path) == (
-        f"calibration text {str(path)!r} holds 15 tokens, but 16 are needed (check included): "
+        f"text {str(path)!r} holds 15 tokens, but 16 are needed (check included): "
         "lower --calibration-tokens, or give more text"
     )
 

@@ -240,10 +240,10 @@ def test_changed_copies_are_not_asked_to_be_exact(dense, out):
 
 
 def test_models_are_compared_in_float32_whatever_they_are_stored_in(dense, out, monkeypatch):
-    dtypes, load_model = [], check._load
+    dtypes, load_model = [], check.load_model
     monkeypatch.setattr(
         check,
-        "_load",
+        "load_model",
         lambda folder, dtype, device: dtypes.append(dtype) or load_model(folder, dtype, device),
     )
     settings = {"dtype": "bfloat16", "method": "copy"}

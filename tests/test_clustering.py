@@ -205,3 +205,8 @@ def test_squared_distance_differs_from_the_true_one_by_a_constant_per_row():
         for e, centroid_C in enumerate(centroids_EC):
             difference_FE[i, e] -= sum((a - b) ** 2 for a, b in zip(row_C, centroid_C, strict=True))
     torch.testing.assert_close(difference_FE, difference_FE[:, :1].expand(15, 4))
+
+
+def test_items_that_do_not_fill_the_bins_are_refused():
+    with pytest.raises(ValueError, match="10 items do not fill 3 bins equally"):
+        balanced_assignment(torch.rand(10, 3))

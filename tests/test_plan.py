@@ -495,3 +495,23 @@ def test_what_is_refused_is_refused_by_convert_before_it_writes(dense, tmp_path)
         with pytest.raises(UpcycleError):
             upcycle.convert(model, tmp_path / "out", **request)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("router", ["ridge", "centroid", "representative"])
+def test_router_that_cannot_tell_copies_apart(dense, router):
+    words = f"--router {router} has nothing to tell copies apart by: use kmeans or normal"
+    with pytest.raises(UpcycleError, match=words):
+        upcycle.plan(str(dense()), method="copy", experts=4, router=router)
+
+
+def test_fewer_tokens_than_experts(dense):
+    with pytest.raises(UpcycleError, match="--calibration-tokens 8 is too few for 24 experts"):
+        upcycle.plan(str(dense()), experts=24, shared_experts=0, calibration_tokens=8, seq_len=8)
+
+
+def test_model_without_a_tokenizer(dense, tmp_path):
+    for path in dense().iterdir():
+        if not path.name.startswith("token"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UpcycleError, match="holds no tokenizer that transformers reads"):
+        upcycle.plan(str(tmp_path))

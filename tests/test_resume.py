@@ -249,13 +249,17 @@ def fail():
 
 
 @pytest.fixture
-def terminate_as_before():
-    former = signal.getsignal(signal.SIGTERM)
+def signals_as_on_a_terminal():
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    former = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, former)
+    for number, handler in zip(numbers, former, strict=True):
+        signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("terminate_as_before")
+@pytest.mark.usefixtures("signals_as_on_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(dense, out, monkeypatch, number):
     at_layer(monkeypatch, 2, lambda: signal.raise_signal(number))
@@ -265,7 +269,7 @@ def test_interrupt_leaves_nothing(dense, out, monkeypatch, number):
     assert list(out.parent.iterdir()) == []
 
 
-@pytest.mark.usefixtures("terminate_as_before")
+@pytest.mark.usefixtures("signals_as_on_a_terminal")
 def test_interrupt_of_a_resumable_run_keeps_what_is_done(dense, out, uninterrupted):
     with pytest.MonkeyPatch.context() as patch:
         at_layer(patch, 2, lambda: signal.raise_signal(signal.SIGINT))

@@ -249,6 +249,7 @@ def test_kmeans_matches_one_to_one_at_the_largest_total_share():
     expert's own energy, so a loud expert counts no more than the others."""
     activations, _, means_ED = make_topics(torch.ones(E))
     experts_EM = make_experts()
+    activations.ffn.down_DF.mul_(torch.linspace(0.1, 10, F))
     activations.ffn.down_DF[:, experts_EM[0]] *= 100
     energy_TE = naive_energies(activations, experts_EM)
     energy_CE = np.stack([energy_TE[c::E].mean(axis=0) for c in range(E)])

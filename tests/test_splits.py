@@ -12,7 +12,6 @@ from upcycle.recipe import Choice
 from upcycle.rng import generator
 from upcycle.split import SPLITS
 from upcycle.split.coactivation_graph import (
-    GraphParams,
     coactivation_counts,
     cut,
     prune,
@@ -25,7 +24,7 @@ PURITY = 0.9
 PLANTED = {
     "parameter_clustering": {},
     "coactivation": {},
-    "coactivation_graph": {"fire_fraction": 1 / E},
+    "coactivation_graph": {},
 }
 """The splits that look at the neurons, with parameters under which the planted groups show."""
 
@@ -238,19 +237,15 @@ def naive_counts(activations, firing, batch_tokens):
 )
 def test_coactivation_counts_batches_in_which_both_fire(fire_fraction, firing, batch_tokens):
     activations = make_activations()
-    params = GraphParams(fire_fraction=fire_fraction, batch_tokens=batch_tokens)
-    counts = coactivation_counts(activations, params)
+    counts = coactivation_counts(activations, fire_fraction, batch_tokens)
     assert counts.tolist() == naive_counts(activations, firing, batch_tokens)
 
 
-def test_coactivation_counts_do_not_depend_on_how_batches_are_grouped():
-    """More than 512 batches are counted in several steps."""
+def test_coactivation_counts_do_not_depend_on_how_batches_are_grouped(monkeypatch):
     activations = make_activations()
-    repeated = LayerActivations(activations.ffn, activations.x_TD.repeat(4, 1))
-    params = GraphParams(batch_tokens=1)
-    assert len(repeated.x_TD) > 512
-    counts = coactivation_counts(repeated, params)
-    assert torch.equal(counts, 4 * coactivation_counts(activations, params))
+    counts = coactivation_counts(activations, 0.1, 8)
+    monkeypatch.setattr("upcycle.split.coactivation_graph.CHUNK_ELEMENTS", 20 * F)
+    assert torch.equal(coactivation_counts(activations, 0.1, 8), counts)
 
 
 def graph(num_nodes, edges):

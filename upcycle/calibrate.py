@@ -39,9 +39,40 @@ def calibration_tokens(
     Raises:
         UpcycleError: the text can't be read, or holds too few tokens.
     """
-    tokenizer = load_tokenizer(source)
     if text == "self":
+        tokenizer = load_tokenizer(source.folder)
         return _sample_from_model(source, tokenizer, sequences, seq_len, seed)
+    return packed_tokens(
+        source.folder,
+        source.config.vocab_size,
+        text,
+        sequences,
+        seq_len,
+        seed=seed,
+        remedy="(check included): lower --calibration-tokens, or give more text",
+    )
+
+
+def packed_tokens(
+    folder: Path,
+    vocab_size: int,
+    text: str,
+    sequences: int,
+    seq_len: int,
+    *,
+    seed: int = 0,
+    remedy: str = "(--tokens)",
+) -> Tensor:
+    """Tokens [sequences, seq_len] of a text, by the tokenizer in a model's folder.
+
+    Args:
+        text: as in `calibration_tokens`, except `self`.
+        remedy: what the error about too little text proposes, besides more text.
+
+    Raises:
+        UpcycleError: as there.
+    """
+    tokenizer = load_tokenizer(folder)
     wanted = sequences * seq_len
     tokens: list[int] = []
     for document in _documents(text, seed):
@@ -52,27 +83,25 @@ def calibration_tokens(
             break
     if len(tokens) < wanted:
         raise UpcycleError(
-            f"calibration text {text!r} holds {len(tokens):,} tokens, but {wanted:,} are needed "
-            "(check included): lower --calibration-tokens, or give more text"
+            f"text {text!r} holds {len(tokens):,} tokens, but {wanted:,} are needed {remedy}"
         )
     ids = torch.tensor(tokens[:wanted]).view(sequences, seq_len)
-    vocab = source.config.vocab_size
-    if int(ids.max()) >= vocab:
+    if int(ids.max()) >= vocab_size:
         raise UpcycleError(
-            f"the tokenizer in {source.folder} makes token {int(ids.max())}, but vocab_size is "
-            f"{vocab}: it belongs to another model"
+            f"the tokenizer in {folder} makes token {int(ids.max())}, but vocab_size is "
+            f"{vocab_size}: it belongs to another model"
         )
     return ids
 
 
-def load_tokenizer(source: DenseSource) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises nothing narrower for a corrupt tokenizer.json
         raise UpcycleError(
-            f"{source.folder} holds no tokenizer that transformers reads, so no text can be "
+            f"{folder} holds no tokenizer that transformers reads, so no text can be "
             "tokenised: add the model's tokenizer files, or pass --calibration none"
         ) from error
 

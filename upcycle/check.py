@@ -5,7 +5,6 @@ with all its experts on does too. Then what the conversion did to the model, on 
 has seen: perplexity, divergence, agreement, and how tokens spread over experts.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
 from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.evaluate import compare, load_model, measure_reference, next_token_logits, routers
 from upcycle.planning import Plan
 
 EXACT_TOKENS = 128
@@ -64,58 +63,47 @@ def run_check(plan: Plan, folder: Path, tokens_BL: Tensor, progress: Any) -> Che
         CheckFailed: the checkpoint does not load whole, or is not exact where it must be.
         UpcycleError: there is not enough memory for one of the models.
     """
-    dtype = _dtype_that_fits(plan)
-    total = 2 * len(tokens_BL)
-    dense = _load(plan.source.folder, dtype, plan.device)
-    exact_tokens_1L = tokens_BL[:1, :EXACT_TOKENS].to(plan.device)
-    exact_dense = _logits(dense, exact_tokens_1L)
-    dense_outputs, dense_loss = [], 0.0
-    for i, window_L in enumerate(tokens_BL):
-        progress("checking", i, total)
-        log_probs_LV = _logits(dense, window_L[None].to(plan.device)).log_softmax(-1)
-        dense_loss += _loss(log_probs_LV, window_L)
-        # float16 halves the memory, but makes ties: the most likely tokens are kept apart.
-        dense_outputs.append((log_probs_LV.to("cpu", torch.float16), log_probs_LV.argmax(-1)))
-    del dense
-
-    moe = _load(folder, dtype, plan.device)
-    exact_error = None
-    if plan.recipe.method.name in ("split", "copy"):
-        with _all_experts_on(moe, plan) if plan.recipe.method.name == "split" else _nothing():
-            exact_error = relative_error(_logits(moe, exact_tokens_1L), exact_dense)
-    tolerance = TOLERANCE[plan.combine]
-    if plan.dtype != torch.float32 or dtype != torch.float32:
-        tolerance = LOW_PRECISION_TOLERANCE
+    dtype, total = _dtype_that_fits(plan), 2 * len(tokens_BL)
+    exact_L = tokens_BL[0, :EXACT_TOKENS]
+    model = load_model(plan.source.folder, dtype, plan.device)
+    exact_LV = next_token_logits(model, exact_L)
+    reference = measure_reference(model, tokens_BL, lambda done: progress("checking", done, total))
+    del model
+    model = load_model(folder, dtype, plan.device)
+    low_precision = plan.dtype != torch.float32 or dtype != torch.float32
+    tolerance = LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE[plan.combine]
+    exact_error = _exact_error(plan, model, exact_L, exact_LV)
     if exact_error is not None and not exact_error <= tolerance:
         raise CheckFailed(
             f"the finished checkpoint is not the dense model's equal: its logits differ by "
             f"{exact_error:.2g} of their spread (at most {tolerance:g} is rounding)"
         )
-    moe_loss = kl = agreement = 0.0
-    with _watch_routers(moe) as (counts, weights):
-        pairs = zip(tokens_BL, dense_outputs, strict=True)
-        for i, (window_L, (stored_LV, top_L)) in enumerate(pairs):
-            progress("checking", len(tokens_BL) + i, total)
-            log_probs_LV = _logits(moe, window_L[None].to(plan.device)).log_softmax(-1)
-            moe_loss += _loss(log_probs_LV, window_L)
-            reference_LV = stored_LV.to(plan.device).float().log_softmax(-1)
-            gap_LV = reference_LV.exp() * (reference_LV - log_probs_LV)
-            kl += gap_LV.sum(-1).mean().item()
-            agreement += (log_probs_LV.argmax(-1) == top_L).float().mean().item()
+    moe = compare(
+        model, tokens_BL, reference, lambda done: progress("checking", done + total // 2, total)
+    )
     progress("checking", total, total)
-    _check_weights(plan, weights)
-    windows = len(tokens_BL)
+    _check_weights(plan, moe.router_weights)
     return CheckReport(
         exact_error=exact_error,
         exact_tolerance=tolerance,
-        perplexity_dense=float(torch.tensor(dense_loss / windows).exp()),
-        perplexity_moe=float(torch.tensor(moe_loss / windows).exp()),
-        kl=kl / windows,
-        top1_agreement=agreement / windows,
+        perplexity_dense=reference.perplexity,
+        perplexity_moe=moe.perplexity,
+        kl=moe.kl,
+        top1_agreement=moe.top1_agreement,
         tokens=tokens_BL.numel(),
         window=tokens_BL.shape[1],
-        load=[_utilisation(count_E) for count_E in counts],
+        load=moe.load,
     )
+
+
+def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:
+    """How far the logits are from the dense model's [L, V]; None where they need not be equal."""
+    if plan.recipe.method.name == "copy":
+        return relative_error(next_token_logits(model, exact_L), exact_LV)
+    if plan.recipe.method.name == "split":
+        with _all_experts_on(model, plan):
+            return relative_error(next_token_logits(model, exact_L), exact_LV)
+    return None
 
 
 def relative_error(logits: Tensor, reference: Tensor) -> float:
@@ -139,45 +127,6 @@ def _dtype_that_fits(plan: Plan) -> torch.dtype:
     )
 
 
-def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    with warnings.catch_warnings():
-        # A target that always has a shared expert holds one of no neurons.
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True
-            )
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckFailed(f"{folder} does not load in transformers: {reason}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise CheckFailed(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")
-    return model.to(device).eval()
-
-
-@torch.no_grad()
-def _logits(model: Any, tokens_1L: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens_1L, use_cache=False).logits[0].float()
-    return logits
-
-
-def _loss(log_probs_LV: Tensor, window_L: Tensor) -> float:
-    """Mean negative log-likelihood of a window's tokens, the first one given."""
-    targets = window_L[1:, None].to(log_probs_LV.device)
-    return float(-log_probs_LV[:-1].gather(1, targets).mean())
-
-
-def routers(model: nn.Module) -> list[Any]:
-    """The routers of any of the targets, layer by layer."""
-    return [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 @contextmanager
 def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
     """Select every expert, each with weight 1, for the time of the context."""
@@ -193,27 +142,6 @@ def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
         module.down_proj.data.div_(plan.gains.all_on)
 
 
-@contextmanager
-def _watch_routers(model: Any) -> Iterator[tuple[list[Tensor], list[float]]]:
-    """Per MoE layer, how often each expert is selected [E]; and per call of a router, the mean
-    over tokens of the sum of the selected experts' weights."""
-    counts: list[Tensor] = []
-    weights: list[float] = []
-    hooks = []
-    for place, router in enumerate(routers(model)):
-        counts.append(torch.zeros(router.weight.shape[0], dtype=torch.int64))
-
-        def watch(_: nn.Module, __: Any, output: Any, place: int = place) -> None:
-            _, weights_TK, chosen_TK = output
-            counts[place] += chosen_TK.flatten().cpu().bincount(minlength=len(counts[place]))
-            weights.append(weights_TK.float().sum(-1).mean().item())
-
-        hooks.append(router.register_forward_hook(watch))
-    yield counts, weights
-    for hook in hooks:
-        hook.remove()
-
-
 def _check_weights(plan: Plan, weights: list[float]) -> None:
     """With its gain, each selected expert must count once in a sum, and all once in a mean."""
     geometry = plan.geometry
@@ -224,8 +152,3 @@ def _check_weights(plan: Plan, weights: list[float]) -> None:
             f"the selected experts count {worst * plan.gains.routed:.4g} times instead of "
             f"{expected}: the router's weights and the gain in down_proj do not fit"
         )
-
-
-def _utilisation(count_E: Tensor) -> list[float]:
-    fair = count_E.sum() / len(count_E)
-    return [round(float(n), 4) for n in count_E / fair]

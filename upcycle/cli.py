@@ -281,6 +281,39 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UpcycleError(f"--set {text!r}: the value is not YAML") from error
 
 
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[str, typer.Option(help="A .txt, .jsonl or .parquet file, builtin or hf:…")],
+    against: Annotated[
+        str | None, typer.Option(help="The dense model that MODEL was made from.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="How many, from the text's start.")] = 16384,
+    seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    json_: Json = False,
+) -> None:
+    """Measure a model's perplexity on a text, and how far it is from the dense model.
+
+    The text is cut into windows of the same length, each read on its own; the first token of a
+    window is given. Everything is computed in float32.
+    """
+    with _errors():
+        from dataclasses import asdict
+
+        from upcycle import console
+        from upcycle.evaluate import evaluate as measure
+
+        _quiet_model_loading()
+        with console.progress_bars(quiet=json_) as progress:
+            report = measure(
+                model, text, against=against, tokens=tokens, seq_len=seq_len, progress=progress
+            )
+        if json_:
+            _print_json(asdict(report) | {"perplexity_ratio": report.perplexity_ratio})
+        else:
+            console.show_evaluation(model, report)
+
+
 @app.command()
 def inspect(model: Model, revision: Revision = None, json_: Json = False) -> None:
     """Show a model's shapes, its FFN width and divisors, and the MoE targets that it can reach."""

@@ -8,12 +8,19 @@ def balanced_assignment(cost_FE: Tensor) -> Tensor:
     """Put each of F items into one of E bins of F / E items at near-least total cost.
 
     Prices make the bins about equally attractive (dual ascent, as in an auction); items then
-    propose to their cheapest bin, and a full bin keeps those that would lose most elsewhere.
-    Within 0.1 % of the optimum in the tests, at a thousandth of the Hungarian method's time.
+    propose to their cheapest bin, which takes those that would lose most elsewhere while it has
+    room.
+    Within 0.1 % of the optimum on distances with several items to a bin, at a thousandth of the
+    Hungarian method's time; less close when costs tie or bins hold one or two.
 
     Returns the bin of each item, [F] int64.
+
+    Raises:
+        ValueError: F is no multiple of E.
     """
     num_items, num_bins = cost_FE.shape
+    if num_items % num_bins:
+        raise ValueError(f"{num_items} items do not fill {num_bins} bins equally")
     capacity = num_items // num_bins
     return _fill(cost_FE + _prices(cost_FE, capacity), capacity)
 
@@ -30,7 +37,7 @@ def _prices(cost_FE: Tensor, capacity: int, rounds: int = 100) -> Tensor:
 
 
 def _fill(cost_FE: Tensor, capacity: int) -> Tensor:
-    """Deferred acceptance: bins keep the `capacity` proposals with the most to lose."""
+    """Bins take the proposals with the most to lose, up to `capacity`; the rest propose again."""
     owner_F = torch.full((len(cost_FE),), -1)
     open_cost_FE = cost_FE.clone()
     while (owner_F < 0).any():
@@ -53,7 +60,8 @@ def balanced_kmeans(
 ) -> tuple[Tensor, Tensor]:
     """k-means whose clusters all hold F / E rows (size-constrained k-means).
 
-    Starts from k-means++ and alternates balanced assignment and means until nothing moves.
+    Starts from random rows (k-means++ seeds gained nothing measurable, because balance spreads the
+    clusters) and alternates balanced assignment and means until nothing moves.
 
     Args:
         rows_FC: what is clustered, [F, C]; F must be a multiple of num_clusters.
@@ -62,7 +70,7 @@ def balanced_kmeans(
         The members of each cluster [E, F / E], ascending, and the centroids [E, C].
     """
     rows_FC = rows_FC.float().cpu()
-    centroids_EC = _seeds(rows_FC, num_clusters, rng)
+    centroids_EC = rows_FC[torch.randperm(len(rows_FC), generator=rng)[:num_clusters]]
     owner_F = torch.zeros(len(rows_FC), dtype=torch.int64)
     for _ in range(iterations):
         previous, owner_F = owner_F, balanced_assignment(squared_distance(rows_FC, centroids_EC))
@@ -71,19 +79,6 @@ def balanced_kmeans(
         if torch.equal(previous, owner_F):
             break
     return members_EM, centroids_EC
-
-
-def _seeds(rows_FC: Tensor, num_clusters: int, rng: torch.Generator) -> Tensor:
-    """k-means++: rows drawn with probability proportional to their squared distance from those
-    drawn before (Arthur and Vassilvitskii, 2007)."""
-    chosen = [int(torch.randint(len(rows_FC), (), generator=rng))]
-    distance_F = torch.full((len(rows_FC),), torch.inf)
-    for _ in range(num_clusters - 1):
-        gap_F = (rows_FC - rows_FC[chosen[-1]]).square().sum(1)
-        distance_F = distance_F.minimum(gap_F)
-        weight_F = distance_F if distance_F.any() else torch.ones_like(distance_F)
-        chosen.append(int(torch.multinomial(weight_F, 1, generator=rng)))
-    return rows_FC[chosen]
 
 
 def squared_distance(rows_FC: Tensor, centroids_EC: Tensor) -> Tensor:

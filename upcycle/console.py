@@ -11,6 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from upcycle.conversion import Progress as OnProgress
+    from upcycle.evaluate import Evaluation
     from upcycle.planning import Plan
     from upcycle.report import Conversion
 
@@ -201,6 +202,24 @@ def _verdict(conversion: "Conversion") -> str:
         f"To lose less, raise --top-k or --shared-experts, cut finer with more --experts{first}; "
         "or train the result further."
     )
+
+
+def show_evaluation(model: str, report: "Evaluation") -> None:
+    """Perplexity, and the distance from the dense model if there is one."""
+    rows = {"perplexity": f"{report.perplexity:.3f}"}
+    if report.perplexity_ratio is not None:
+        rows |= {
+            "dense perplexity": f"{report.perplexity_against:.3f}",
+            "ratio": f"{report.perplexity_ratio:.4f}",
+            "KL to dense, nats": f"{report.kl:.4f}",
+            "same next token": f"{100 * (report.top1_agreement or 0):.1f} %",
+        }
+    loads = [share for layer in report.load for share in layer]
+    if loads:
+        rows["expert load"] = f"{min(loads):.2f} to {max(loads):.2f} × fair share"
+        rows["dead experts"] = f"{loads.count(0)} of {len(loads)}"
+    rows["text"] = f"{report.tokens:,} tokens in windows of {report.window}"
+    table(model, rows)
 
 
 def show_inspection(report: Mapping[str, Any]) -> None:

@@ -84,6 +84,11 @@ class HiddenStream:
             self.hidden[i] = out[0] if isinstance(out, tuple) else out
         hook.remove()
         block.to("meta")
+        if not torch.isfinite(x_TD).all():
+            raise UpcycleError(
+                f"the dense model overflows in layer {layer} on the calibration text, in "
+                f"{self.dtype}: its weights are damaged, or need float32 (--device cpu)"
+            )
         return x_TD
 
     def _arguments(self, layer: int, batch: int) -> dict[str, Any]:

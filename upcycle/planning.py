@@ -225,6 +225,11 @@ def _check_plugins(recipe: Recipe) -> None:
     parameters(SPLITS, recipe.split)
     parameters(SHARED, recipe.shared_by)
     parameters(ROUTERS, recipe.router or Choice(name=_default_router(recipe)))
+    if recipe.copies and not _router(recipe).tells_copies_apart:
+        fitting = " or ".join(name for name, r in ROUTERS.items() if r.tells_copies_apart)
+        raise UpcycleError(
+            f"--router {_router(recipe).name} has nothing to tell copies apart by: use {fitting}"
+        )
     if recipe.copies and recipe.shared_experts:
         raise UpcycleError(
             f"--shared-experts {recipe.shared_experts} goes with a split: copies have none"
@@ -434,8 +439,13 @@ def _check_text(plan: Plan) -> None:
         if plan.recipe.check != "none":
             raise UpcycleError("--calibration none leaves no text for the check: add --check none")
     check_text(plan.recipe.calibration)
+    if plan.streams and plan.fit_tokens < plan.geometry.routed_experts:
+        raise UpcycleError(
+            f"--calibration-tokens {plan.recipe.calibration_tokens} is too few for "
+            f"{plan.geometry.routed_experts} experts: give thousands"
+        )
     if plan.fit_tokens + plan.held_tokens:
-        load_tokenizer(plan.source)
+        load_tokenizer(plan.source.folder)
 
 
 def _check_out(plan: Plan, out: Path, *, overwrite: bool) -> None:

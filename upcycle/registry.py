@@ -29,6 +29,8 @@ class Method(Generic[F]):
     params: type[Params]
     run: F
     needs_activations: bool
+    tells_copies_apart: bool = True
+    """For a router: whether its rows differ when all experts are equal."""
 
 
 class Registry(Mapping[str, T], Generic[T]):

@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,21 @@ def open_source(model: str, *, revision: str | None = None) -> DenseSource:
         return _open_gguf(model, Path(model).expanduser())
     local = Path(model).expanduser().is_dir()
     return _open_folder(model, folder, revision=None if local else folder.name)
+
+
+@contextmanager
+def checkpoint_folder(model: str) -> Iterator[Path]:
+    """The folder of any checkpoint, dense or not; a GGUF file's goes with the context.
+
+    Raises:
+        UpcycleError: it is not there.
+    """
+    folder = model_folder(model, None)
+    if folder is not None:
+        yield folder
+    else:
+        source = open_source(model)
+        yield source.folder
 
 
 def model_folder(

@@ -33,7 +33,12 @@ ROUTERS: Registry[Method[Run]] = Registry("router")
 
 
 def router_from_weights(
-    name: str, *, summary: str, paper: str, params: type[Params] = Params
+    name: str,
+    *,
+    summary: str,
+    paper: str,
+    params: type[Params] = Params,
+    tells_copies_apart: bool = False,
 ) -> Callable[[WeightRouter[P]], WeightRouter[P]]:
     """Register a router that reads the FFN's weights alone."""
 
@@ -41,23 +46,26 @@ def router_from_weights(
         def run(acts: LayerActivations, experts_EM: Tensor, p: P, rng: torch.Generator) -> Tensor:
             return function(acts.ffn, experts_EM, p, rng)
 
-        ROUTERS.add(
-            name, Method(name, summary, paper, params, cast(Run, run), needs_activations=False)
-        )
+        entry = Method(name, summary, paper, params, cast(Run, run), False, tells_copies_apart)
+        ROUTERS.add(name, entry)
         return function
 
     return register
 
 
 def router_from_activations(
-    name: str, *, summary: str, paper: str, params: type[Params] = Params
+    name: str,
+    *,
+    summary: str,
+    paper: str,
+    params: type[Params] = Params,
+    tells_copies_apart: bool = False,
 ) -> Callable[[ActivationRouter[P]], ActivationRouter[P]]:
     """Register a router that is fitted on the calibration tokens."""
 
     def register(function: ActivationRouter[P]) -> ActivationRouter[P]:
-        ROUTERS.add(
-            name, Method(name, summary, paper, params, cast(Run, function), needs_activations=True)
-        )
+        entry = Method(name, summary, paper, params, cast(Run, function), True, tells_copies_apart)
+        ROUTERS.add(name, entry)
         return function
 
     return register

@@ -26,6 +26,7 @@ class KMeansParams(Params):
     summary="centroids of a balanced k-means of the hidden states",
     paper="arXiv:2411.15708",
     params=KMeansParams,
+    tells_copies_apart=True,
 )
 def router(
     activations: LayerActivations, experts_EM: Tensor, params: KMeansParams, rng: torch.Generator

@@ -21,6 +21,7 @@ class NormalParams(Params):
     summary="random rows, N(0, std)",
     paper="arXiv:2212.05055",
     params=NormalParams,
+    tells_copies_apart=True,
 )
 def router(ffn: DenseFFN, experts_EM: Tensor, params: NormalParams, rng: torch.Generator) -> Tensor:
     return torch.randn(len(experts_EM), ffn.hidden_size, generator=rng) * params.std

@@ -1,7 +1,7 @@
 """Co-activation clustering: neurons that matter on the same tokens share an expert.
 
-Neuron i's profile is its contribution |h_i(t)| * |down[:, i]| on a sample of tokens, scaled to
-unit length; balanced k-means on the profiles makes the experts. CMoE (arXiv:2502.04416) clusters
+Neuron i's profile is its activation |h_i(t)| on a sample of tokens, scaled to unit length;
+balanced k-means on the profiles makes the experts. CMoE (arXiv:2502.04416) clusters
 binary markers of the same kind, ExpertWeaver (arXiv:2602.15521) per-sample means.
 """
 
@@ -23,7 +23,7 @@ class ProfileParams(Params):
 
 @split_from_activations(
     "coactivation",
-    summary="balanced k-means on each neuron's contribution, token by token",
+    summary="balanced k-means on how strongly each neuron fires, token by token",
     paper="ours; after arXiv:2502.04416",
     params=ProfileParams,
 )
@@ -31,7 +31,6 @@ def split(
     activations: LayerActivations, num_experts: int, params: ProfileParams, rng: torch.Generator
 ) -> Tensor:
     sample = activations.sample(params.tokens)
-    norm_F = activations.ffn.down_DF.norm(dim=0)
-    profile_FT = torch.cat([(h_tF.abs() * norm_F).T for _, h_tF in sample.chunks()], dim=1)
+    profile_FT = torch.cat([h_tF.abs().T for _, h_tF in sample.chunks()], dim=1)
     members_EM, _ = balanced_kmeans(normalize(profile_FT, dim=1), num_experts, rng)
     return members_EM

@@ -17,11 +17,12 @@ from torch import Tensor
 from upcycle.registry import Params
 from upcycle.rng import draw_seed
 from upcycle.split.base import split_from_activations
-from upcycle.types import LayerActivations
+from upcycle.types import CHUNK_ELEMENTS, LayerActivations
 
 
 class GraphParams(Params):
-    fire_fraction: float = Field(default=0.1, gt=0, le=1)
+    fire_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Share of the neurons that fire on a token; by default one expert's, 1 / E."""
     batch_tokens: PositiveInt = 8
     """Tokens per batch within which firing counts once."""
     max_edges_per_neuron: PositiveInt = 256
@@ -38,21 +39,26 @@ def split(
 ) -> Tensor:
     if num_experts == 1:
         return torch.arange(activations.ffn.num_neurons)[None]
-    weight_FF = prune(coactivation_counts(activations, params), params.max_edges_per_neuron)
+    fraction = params.fire_fraction or 1 / num_experts
+    count_FF = coactivation_counts(activations, fraction, params.batch_tokens)
+    weight_FF = prune(count_FF, params.max_edges_per_neuron)
     return rebalance(cut(weight_FF, num_experts, draw_seed(rng)), num_experts, rng)
 
 
-def coactivation_counts(activations: LayerActivations, params: GraphParams) -> Tensor:
+def coactivation_counts(
+    activations: LayerActivations, fire_fraction: float, batch_tokens: int
+) -> Tensor:
     """In how many batches of tokens neurons i and j both fire, [F, F], zero diagonal."""
     num_neurons = activations.ffn.num_neurons
     norm_F = activations.ffn.down_DF.norm(dim=0)
-    firing = max(1, round(params.fire_fraction * num_neurons))
+    firing = max(1, round(fire_fraction * num_neurons))
     count_FF = torch.zeros(num_neurons, num_neurons)
-    for x_bD in activations.x_TD.split(params.batch_tokens * 512):
+    chunk = max(1, CHUNK_ELEMENTS // num_neurons // batch_tokens) * batch_tokens
+    for x_bD in activations.x_TD.split(chunk):
         strength_bF = activations.ffn.hidden(x_bD).abs() * norm_F
         top = strength_bF.topk(firing, dim=1).indices
         fires_bF = torch.zeros_like(strength_bF).scatter_(1, top, 1.0)
-        batches = [b.amax(0) for b in fires_bF.split(params.batch_tokens)]
+        batches = [b.amax(0) for b in fires_bF.split(batch_tokens)]
         fires_nF = torch.stack(batches).cpu()
         count_FF += fires_nF.T @ fires_nF
     return count_FF.fill_diagonal_(0)
