@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.regression import ridge
+from upcycle.regression import predictable_profiles, ridge
 
 T, D, E = 57, 9, 4
 
@@ -83,3 +83,17 @@ def test_many_pieces_are_added_up_in_float64():
     pieces = [large, *zip(x_TD.split(1), y_TE.split(1), strict=True)]
     whole = [torch.cat([piece[side] for piece in pieces]).double() for side in (0, 1)]
     torch.testing.assert_close(ridge(pieces, 1e-9), ridge([whole], 1e-9), rtol=1e-3, atol=1e-4)
+
+
+def test_profiles_lie_as_far_apart_as_the_ridge_predictions():
+    """With λ I in place of further tokens: |x w - x v|² + λ |w - v|² for every pair of targets."""
+    x_TD, y_TE = (tensor.double() for tensor in make_pair())
+    rows_ED = predictable_profiles([(x_TD, y_TE)], 0.5).double().numpy()
+    weight_ED = augmented_least_squares(x_TD, y_TE, 0.5).double().numpy()
+    x = x_TD.numpy()
+    penalty = 0.5 * np.mean([float(column @ column) for column in x.T])
+    for i in range(E):
+        for j in range(E):
+            gap_D = weight_ED[i] - weight_ED[j]
+            expected = float(np.sum((x @ gap_D) ** 2) + penalty * gap_D @ gap_D)
+            assert np.sum((rows_ED[i] - rows_ED[j]) ** 2) == pytest.approx(expected, rel=1e-4)

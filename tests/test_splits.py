@@ -25,6 +25,7 @@ PLANTED = {
     "parameter_clustering": {},
     "coactivation": {},
     "coactivation_graph": {},
+    "predictability": {},
 }
 """The splits that look at the neurons, with parameters under which the planted groups show."""
 
@@ -348,3 +349,28 @@ def test_rebalance_fills_empty_parts(parts):
     experts = rebalanced(parts, 4)
     assert [len(row) for row in experts] == [3, 3, 3, 3]
     assert sorted(neuron for row in experts for neuron in row) == list(range(12))
+
+
+def test_markers_cluster_by_who_is_strongest_and_not_by_how_strong():
+    """Neurons that are strongest on the same tokens go together, whatever they do elsewhere."""
+    x_TD = torch.eye(D)[torch.arange(T) % E]
+    group_F = torch.arange(F) % E
+    gate_FD = torch.full((F, D), 1.0)
+    gate_FD[torch.arange(F), group_F] = 5.0
+    ffn = DenseFFN(gate_FD, torch.ones(F, D), torch.ones(D, F), silu)
+    experts_EM = split("coactivation", LayerActivations(ffn, x_TD), markers=F // E)
+    assert purity(experts_EM, group_F) == 1
+
+
+def test_predictability_ignores_what_x_does_not_foretell():
+    """Half of the neurons' groups show in x; the other half fire alike on tokens at random."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = 4096
+    kind_T = torch.randint(2, (tokens,), generator=rng)
+    x_TD = torch.randn(tokens, D, generator=rng)
+    x_TD[:, 0] = 6.0 * kind_T
+    gate_FD = torch.randn(F, D, generator=rng) / D**0.5
+    gate_FD[:, 0] = torch.where(torch.arange(F) % 2 == 0, 1.0, 0.0)
+    ffn = DenseFFN(gate_FD, torch.ones(F, D) / D, torch.ones(D, F), silu)
+    experts_EM = split("predictability", LayerActivations(ffn, x_TD), num_experts=2)
+    assert purity(experts_EM, torch.arange(F) % 2) > PURITY

@@ -68,7 +68,9 @@ Granularity = Annotated[
 Split = Annotated[
     str | None,
     _setting(
-        "coactivation | coactivation_graph | parameter_clustering | random | contiguous", "--split"
+        "coactivation | coactivation_graph | parameter_clustering | predictability | random | "
+        "contiguous",
+        "--split",
     ),
 ]
 SharedBy = Annotated[

@@ -4,6 +4,7 @@ import upcycle.split.coactivation
 import upcycle.split.coactivation_graph
 import upcycle.split.contiguous
 import upcycle.split.parameter_clustering
+import upcycle.split.predictability
 import upcycle.split.random
 from upcycle.split.base import SPLITS
 

@@ -1,8 +1,8 @@
-"""Co-activation clustering: neurons that matter on the same tokens share an expert.
+"""Co-activation clustering: neurons that fire on the same tokens share an expert.
 
 Neuron i's profile is its activation |h_i(t)| on a sample of tokens, scaled to unit length;
-balanced k-means on the profiles makes the experts. CMoE (arXiv:2502.04416) clusters
-binary markers of the same kind, ExpertWeaver (arXiv:2602.15521) per-sample means.
+balanced k-means on the profiles makes the experts. With `markers`, a profile only marks the tokens
+on which the neuron is among the strongest, as in CMoE (arXiv:2502.04416).
 """
 
 import torch
@@ -19,6 +19,8 @@ from upcycle.types import LayerActivations
 class ProfileParams(Params):
     tokens: PositiveInt = 4096
     """Length of a profile; more tokens cost memory F x tokens and change little."""
+    markers: PositiveInt | None = None
+    """Mark this many neurons per token, those of largest |h|, instead of how strongly all fire."""
 
 
 @split_from_activations(
@@ -31,6 +33,17 @@ def split(
     activations: LayerActivations, num_experts: int, params: ProfileParams, rng: torch.Generator
 ) -> Tensor:
     sample = activations.sample(params.tokens)
-    profile_FT = torch.cat([h_tF.abs().T for _, h_tF in sample.chunks()], dim=1)
-    members_EM, _ = balanced_kmeans(normalize(profile_FT, dim=1), num_experts, rng)
+    profile_FT = torch.cat([_profile(h_tF, params.markers).T for _, h_tF in sample.chunks()], dim=1)
+    if params.markers is None:
+        profile_FT = normalize(profile_FT, dim=1)
+    members_EM, _ = balanced_kmeans(profile_FT, num_experts, rng)
     return members_EM
+
+
+def _profile(h_tF: Tensor, markers: int | None) -> Tensor:
+    """How strongly each neuron fires [t, F]; with markers, 1 where it is among the strongest."""
+    strength_tF = h_tF.abs()
+    if markers is None:
+        return strength_tF
+    marked = strength_tF.topk(min(markers, h_tF.shape[1]), dim=1).indices
+    return torch.zeros_like(strength_tF).scatter_(1, marked, 1.0)
