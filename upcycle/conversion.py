@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,42 +126,59 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
 
 
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
-    source, target = plan.source, TARGETS[plan.target]
+    source = plan.source
     writer = CheckpointWriter(workspace.folder, plan.specs, plan.recipe.max_shard_size)
-
-    dtypes = {spec.name: spec.dtype for spec in plan.specs}
-
-    def write(unit: str, named: Any, record: dict[str, Any]) -> None:
-        for name, tensor in named:
-            writer.write(name, tensor.to(dtypes[name]))
-        workspace.done(unit, record)
-
     outer = source.canonical(source.read(source.outer_names()))
     stream = None
     if plan.streams:
         stream = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
-    write("embeddings", assemble_embeddings(outer), {})
-    write("head", assemble_head(outer), {})
+    _write_unit(workspace, writer, "embeddings", assemble_embeddings(outer), {})
+    _write_unit(workspace, writer, "head", assemble_head(outer), {})
     del outer
     layers = source.arch.num_layers
     for layer in range(layers):
         progress("converting layers", layer, layers)
-        unit = f"layer {layer}"
-        if unit in workspace.records and stream is None:
-            continue
-        raw = source.read_layer(layer)
-        x_TD = stream.step(layer, raw) if stream else None
-        if unit in workspace.records:
-            continue
-        tensors = source.canonical(raw)
-        moe, record = None, {"layer": layer, "dense": True}
-        if layer not in plan.spec.dense_layers:
-            ffn = dense_ffn(tensors, ACT2FN[source.arch.fields["hidden_act"]])
-            moe, layout = convert_layer(plan, layer, ffn, x_TD)
-            record = {"layer": layer, "dense": False} | _layout_record(plan, layout)
-        named = assemble_layer(target, source.arch, layer, tensors, moe, plan.gains)
-        write(unit, named, record)
+        _write_layer(plan, workspace, writer, stream, layer)
     progress("converting layers", layers, layers)
+
+
+def _write_layer(
+    plan: Plan,
+    workspace: Workspace,
+    writer: CheckpointWriter,
+    stream: HiddenStream | None,
+    layer: int,
+) -> None:
+    """Convert a layer, unless an earlier run did. (A function of its own, so that its tensors are
+    gone before the next layer's are read.)"""
+    source, unit = plan.source, f"layer {layer}"
+    if unit in workspace.records and stream is None:
+        return
+    raw = source.read_layer(layer)
+    x_TD = stream.step(layer, raw) if stream else None
+    if unit in workspace.records:
+        return
+    tensors = source.canonical(raw)
+    moe, record = None, {"layer": layer, "dense": True}
+    if layer not in plan.spec.dense_layers:
+        ffn = dense_ffn(tensors, ACT2FN[source.arch.fields["hidden_act"]])
+        moe, layout = convert_layer(plan, layer, ffn, x_TD)
+        record = {"layer": layer, "dense": False} | _layout_record(plan, layout)
+    named = assemble_layer(TARGETS[plan.target], source.arch, layer, tensors, moe, plan.gains)
+    _write_unit(workspace, writer, unit, named, record)
+
+
+def _write_unit(
+    workspace: Workspace,
+    writer: CheckpointWriter,
+    unit: str,
+    named: Iterator[tuple[str, Tensor]],
+    record: dict[str, Any],
+) -> None:
+    """Write tensors in their planned dtypes, then note that the unit is done."""
+    for name, tensor in named:
+        writer.write(name, tensor.to(writer.places[name].spec.dtype))
+    workspace.done(unit, record)
 
 
 def _layout_record(plan: Plan, layout: ExpertLayout) -> dict[str, Any]:
