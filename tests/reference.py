@@ -72,7 +72,8 @@ def load_all_on(folder, dtype=torch.float32):
 
 
 def routers(model):
-    """Layer by layer. Called, each returns (logits, weights, indices of the selected experts)."""
+    """Layer by layer. Called, each returns logits, weights and the selected experts, in an order
+    that differs between versions of transformers; the selected experts alone are integers."""
     return [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
 
 
@@ -86,12 +87,17 @@ def moe_layers(folder):
     return [layer for layer in read_json(folder / "upcycle.json")["layers"] if not layer["dense"]]
 
 
+def selected(router_output):
+    (indices_TK,) = (t for t in router_output if not t.is_floating_point())
+    return indices_TK
+
+
 @contextmanager
 def selections(model):
     """Collects which experts the router of each MoE layer selects [T, K], during the context."""
     seen = [None] * len(routers(model))
     hooks = [
-        router.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out[2]))
+        router.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, selected(out)))
         for i, router in enumerate(routers(model))
     ]
     yield seen

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import dense_logits, load, load_all_on, logits, read_json, routers
+from reference import dense_logits, load, load_all_on, logits, read_json, routers, selected
 
 from upcycle.check import LOW_PRECISION_TOLERANCE
 from upcycle.check import TOLERANCE as CHECK_TOLERANCE
@@ -120,7 +120,7 @@ def ffn_inputs(source):
 @torch.no_grad()
 def select(router, x_TD):
     """The experts that transformers' router selects [T, K], in its own dtype."""
-    return router(x_TD.to(router.weight.dtype))[2]
+    return selected(router(x_TD.to(router.weight.dtype)))
 
 
 def select_exactly(router, x_TD):

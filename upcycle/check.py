@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from upcycle.errors import CheckFailed, UpcycleError
-from upcycle.evaluate import compare, load_model, measure_reference, next_token_logits, routers
+from upcycle.evaluate import (
+    compare,
+    load_model,
+    measure_reference,
+    next_token_logits,
+    routers,
+    stacked_experts,
+)
 from upcycle.planning import Plan
 
 EXACT_TOKENS = 128
@@ -130,15 +137,14 @@ def _dtype_that_fits(plan: Plan) -> torch.dtype:
 @contextmanager
 def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
     """Select every expert, each with weight 1, for the time of the context."""
-    experts = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
     for router in routers(model):
         router.top_k = plan.geometry.routed_experts
-    for module in experts:
+    for module in stacked_experts(model):
         module.down_proj.data.mul_(plan.gains.all_on)
     yield
     for router in routers(model):
         router.top_k = plan.geometry.top_k
-    for module in experts:
+    for module in stacked_experts(model):
         module.down_proj.data.div_(plan.gains.all_on)
 
 

@@ -202,22 +202,35 @@ def routers(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
 
 
+def stacked_experts(model: Any) -> list[Any]:
+    """The modules that hold all experts of a layer, with `down_proj` [E, D, M], layer by layer."""
+    return [m for m in model.modules() if getattr(m, "down_proj", None) is not None and _3d(m)]
+
+
+def _3d(module: Any) -> bool:
+    return isinstance(module.down_proj, nn.Parameter) and module.down_proj.dim() == 3
+
+
 @contextmanager
 def _watch_routers(model: Any) -> Iterator[tuple[list[Tensor], list[float]]]:
-    """Per MoE layer, how often each expert is selected [E]; and per call of a router, the mean
-    over tokens of the sum of the selected experts' weights."""
+    """Per MoE layer, how often each expert is selected [E]; and per call, the mean over tokens of
+    the sum of the selected experts' weights.
+
+    Read from what the experts are called with, which all targets have in common; what routers
+    return differs between versions of transformers.
+    """
     counts: list[Tensor] = []
     weights: list[float] = []
     hooks = []
-    for place, router in enumerate(routers(model)):
-        counts.append(torch.zeros(router.weight.shape[0], dtype=torch.int64))
+    for place, experts in enumerate(stacked_experts(model)):
+        counts.append(torch.zeros(len(experts.down_proj), dtype=torch.int64))
 
-        def watch(_: nn.Module, __: Any, output: Any, place: int = place) -> None:
-            _, weights_TK, chosen_TK = output
+        def watch(module: nn.Module, args: tuple[Tensor, ...], place: int = place) -> None:
+            _, chosen_TK, weights_TK = args
             counts[place] += chosen_TK.flatten().cpu().bincount(minlength=len(counts[place]))
             weights.append(weights_TK.float().sum(-1).mean().item())
 
-        hooks.append(router.register_forward_hook(watch))
+        hooks.append(experts.register_forward_pre_hook(watch))
     yield counts, weights
     for hook in hooks:
         hook.remove()
