@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.errors import CheckFailed
 from upcycle.evaluate import (
     compare,
     load_model,
@@ -24,7 +23,7 @@ from upcycle.evaluate import (
     routers,
     stacked_experts,
 )
-from upcycle.planning import Plan
+from upcycle.planning import Plan, free_memory
 
 EXACT_TOKENS = 128
 
@@ -68,7 +67,6 @@ def run_check(plan: Plan, folder: Path, tokens_BL: Tensor, progress: Any) -> Che
 
     Raises:
         CheckFailed: the checkpoint does not load whole, or is not exact where it must be.
-        UpcycleError: there is not enough memory for one of the models.
     """
     dtype, total = _dtype_that_fits(plan), 2 * len(tokens_BL)
     exact_L = tokens_BL[0, :EXACT_TOKENS]
@@ -120,18 +118,8 @@ def relative_error(logits: Tensor, reference: Tensor) -> float:
 
 def _dtype_that_fits(plan: Plan) -> torch.dtype:
     """float32 where one model at a time fits in memory, else the checkpoint's own dtype."""
-    if plan.device.type == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        free = torch.cuda.mem_get_info(plan.device)[0]
-    for dtype in (torch.float32, plan.dtype):
-        needed = plan.check_bytes() + plan.params_total * (dtype.itemsize - plan.dtype.itemsize)
-        if needed < free:
-            return dtype
-    raise UpcycleError(
-        f"the check holds the finished model, {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB of "
-        "memory are free: pass --check none and evaluate where it fits"
-    )
+    wider = plan.params_total * (torch.float32.itemsize - plan.dtype.itemsize)
+    return torch.float32 if plan.check_bytes() + wider < free_memory(plan.device) else plan.dtype
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -162,13 +163,7 @@ def make_plan(
     idle = (geometry.routed_experts - geometry.top_k) * 3 * size * source.arch.hidden_size
     plan = Plan(
         source=source,
-        recipe=recipe.model_copy(
-            update={
-                "target": target,
-                "shared_experts": geometry.shared_experts,
-                "router": recipe.router or Choice(name=_default_router(recipe)),
-            }
-        ),
+        recipe=_resolved(recipe, target, geometry),
         out=out,
         target=target,
         targets=targets,
@@ -184,9 +179,17 @@ def make_plan(
         warnings=tuple(_warnings(geometry, size, recipe)),
     )
     _check_text(plan)
+    _check_memory(plan)
     if out is not None:
         _check_out(plan, out, overwrite=overwrite)
     return plan
+
+
+def _resolved(recipe: Recipe, target: str, geometry: Geometry) -> Recipe:
+    """The recipe with what it left open."""
+    router = recipe.router or Choice(name=_default_router(recipe))
+    shared = geometry.shared_experts
+    return recipe.model_copy(update={"target": target, "shared_experts": shared, "router": router})
 
 
 def refusals(
@@ -446,6 +449,22 @@ def _check_text(plan: Plan) -> None:
         )
     if plan.fit_tokens + plan.held_tokens:
         load_tokenizer(plan.source.folder)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device now."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _check_memory(plan: Plan) -> None:
+    free = free_memory(plan.device)
+    if plan.check_bytes() > free:
+        raise UpcycleError(
+            f"the check holds the finished model, {plan.check_bytes() / 1e9:.1f} GB, but "
+            f"{free / 1e9:.1f} GB of memory are free: pass --check none and evaluate where it fits"
+        )
 
 
 def _check_out(plan: Plan, out: Path, *, overwrite: bool) -> None:
