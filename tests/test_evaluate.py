@@ -94,3 +94,9 @@ def test_too_little_text(dense, text):
 def test_model_that_is_not_there(text):
     with pytest.raises(UpcycleError, match="does not exist"):
         evaluate("./nowhere", str(text))
+
+
+@pytest.mark.parametrize("name", ["self", "none", "nowhere.txt"])
+def test_text_that_is_no_text(dense, name):
+    with pytest.raises(UpcycleError, match=f"--text '{name}' is not a file: give builtin, hf:"):
+        evaluate(str(dense()), name)

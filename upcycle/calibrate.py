@@ -106,28 +106,31 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def check_text(text: str) -> None:
-    """Raise the errors about a calibration text that can be known without reading it."""
-    if text in ("builtin", "self", "none"):
+def check_text(text: str, flag: str = "--calibration") -> None:
+    """Raise the errors about a text that can be known without reading it.
+
+    `self` and `none` are calibration texts only.
+    """
+    names = ["builtin", "self", "none"] if flag == "--calibration" else ["builtin"]
+    if text in names:
         return
     if text.startswith("hf:"):
         if not text.removeprefix("hf:").split(":")[0]:
-            raise UpcycleError(f"--calibration {text!r} names no dataset: hf:DATASET")
+            raise UpcycleError(f"{flag} {text!r} names no dataset: hf:DATASET")
         return
     path = Path(text).expanduser()
     if not path.is_file():
         raise UpcycleError(
-            f"--calibration {text!r} is not a file: give builtin, self, none, "
+            f"{flag} {text!r} is not a file: give {', '.join(names)}, "
             "hf:DATASET[:split[:column]] or a .txt, .jsonl or .parquet file"
         )
     if path.suffix not in SUFFIXES:
         raise UpcycleError(
-            f"--calibration {text!r} ends in {path.suffix!r}: known are {', '.join(SUFFIXES)}"
+            f"{flag} {text!r} ends in {path.suffix!r}: known are {', '.join(SUFFIXES)}"
         )
 
 
 def _documents(text: str, seed: int) -> Iterator[str]:
-    check_text(text)
     if text == "builtin":
         return _builtin(seed)
     if text.startswith("hf:"):

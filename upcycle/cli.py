@@ -393,10 +393,12 @@ def _fail(sentence: str, code: int) -> NoReturn:
 
 def _quiet_model_loading() -> None:
     """transformers' own bars and load reports would break up ours."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # its retries, when offline
 
 
 def main() -> None:

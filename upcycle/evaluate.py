@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from upcycle.calibrate import packed_tokens
+from upcycle.calibrate import check_text, packed_tokens
 from upcycle.errors import CheckFailed
 from upcycle.source import checkpoint_folder, read_config
 
@@ -91,6 +91,7 @@ def evaluate(
         UpcycleError: a model or the text can't be read.
         CheckFailed: a checkpoint does not load whole.
     """
+    check_text(text, "--text")
     place = torch.device(device)
     with checkpoint_folder(model) as folder:
         vocab_size = read_config(folder).vocab_size
