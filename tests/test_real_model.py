@@ -15,7 +15,6 @@ SETTINGS = {"calibration_tokens": 1024, "seq_len": 256}
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not GGUF.exists(), reason="`make demo` or `make test` fetches the model"),
-    pytest.mark.xdist_group("real"),
 ]
 
 

@@ -124,14 +124,6 @@ def test_shards_hold_tensors_in_order_up_to_the_limit(tmp_path):
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
 
 
-def test_writer_reads_back_what_it_wrote(tmp_path):
-    tensors = tensors_of((3, 5), (7,), (2, 2))
-    writer = write(tmp_path, tensors, 60)
-    assert_same(
-        writer.read(["tensor2", "tensor0"]), {k: tensors[k] for k in ("tensor0", "tensor2")}
-    )
-
-
 @pytest.mark.parametrize(
     "tensor", [torch.ones(5, 3), torch.ones(15), torch.ones(3, 5, dtype=torch.float16)]
 )

@@ -105,10 +105,9 @@ class Plan:
     def peak_bytes(self) -> int:
         """Estimate of the conversion's resident memory, the check aside."""
         arch, itemsize = self.source.arch, self.source.dtype.itemsize
-        layer = max(sum(s.numel for s in unit) for unit in self.units.values())
-        weights = 3 * arch.hidden_size * arch.intermediate_size * (2 * itemsize + 8)
-        if TARGETS[self.target].name == "granitemoeshared":
-            weights += 2 * layer * itemsize
+        # Fused layouts stack all experts before they are written.
+        largest = max(s.nbytes for i in self.moe_layers for s in self.units[f"layer {i}"])
+        weights = 3 * arch.hidden_size * arch.intermediate_size * (2 * itemsize + 8) + 2 * largest
         base = 600 * 2**20
         if not self.streams:
             return base + weights
@@ -153,7 +152,7 @@ def make_plan(
         geometry=geometry,
         gains=TARGETS[target].gains(combine, geometry),
         expert_size=size,
-        shared_size=geometry.shared_experts * size,
+        shared_size=geometry.shared_size(source.arch.intermediate_size),
         dense_layers=dense_layers,
     )
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -336,8 +335,8 @@ def _plain_weights(target: str) -> bool:
 
 
 def _default_shared(recipe: Recipe, target: str) -> int:
-    """An eighth of the granules where the target has a shared expert: the neurons that every
-    token needs are better not routed (methods compared in docs and papers agree)."""
+    """An eighth of the granules where the target has a shared expert: neurons that every token
+    needs are better not routed (CMoE, arXiv:2502.04416)."""
     if recipe.copies or TARGETS[target].routing.shared_gate is None:
         return 0
     to_route = max(recipe.top_k, TARGETS[target].min_experts)

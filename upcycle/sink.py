@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from upcycle.errors import UpcycleError
@@ -103,14 +102,6 @@ class CheckpointWriter:
         with (self.folder / place.file).open("r+b") as shard:
             shard.seek(place.offset)
             shard.write(data.data)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors back from the shards."""
-        found = {}
-        for name in names:
-            with safe_open(self.folder / self.places[name].file, framework="pt") as shard:
-                found[name] = shard.get_tensor(name)
-        return found
 
 
 def _reserve(shard: BinaryIO, size: int) -> None:
