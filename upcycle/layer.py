@@ -1,6 +1,6 @@
 """One layer's conversion: from a dense FFN to experts and a router. Tensors in, tensors out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -120,5 +120,4 @@ class Experts:
         if method.name not in PERTURBS:
             return ffn
         rng = generator(self.plan.recipe.seed, f"perturb expert {expert}", self.layer)
-        changed = PERTURBS[method.name].run(ffn, parameters(PERTURBS, method), rng)
-        return replace(changed, act=ffn.act)
+        return PERTURBS[method.name].run(ffn, parameters(PERTURBS, method), rng)

@@ -139,12 +139,18 @@ def model_card(conversion: Conversion) -> str:
     return environment.from_string(CARD).render(
         front=yaml.safe_dump(front, sort_keys=False),
         plan=plan,
-        name=plan.source.label if plan.source.revision else Path(plan.source.label).name,
+        name=_public_name(plan.source.label),
         summary=plan_summary(plan),
         check=conversion.check,
+        text=_public_name(plan.recipe.calibration),
         papers=papers(plan),
         version=version("upcycle"),
     )
+
+
+def _public_name(source: str) -> str:
+    """A hub's name as it is; of a local path only the last part, which may be published."""
+    return Path(source).resolve().name if Path(source).expanduser().exists() else source
 
 
 def _licence(plan: Plan) -> dict[str, Any]:
@@ -169,7 +175,7 @@ CARD = """\
 
 # {{ name.split("/")[-1] }} as a Mixture-of-Experts
 
-Made from `{{ name }}` by [upcycle](https://pypi.org/project/upcycle) {{ version }}:
+Made from `{{ name }}` by upcycle {{ version }}:
 a native `{{ plan.target }}` checkpoint, which plain transformers loads.
 
 {% if plan.recipe.copies %}
@@ -200,7 +206,7 @@ Layers {{ plan.spec.dense_layers | join(", ") }} were kept dense.
 | same next token | 100 % | {{ "%.1f" | format(100 * check.top1_agreement) }} % |
 
 Measured on {{ "{:,}".format(check.tokens) }} tokens of the calibration text \
-(`{{ plan.recipe.calibration }}`) that were held back, in windows of {{ check.window }}.
+(`{{ text }}`) that were held back, in windows of {{ check.window }}.
 {% if check.perplexity_ratio > 1.1 %}
 
 **This model has lost quality and needs further training before use.**
