@@ -20,28 +20,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# Flags per recipe and active ratio. Granules N, shared S and top_k K: (S + K) / N is the ratio.
-RECIPES: dict[str, dict[str, Any]] = {
-    "llama-moe": {
-        "recipe": "llama-moe",
-        "shapes": {75: (16, 0, 12), 50: (16, 0, 8), 25: (16, 0, 4)},
-    },
-    "moefication": {
-        "recipe": "moefication",
-        "shapes": {75: (16, 0, 12), 50: (16, 0, 8), 25: (16, 0, 4)},
-    },
-    "emoe": {"recipe": "emoe", "shapes": {75: (64, 0, 48), 50: (64, 0, 32), 25: (64, 0, 16)}},
-    "cmoe": {"recipe": "cmoe", "shapes": {75: (16, 2, 10), 50: (16, 2, 6), 25: (16, 2, 2)}},
-    "coactivation 16": {"shapes": {75: (16, 4, 8), 50: (16, 4, 4), 25: (16, 2, 2)}},
-    "coactivation 64": {"shapes": {75: (64, 16, 32), 50: (64, 16, 16), 25: (64, 8, 8)}},
-    "predictability 64": {
-        "flags": ["--split", "predictability"],
-        "shapes": {75: (64, 16, 32), 50: (64, 16, 16), 25: (64, 8, 8)},
-    },
-    "predictability 192": {
-        "flags": ["--split", "predictability"],
-        "shapes": {75: (192, 48, 96), 50: (192, 48, 48), 25: (192, 24, 24)},
-    },
+# Flags of each line of the table. The published recipes at their own granularity; ours by the
+# asked share, layers kept dense counted as fully active.
+RECIPES: dict[str, list[str]] = {
+    "default": [],
+    "default, 192 granules": ["--experts", "192"],
+    "static": ["--recipe", "static"],
+    "cmoe": ["--recipe", "cmoe"],
+    "llama-moe-v2": ["--recipe", "llama-moe-v2"],
+    "llama-moe": ["--recipe", "llama-moe"],
+    "moefication": ["--recipe", "moefication"],
+    "emoe": ["--recipe", "emoe"],
+    "no compensation": ["--compensate", "none"],
+    "not sequential": ["--no-sequential"],
+    "no dense layers": ["--keep-dense", "none"],
+    "coactivation": ["--split", "coactivation"],
+    "16 granules": ["--experts", "16"],
 }
 
 
@@ -57,21 +51,21 @@ def upcycle(*arguments: str) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace, name: str, ratio: int, out: Path) -> dict[str, Any]:
     """Convert once and evaluate on every text."""
-    entry = RECIPES[name]
-    experts, shared, top_k = entry["shapes"][ratio]
     start = time.monotonic()
     report = upcycle(
         *("convert", args.model, "-o", str(out), "--overwrite", "--check", "none"),
-        *("--recipe", entry.get("recipe", "default"), *entry.get("flags", [])),
-        *("--experts", str(experts), "--shared-experts", str(shared), "--top-k", str(top_k)),
+        *RECIPES[name],
+        *("--active", str(ratio / 100)),
         *("--calibration", args.calibration, "--calibration-tokens", str(args.tokens)),
-        *("--keep-dense", args.keep_dense),
     )
+    plan = report["plan"]
+    shape = f"S{plan['shared_experts']}A{plan['top_k']}E{plan['experts']}"
     row: dict[str, Any] = {
         "recipe": name,
         "ratio": ratio,
-        "shape": f"S{shared}A{top_k}E{experts}",
-        "active_ffn_ratio": report["plan"]["active_ffn_ratio"],
+        "shape": shape,
+        "dense_layers": plan["dense_layers"],
+        "active_ffn_ratio": plan["active_ffn_ratio"],
         "seconds": time.monotonic() - start,
         "peak_bytes": report["peak_memory"],
     }
@@ -101,10 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a folder (a GGUF file is slow to open)")
     parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens")
+    parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--text", action="append", required=True, help="repeatable")
     parser.add_argument("--eval-tokens", type=int, default=6144)
-    parser.add_argument("--keep-dense", default="none")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--ratios", nargs="*", type=int, default=[75, 50, 25])
     parser.add_argument("--out", type=Path, required=True, help="scratch, emptied after")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make_dense
+from models import PLAIN_SPLIT, make_dense
 from transformers.utils import logging
 
 import upcycle
@@ -41,9 +41,9 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def moe(tmp_path_factory, text):
-    """Converts a source by the quickest methods and without the check, once per session and
-    settings; leave its folder as it is."""
-    quick = {
+    """Converts a source by the quickest methods, to an exact partition and without the check, once
+    per session and settings; leave its folder as it is."""
+    quick = PLAIN_SPLIT | {
         "split": "random",
         "router": "normal",
         "calibration": str(text),

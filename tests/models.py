@@ -38,6 +38,16 @@ FAMILIES = {
     },
     "olmo2": {},
 }
+PLAIN_SPLIT = {
+    "experts": 8,
+    "top_k": 2,
+    "split": "coactivation",
+    "compensate": "none",
+    "sequential": False,
+    "keep_dense": "none",
+}
+"""Of the default recipe's settings, those that make it an exact partition of the dense FFN, fitted
+on the dense model: with all experts on it is the dense model. A test's own settings override it."""
 
 
 def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shards=None, **fields):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import upcycle
-from upcycle import UpcycleError, calibrate, conversion
+from upcycle import UpcycleError, calibrate, conversion, planning
 from upcycle.calibrate import calibration_tokens
 from upcycle.source import open_source
 
@@ -239,6 +239,112 @@ def test_self_leaves_the_random_state_alone(tiny):
     assert torch.equal(torch.rand(3), expected)
 
 
+# --- several texts ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path, dataset):
+    """Texts of three kinds, each of which only its own digits or words begin."""
+    digits = tmp_path / "digits.txt"
+    digits.write_text("0123456789" * 40)
+    lines = write_jsonl(tmp_path / "lines.jsonl", [{"text": f"line {i}"} for i in range(99)])
+    return [str(digits), str(lines), f"hf:{dataset}:test:body"]
+
+
+@pytest.mark.parametrize("sequences", [3, 4, 5, 6])
+def test_joined_texts_take_turns_in_equal_parts(tiny, three, sequences):
+    found = tokens(tiny, "+".join(three), sequences)
+    for place, text in enumerate(three):
+        part = found[place::3]
+        assert len(part) in (sequences // 3, -(-sequences // 3))
+        assert torch.equal(part, tokens(tiny, text, len(part)))
+
+
+@pytest.mark.parametrize("other", ["builtin", "self"])
+def test_texts_that_are_no_files_can_be_joined(tiny, three, other):
+    found = tokens(tiny, f"{other}+{three[0]}", 5, seed=3)
+    assert torch.equal(found[0::2], tokens(tiny, other, 3, seed=3))
+    assert torch.equal(found[1::2], tokens(tiny, three[0], 2))
+
+
+def test_their_order_matters(tiny, three):
+    first, second = (tokens(tiny, "+".join(texts), 2) for texts in (three[:2], three[1::-1]))
+    assert torch.equal(first, second.flip(0))
+
+
+def test_one_text_is_not_changed_by_what_others_may_do(tiny, three):
+    assert calibrate.texts(three[0]) == [three[0]]
+    assert calibrate.texts("+".join(three)) == three
+
+
+def test_file_with_a_plus_in_its_name_is_one_text(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "c++.txt"
+    path.write_text("int main" * 20)
+    assert tokens(tiny, path).flatten().tolist() == packed(tiny, ["int main" * 20])[:16]
+    monkeypatch.setattr(calibrate.Path, "expanduser", lambda self: tmp_path / self.name)
+    assert calibrate.texts("~/c++.txt") == ["~/c++.txt"]
+
+
+def test_too_little_of_one_text_names_that_text_and_its_part(tiny, three, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("x" * 14)
+    assert refusal(tiny, f"{three[0]}+{short}", sequences=4) == (
+        f"text {str(short)!r} holds 15 tokens, but 16 are needed (check included): "
+        "lower --calibration-tokens, or give more text"
+    )
+
+
+def test_one_text_that_can_not_be_read_is_named(tiny, three, tmp_path):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff" * 100)
+    assert refusal(tiny, f"{three[0]}+{bad}").startswith(f"{bad} is not UTF-8 text (")
+    lines = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"body": "x"}])
+    assert refusal(tiny, f"{three[0]}+{lines}").startswith(f"{lines}, line 2, has no")
+
+
+@pytest.mark.parametrize(
+    ("joined", "words"),
+    [
+        ("builtin+nowhere.txt", "--calibration 'nowhere.txt' is not a file: give builtin, self"),
+        ("hf:+builtin", "--calibration 'hf:' names no dataset"),
+        ("builtin+", "--calibration '' is not a file"),
+        ("+", "--calibration '' is not a file"),
+        ("builtin+builtn", "--calibration 'builtn' is not a file"),
+        (f"self+{__file__}", "ends in '.py': known are .txt"),
+    ],
+)
+def test_the_plan_refuses_joined_texts_of_which_one_is_none(dense, joined, words):
+    with pytest.raises(UpcycleError) as caught:
+        upcycle.plan(str(dense()), calibration=joined)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("joined", ["builtin+none", "none+builtin", "none+none"])
+def test_none_is_not_joined_to_anything(dense, joined):
+    with pytest.raises(UpcycleError):
+        upcycle.plan(str(dense()), calibration=joined)
+
+
+@pytest.mark.parametrize("names", [("{}", "builtin"), ("{}", "self")])
+def test_more_texts_than_sequences(tiny, three, names):
+    joined = "+".join(names).format(three[0])
+    assert torch.equal(tokens(tiny, joined, 1), tokens(tiny, three[0], 1))
+
+
+def test_joined_texts_are_all_fitted_on_and_all_held_back(dense, three, monkeypatch, tmp_path):
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 4 * 8)
+    plan = upcycle.plan(
+        str(dense()), calibration="+".join(three[:2]), calibration_tokens=48, seq_len=8
+    )
+    fit_BL, held_BL = conversion._tokens(plan)
+    assert (len(fit_BL), len(held_BL)) == (6, 4)
+    every_BL = [tokens(plan.source, text, 5) for text in three[:2]]
+    for place, text_BL in enumerate(every_BL):
+        assert torch.equal(fit_BL[place::2], text_BL[:3])
+        assert torch.equal(held_BL[place::2], text_BL[3:])
+
+
 # --- the tokenizer ---------------------------------------------------------------------------
 
 
@@ -274,7 +380,7 @@ def test_held_back_tokens_are_not_among_the_fitted(dense, tmp_path, monkeypatch)
         seen["fit"] = fit_BL
         return stream(config, embed_VD, fit_BL, device)
 
-    def spy_on_check(plan, folder, held_BL, progress):
+    def spy_on_check(plan, folder, held_BL, progress, refit):
         seen["held"] = held_BL
 
     monkeypatch.setattr(conversion, "HiddenStream", spy_on_stream)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from models import PLAIN_SPLIT
 from reference import load, routers, selections
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from upcycle.split import SPLITS
 from upcycle.targets import base
 
 TOKENS = 128
-SETTINGS = {"calibration_tokens": 128, "seq_len": 64}
+SETTINGS = PLAIN_SPLIT | {"calibration_tokens": 128, "seq_len": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def out(tmp_path):
 def assert_caught(dense, out, words, **settings):
     """The conversion fails its check, and leaves nothing."""
     with pytest.raises(CheckFailed, match=words):
-        upcycle.convert(str(dense()), out, **SETTINGS, **settings)
+        upcycle.convert(str(dense()), out, **SETTINGS | settings)
     assert list(out.parent.iterdir()) == []
 
 
@@ -146,7 +147,7 @@ def checked(request, dense, tmp_path_factory):
     out = tmp_path_factory.mktemp("checked") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(planning.CHECK_TOKENS, "fast", TOKENS)
-        done = upcycle.convert(str(dense(family)), out, **SETTINGS, **settings)
+        done = upcycle.convert(str(dense(family)), out, **SETTINGS | settings)
         _, held_BL = conversion._tokens(done.plan)
     return SimpleNamespace(done=done, tokens=held_BL, dense=load(dense(family)), moe=load(out))
 
@@ -230,7 +231,7 @@ def test_copies_agree_with_the_dense_model_on_every_token(dense, out):
 
 
 def test_split_equals_the_dense_model_with_all_experts_on(dense, out):
-    report = upcycle.convert(str(dense()), out, top_k=1, **SETTINGS).check
+    report = upcycle.convert(str(dense()), out, **SETTINGS | {"top_k": 1}).check
     assert report.exact_error < report.exact_tolerance == 1e-2
     assert report.kl > 0.01
 

@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import typer
+from models import PLAIN_SPLIT
 from reference import load
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import CheckFailed, conversion, planning
+from upcycle import CheckFailed, budget, conversion, planning
 from upcycle.cli import app
+from upcycle.compensate import COMPENSATIONS
 from upcycle.perturb import PERTURBS
 from upcycle.recipe import Recipe, shipped_recipes
 from upcycle.router_init import ROUTERS
@@ -96,6 +98,7 @@ def test_no_arguments_show_the_help():
         ("--split", {*SPLITS}),
         ("--router", {*ROUTERS}),
         ("--shared-by", {*SHARED}),
+        ("--compensate", {*COMPENSATIONS}),
         ("--target", {"auto", *TARGETS}),
     ],
 )
@@ -115,12 +118,25 @@ def test_every_setting_has_an_option_and_a_variable(command):
 
 @pytest.mark.parametrize(
     "option",
-    ["experts", "top-k", "granularity", "calibration-tokens", "seq-len", "seed", "max-shard-size"],
+    ["granularity", "calibration-tokens", "seq-len", "seed", "max-shard-size"],
 )
 def test_default_in_the_help_is_the_recipes(option):
     written = re.search(r"\[default: (\w+)\]", options("convert")[f"--{option}"].help).group(1)
     field = option.replace("-", "_")
     assert getattr(Recipe(**{field: written}), field) == getattr(Recipe(), field)
+
+
+@pytest.mark.parametrize(
+    ("option", "default"),
+    [
+        ("experts", f"about {budget.GRANULES}, or {budget.COPIES} copies"),
+        ("top-k", f"by --active, or {budget.COPIES_PER_TOKEN} copies"),
+        ("active", f"{budget.ACTIVE}"),
+    ],
+)
+def test_default_in_the_help_is_the_plans_where_the_recipe_has_none(option, default):
+    assert getattr(Recipe(), option.replace("-", "_")) is None
+    assert options("convert")[f"--{option}"].help.endswith(f"[default: {default}]")
 
 
 # --- streams and exit codes ------------------------------------------------------------------
@@ -157,7 +173,7 @@ def test_plan_for_people_lists_targets_and_notes(dense):
     result = run("plan", dense())
     assert result.exit_code == 0
     assert all(target in result.stdout for target in TARGETS)
-    assert "note: 24 neurons per expert is no multiple of 64" in result.stderr
+    assert "note: 8 neurons per expert is no multiple of 64" in result.stderr
 
 
 def test_dry_run_is_plan(dense, tmp_path):
@@ -280,9 +296,9 @@ def test_flag_over_variable_over_recipe_over_default(dense, tmp_path):
 
 
 def test_set_replaces_any_setting(dense):
-    sets = ["--set", "split.tokens=512", "--set", "keep_dense=[0, 2]", "--set", "experts=4"]
-    recipe = report("plan", dense(), "--experts", "8", *sets)["recipe"]
-    assert recipe["split"] == {"name": "coactivation", "tokens": 512}
+    sets = ["--set", "split.strength=0.5", "--set", "keep_dense=[0, 2]", "--set", "experts=4"]
+    recipe = report("plan", dense(), "--experts", "8", "--top-k", "2", *sets)["recipe"]
+    assert recipe["split"] == {"name": "predictability", "strength": 0.5}
     assert (recipe["keep_dense"], recipe["experts"]) == ([0, 2], 4)
 
 
@@ -319,10 +335,9 @@ def test_inspect_a_dense_model(dense):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_inspect_a_moe(dense, tmp_path, target):
-    made = upcycle.convert(
-        str(dense(TARGET_OF[target])), tmp_path / "moe", target=target, split="random",
-        calibration_tokens=64, seq_len=64, check="none",
-    ).plan  # fmt: skip
+    quick = {"split": "random", "calibration_tokens": 64, "seq_len": 64, "check": "none"}
+    settings = PLAIN_SPLIT | quick | {"target": target}
+    made = upcycle.convert(str(dense(TARGET_OF[target])), tmp_path / "moe", **settings).plan
     facts = report("inspect", tmp_path / "moe")
     assert (facts["kind"], facts["architecture"], facts["top_k"]) == ("moe", target, 2)
     assert (facts["experts"], facts["expert_size"]) == (made.geometry.routed_experts, 24)
@@ -351,7 +366,7 @@ def test_inspect_for_people_names_divisors_and_targets(dense):
 def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
-    names = {*SPLITS, *SHARED, *ROUTERS, *PERTURBS}
+    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS}
     assert {method["name"] for method in listed["methods"]} == names
     shown = run("recipes").stdout
     assert all(name in shown for name in shipped_recipes())

@@ -8,13 +8,15 @@ from math import isclose
 
 import pytest
 import torch
+from models import PLAIN_SPLIT
 from reference import load, weights
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import upcycle
 from upcycle import UpcycleError, planning
 from upcycle.inspection import is_routed
-from upcycle.sink import partial_folder
+from upcycle.sink import Workspace, partial_folder
 from upcycle.source import DTYPES, DenseSource
 
 QUICK = {"calibration_tokens": 64, "seq_len": 64, "check": "none"}
@@ -86,7 +88,7 @@ def test_copies_of_any_width_need_no_divisor(dense):
             "--top-k 10 is more than the 8 routed experts",
         ),
         (
-            {"experts": 8, "shared_experts": 8},
+            {"experts": 8, "shared_experts": 8, "top_k": 2},
             "--shared-experts 8 of 8 leaves none to route: give at most 7",
         ),
         (
@@ -148,10 +150,10 @@ def test_one_copy_per_token_is_fine_where_weights_stay_plain_or_it_is_asked_for(
     [
         ("3", "--keep-dense names layer 3, but {model} has layers 0 to 2"),
         ("0,1,2", "--keep-dense names every layer, which leaves nothing to convert"),
-        ("-1", "keep_dense='-1': give layers such as 0,1,29, or none"),
-        ("all", "keep_dense='all': give layers such as 0,1,29, or none"),
-        (1.5, "keep_dense=1.5: give layers such as 0,1,29, or none"),
-        ([0, "x"], "keep_dense=[0, 'x']: give layers such as 0,1,29, or none"),
+        ("-1", "keep_dense='-1': give layers such as 0,1,29, auto or none"),
+        ("all", "keep_dense='all': give layers such as 0,1,29, auto or none"),
+        (1.5, "keep_dense=1.5: give layers such as 0,1,29, auto or none"),
+        ([0, "x"], "keep_dense=[0, 'x']: give layers such as 0,1,29, auto or none"),
     ],
 )
 def test_layers_that_can_not_stay_dense(dense, layers, words):
@@ -183,7 +185,8 @@ def test_dense_layers_that_the_target_can_not_express(dense, target, layers, wor
     ],
 )
 def test_ways_to_write_the_dense_layers(dense, written, layers):
-    assert upcycle.plan(str(dense()), keep_dense=written).spec.dense_layers == layers
+    settings = PLAIN_SPLIT | {"keep_dense": written}
+    assert upcycle.plan(str(dense()), **settings).spec.dense_layers == layers
 
 
 def test_trait_that_the_target_has_no_place_for(dense):
@@ -221,7 +224,7 @@ def test_shared_experts_where_the_target_has_none(dense):
         ({"split": "random", "split.x": 1}, "split 'random' has no parameter 'x'; it has none"),
         ({"splt.rows": "up"}, "'splt' has no parameters, did you mean 'split'?"),
         ({"experts.x": 1}, "'experts' has no parameters"),
-        ({"router.x": 1}, "name the router itself first"),
+        ({"method": "copy", "router.x": 1}, "name the router itself first"),
         ({"split": 5}, "split=5: give a method's name"),
         ({"split": {"rows": "up"}}, "split.name="),
         ({"dtype": "int8"}, "dtype='int8': input should be 'auto', 'float32', 'float16' or"),
@@ -300,13 +303,44 @@ def test_disk_that_is_too_small(dense, tmp_path, monkeypatch):
 
 def test_room_that_an_interrupted_run_takes_counts_as_free(dense, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    needed = upcycle.plan(str(dense())).bytes + 64 * 2**20
+    plan = upcycle.plan(str(dense()))
+    needed = plan.bytes + plan.aside_bytes() + 64 * 2**20
     usage = shutil._ntuple_diskusage(2 * needed, needed + 1, needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "free" in refusal(dense, out=out)
-    partial_folder(out).mkdir()
-    (partial_folder(out) / "model.safetensors").write_bytes(b"x")
+    (partial_folder(out) / "aside").mkdir(parents=True)
+    (partial_folder(out) / "aside" / "layer 0.safetensors").write_bytes(b"x")
     assert upcycle.plan(str(dense()), out).out == out
+
+
+ASIDE = {
+    "neither": {},
+    "sequential": {"sequential": True},
+    "refit": {"compensate": "least_squares"},
+    "both": {"sequential": True, "compensate": "least_squares", "keep_dense": [1]},
+    "both in bfloat16": {
+        "sequential": True, "compensate": "least_squares", "dtype": "bfloat16",
+    },
+    "copies": {"method": "copy", "sequential": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*ASIDE.values(), {"sequential": True, "dtype": "bfloat16"}],
+    ids=[*ASIDE, "sequential in bfloat16"],
+)
+def test_room_for_what_is_put_aside_is_counted(dense, tmp_path, monkeypatch, settings):
+    put_aside = []
+
+    def look(workspace, **_):
+        for path in (workspace.folder / "aside").glob("*"):
+            put_aside.extend(load_file(path).values())
+
+    monkeypatch.setattr(Workspace, "publish", look)
+    settings = PLAIN_SPLIT | QUICK | settings
+    plan = upcycle.convert(str(dense()), tmp_path / "out", **settings).plan
+    assert plan.aside_bytes() == sum(tensor.nbytes for tensor in put_aside)
 
 
 def test_place_that_holds_something(dense, tmp_path):
@@ -442,14 +476,18 @@ def test_active_ratio_is_that_of_the_loaded_model(written):
 
 CHOICES = {
     "method": ["split", "copy", "drop", "noise"],
-    "experts": [1, 2, 3, 4, 5, 8],
-    "top_k": [1, 2, 3, 4, 8],
+    "experts": [None, 1, 2, 3, 4, 5, 8],
+    "top_k": [None, None, 1, 2, 3, 4, 8],
+    "active": [None, None, 0.3, 0.5, 0.8],
     "shared_experts": [None, 0, 1, 2],
     "granularity": [1, 1, 1, 2, 4],
     "target": ["auto", "auto", "qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"],
     "router": [None, None, "ridge", "centroid", "representative", "kmeans", "normal"],
     "split": ["coactivation", "random", "contiguous", "parameter_clustering"],
     "shared_by": ["energy", "rate"],
+    "compensate": ["none", "none", "least_squares"],
+    "sequential": [False, True],
+    "keep_dense": ["none"],
     "dtype": ["auto", "float32", "float16"],
     "calibration": ["builtin", "builtin", "builtin", "none"],
     "check": ["none", "fast"],
@@ -458,7 +496,8 @@ CHOICES = {
 
 def random_requests(count: int) -> list[dict]:
     rng = random.Random(0)
-    return [{name: rng.choice(of) for name, of in CHOICES.items()} for _ in range(count)]
+    drawn = ({name: rng.choice(of) for name, of in CHOICES.items()} for _ in range(count))
+    return [{k: v for k, v in r.items() if k != "active" or v is not None} for r in drawn]
 
 
 def planned(model: str, settings: dict) -> bool:
@@ -479,12 +518,25 @@ def test_what_is_planned_is_converted(dense, tmp_path, monkeypatch):
     monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
     model = str(dense(num_hidden_layers=1, dtype=torch.bfloat16))
     tokens = {"calibration_tokens": 128, "seq_len": 64}
-    legal = (r | tokens for r in random_requests(2000) if planned(model, r | tokens))
-    for number, request in enumerate(itertools.islice(legal, 40)):
+    legal = (r | tokens for r in random_requests(4000) if planned(model, r | tokens))
+    requests = list(itertools.islice(legal, 40))
+    assert len(requests) == 40
+    for number, request in enumerate(requests):
         out = tmp_path / str(number)
         plan = upcycle.convert(model, out, **request).plan
         settings = plan.recipe.settings()
         assert json.loads((out / "upcycle.json").read_text())["plan"]["recipe"] == settings
+
+
+def test_what_is_planned_is_converted_with_the_dense_layers_that_are_measured(dense, tmp_path):
+    model = str(dense())
+    tokens = {"calibration_tokens": 128, "seq_len": 64, "keep_dense": "auto", "check": "none"}
+    legal = (r | tokens for r in random_requests(4000) if planned(model, r | tokens))
+    for number, request in enumerate(itertools.islice(legal, 20)):
+        plan = upcycle.convert(model, tmp_path / str(number), **request).plan
+        assert set(plan.moe_layers) | set(plan.spec.dense_layers) == {0, 1, 2}
+        if request["top_k"] is None:
+            assert plan.active_ffn_ratio <= request.get("active", 0.5) + 1e-9
 
 
 def test_what_is_refused_is_refused_by_convert_before_it_writes(dense, tmp_path):

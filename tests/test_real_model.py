@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import PLAIN_SPLIT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
@@ -31,7 +32,9 @@ def short_check(monkeypatch):
 
 
 def test_split_is_exact_with_all_experts_on_and_finer_granules_lose_less(smollm2, tmp_path):
-    settings = SETTINGS | {"shared_experts": 4, "top_k": 8, "experts": 16, "keep_dense": "0"}
+    settings = (
+        PLAIN_SPLIT | SETTINGS | {"shared_experts": 4, "top_k": 8, "experts": 16, "keep_dense": "0"}
+    )
     coarse = upcycle.convert(str(smollm2.folder), tmp_path / "coarse", **settings).check
     settings |= {"shared_experts": 16, "top_k": 32, "experts": 64, "split": "predictability"}
     fine = upcycle.convert(str(smollm2.folder), tmp_path / "fine", **settings).check

@@ -5,7 +5,7 @@ import yaml
 
 import upcycle
 from upcycle import UpcycleError, planning
-from upcycle.recipe import Recipe, load_recipe, shipped_recipes
+from upcycle.recipe import Choice, Recipe, load_recipe, shipped_recipes
 
 WIDE = {"intermediate_size": 512, "num_hidden_layers": 1}
 """Wide enough for 64 experts of 8 neurons."""
@@ -21,10 +21,25 @@ def test_shipped_recipe_says_what_it_is(name):
     assert "\n" not in recipe.summary
 
 
-def test_default_recipe_is_shipped_and_is_the_defaults():
-    written = load_recipe().settings()
-    defaults = Recipe(name="default", summary=written["summary"]).settings()
-    assert written == defaults
+def test_default_recipe_is_shipped_and_these_are_its_settings():
+    written, library = load_recipe().settings(), Recipe().settings()
+    assert written.keys() == library.keys()
+    assert {key: value for key, value in written.items() if value != library[key]} == {
+        "name": "default",
+        "summary": written["summary"],
+        "split": {"name": "predictability"},
+        "router": {"name": "ridge"},
+        "compensate": {"name": "least_squares"},
+        "sequential": True,
+        "keep_dense": "auto",
+    }
+
+
+def test_what_no_recipe_says_is_left_to_the_plan_and_changes_no_weights():
+    library = Recipe()
+    assert library.experts is library.top_k is library.active is library.shared_experts is None
+    assert (library.compensate.name, library.sequential) == ("none", False)
+    assert library.keep_dense == ()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
@@ -83,6 +98,28 @@ def test_overrides_replace_what_the_recipe_says(written):
     assert load_recipe(path, {"method": "drop"}).method.params == {}
 
 
+def test_another_method_takes_nothing_over_that_a_recipe_says_of_a_split():
+    said = load_recipe("default", {"method": "drop", "keep_dense": [0], "seed": 3})
+    assert said == Recipe(
+        name="default", summary=said.summary, method="drop", keep_dense=[0], seed=3
+    )
+    assert load_recipe("cmoe", {"method": "copy"}).experts is None
+    assert load_recipe("cmoe", {"method": "copy", "experts": 4}).experts == 4
+    assert load_recipe("cmoe", {"method": "split"}) == load_recipe("cmoe")
+
+
+@pytest.mark.parametrize("method", [{"name": "split"}, Choice(name="split")])
+def test_split_by_another_spelling_is_a_split(method):
+    assert load_recipe("default", {"method": method}) == load_recipe("default")
+
+
+@pytest.mark.parametrize("recipe", ["drop-upcycling", "granular-upcycling"])
+@pytest.mark.parametrize("method", ["drop", "noise", {"name": "drop", "ratio": 0.25}])
+def test_what_a_recipe_says_of_copies_holds_for_other_copies(recipe, method):
+    said, kept = load_recipe(recipe, {"method": method}), load_recipe(recipe)
+    assert (said.experts, said.top_k, said.router) == (kept.experts, kept.top_k, kept.router)
+
+
 @pytest.mark.parametrize("overrides", [["method", "method.ratio"], ["method.ratio", "method"]])
 def test_parameter_belongs_to_the_method_given_with_it(overrides):
     values = {"method": "drop", "method.ratio": 0.5}
@@ -107,8 +144,9 @@ def test_sizes(written_size, num_bytes):
         ("experts: 0", "experts=0: input should be greater than 0"),
         ("check: maybe", "check='maybe': input should be 'fast', 'full' or 'none'"),
         ("split: 3", "split=3: give a method's name"),
+        ("method: [drop]", "method=['drop']: give a method's name"),
         ("split: {rows: up}", "split.name={'rows': 'up'}: field required"),
-        ("keep_dense: [0, x]", "keep_dense=[0, 'x']: give layers such as 0,1,29, or none"),
+        ("keep_dense: [0, x]", "keep_dense=[0, 'x']: give layers such as 0,1,29, auto or none"),
         ("[experts, 4]", "is not a mapping of settings to values"),
         ("experts 4", "is not a mapping of settings to values"),
         ("experts: [4", "is not YAML"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import upcycle
+from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES
 from upcycle.perturb import PERTURBS
@@ -22,13 +23,14 @@ FOLDERS = {
     "split": SPLITS,
     "shared_experts": SHARED,
     "router_init": ROUTERS,
+    "compensate": COMPENSATIONS,
     "perturb": PERTURBS,
     "families": FAMILIES,
     "targets": TARGETS,
 }
 METHODS = [
     pytest.param(method, id=f"{folder}-{method.name}")
-    for folder in ("split", "shared_experts", "router_init", "perturb")
+    for folder in ("split", "shared_experts", "router_init", "compensate", "perturb")
     for method in FOLDERS[folder].values()
 ]
 MAX_LINES = 80
@@ -78,7 +80,7 @@ def test_entries_carry_the_name_they_are_registered_by(folder):
 def test_every_method_has_a_summary_and_a_paper(method):
     assert len(method.summary) > 10
     assert "\n" not in method.summary
-    assert re.search(r"arXiv:\d{4}\.\d{5}|^ours$", method.paper)
+    assert re.search(r"arXiv:\d{4}\.\d{5}|^ours$|^baseline$", method.paper)
 
 
 @pytest.mark.parametrize("method", METHODS)

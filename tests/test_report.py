@@ -1,12 +1,14 @@
 """What a conversion leaves to read: upcycle.json, and the model card."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from models import PLAIN_SPLIT
 from reference import read_json, weights
 
 import upcycle
@@ -30,7 +32,8 @@ def source(dense, tmp_path):
 
 
 def convert(model, out, **settings):
-    return upcycle.convert(str(model), out, **SETTINGS | settings)
+    plain = {} if "recipe" in settings else PLAIN_SPLIT
+    return upcycle.convert(str(model), out, **plain | SETTINGS | settings)
 
 
 def report(folder) -> dict:
@@ -117,8 +120,11 @@ def test_recorded_recipe_is_the_whole_request(dense, tmp_path):
     assert recorded["target"] == done.plan.target == "qwen2_moe"
 
 
-def test_recorded_recipe_makes_the_same_checkpoint(dense, tmp_path):
-    convert(dense(), tmp_path / "first", split="random", top_k=3, seed=3)
+@pytest.mark.parametrize(
+    "settings", [{"split": "random", "top_k": 3}, {"recipe": "default", "active": 0.7}]
+)
+def test_recorded_recipe_makes_the_same_checkpoint(dense, tmp_path, settings):
+    convert(dense(), tmp_path / "first", seed=3, **settings)
     recipe = tmp_path / "again.yaml"
     recipe.write_text(yaml.safe_dump(report(tmp_path / "first")["plan"]["recipe"]))
     upcycle.convert(str(dense()), tmp_path / "second", recipe=recipe)
@@ -127,15 +133,27 @@ def test_recorded_recipe_makes_the_same_checkpoint(dense, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_record_names_the_source_and_the_versions(dense, tmp_path):
-    convert(dense(), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ({}, {"calibration text", "conversion", "check"}),
+        (
+            {"recipe": "default"},
+            {"calibration text", "layers to keep dense", "conversion", "check"},
+        ),
+    ],
+)
+def test_record_names_the_source_and_the_versions(dense, tmp_path, settings, stages):
+    convert(dense(), tmp_path / "out", **settings)
     made = report(tmp_path / "out")
     opened = open_source(str(dense()))
     assert made["source"] == {
         "name": str(dense()), "revision": None, "fingerprint": opened.fingerprint(),
     }  # fmt: skip
     assert made["versions"]["upcycle"] == upcycle.__version__
-    assert made["seconds"].keys() == {"calibration text", "conversion", "check"}
+    assert made["seconds"].keys() == stages
+    measured = "layers to keep dense" in stages
+    assert len(made["damage"] or []) == (3 if measured else 0)
     assert made["peak_memory"] > 2**20
 
 
@@ -165,6 +183,18 @@ def test_card_is_tagged_for_the_hub(source, tmp_path):
         "tags": ["moe", "mixture-of-experts", "upcycle", "qwen2_moe", "split"],
     }
     assert "native `qwen2_moe` checkpoint" in text
+
+
+def test_card_holds_no_local_path(source, text, tmp_path):
+    convert(source, tmp_path / "out", calibration=str(text))
+    assert "`text.txt`" in card(tmp_path / "out")[1]
+    assert not re.search(r"[`(]/", card(tmp_path / "out")[1])
+
+
+def test_card_holds_no_local_path_of_joined_texts(source, text, tmp_path):
+    convert(source, tmp_path / "out", calibration=f"{text}+builtin")
+    assert "`text.txt+builtin`" in card(tmp_path / "out")[1]
+    assert str(text) not in card(tmp_path / "out")[1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from models import PLAIN_SPLIT
 from typer.testing import CliRunner
 
 import upcycle
@@ -15,10 +16,15 @@ from upcycle import UpcycleError, conversion, planning
 from upcycle.cli import app
 from upcycle.sink import CheckpointWriter, Workspace, partial_folder
 
-SETTINGS = {
+SETTINGS = PLAIN_SPLIT | {
     "calibration_tokens": 128, "seq_len": 64, "max_shard_size": "100KB", "keep_dense": [1],
 }  # fmt: skip
-FLAGS = "--calibration-tokens 128 --seq-len 64 --max-shard-size 100KB --keep-dense 1".split()
+DEFAULT = {"calibration_tokens": 128, "seq_len": 64, "max_shard_size": "100KB"}
+"""By the default recipe, which chooses the layers that stay dense and converts one on another."""
+FLAGS = """
+    --calibration-tokens 128 --seq-len 64 --max-shard-size 100KB --keep-dense 1
+    --experts 8 --top-k 2 --split coactivation --compensate none --no-sequential
+""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +56,9 @@ def uninterrupted(dense, tmp_path_factory):
 
 
 def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
+    """Of every file, those that lie in folders below too."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).digest() for p in files}
 
 
 def content(folder):
@@ -158,11 +166,20 @@ MOMENTS = {
 }
 
 
-def start_and_kill(dense, out, moment, **settings) -> None:
+MOMENTS_BY_DEFAULT = {
+    "while layers are measured": kill_at_step("measuring layers", 1),
+    "before layer 0": kill_at_step("converting layers", 0),
+    "in the first layer that is no longer dense": kill_in_tensor(60),
+    "before layer 2": kill_at_step("converting layers", 2),
+    "in the check": kill_at_step("checking", 1),
+}
+
+
+def start_and_kill(dense, out, moment, *, base=SETTINGS, **settings) -> None:
     def act():
         with pytest.MonkeyPatch.context() as patch:
-            progress = MOMENTS[moment](patch)
-            upcycle.convert(str(dense()), out, progress=progress, **SETTINGS | settings)
+            progress = (MOMENTS | MOMENTS_BY_DEFAULT)[moment](patch)
+            upcycle.convert(str(dense()), out, progress=progress, **base | settings)
 
     dense()
     assert killed(act)
@@ -188,6 +205,18 @@ def test_resumed_after_many_kills_gives_the_same_bytes(dense, out, uninterrupted
         start_and_kill(dense, out, moment, resume=True)
     upcycle.convert(str(dense()), out, resume=True, **SETTINGS)
     assert content(out) == uninterrupted
+
+
+@pytest.mark.parametrize("moment", MOMENTS_BY_DEFAULT)
+def test_the_default_recipe_resumed_after_a_kill_gives_the_same_bytes(
+    dense, out, tmp_path_factory, moment
+):
+    start_and_kill(dense, out, moment, base=DEFAULT)
+    other = tmp_path_factory.mktemp("other") / "out"
+    for place in (out, other):
+        upcycle.convert(str(dense()), place, resume=True, **DEFAULT)
+    assert content(out) == content(other)
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_resuming_does_not_repeat_finished_layers(dense, out, monkeypatch):
@@ -218,11 +247,12 @@ def test_without_resume_a_killed_run_is_begun_anew(dense, out, uninterrupted):
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_another_request_can_not_resume(dense, out):
-    start_and_kill(dense, out, "before layer 1")
+@pytest.mark.parametrize("recipe", [{}, {"compensate": "least_squares", "sequential": True}])
+def test_another_request_can_not_resume(dense, out, recipe):
+    start_and_kill(dense, out, "before layer 1", **recipe)
     left = hashes(partial_folder(out))
     with pytest.raises(UpcycleError, match="begun with another source, recipe or version"):
-        upcycle.convert(str(dense()), out, resume=True, **SETTINGS, seed=1)
+        upcycle.convert(str(dense()), out, resume=True, **SETTINGS | recipe, seed=1)
     code, sentence = command(dense, out, "--resume", "--seed", "1")
     assert code == 2
     assert "repeat that request, or drop --resume to start anew" in sentence

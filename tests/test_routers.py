@@ -111,7 +111,7 @@ def test_no_router_depends_on_chunking(name, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["centroid", "kmeans", "representative", "ridge"])
+@pytest.mark.parametrize("name", ["centroid", "kmeans", "representative", "ridge", "static"])
 def test_rows_follow_their_experts(name):
     """Experts in another order mean the same rows in that order."""
     order = torch.tensor([2, 0, 3, 1])
@@ -138,7 +138,12 @@ def test_every_router_rejects_unknown_parameters_and_names_the_nearest(name):
 
 @pytest.mark.parametrize(
     ("name", "params"),
-    [("normal", {"std": 0}), ("ridge", {"strength": 0}), ("representative", {"tokens": 0})],
+    [
+        ("normal", {"std": 0}),
+        ("ridge", {"strength": 0}),
+        ("representative", {"tokens": 0}),
+        ("static", {"strength": 0}),
+    ],
 )
 def test_values_out_of_range_are_rejected(name, params):
     with pytest.raises(UpcycleError, match=next(iter(params))):
@@ -299,3 +304,46 @@ def test_ridge_selects_the_experts_of_most_energy_and_beats_centroid_and_chance(
     assert rate["ridge"] > 0.95
     assert rate["centroid"] < 0.85
     assert rate["normal"] < 0.65
+
+
+def make_offset(seed=5, tokens=T):
+    """Activations on tokens that have a direction in common, in which they hardly differ."""
+    activations = make_activations(tokens)
+    common_D = normal(D, seed=seed)
+    x_TD = activations.x_TD - activations.x_TD @ common_D[:, None] * common_D / common_D.norm() ** 2
+    wobble_T1 = 1 + 0.05 * normal(tokens, 1, seed=seed + 1)
+    return LayerActivations(activations.ffn, x_TD + common_D * wobble_T1)
+
+
+@pytest.mark.parametrize("seed", [5, 15, 25])
+def test_static_ranks_the_experts_by_mean_energy_for_every_token(seed):
+    activations, experts_EM = make_offset(seed), make_experts()
+    mean_E = naive_energies(activations, experts_EM).mean(axis=0)
+    ranking = sorted(range(E), key=lambda e: -mean_E[e])
+    logits_TE = activations.x_TD @ route("static", activations, experts_EM).T
+    order_TE = logits_TE.argsort(dim=1, descending=True)
+    assert {tuple(row) for row in order_TE.tolist()} == {tuple(ranking)}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_static_chooses_the_experts_of_most_energy_on_tokens_not_seen(top_k):
+    seen, experts_EM = make_offset(), make_experts()
+    other = make_offset(tokens=3 * T)
+    mean_E = torch.from_numpy(naive_energies(seen, experts_EM).mean(axis=0))
+    expected = set(mean_E.topk(top_k).indices.tolist())
+    router_ED = route("static", seen, experts_EM)
+    chosen_TK = (other.x_TD @ router_ED.T).topk(top_k, dim=1).indices
+    assert {frozenset(row) for row in chosen_TK.tolist()} == {frozenset(expected)}
+
+
+def test_static_logits_are_equally_spaced_and_nearly_constant():
+    activations, experts_EM = make_offset(), make_experts()
+    mean_E = naive_energies(activations, experts_EM).mean(axis=0)
+    rank_E = torch.tensor([sum(mean_E < mean) / E for mean in mean_E], dtype=torch.float32)
+    logits_TE = activations.x_TD @ route("static", activations, experts_EM).T
+    torch.testing.assert_close(logits_TE, rank_E.expand(T, E), atol=0.2, rtol=0)
+
+
+def test_static_is_all_of_rank_one():
+    router_ED = route("static", make_offset(), make_experts())
+    assert torch.linalg.matrix_rank(router_ED, rtol=1e-4) == 1

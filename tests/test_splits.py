@@ -26,6 +26,7 @@ PLANTED = {
     "coactivation": {},
     "coactivation_graph": {},
     "predictability": {},
+    "token_clusters": {},
 }
 """The splits that look at the neurons, with parameters under which the planted groups show."""
 
@@ -152,6 +153,7 @@ def test_an_unknown_parameter_is_met_with_the_nearest_known(name):
         ("coactivation_graph", {"fire_fraction": 1.1}),
         ("coactivation_graph", {"batch_tokens": 0}),
         ("parameter_clustering", {"rows": "down"}),
+        ("token_clusters", {"tokens": 0}),
     ],
 )
 def test_values_out_of_range_are_rejected(name, params):
@@ -374,3 +376,84 @@ def test_predictability_ignores_what_x_does_not_foretell():
     ffn = DenseFFN(gate_FD, torch.ones(F, D) / D, torch.ones(D, F), silu)
     experts_EM = split("predictability", LayerActivations(ffn, x_TD), num_experts=2)
     assert purity(experts_EM, torch.arange(F) % 2) > PURITY
+
+
+def naive_energies(activations):
+    """Each neuron's, by loops in float64."""
+    ffn, energies = activations.ffn, []
+    h_TF = ffn.hidden(activations.x_TD).double()
+    for i in range(F):
+        length = sum(float(value) ** 2 for value in ffn.down_DF[:, i])
+        energies.append(sum(float(h) ** 2 for h in h_TF[:, i]) * length)
+    return energies
+
+
+@pytest.mark.parametrize("num_experts", [1, E, F])
+def test_ranked_experts_hold_the_strongest_neurons_first(num_experts):
+    activations = make_activations()
+    activations.ffn.down_DF.mul_(uneven()[:, 0])
+    energies, size = naive_energies(activations), F // num_experts
+    order = sorted(range(F), key=lambda i: -energies[i])
+    expected = [set(order[start : start + size]) for start in range(0, F, size)]
+    found = split("ranked", activations, num_experts=num_experts)
+    assert [set(row) for row in found.tolist()] == expected
+
+
+def test_ranked_is_not_by_activations_alone_nor_by_down_alone():
+    """So that the test above can fail."""
+    activations = make_activations()
+    activations.ffn.down_DF.mul_(uneven()[:, 0])
+    best = set(split("ranked", activations)[0].tolist())
+    power_F = activations.ffn.hidden(activations.x_TD).square().sum(0)
+    for score_F in (power_F, activations.ffn.down_DF.norm(dim=0)):
+        assert best != set(score_F.topk(F // E).indices.tolist())
+
+
+def make_clusters(seed, tokens=T, second=0.0):
+    """Tokens around E orthogonal directions, and neurons that fire on one of them only; with
+    `second` above 1 and below 2 on the next one too, less. Returns each neuron's direction, in
+    shuffled order."""
+    rng = torch.Generator().manual_seed(seed)
+    directions_ED = torch.linalg.qr(torch.randn(D, E, generator=rng)).Q.T
+    group_F = torch.randperm(F, generator=rng) % E
+    gate_FD = 2 * directions_ED[group_F] - directions_ED.sum(0)
+    gate_FD += second * directions_ED[(group_F + 1) % E]
+    up_FD = directions_ED.sum(0).expand(F, D)
+    x_TD = 5 * directions_ED[torch.randperm(tokens, generator=rng) % E]
+    x_TD += 0.05 * torch.randn(tokens, D, generator=rng)
+    ffn = DenseFFN(gate_FD, up_FD, torch.randn(D, F, generator=rng), torch.relu)
+    return LayerActivations(ffn, x_TD), group_F
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_token_clusters_give_each_expert_the_neurons_of_one_cluster(seed):
+    activations, group_F = make_clusters(seed)
+    fires_TF = activations.ffn.hidden(activations.x_TD) != 0
+    assert (fires_TF.sum(0) == T // E).all()
+    experts_EM = split("token_clusters", activations)
+    assert_partition(experts_EM)
+    assert purity(experts_EM, group_F) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_token_clusters_own_the_neurons_that_are_louder_there(seed):
+    """All neurons fire on two clusters, equally often."""
+    activations, group_F = make_clusters(seed, second=1.7)
+    fires_TF = activations.ffn.hidden(activations.x_TD) != 0
+    assert (fires_TF.sum(0) == 2 * T // E).all()
+    assert purity(split("token_clusters", activations), group_F) == 1
+
+
+def test_token_clusters_look_at_as_many_tokens_as_asked():
+    activations, group_F = make_clusters(0)
+    x_TD = activations.x_TD.repeat_interleave(2, dim=0)
+    x_TD[1::2] = torch.nan
+    more = LayerActivations(activations.ffn, x_TD)
+    assert purity(split("token_clusters", more, tokens=T), group_F) == 1
+
+
+@pytest.mark.parametrize("tokens", [E, T - 1, T - 3])
+def test_token_clusters_need_no_multiple_of_the_experts(tokens):
+    activations, _ = make_clusters(0)
+    few = LayerActivations(activations.ffn, activations.x_TD[:tokens])
+    assert_partition(split("token_clusters", few))

@@ -185,3 +185,68 @@ def test_geometry_of_64_neurons(geometry, routed, size, shared_size, active):
     assert geometry.expert_size(64) == size
     assert geometry.shared_size(64) == shared_size
     assert geometry.active_ratio() == active
+
+
+HELD = {"held": 2**28, "just held": T * F, "parts held": T * F - 1, "not held": 0}
+PARTS = {
+    "whole": lambda activations: activations,
+    "some": lambda activations: activations.take(torch.tensor([30, 2, 17])),
+    "some of some": lambda activations: activations.take(torch.tensor([30, 2, 17, 8, 39])).take(
+        torch.tensor([4, 1])
+    ),
+    "a sample of some": lambda activations: activations.take(torch.tensor([30, 2])).sample(5),
+}
+NEURONS = {"whole": range(F), "some": [30, 2, 17], "some of some": [39, 2]}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("held", HELD)
+def test_chunks_are_the_same_whether_activations_are_held_or_not(monkeypatch, held, part):
+    def chunks(limit):
+        monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", limit)
+        return list(PARTS[part](LayerActivations(make_ffn(0), make_inputs())).chunks())
+
+    for (x_tD, h_tF), (other_tD, other_tF) in zip(chunks(HELD[held]), chunks(0), strict=True):
+        assert torch.equal(x_tD, other_tD)
+        torch.testing.assert_close(h_tF, other_tF)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("held", HELD)
+def test_chunks_of_any_size_cover_the_tokens_of_a_part(monkeypatch, held, part):
+    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
+    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 3 * F)
+    activations = PARTS[part](LayerActivations(make_ffn(0), make_inputs()))
+    x_TD, h_TF = (torch.cat(each) for each in zip(*activations.chunks(), strict=True))
+    assert torch.equal(x_TD, activations.x_TD)
+    torch.testing.assert_close(h_TF, activations.ffn.hidden(x_TD))
+
+
+@pytest.mark.parametrize(("held", "runs"), [("held", 1), ("just held", 1), ("not held", 4)])
+def test_what_is_held_is_worked_out_once(monkeypatch, held, runs):
+    """Two passes over the whole, and one over each of two parts."""
+    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
+    calls, ffn = [], make_ffn(0)
+    act = lambda gate_TF: calls.append(len(gate_TF)) or ffn.act(gate_TF)  # noqa: E731
+    counted = DenseFFN(ffn.gate_FD, ffn.up_FD, ffn.down_DF, act)
+    activations = LayerActivations(counted, make_inputs())
+    parts = [activations.take(torch.arange(20)), activations.take(torch.arange(20, F))]
+    for each in (activations, activations, *parts):
+        list(each.chunks())
+    assert calls == [T] * runs
+
+
+@pytest.mark.parametrize("part", NEURONS)
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("chunk_elements", [3 * F, 2**24])
+def test_energy_is_the_sum_over_tokens_of_what_a_neuron_adds(
+    monkeypatch, held, part, chunk_elements
+):
+    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
+    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", chunk_elements)
+    ffn, x_TD = make_ffn(0), make_inputs()
+    down_DF = ffn.down_DF.double().numpy()
+    hidden = [naive_hidden(ffn, x_D) for x_D in x_TD.double().numpy()]
+    expected = [sum(np.sum((h[i] * down_DF[:, i]) ** 2) for h in hidden) for i in NEURONS[part]]
+    energy_F = PARTS[part](LayerActivations(ffn, x_TD)).energy()
+    torch.testing.assert_close(energy_F, torch.tensor(expected, dtype=torch.float32))

@@ -31,26 +31,41 @@ def calibration_tokens(
 ) -> Tensor:
     """Packed tokens [sequences, seq_len] of the named calibration text.
 
-    Documents are joined by the end-of-sequence token and cut without padding.
+    Documents are joined by the end-of-sequence token and cut without padding. Of several texts,
+    each gives the same number of sequences (give or take one), in turn.
 
     Args:
-        text: `builtin`, `self`, a file (.txt, .jsonl, .parquet) or `hf:DATASET[:split[:column]]`.
+        text: `builtin`, `self`, a file (.txt, .jsonl, .parquet) or `hf:DATASET[:split[:column]]`;
+            or several of these, joined by +.
 
     Raises:
-        UpcycleError: the text can't be read, or holds too few tokens.
+        UpcycleError: a text can't be read, or holds too few tokens.
     """
-    if text == "self":
-        tokenizer = load_tokenizer(source.folder)
-        return _sample_from_model(source, tokenizer, sequences, seq_len, seed)
-    return packed_tokens(
-        source.folder,
-        source.config.vocab_size,
-        text,
-        sequences,
-        seq_len,
-        seed=seed,
-        remedy="(check included): lower --calibration-tokens, or give more text",
-    )
+    names = texts(text)[:sequences]
+    tokens_BL = torch.empty(sequences, seq_len, dtype=torch.int64)
+    for place, name in enumerate(names):
+        mine_BL = tokens_BL[place :: len(names)]
+        if name == "self":
+            tokenizer = load_tokenizer(source.folder)
+            mine_BL[:] = _sample_from_model(source, tokenizer, len(mine_BL), seq_len, seed)
+        else:
+            mine_BL[:] = packed_tokens(
+                source.folder,
+                source.config.vocab_size,
+                name,
+                len(mine_BL),
+                seq_len,
+                seed=seed,
+                remedy="(check included): lower --calibration-tokens, or give more text",
+            )
+    return tokens_BL
+
+
+def texts(text: str) -> list[str]:
+    """The texts that are joined by +, unless a file has that name."""
+    if "+" not in text or Path(text).expanduser().is_file():
+        return [text]
+    return text.split("+")
 
 
 def packed_tokens(

@@ -5,7 +5,7 @@ with all its experts on does too. Then what the conversion did to the model, on 
 has seen: perplexity, divergence, agreement, and how tokens spread over experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,18 @@ class CheckReport:
         return sum(share == 0 for layer in self.load for share in layer)
 
 
-def run_check(plan: Plan, folder: Path, tokens_BL: Tensor, progress: Any) -> CheckReport:
+def run_check(
+    plan: Plan,
+    folder: Path,
+    tokens_BL: Tensor,
+    progress: Any,
+    refit: Iterable[tuple[int, Tensor]] = (),
+) -> CheckReport:
     """Compare the checkpoint in `folder` with the plan's source on `tokens_BL`.
+
+    Args:
+        refit: layers and the down_DF that compensation gave them. Exactness is measured against
+            the dense model with these in place, the rest against the dense model as it is.
 
     Raises:
         CheckFailed: the checkpoint does not load whole, or is not exact where it must be.
@@ -71,8 +81,10 @@ def run_check(plan: Plan, folder: Path, tokens_BL: Tensor, progress: Any) -> Che
     dtype, total = _dtype_that_fits(plan), 2 * len(tokens_BL)
     exact_L = tokens_BL[0, :EXACT_TOKENS]
     model = load_model(plan.source.folder, dtype, plan.device)
-    exact_LV = next_token_logits(model, exact_L)
     reference = measure_reference(model, tokens_BL, lambda done: progress("checking", done, total))
+    for layer, down_DF in refit:
+        model.model.layers[layer].mlp.down_proj.weight.data.copy_(down_DF)
+    exact_LV = next_token_logits(model, exact_L)
     del model
     model = load_model(folder, dtype, plan.device)
     low_precision = plan.dtype != torch.float32 or dtype != torch.float32

@@ -35,7 +35,7 @@ app = typer.Typer(
 
 def _setting(text: str, *names: str, panel: str = "Recipe settings") -> Any:
     """An option that replaces a field of the recipe; also read from UPCYCLE_<NAME>."""
-    variable = "UPCYCLE_" + names[0].lstrip("-").replace("-", "_").upper()
+    variable = "UPCYCLE_" + names[0].split("/")[0].lstrip("-").replace("-", "_").upper()
     return typer.Option(
         *names, help=text, envvar=variable, rich_help_panel=panel, show_default=False
     )
@@ -51,14 +51,28 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Method = Annotated[str | None, _setting("split | copy | drop | noise", "--method")]
 Experts = Annotated[
     int | None,
-    _setting("Parts that a split cuts each FFN into, or copies of it. [default: 8]", "--experts"),
+    _setting(
+        "Parts that a split cuts each FFN into, or copies of it. [default: about 64, or 8 copies]",
+        "--experts",
+    ),
 ]
-TopK = Annotated[int | None, _setting("Routed experts active per token. [default: 2]", "--top-k")]
+TopK = Annotated[
+    int | None,
+    _setting("Routed experts active per token. [default: by --active, or 2 copies]", "--top-k"),
+]
+Active = Annotated[
+    float | None,
+    _setting(
+        "Share of all FFN neurons that a token uses, from which a split's top-k and shared "
+        "experts follow; layers kept dense count as 1. [default: 0.5]",
+        "--active",
+    ),
+]
 SharedExperts = Annotated[
     int | None,
     _setting(
-        "Of a split's parts, those that are always on. [default: an eighth where the target has "
-        "a shared expert]",
+        "Of a split's parts, those that are always on. [default: up to a quarter where the target "
+        "has a shared expert]",
         "--shared-experts",
     ),
 ]
@@ -68,8 +82,8 @@ Granularity = Annotated[
 Split = Annotated[
     str | None,
     _setting(
-        "coactivation | coactivation_graph | parameter_clustering | predictability | random | "
-        "contiguous",
+        "predictability | coactivation | coactivation_graph | parameter_clustering | "
+        "token_clusters | ranked | random | contiguous",
         "--split",
     ),
 ]
@@ -79,13 +93,29 @@ SharedBy = Annotated[
 Router = Annotated[
     str | None,
     _setting(
-        "ridge | centroid | representative | kmeans | normal [default: ridge for a split, normal "
-        "for copies]",
+        "ridge | centroid | representative | kmeans | static | normal [default: ridge for a "
+        "split, normal for copies]",
         "--router",
     ),
 ]
+Compensate = Annotated[
+    str | None,
+    _setting("What makes up for inactive neurons: least_squares | none", "--compensate"),
+]
+Sequential = Annotated[
+    bool | None,
+    _setting(
+        "Fit each layer on what the converted layers before it put out.",
+        "--sequential/--no-sequential",
+    ),
+]
 KeepDense = Annotated[
-    str | None, _setting("Layers that stay dense: 0,1,29 or none", "--keep-dense")
+    str | None,
+    _setting(
+        "Layers that stay dense: 0,1,29, none, or auto: those that measurably hurt most, as many "
+        "as pay.",
+        "--keep-dense",
+    ),
 ]
 Target = Annotated[
     str | None,
@@ -97,7 +127,8 @@ Target = Annotated[
 Calibration = Annotated[
     str | None,
     _setting(
-        "builtin | self | a .txt, .jsonl or .parquet file | hf:DATASET[:split[:column]] | none",
+        "builtin | self | a .txt, .jsonl or .parquet file | hf:DATASET[:split[:column]] | none; "
+        "several, joined by +, in equal parts",
         "--calibration",
     ),
 ]
@@ -147,11 +178,14 @@ REQUEST = {
     "method": (Method, None),
     "experts": (Experts, None),
     "top_k": (TopK, None),
+    "active": (Active, None),
     "shared_experts": (SharedExperts, None),
     "granularity": (Granularity, None),
     "split": (Split, None),
     "shared_by": (SharedBy, None),
     "router": (Router, None),
+    "compensate": (Compensate, None),
+    "sequential": (Sequential, None),
     "keep_dense": (KeepDense, None),
     "target": (Target, None),
     "calibration": (Calibration, None),

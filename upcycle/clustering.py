@@ -1,5 +1,6 @@
 """Balanced clustering: groups of exactly equal size."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,14 +27,15 @@ def balanced_assignment(cost_FE: Tensor) -> Tensor:
 
 
 def _prices(cost_FE: Tensor, capacity: int, rounds: int = 100) -> Tensor:
-    num_bins = cost_FE.shape[1]
-    price_E = torch.zeros(num_bins, dtype=cost_FE.dtype)
-    step = (cost_FE.max(1).values - cost_FE.min(1).values).mean().item() / 4
+    # numpy, because torch's argmin over short rows is several times slower.
+    cost, num_bins = cost_FE.numpy(), cost_FE.shape[1]
+    price_E = np.zeros(num_bins, dtype=cost.dtype)
+    step = (cost.max(1) - cost.min(1)).mean() / 4
     for _ in range(rounds):
-        load_E = (cost_FE + price_E).argmin(1).bincount(minlength=num_bins)
-        price_E += step * (load_E / capacity - 1).clamp(-1, 1)
+        load_E = np.bincount((cost + price_E).argmin(1), minlength=num_bins)
+        price_E += (step * (load_E / capacity - 1).clip(-1, 1)).astype(cost.dtype)
         step *= 0.93
-    return price_E
+    return torch.from_numpy(price_E)
 
 
 def _fill(cost_FE: Tensor, capacity: int) -> Tensor:

@@ -120,7 +120,9 @@ def _method(plan: "Plan") -> str:
     if recipe.copies:
         return f"{recipe.method.name}, router {router}"
     shared = f", shared by {recipe.shared_by.name}" if plan.geometry.shared_experts else ""
-    return f"split by {recipe.split.name}{shared}, router {router}"
+    refit = f", compensation {recipe.compensate.name}" if plan.compensates else ""
+    order = ", layer by layer" if plan.sequential else ""
+    return f"split by {recipe.split.name}{shared}, router {router}{refit}{order}"
 
 
 def _experts(plan: "Plan") -> str:
@@ -133,6 +135,8 @@ def _experts(plan: "Plan") -> str:
 
 def _layers(plan: "Plan") -> str:
     dense = plan.spec.dense_layers
+    if plan.undecided:
+        return f"{len(plan.moe_layers)}, less those that convert measures to be better kept dense"
     kept = f", {len(dense)} kept dense ({', '.join(map(str, dense))})" if dense else ""
     return f"{len(plan.moe_layers)} converted{kept}"
 
@@ -144,6 +148,7 @@ def show_conversion(conversion: "Conversion") -> None:
         "parameters": (count(plan.params_dense), count(plan.params_total)),
         "active per token": (count(plan.params_dense), count(plan.params_active)),
         "active FFN": ("100 %", f"{100 * plan.active_ffn_ratio:.0f} %"),
+        "layers": ("", _layers(plan)),
     }
     if check is not None:
         loads = [share for layer in check.load for share in layer]
@@ -182,7 +187,8 @@ def _exactness(conversion: "Conversion") -> str:
     if check is None or check.exact_error is None:
         return "not expected: copies were changed"
     what = "copies" if conversion.plan.recipe.copies else "all experts on"
-    return f"ok, {what}: logits differ by {check.exact_error:.1g} σ"
+    beside = ", refit down_proj in both" if conversion.plan.compensates else ""
+    return f"ok, {what}{beside}: logits differ by {check.exact_error:.1g} σ"
 
 
 def _verdict(conversion: "Conversion") -> str:
@@ -194,12 +200,12 @@ def _verdict(conversion: "Conversion") -> str:
         return "The function is unchanged; train it further so that the copies come to differ."
     if plan.recipe.copies:
         return f"Perplexity is {ratio:.2f} × the dense model's until the new neurons are trained."
-    first = "" if 0 in plan.spec.dense_layers else ", keep the first layer dense (--keep-dense 0)"
+    first = "" if 0 in plan.spec.dense_layers else ", keep layers dense (--keep-dense auto)"
     if ratio <= 1.1:
         return f"The split costs {100 * (ratio - 1):.1f} % of perplexity."
     return (
         f"[bold yellow]The split costs much: perplexity is {ratio:.2f} × the dense model's.[/] "
-        f"To lose less, raise --top-k or --shared-experts, cut finer with more --experts{first}; "
+        f"To lose less, raise --active, cut finer with more --experts{first}; "
         "or train the result further."
     )
 

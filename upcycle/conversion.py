@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,13 +26,16 @@ from upcycle.assemble import (
 from upcycle.calibrate import calibration_tokens
 from upcycle.check import run_check
 from upcycle.dense import HiddenStream
-from upcycle.layer import convert_layer
-from upcycle.planning import Plan
+from upcycle.layer import ConvertedLayer, convert_layer
+from upcycle.planning import Plan, make_plan
 from upcycle.report import Conversion, model_card, report_json, versions
+from upcycle.sensitivity import choose_dense_layers
 from upcycle.sink import CheckpointWriter, Workspace
 from upcycle.source import companions
 from upcycle.targets import TARGETS
-from upcycle.types import ExpertLayout
+from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
+
+DENSE_LAYERS = "layers to keep dense"
 
 
 class Progress(Protocol):
@@ -75,7 +79,7 @@ def fingerprint(plan: Plan) -> str:
     """Of everything that the output's bytes depend on."""
     ingredients = {
         "source": plan.source.fingerprint(),
-        "recipe": plan.recipe.settings(),
+        "recipe": plan.request.settings(),
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
@@ -90,19 +94,41 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
 
     fit_BL, held_BL = _tokens(plan)
     lap("calibration text")
+    if plan.undecided:
+        plan = _decide(plan, workspace, fit_BL, progress)
+        lap(DENSE_LAYERS)
     _write_small_files(plan, workspace.folder)
     _write_weights(plan, workspace, fit_BL, progress)
     lap("conversion")
     peak = peak_memory()
     check = None
     if plan.recipe.check != "none":
-        check = run_check(plan, workspace.folder, held_BL, progress)
+        refit = _refit(plan, workspace)
+        check = run_check(plan, workspace.folder, held_BL, progress, refit)
         lap("check")
-    conversion = Conversion(plan, out, check, seconds, peak)
+    damage = workspace.records.get(DENSE_LAYERS, {}).get("damage")
+    conversion = Conversion(plan, out, check, seconds, peak, damage)
     records = [workspace.records[unit] for unit in plan.units if unit.startswith("layer ")]
     (workspace.folder / "upcycle.json").write_text(report_json(conversion, records))
     (workspace.folder / "README.md").write_text(model_card(conversion))
     return conversion
+
+
+def _decide(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> Plan:
+    """The plan with the layers that are to stay dense, by measurement."""
+    if DENSE_LAYERS not in workspace.records:
+        layers, damage = choose_dense_layers(plan, fit_BL, progress)
+        workspace.done(DENSE_LAYERS, {"layers": layers, "damage": damage})
+    layers = tuple(workspace.records[DENSE_LAYERS]["layers"])
+    decided = {"keep_dense": layers, "target": plan.target}
+    return make_plan(plan.source, plan.request.model_copy(update=decided))
+
+
+def _refit(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, Tensor]]:
+    """The layers whose down_proj is no longer the source's, in the dense order of neurons."""
+    if plan.compensates:
+        for layer in plan.moe_layers:
+            yield layer, workspace.kept(f"layer {layer}")["down_proj"]
 
 
 def _tokens(plan: Plan) -> tuple[Tensor, Tensor]:
@@ -152,20 +178,53 @@ def _write_layer(
     """Convert a layer, unless an earlier run did. (A function of its own, so that its tensors are
     gone before the next layer's are read.)"""
     source, unit = plan.source, f"layer {layer}"
-    if unit in workspace.records and stream is None:
+    finished = unit in workspace.records
+    if finished and stream is None:
         return
     raw = source.read_layer(layer)
-    x_TD = stream.step(layer, raw) if stream else None
-    if unit in workspace.records:
-        return
     tensors = source.canonical(raw)
-    moe, record = None, {"layer": layer, "dense": True}
-    if layer not in plan.spec.dense_layers:
-        ffn = dense_ffn(tensors, ACT2FN[source.arch.fields["hidden_act"]])
-        moe, layout = convert_layer(plan, layer, ffn, x_TD)
-        record = {"layer": layer, "dense": False} | _layout_record(plan, layout)
-    named = assemble_layer(TARGETS[plan.target], source.arch, layer, tensors, moe, plan.gains)
-    _write_unit(workspace, writer, unit, named, record)
+    ffn = dense_ffn(tensors, ACT2FN[source.arch.fields["hidden_act"]])
+    activations = norm_T = converted = None
+    if stream:
+        x_TD, norm_T = stream.attend(layer, raw)
+        activations = LayerActivations(ffn.to(x_TD.device, torch.float32), x_TD.float())
+    if layer in plan.moe_layers and not finished:
+        converted = convert_layer(plan, layer, ffn, activations, norm_T)
+    elif layer in plan.moe_layers and plan.sequential:
+        converted = _take_up(plan, workspace, unit, ffn)
+    if stream and activations and converted and plan.sequential:
+        stream.advance(layer, converted.output(activations, plan.geometry.top_k))
+    elif stream:
+        stream.advance(layer)
+    if not finished:
+        record = _put_aside(plan, workspace, unit, converted)
+        moe = converted.experts(plan, layer) if converted else None
+        named = assemble_layer(TARGETS[plan.target], source.arch, layer, tensors, moe, plan.gains)
+        _write_unit(workspace, writer, unit, named, {"layer": layer} | record)
+
+
+def _put_aside(
+    plan: Plan, workspace: Workspace, unit: str, converted: ConvertedLayer | None
+) -> dict[str, Any]:
+    """What upcycle.json keeps of a layer; and for the time of the run, what a resumed stream and
+    the check need."""
+    if converted is None or plan.recipe.copies:
+        return {"dense": converted is None}
+    if plan.sequential or plan.compensates:
+        tensors = {"router": converted.router_ED, "down_proj": converted.ffn.down_DF}
+        workspace.keep(unit, tensors)
+    return {"dense": False, "permutation": converted.layout.permutation.tolist()}
+
+
+def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> ConvertedLayer:
+    """A layer that an earlier run converted."""
+    layout = ExpertLayout.of_permutation(
+        torch.tensor(workspace.records[unit]["permutation"]),
+        plan.spec.shared_size,
+        plan.geometry.routed_experts,
+    )
+    kept = workspace.kept(unit)
+    return ConvertedLayer(replace(ffn, down_DF=kept["down_proj"]), layout, kept["router"])
 
 
 def _write_unit(
@@ -179,13 +238,6 @@ def _write_unit(
     for name, tensor in named:
         writer.write(name, tensor.to(writer.places[name].spec.dtype))
     workspace.done(unit, record)
-
-
-def _layout_record(plan: Plan, layout: ExpertLayout) -> dict[str, Any]:
-    """What upcycle.json keeps: the permutation of a split, enough to undo it."""
-    if plan.recipe.copies:
-        return {}
-    return {"permutation": layout.permutation.tolist()}
 
 
 def peak_memory() -> int:

@@ -9,9 +9,11 @@ from typing import Any
 import psutil
 import torch
 
+from upcycle.budget import legal_granules
+from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
-from upcycle.planning import ALIGNMENT, refusals
+from upcycle.planning import refusals
 from upcycle.recipe import load_recipe, shipped_recipes
 from upcycle.report import versions
 from upcycle.router_init import ROUTERS
@@ -37,7 +39,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 def _inspect_dense(source: DenseSource) -> dict[str, Any]:
     arch = source.arch
     neurons = arch.intermediate_size
-    divisors = [n for n in range(2, neurons + 1) if neurons % (n * ALIGNMENT) == 0]
+    divisors = [n for n in legal_granules(neurons) if n > 1]
     params = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
     ffn = 3 * arch.hidden_size * neurons * arch.num_layers
     targets = refusals(source, Geometry(8, 2))
@@ -123,7 +125,7 @@ def describe_recipes() -> list[dict[str, Any]]:
 
 def describe_methods() -> list[dict[str, Any]]:
     """Every registered plug-in with its parameters and their defaults."""
-    registries = (SPLITS, SHARED, ROUTERS, PERTURBS)
+    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS)
     return [
         {
             "kind": registry.kind,

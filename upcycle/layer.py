@@ -1,10 +1,11 @@
 """One layer's conversion: from a dense FFN to experts and a router. Tensors in, tensors out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from upcycle.compensate import COMPENSATIONS
 from upcycle.perturb import PERTURBS
 from upcycle.planning import Plan, parameters
 from upcycle.recipe import Choice
@@ -20,27 +21,59 @@ TEMPERATURE = {torch.float16: 1e-3}
 DEFAULT_TEMPERATURE = 1e-4
 
 
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """A dense FFN as experts: whose neurons go where, by which router they are selected."""
+
+    ffn: DenseFFN
+    """All neurons in the dense order; a split's as they will be stored."""
+    layout: ExpertLayout
+    router_ED: Tensor
+
+    def experts(self, plan: Plan, layer: int) -> MoELayer:
+        """What a target writes."""
+        shared_S = self.layout.shared_S
+        shared = self.ffn.take(shared_S) if len(shared_S) else None
+        return MoELayer(self.router_ED, Experts(plan, layer, self.ffn, self.layout), shared)
+
+    def output(self, activations: LayerActivations, top_k: int) -> Tensor:
+        """A split's output y [T, D], the unweighted sum of what is on."""
+        x_TD = activations.x_TD
+        down_DF = self.ffn.down_DF.to(x_TD)
+        selection = self.layout.selection(self.router_ED.to(x_TD), top_k)
+        y_tD = [(h_tF * selection(x_tD)) @ down_DF.T for x_tD, h_tF in activations.chunks()]
+        return torch.cat(y_tD)
+
+
 def convert_layer(
-    plan: Plan, layer: int, ffn: DenseFFN, x_TD: Tensor | None
-) -> tuple[MoELayer, ExpertLayout]:
+    plan: Plan,
+    layer: int,
+    ffn: DenseFFN,
+    activations: LayerActivations | None = None,
+    norm_T: Tensor | None = None,
+) -> ConvertedLayer:
     """Turn one dense FFN into experts and a router.
 
     Args:
         ffn: in the source's dtype.
-        x_TD: what the FFN sees on the calibration tokens, if the plan streams them.
+        activations: the same FFN's in float32 on the calibration tokens, if the plan streams them.
+        norm_T: of what its output is added to. An error counts relative to it, else a few tokens
+            with massive activations would own every fit.
     """
-    if x_TD is None:
+    if activations is None:
         activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
-    else:
-        activations = LayerActivations(ffn.to(x_TD.device, torch.float32), x_TD.float())
     with torch.no_grad():
         make = _copy_layer if plan.recipe.copies else _split_layer
         router_ED, layout = make(plan, layer, activations)
         if plan.combine == "sum":
             router_ED = temper(router_ED, activations.x_TD, plan.dtype)
-    shared = ffn.take(layout.shared_S) if len(layout.shared_S) else None
-    expert = Experts(plan, layer, ffn, layout)
-    return MoELayer(router_ED.to("cpu", plan.dtype), expert, shared), layout
+        router_ED = router_ED.to("cpu", plan.dtype)
+        if plan.compensates and norm_T is not None:
+            down_DF = _compensate(plan, activations, layout, router_ED, norm_T)
+            ffn = replace(ffn, down_DF=down_DF)
+        if not plan.recipe.copies:
+            ffn = ffn.to("cpu", plan.dtype)
+    return ConvertedLayer(ffn, layout, router_ED)
 
 
 def _split_layer(
@@ -84,6 +117,25 @@ def _route(plan: Plan, layer: int, activations: LayerActivations, experts_EM: Te
     choice = plan.recipe.router or Choice(name="ridge")
     rng = generator(plan.recipe.seed, "router", layer)
     return ROUTERS[choice.name].run(activations, experts_EM, parameters(ROUTERS, choice), rng)
+
+
+def _compensate(
+    plan: Plan,
+    activations: LayerActivations,
+    layout: ExpertLayout,
+    router_ED: Tensor,
+    norm_T: Tensor,
+) -> Tensor:
+    """A new down_DF, given the experts that the router selects as it is going to be stored."""
+    choice, x_TD = plan.recipe.compensate, activations.x_TD
+    # A token whose embedding is zero, such as padding, must not own the fit.
+    weight_T = norm_T.float().clamp_min(norm_T.median().item() / 10) ** -2
+    return COMPENSATIONS[choice.name].run(
+        activations,
+        layout.selection(router_ED.to(x_TD.device, torch.float32), plan.geometry.top_k),
+        weight_T / weight_T.mean(),
+        parameters(COMPENSATIONS, choice),
+    )
 
 
 def temper(router_ED: Tensor, x_TD: Tensor, dtype: torch.dtype) -> Tensor:

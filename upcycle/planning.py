@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
-from upcycle.calibrate import check_text, load_tokenizer
+from upcycle.budget import geometry_of
+from upcycle.calibrate import check_text, load_tokenizer, texts
+from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
 from upcycle.recipe import Choice, Recipe, first_problem
@@ -27,9 +29,8 @@ from upcycle.sink import TensorSpec, partial_folder
 from upcycle.source import DenseSource
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS, Combine, Gains, MoESpec, common_fields
-from upcycle.types import DenseFFN, Geometry, MoELayer
+from upcycle.types import CHUNK_ELEMENTS, HELD_ELEMENTS, DenseFFN, Geometry, MoELayer
 
-ALIGNMENT = 8  # grouped_mm wants strides of 16 bytes
 LLAMA_CPP_MAX_EXPERTS = 512
 CHECK_TOKENS = {"fast": 4096, "full": 16384, "none": 0}
 
@@ -39,8 +40,9 @@ class Plan:
     """A conversion that is going to work, as far as can be known without reading weights."""
 
     source: DenseSource
+    request: Recipe
     recipe: Recipe
-    """With everything that was left open decided."""
+    """The request with everything that it left open decided."""
     out: Path | None
     target: str
     targets: Mapping[str, str]
@@ -86,6 +88,21 @@ class Plan:
         return (dense + (layers - dense) * self.geometry.active_ratio()) / layers
 
     @property
+    def undecided(self) -> bool:
+        """Whether the layers to keep dense are yet to be measured; until then there are none."""
+        return self.request.keep_dense == "auto"
+
+    @property
+    def compensates(self) -> bool:
+        """Whether down_proj is refit."""
+        return self.recipe.compensate.name != "none"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the stream goes through converted layers."""
+        return self.recipe.sequential and not self.recipe.copies
+
+    @property
     def streams(self) -> bool:
         """Whether calibration tokens go through the dense model: always when the router's scale
         must be known, else only if a method looks at activations."""
@@ -112,9 +129,20 @@ class Plan:
         if not self.streams:
             return base + weights
         outer = arch.fields["vocab_size"] * arch.hidden_size * itemsize
-        stream = 3 * self.fit_tokens * arch.hidden_size * 4
-        profile = 3 * 4096 * arch.intermediate_size * 4
-        return int(base + weights + outer + stream + profile)
+        stream = 4 * self.fit_tokens * arch.hidden_size * 4
+        held = min(self.fit_tokens * arch.intermediate_size, HELD_ELEMENTS) * 4
+        chunks = 4 * CHUNK_ELEMENTS * 4
+        normal_equations = 3 * 8 * arch.intermediate_size**2 if self.compensates else 0
+        return int(base + weights + outer + stream + held + chunks + normal_equations)
+
+    def aside_bytes(self) -> int:
+        """Disk that only the run itself needs: what a resumed stream and the check read again."""
+        if not (self.sequential or self.compensates):
+            return 0
+        arch = self.source.arch
+        routers = self.geometry.routed_experts * arch.hidden_size
+        each = arch.intermediate_size * arch.hidden_size + routers
+        return len(self.moe_layers) * each * self.dtype.itemsize
 
     def check_bytes(self) -> int:
         """Memory of the check, which holds one whole model at a time."""
@@ -139,20 +167,20 @@ def make_plan(
     out = None if out is None else out.expanduser().resolve()
     _check_plugins(recipe)
     dense_layers = _dense_layers(recipe, source)
-    geometry = _geometry(recipe, shared=recipe.shared_experts or 0)
-    _check_geometry(geometry, recipe, source.arch.intermediate_size)
+    num_neurons, layers = source.arch.intermediate_size, source.arch.num_layers
+    geometry = geometry_of(recipe, num_neurons, layers, len(dense_layers))
     targets = refusals(source, geometry, dense_layers)
     target = _choose_target(recipe, targets)
-    if recipe.shared_experts is None:
-        geometry = _geometry(recipe, shared=_default_shared(recipe, target))
-        _check_geometry(geometry, recipe, source.arch.intermediate_size)
-    combine = _combine(recipe, target, targets)
-    size = geometry.expert_size(source.arch.intermediate_size)
+    if TARGETS[target].routing.shared_gate is not None:
+        least = TARGETS[target].min_experts
+        geometry = geometry_of(recipe, num_neurons, layers, len(dense_layers), min_routed=least)
+    combine = _combine(recipe, geometry, target, targets)
+    size = geometry.expert_size(num_neurons)
     spec = MoESpec(
         geometry=geometry,
         gains=TARGETS[target].gains(combine, geometry),
         expert_size=size,
-        shared_size=geometry.shared_size(source.arch.intermediate_size),
+        shared_size=geometry.shared_size(num_neurons),
         dense_layers=dense_layers,
     )
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -162,6 +190,7 @@ def make_plan(
     idle = (geometry.routed_experts - geometry.top_k) * 3 * size * source.arch.hidden_size
     plan = Plan(
         source=source,
+        request=recipe,
         recipe=_resolved(recipe, target, geometry),
         out=out,
         target=target,
@@ -174,7 +203,7 @@ def make_plan(
         device=_device(recipe.device),
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
-        params_active=params_total - idle * (source.arch.num_layers - len(dense_layers)),
+        params_active=params_total - idle * (layers - len(dense_layers)),
         warnings=tuple(_warnings(geometry, size, recipe)),
     )
     _check_text(plan)
@@ -187,8 +216,14 @@ def make_plan(
 def _resolved(recipe: Recipe, target: str, geometry: Geometry) -> Recipe:
     """The recipe with what it left open."""
     router = recipe.router or Choice(name=_default_router(recipe))
-    shared = geometry.shared_experts
-    return recipe.model_copy(update={"target": target, "shared_experts": shared, "router": router})
+    decided = {
+        "target": target,
+        "experts": geometry.num_experts,
+        "top_k": geometry.top_k,
+        "shared_experts": geometry.shared_experts,
+        "router": router,
+    }
+    return recipe.model_copy(update=decided)
 
 
 def refusals(
@@ -226,6 +261,7 @@ def _check_plugins(recipe: Recipe) -> None:
         parameters(PERTURBS, recipe.method)
     parameters(SPLITS, recipe.split)
     parameters(SHARED, recipe.shared_by)
+    parameters(COMPENSATIONS, recipe.compensate)
     parameters(ROUTERS, recipe.router or Choice(name=_default_router(recipe)))
     if recipe.copies and not _router(recipe).tells_copies_apart:
         fitting = " or ".join(name for name, r in ROUTERS.items() if r.tells_copies_apart)
@@ -236,6 +272,16 @@ def _check_plugins(recipe: Recipe) -> None:
         raise UpcycleError(
             f"--shared-experts {recipe.shared_experts} goes with a split: copies have none"
         )
+    if recipe.copies and recipe.compensate.name != "none":
+        raise UpcycleError(
+            f"--compensate {recipe.compensate.name} goes with a split: copies lose nothing"
+        )
+    if recipe.copies and recipe.active is not None:
+        raise UpcycleError(
+            f"--active {recipe.active:g} goes with a split: for copies, give --top-k"
+        )
+    if recipe.copies and recipe.keep_dense == "auto":
+        raise UpcycleError("--keep-dense auto goes with a split: copies do no damage")
     if not recipe.copies and recipe.granularity != 1:
         raise UpcycleError(
             f"--granularity {recipe.granularity} goes with copies: for a split, raise --experts"
@@ -252,6 +298,8 @@ def _router(recipe: Recipe) -> Method[Any]:
 
 def _dense_layers(recipe: Recipe, source: DenseSource) -> tuple[int, ...]:
     layers = source.arch.num_layers
+    if recipe.keep_dense == "auto":
+        return ()
     for layer in recipe.keep_dense:
         if layer >= layers:
             raise UpcycleError(
@@ -260,47 +308,6 @@ def _dense_layers(recipe: Recipe, source: DenseSource) -> tuple[int, ...]:
     if len(recipe.keep_dense) == layers:
         raise UpcycleError("--keep-dense names every layer, which leaves nothing to convert")
     return recipe.keep_dense
-
-
-def _geometry(recipe: Recipe, *, shared: int) -> Geometry:
-    return Geometry(recipe.experts, recipe.top_k, shared, recipe.granularity, recipe.copies)
-
-
-def _check_geometry(geometry: Geometry, recipe: Recipe, num_neurons: int) -> None:
-    parts, flag = (
-        (geometry.granularity, "--granularity") if recipe.copies else (recipe.experts, "--experts")
-    )
-    if num_neurons % (parts * ALIGNMENT) and not (recipe.copies and parts == 1):
-        legal = [n for n in range(1, num_neurons + 1) if num_neurons % (n * ALIGNMENT) == 0]
-        below = [n for n in legal if n < parts][-1:]
-        above = [n for n in legal if n > parts][:1]
-        nearest = " or ".join(str(n) for n in below + above) or "none"
-        raise UpcycleError(
-            f"{flag} {parts} does not cut {num_neurons} neurons into equal parts that are a "
-            f"multiple of {ALIGNMENT}, which grouped matrix products need; nearest: {nearest}"
-        )
-    if not recipe.copies and geometry.shared_experts >= recipe.experts:
-        raise UpcycleError(
-            f"--shared-experts {geometry.shared_experts} of {recipe.experts} leaves none to route: "
-            f"give at most {recipe.experts - 1}"
-        )
-    if geometry.top_k > geometry.routed_experts:
-        raise UpcycleError(
-            f"--top-k {geometry.top_k} is more than the {geometry.routed_experts} routed experts"
-            + (
-                f" ({recipe.experts} less {geometry.shared_experts} shared)"
-                if geometry.shared_experts
-                else ""
-            )
-        )
-    if recipe.copies and geometry.top_k % geometry.granularity:
-        whole = (
-            geometry.top_k // geometry.granularity * geometry.granularity or geometry.granularity
-        )
-        raise UpcycleError(
-            f"--top-k {geometry.top_k} is no multiple of --granularity {geometry.granularity}, so "
-            f"tokens would get parts of a copy; nearest: --top-k {whole}"
-        )
 
 
 def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
@@ -334,16 +341,9 @@ def _plain_weights(target: str) -> bool:
     return TARGETS[target].routing.renormalises == "optional"
 
 
-def _default_shared(recipe: Recipe, target: str) -> int:
-    """An eighth of the granules where the target has a shared expert: neurons that every token
-    needs are better not routed (CMoE, arXiv:2502.04416)."""
-    if recipe.copies or TARGETS[target].routing.shared_gate is None:
-        return 0
-    to_route = max(recipe.top_k, TARGETS[target].min_experts)
-    return max(0, min(max(1, recipe.experts // 8), recipe.experts - to_route))
-
-
-def _combine(recipe: Recipe, target: str, targets: Mapping[str, str]) -> Combine:
+def _combine(
+    recipe: Recipe, geometry: Geometry, target: str, targets: Mapping[str, str]
+) -> Combine:
     """A split is a sum, copies are averaged, unless their router needs plain weights."""
     if not recipe.copies:
         return "sum"
@@ -353,7 +353,7 @@ def _combine(recipe: Recipe, target: str, targets: Mapping[str, str]) -> Combine
         others = [name for name, why in targets.items() if not why and _plain_weights(name)]
         choose = f"choose --target {' or '.join(others)}, " if others else ""
         raise UpcycleError(
-            f"--top-k {recipe.top_k} gives each token one copy, and {target} always renormalises "
+            f"--top-k {geometry.top_k} gives each token one copy, and {target} always renormalises "
             f"its weights, so the router would get no gradient: raise --top-k, {choose}or pass "
             "--allow-frozen-router"
         )
@@ -440,7 +440,11 @@ def _check_text(plan: Plan) -> None:
             )
         if plan.recipe.check != "none":
             raise UpcycleError("--calibration none leaves no text for the check: add --check none")
-    check_text(plan.recipe.calibration)
+    names = texts(plan.recipe.calibration)
+    for name in names:
+        check_text(name)
+        if name == "none" and len(names) > 1:
+            raise UpcycleError("--calibration none can't be joined with another text")
     if plan.streams and plan.fit_tokens < plan.geometry.routed_experts:
         raise UpcycleError(
             f"--calibration-tokens {plan.recipe.calibration_tokens} is too few for "
@@ -485,9 +489,9 @@ def _check_out(plan: Plan, out: Path, *, overwrite: bool) -> None:
     if not os.access(existing, os.W_OK):
         raise UpcycleError(f"-o {out}: {existing} is not writable")
     free = shutil.disk_usage(existing).free
-    needed = plan.bytes + 64 * 2**20
+    needed = plan.bytes + plan.aside_bytes() + 64 * 2**20
     if partial_folder(out).exists():
-        free += sum(p.stat().st_size for p in partial_folder(out).iterdir())
+        free += sum(p.stat().st_size for p in partial_folder(out).rglob("*"))
     if needed > free:
         raise UpcycleError(
             f"-o {out} needs {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"

@@ -20,8 +20,13 @@ from pydantic import (
 from upcycle.errors import UpcycleError
 from upcycle.registry import suggest
 
-PLUG_INS = ("method", "split", "shared_by", "router")
+PLUG_INS = ("method", "split", "shared_by", "router", "compensate")
 """The fields that are a `Choice`."""
+SPLIT_ONLY = (
+    *("experts", "top_k", "active", "shared_experts", "split", "shared_by", "router"),
+    *("compensate", "sequential", "keep_dense"),
+)
+"""What a recipe says of a split, which is void when another method takes its place."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
@@ -44,13 +49,15 @@ def _as_choice(value: Any) -> Any:
 
 
 def _as_layers(value: Any) -> Any:
-    """`none`, `0,1,29`, a number or a list."""
+    """`auto`, `none`, `0,1,29`, a number or a list."""
+    if value == "auto":
+        return value
     if value in ("none", "", None):
         return ()
     parts = value.split(",") if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
     if not all(str(part).strip().isdecimal() for part in parts):
-        raise ValueError("give layers such as 0,1,29, or none")
+        raise ValueError("give layers such as 0,1,29, auto or none")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -80,15 +87,25 @@ class Recipe(BaseModel):
 
     method: PlugIn = Choice(name="split")
     """`split`, `copy`, or a perturbation of copies: `drop`, `noise`."""
-    experts: PositiveInt = 8
+    experts: PositiveInt | None = None
     """Granules that a split cuts the FFN into, or copies of the FFN."""
-    top_k: PositiveInt = 2
+    top_k: PositiveInt | None = None
+    active: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Active share of all layers' FFNs, from which a split's top_k is chosen."""
     shared_experts: NonNegativeInt | None = None
     granularity: PositiveInt = 1
     split: PlugIn = Choice(name="coactivation")
     shared_by: PlugIn = Choice(name="energy")
     router: PlugIn | None = None
-    keep_dense: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_as_layers)] = ()
+    compensate: PlugIn = Choice(name="none")
+    """How the active neurons make up for the others."""
+    sequential: bool = False
+    """Each layer is fitted on what the layers already converted put out, not on the dense
+    model's hidden states."""
+    keep_dense: Annotated[
+        Literal["auto"] | tuple[NonNegativeInt, ...], BeforeValidator(_as_layers)
+    ] = ()
+    """`auto`: those that would hurt most, as many as pay under the active share."""
     target: str = "auto"
     allow_frozen_router: bool = False
 
@@ -141,12 +158,25 @@ def load_recipe(
     if not isinstance(fields, dict):
         raise UpcycleError(f"{path} is not a mapping of settings to values")
     fields.setdefault("name", path.stem)
+    given = dict(overrides or {})
+    if _is_split(fields.get("method")) and not _is_split(given.get("method")):
+        fields = {key: value for key, value in fields.items() if key not in SPLIT_ONLY}
+    if "active" in given:
+        if "top_k" in given:
+            raise UpcycleError("--active chooses --top-k: give one of them")
+        fields.pop("top_k", None)
     # A method first, then its parameters, in whichever order they were given.
-    for key, value in sorted((overrides or {}).items(), key=lambda item: "." in item[0]):
+    for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
         _override(fields, key, value)
     return _validate(
         fields, str(path) if path.suffix and str(recipe) == str(path) else "the request"
     )
+
+
+def _is_split(method: Any) -> bool:
+    if isinstance(method, Mapping):
+        method = method.get("name")
+    return method in (None, "split", Choice(name="split"))
 
 
 def _find(recipe: str | Path) -> Path:

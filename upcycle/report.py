@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 import jinja2
 import yaml
 
+from upcycle.calibrate import texts
 from upcycle.check import CheckReport
+from upcycle.compensate import COMPENSATIONS
 from upcycle.perturb import PERTURBS
 from upcycle.planning import Plan
 from upcycle.registry import Method
@@ -29,6 +31,8 @@ class Conversion:
     check: CheckReport | None
     seconds: Mapping[str, float]
     peak_bytes: int
+    damage: Sequence[float] | None = None
+    """Where the layers to keep dense were measured: KL per layer, if only it is cut down."""
 
 
 def versions() -> dict[str, str]:
@@ -88,6 +92,7 @@ def conversion_summary(conversion: Conversion) -> dict[str, Any]:
         | {"perplexity_ratio": check.perplexity_ratio, "dead_experts": check.dead_experts},
         "seconds": {stage: round(s, 3) for stage, s in conversion.seconds.items()},
         "peak_memory": conversion.peak_bytes,
+        "damage": conversion.damage,
     }
 
 
@@ -115,6 +120,8 @@ def papers(plan: Plan) -> list[str]:
         used.append(ROUTERS[recipe.router.name])
     if recipe.method.name in PERTURBS:
         used.append(PERTURBS[recipe.method.name])
+    if plan.compensates:
+        used.append(COMPENSATIONS[recipe.compensate.name])
     if not recipe.copies:
         used.append(SPLITS[recipe.split.name])
         if plan.geometry.shared_experts:
@@ -142,7 +149,7 @@ def model_card(conversion: Conversion) -> str:
         name=_public_name(plan.source.label),
         summary=plan_summary(plan),
         check=conversion.check,
-        text=_public_name(plan.recipe.calibration),
+        text="+".join(_public_name(text) for text in texts(plan.recipe.calibration)),
         papers=papers(plan),
         version=version("upcycle"),
     )
@@ -188,6 +195,10 @@ then changed by `{{ plan.recipe.method.name }}`{% endif %};
 Every layer's FFN was cut into {{ plan.geometry.num_experts }} parts of \
 {{ plan.spec.expert_size }} neurons: {{ plan.geometry.shared_experts }} always on, \
 {{ plan.geometry.top_k }} of the other {{ plan.geometry.routed_experts }} active per token.
+{% if plan.compensates %}
+`down_proj` of these layers was refit (`{{ plan.recipe.compensate.name }}`); all other weights are \
+the dense model's.
+{% endif %}
 {% endif %}
 {% if plan.spec.dense_layers %}
 Layers {{ plan.spec.dense_layers | join(", ") }} were kept dense.

@@ -8,12 +8,13 @@ killed run had written is still right when it is resumed.
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from upcycle.errors import UpcycleError
@@ -21,6 +22,7 @@ from upcycle.source import DTYPES, INDEX, SINGLE
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 JOURNAL = "journal.jsonl"
+ASIDE = "aside"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,19 @@ class Workspace:
             journal.write_text("".join(whole))
         return [json.loads(line) for line in whole]
 
+    def keep(self, unit: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors aside that the rest of the run needs and the result does not hold."""
+        path = self._aside(unit)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}))
+
+    def kept(self, unit: str) -> dict[str, Tensor]:
+        """What was put aside for a unit."""
+        return load_file(self._aside(unit))
+
+    def _aside(self, unit: str) -> Path:
+        return self.folder / ASIDE / f"{unit}.safetensors"
+
     def done(self, unit: str, record: dict[str, Any]) -> None:
         """Note that all tensors of a unit are on disk."""
         self.records[unit] = record
@@ -190,6 +205,7 @@ class Workspace:
             self.out.rename(former)
         try:
             (self.folder / JOURNAL).unlink()
+            shutil.rmtree(self.folder / ASIDE, ignore_errors=True)
             self.folder.rename(self.out)
         except BaseException:
             if former.exists():

@@ -7,13 +7,18 @@ M neurons per routed expert, S shared neurons, K experts per token.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
+Selection = Callable[[Tensor], Tensor]
+"""Which neurons are on, [T, F] of ones and zeros, for inputs x [T, D]."""
 
 CHUNK_ELEMENTS = 2**24  # of an h_TF chunk: 64 MB in float32, whatever F is
+HELD_ELEMENTS = 2**28  # of h_TF that a layer may hold: 1 GB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +68,54 @@ class DenseFFN:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerActivations:
     """What one FFN sees and does on the calibration tokens.
 
-    Only the inputs x [T, D] are held; h [T, F] is recomputed a chunk at a time, so memory does
-    not grow with T x F.
+    Held are the inputs x [T, D], and of the activations h [T, F] at most HELD_ELEMENTS; beyond
+    that they are recomputed a chunk at a time in each pass.
     """
 
     ffn: DenseFFN
     x_TD: Tensor
+    whole: "tuple[LayerActivations, Tensor] | None" = None
+    """The activations of which these are some neurons', and which neurons."""
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (x [t, D], h [t, F]) that together cover the tokens in order."""
-        for x_tD in self.x_TD.split(max(1, CHUNK_ELEMENTS // self.ffn.num_neurons)):
+        if self.whole is not None and self.whole[0]._fits:
+            activations, neurons_M = self.whole
+            for x_tD, h_tF in activations.chunks():
+                yield x_tD, h_tF[:, neurons_M]
+            return
+        size = max(1, CHUNK_ELEMENTS // self.ffn.num_neurons)
+        if self._fits:
+            yield from zip(self.x_TD.split(size), self._h_TF.split(size), strict=True)
+            return
+        for x_tD in self.x_TD.split(size):
             yield x_tD, self.ffn.hidden(x_tD)
 
+    @property
+    def _fits(self) -> bool:
+        return len(self.x_TD) * self.ffn.num_neurons <= HELD_ELEMENTS
+
+    @cached_property
+    def _h_TF(self) -> Tensor:
+        return self.ffn.hidden(self.x_TD)
+
+    def energy(self) -> Tensor:
+        """How much each neuron puts out, Σ_t h² |down|², [F]."""
+        power_F = torch.stack([h_tF.square().sum(0) for _, h_tF in self.chunks()]).sum(0)
+        return power_F * self.ffn.down_DF.square().sum(0)
+
     def take(self, neurons: Tensor) -> "LayerActivations":
-        return replace(self, ffn=self.ffn.take(neurons))
+        """Of these neurons [M] only, in this order."""
+        return LayerActivations(self.ffn.take(neurons), self.x_TD, whole=(self, neurons))
 
     def sample(self, tokens: int) -> "LayerActivations":
         """At most this many tokens, evenly spread."""
         stride = max(1, -(-len(self.x_TD) // tokens))
-        return replace(self, x_TD=self.x_TD[::stride])
+        return LayerActivations(self.ffn, self.x_TD[::stride])
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +158,25 @@ class ExpertLayout:
     def permutation(self) -> Tensor:
         """All the layout's neurons, shared first, then expert by expert."""
         return torch.cat([self.shared_S, self.experts_EM.flatten()])
+
+    @classmethod
+    def of_permutation(cls, permutation: Tensor, shared_size: int, num_experts: int) -> Self:
+        """The layout that has this permutation."""
+        return cls(permutation[shared_size:].view(num_experts, -1), permutation[:shared_size])
+
+    def selection(self, router_ED: Tensor, top_k: int) -> Selection:
+        """The neurons that are on when a token takes the top_k experts by its logits."""
+        place_F = self.permutation.argsort().to(router_ED.device)
+        size = self.experts_EM.shape[1]
+
+        def select(x_TD: Tensor) -> Tensor:
+            logits_TE = x_TD @ router_ED.T
+            chosen_TK = logits_TE.topk(top_k, dim=-1).indices
+            on_TE = torch.zeros_like(logits_TE).scatter_(-1, chosen_TK, 1)
+            shared_TS = on_TE.new_ones(len(x_TD), len(self.shared_S))
+            return torch.cat([shared_TS, on_TE.repeat_interleave(size, 1)], 1)[:, place_F]
+
+        return select
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import upcycle.router_init.kmeans
 import upcycle.router_init.normal
 import upcycle.router_init.representative
 import upcycle.router_init.ridge
+import upcycle.router_init.static
 from upcycle.router_init.base import ROUTERS
 
 __all__ = ["ROUTERS"]

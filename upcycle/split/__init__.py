@@ -6,6 +6,8 @@ import upcycle.split.contiguous
 import upcycle.split.parameter_clustering
 import upcycle.split.predictability
 import upcycle.split.random
+import upcycle.split.ranked
+import upcycle.split.token_clusters
 from upcycle.split.base import SPLITS
 
 __all__ = ["SPLITS"]

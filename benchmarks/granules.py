@@ -1,0 +1,97 @@
+"""What fine granules cost when served: one FFN layer, dense and split into 8 to 256 granules.
+
+Half of the granules are active, half of those shared, as in the default recipe. Runs
+transformers' own Qwen2-MoE block (`grouped_mm`) beside the dense FFN on random weights, prefill
+(512 tokens) and decode (1 and 8 tokens), in turn, and prints the median time over the dense
+FFN's of the same round.
+
+    python benchmarks/granules.py [--device cuda]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import LlamaConfig, Qwen2MoeConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+TOKENS = {"prefill 512": 512, "decode 8": 8, "decode 1": 1}
+
+
+def dense_ffn(hidden: int, neurons: int) -> nn.Module:
+    return LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=1))
+
+
+def moe_block(hidden: int, neurons: int, granules: int, implementation: str) -> nn.Module:
+    quarter = granules // 4
+    config = Qwen2MoeConfig(
+        hidden_size=hidden,
+        num_hidden_layers=1,
+        num_experts=granules - quarter,
+        num_experts_per_tok=quarter,
+        moe_intermediate_size=neurons // granules,
+        shared_expert_intermediate_size=quarter * neurons // granules,
+        norm_topk_prob=False,
+    )
+    config._experts_implementation = implementation
+    return Qwen2MoeSparseMoeBlock(config)
+
+
+def seconds(block: nn.Module, x_BLD: torch.Tensor) -> float:
+    repeats = 1 if x_BLD.shape[1] > 64 else 10
+    start = time.perf_counter()
+    for _ in range(repeats):
+        block(x_BLD)
+    if x_BLD.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--neurons", type=int, default=8192)
+    parser.add_argument("--granules", type=int, nargs="*", default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--implementation", default="grouped_mm")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    blocks: dict[int, nn.Module] = {0: dense_ffn(args.hidden, args.neurons)}
+    for granules in args.granules:
+        blocks[granules] = moe_block(args.hidden, args.neurons, granules, args.implementation)
+    for block in blocks.values():
+        block.to(args.device, torch.bfloat16).eval()
+        for parameter in block.parameters():
+            parameter.normal_(std=0.02)
+    rows: list[dict[str, Any]] = [{"granules": g, "size": args.neurons // g} for g in args.granules]
+    for name, tokens in TOKENS.items():
+        x_BLD = torch.randn(1, tokens, args.hidden, dtype=torch.bfloat16, device=args.device)
+        for block in blocks.values():
+            seconds(block, x_BLD)
+        rounds = [{g: seconds(b, x_BLD) for g, b in blocks.items()} for _ in range(args.rounds)]
+        for row in rows:
+            row[name] = statistics.median(r[row["granules"]] / r[0] for r in rounds)
+    table = Table("granules", "neurons", *TOKENS, title="time over the dense FFN's, half active")
+    for row in rows:
+        table.add_row(
+            str(row["granules"]), str(row["size"]), *(f"{row[name]:.2f}" for name in TOKENS)
+        )
+    Console(width=100).print(table)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Compensation: a refit down_proj is the least squares that its formula says, solved here naively
+in float64, and never worse than the dense one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from upcycle.compensate import COMPENSATIONS
+from upcycle.errors import UpcycleError
+from upcycle.planning import parameters
+from upcycle.recipe import Choice
+from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
+
+D, F, T = 12, 40, 150
+STRENGTHS = [0.01, 0.3, 10.0]
+SEEDS = [0, 1, 2]
+JITTER = 1e-6
+"""Of the mean second moment: all that holds the neurons that are never on."""
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_activations(seed=0, tokens=T, act=silu):
+    gate_FD, up_FD = normal(2, F, D, seed=seed) / D**0.5
+    down_DF = normal(D, F, seed=seed + 10) * torch.linspace(0.3, 3, F)
+    ffn = DenseFFN(gate_FD, up_FD, down_DF, act)
+    return LayerActivations(ffn, normal(tokens, D, seed=seed + 20))
+
+
+def make_weights(seed=0, tokens=T):
+    return normal(tokens, seed=seed + 30).exp()
+
+
+def some_on(seed=0):
+    """Each neuron is on for half of all inputs, whatever the others are."""
+    direction_FD = normal(F, D, seed=seed + 40)
+    return lambda x_TD: (x_TD @ direction_FD.T > 0).float()
+
+
+def all_on(x_TD):
+    return x_TD.new_ones(len(x_TD), F)
+
+
+def compensate(name, activations, selection, weight_T, **params):
+    checked = parameters(COMPENSATIONS, Choice(name=name, **params))
+    return COMPENSATIONS[name].run(activations, selection, weight_T, checked)
+
+
+def refit(seed=0, selection=None, **params):
+    selection = selection or some_on(seed)
+    return compensate(
+        "least_squares", make_activations(seed), selection, make_weights(seed), **params
+    )
+
+
+def naive_hidden(ffn, x_TD):
+    """h [T, F] in float64, neuron by neuron, for act = silu."""
+    x_TD, gate_FD, up_FD = (m.double().numpy() for m in (x_TD, ffn.gate_FD, ffn.up_FD))
+    h_TF = np.zeros((len(x_TD), len(gate_FD)))
+    for t, x_D in enumerate(x_TD):
+        for i in range(len(gate_FD)):
+            before = float(gate_FD[i] @ x_D)
+            h_TF[t, i] = before / (1 + math.exp(-before)) * float(up_FD[i] @ x_D)
+    return torch.from_numpy(h_TF)
+
+
+def naive_refit(activations, mask_TF, weight_T, strength):
+    """Ordinary least squares of one row per token, and one row per neuron that holds its column to
+    the dense one."""
+    h_TF = naive_hidden(activations.ffn, activations.x_TD)
+    down_DF = activations.ffn.down_DF.double()
+    on_TF = h_TF * mask_TF.double()
+    moment_F = torch.stack([sum(weight_T.double() * on_T**2) for on_T in on_TF.T])
+    rows, targets = [], []
+    for h_F, on_F, weight in zip(h_TF, on_TF, weight_T.double(), strict=True):
+        rows.append(weight.sqrt() * on_F)
+        targets.append(weight.sqrt() * (down_DF @ h_F))
+    for i in range(F):
+        row_F = torch.zeros(F, dtype=torch.float64)
+        row_F[i] = (strength * moment_F[i] + JITTER * moment_F.mean()).sqrt()
+        rows.append(row_F)
+        targets.append(row_F[i] * down_DF[:, i])
+    solution_FD = torch.linalg.lstsq(torch.stack(rows), torch.stack(targets)).solution
+    return solution_FD.T.float()
+
+
+def naive_error(activations, mask_TF, weight_T, down_DF):
+    """Σ_t w_t |y_t - W h̃_t|², token by token in float64."""
+    h_TF = naive_hidden(activations.ffn, activations.x_TD)
+    dense_DF, down_DF = activations.ffn.down_DF.double(), down_DF.double()
+    error = 0.0
+    for h_F, on_F, weight in zip(h_TF, mask_TF.double(), weight_T.double(), strict=True):
+        error += weight * float((dense_DF @ h_F - down_DF @ (h_F * on_F)).square().sum())
+    return float(error)
+
+
+def weighted_error(seed, down_DF):
+    activations = make_activations(seed)
+    mask_TF = some_on(seed)(activations.x_TD)
+    return naive_error(activations, mask_TF, make_weights(seed), down_DF)
+
+
+# --- any compensation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMPENSATIONS)
+def test_every_compensation_gives_one_finite_float32_column_per_neuron(name):
+    down_DF = compensate(name, make_activations(), some_on(), make_weights())
+    assert down_DF.shape == (D, F)
+    assert down_DF.dtype == torch.float32
+    assert down_DF.isfinite().all()
+
+
+@pytest.mark.parametrize("name", COMPENSATIONS)
+def test_every_compensation_is_deterministic_and_leaves_the_random_state_alone(name):
+    state = torch.get_rng_state()
+    first, second = (compensate(name, make_activations(), some_on(), make_weights()) for _ in "ab")
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", COMPENSATIONS)
+def test_no_compensation_touches_its_input(name):
+    activations, weight_T = make_activations(), make_weights()
+    compensate(name, activations, some_on(), weight_T)
+    untouched = make_activations()
+    assert torch.equal(weight_T, make_weights())
+    assert torch.equal(activations.x_TD, untouched.x_TD)
+    for matrix in ("gate_FD", "up_FD", "down_DF"):
+        assert torch.equal(getattr(activations.ffn, matrix), getattr(untouched.ffn, matrix))
+
+
+@pytest.mark.parametrize("name", COMPENSATIONS)
+@pytest.mark.parametrize("tokens_per_chunk", [1, 7, T - 1])
+@pytest.mark.parametrize("held", [True, False])
+def test_no_compensation_depends_on_chunking(name, monkeypatch, tokens_per_chunk, held):
+    whole_DF = compensate(name, make_activations(), some_on(), make_weights())
+    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", tokens_per_chunk * F)
+    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", T * F if held else 0)
+    chunked_DF = compensate(name, make_activations(), some_on(), make_weights())
+    torch.testing.assert_close(chunked_DF, whole_DF, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", COMPENSATIONS)
+def test_with_every_neuron_on_nothing_changes(name):
+    activations = make_activations()
+    down_DF = compensate(name, activations, all_on, make_weights())
+    assert torch.equal(down_DF, activations.ffn.down_DF)
+
+
+def test_none_gives_the_very_tensor():
+    activations = make_activations()
+    assert compensate("none", activations, some_on(), make_weights()) is activations.ffn.down_DF
+
+
+@pytest.mark.parametrize("strength", [0, 1e-9, -0.3, "much", math.nan, math.inf])
+def test_strength_out_of_range_is_rejected(strength):
+    with pytest.raises(UpcycleError, match="'least_squares': strength="):
+        refit(strength=strength)
+
+
+def test_unknown_parameters_are_rejected_and_the_nearest_is_named():
+    with pytest.raises(UpcycleError, match="did you mean 'strength'"):
+        refit(strengths=1)
+
+
+# --- least squares ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_it_is_the_least_squares_of_tokens_and_of_columns_held_to_the_dense_ones(seed, strength):
+    activations, weight_T = make_activations(seed), make_weights(seed)
+    mask_TF = some_on(seed)(activations.x_TD)
+    expected_DF = naive_refit(activations, mask_TF, weight_T, strength)
+    assert (expected_DF - activations.ffn.down_DF).abs().max() > 0.1
+    torch.testing.assert_close(refit(seed, strength=strength), expected_DF, rtol=1e-4, atol=1e-4)
+
+
+def test_strength_is_three_tenths_unless_given():
+    assert torch.equal(refit(), refit(strength=0.3))
+
+
+@pytest.mark.parametrize("strength", [1e-3, *STRENGTHS, 1e3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_error_on_the_calibration_tokens_never_grows(seed, strength):
+    before = weighted_error(seed, make_activations(seed).ffn.down_DF)
+    assert weighted_error(seed, refit(seed, strength=strength)) < before
+
+
+@pytest.mark.parametrize("tokens", [1, 2, F // 2])
+def test_nor_does_it_on_fewer_tokens_than_neurons(tokens):
+    activations, weight_T = make_activations(tokens=tokens), make_weights(tokens=tokens)
+    mask_TF = some_on()(activations.x_TD)
+    down_DF = compensate("least_squares", activations, some_on(), weight_T)
+    before = naive_error(activations, mask_TF, weight_T, activations.ffn.down_DF)
+    assert naive_error(activations, mask_TF, weight_T, down_DF) < before
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_weaker_the_penalty_the_smaller_the_error(seed):
+    errors = [weighted_error(seed, refit(seed, strength=s)) for s in (1e-3, *STRENGTHS, 1e3)]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.8 * errors[-1]
+
+
+def test_a_large_strength_gives_back_the_dense_weights():
+    down_DF = make_activations().ffn.down_DF
+    torch.testing.assert_close(refit(strength=1e9), down_DF, rtol=0, atol=1e-6)
+
+
+def test_neurons_that_are_never_on_keep_their_columns():
+    never = torch.tensor([3, 17, F - 1])
+
+    def selection(x_TD):
+        return some_on()(x_TD).index_fill(1, never, 0)
+
+    changed_DF, down_DF = refit(selection=selection), make_activations().ffn.down_DF
+    assert changed_DF.isfinite().all()
+    assert torch.equal(changed_DF[:, never], down_DF[:, never])
+    others = torch.ones(F, dtype=torch.bool).index_fill(0, never, False)
+    assert ((changed_DF - down_DF)[:, others].abs().amax(0) > 1e-3).all()
+
+
+def test_a_layer_that_puts_out_nothing_keeps_its_weights():
+    activations = make_activations(act=torch.zeros_like)
+    down_DF = compensate("least_squares", activations, some_on(), make_weights())
+    assert torch.equal(down_DF, activations.ffn.down_DF)
+
+
+def test_tokens_of_weight_zero_do_not_count():
+    activations, weight_T = make_activations(), make_weights()
+    weight_T[::3] = 0
+    counted = weight_T > 0
+    some = LayerActivations(activations.ffn, activations.x_TD[counted])
+    expected_DF = compensate("least_squares", some, some_on(), weight_T[counted])
+    actual_DF = compensate("least_squares", activations, some_on(), weight_T)
+    torch.testing.assert_close(actual_DF, expected_DF, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_of_weight_two_counts_as_two():
+    activations, weight_T = make_activations(), torch.ones(T)
+    weight_T[:40] = 2
+    doubled = torch.cat([torch.arange(40), torch.arange(T)])
+    twice = LayerActivations(activations.ffn, activations.x_TD[doubled])
+    expected_DF = compensate("least_squares", twice, some_on(), torch.ones(len(doubled)))
+    actual_DF = compensate("least_squares", activations, some_on(), weight_T)
+    torch.testing.assert_close(actual_DF, expected_DF, rtol=1e-4, atol=1e-4)
+
+
+# --- which neurons are on --------------------------------------------------------------------
+
+
+def make_layout(shared_size, num_experts, seed=0):
+    order_F = torch.randperm(F, generator=torch.Generator().manual_seed(seed))
+    return ExpertLayout(order_F[shared_size:].view(num_experts, -1), order_F[:shared_size])
+
+
+@pytest.mark.parametrize(("shared_size", "num_experts"), [(0, 5), (8, 4), (20, 1)])
+def test_a_layout_is_made_again_from_its_permutation(shared_size, num_experts):
+    layout = make_layout(shared_size, num_experts)
+    again = ExpertLayout.of_permutation(layout.permutation, shared_size, num_experts)
+    assert torch.equal(again.experts_EM, layout.experts_EM)
+    assert torch.equal(again.shared_S, layout.shared_S)
+
+
+@pytest.mark.parametrize("shared_size", [0, 8])
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_on_are_the_shared_neurons_and_those_of_the_experts_with_the_largest_logits(
+    shared_size, top_k
+):
+    layout, x_TD, router_ED = (
+        make_layout(shared_size, 4),
+        normal(T, D, seed=1),
+        normal(4, D, seed=2),
+    )
+    mask_TF = layout.selection(router_ED, top_k)(x_TD)
+    assert mask_TF.shape == (T, F)
+    for x_D, mask_F in zip(x_TD, mask_TF, strict=True):
+        logits = [float(row_D.double() @ x_D.double()) for row_D in router_ED]
+        chosen = sorted(range(4), key=lambda e: -logits[e])[:top_k]
+        on = {i for e in chosen for i in layout.experts_EM[e].tolist()}
+        on |= set(layout.shared_S.tolist())
+        assert mask_F.tolist() == [float(i in on) for i in range(F)]

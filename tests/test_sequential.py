@@ -1,0 +1,712 @@
+"""Compensation and the sequential stream in whole conversions: each layer is fitted on what the
+layers before it put out, what is written is that fit, the check sees it, and no kill changes it."""
+
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import make_tokenizer
+from reference import (
+    TOLERANCE,
+    active_neurons,
+    dense_logits,
+    experts,
+    gap,
+    load,
+    load_all_on,
+    logits,
+    moe_layers,
+    routers,
+    weights,
+)
+from safetensors.torch import save_file
+from torch.nn.functional import silu
+
+import upcycle
+from upcycle import CheckFailed, UpcycleError, conversion, planning
+from upcycle.dense import HiddenStream
+from upcycle.layer import ConvertedLayer
+from upcycle.sink import CheckpointWriter, Workspace
+from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
+
+PAIRS = [
+    ("llama", "qwen2_moe"),
+    ("llama", "glm4_moe"),
+    ("qwen3", "qwen3_moe"),
+    ("mistral", "mixtral"),
+    ("granite", "granitemoeshared"),
+    ("olmo2", "flex_olmo"),
+    ("qwen2", "qwen2_moe"),
+    ("phi3", "mixtral"),
+    ("gemma", "granitemoeshared"),
+]
+ONE_PER_TARGET = PAIRS[:6]
+"""Of families that name their tensors as llama does."""
+ROUTED, TOP_K, SEQ_LEN = 4, 2, 64
+GAIN = {
+    "qwen2_moe": ROUTED,
+    "qwen3_moe": ROUTED,
+    "flex_olmo": ROUTED,
+    "mixtral": TOP_K,
+    "granitemoeshared": TOP_K,
+    "glm4_moe": 1,
+}
+"""All powers of two, so that a gain rounds nothing."""
+SHARED_GAIN = {"qwen2_moe": 2, "glm4_moe": 1, "granitemoeshared": 1}
+PLAIN = {
+    "split": "random",
+    "router": "ridge",
+    "compensate": "none",
+    "sequential": False,
+    "keep_dense": [],
+}
+REFIT = {"compensate": "least_squares"}
+JITTER = 1e-6
+"""Of the mean second moment: all that holds the neurons that are never on."""
+SEQUENTIAL = {"sequential": True, **REFIT}
+LAYERS = range(3)
+
+pairs = pytest.mark.parametrize(("family", "target"), PAIRS)
+targets = pytest.mark.parametrize(("family", "target"), ONE_PER_TARGET)
+streams = pytest.mark.parametrize("sequential", [False, True])
+
+
+def settings_for(target, **settings):
+    """As many routed experts on every target, beside two shared ones where it has them."""
+    shared = 2 if target in SHARED_GAIN else 0
+    geometry = {"experts": ROUTED + shared, "shared_experts": shared, "top_k": TOP_K}
+    sizes = {"calibration_tokens": 8 * SEQ_LEN, "seq_len": SEQ_LEN}
+    return PLAIN | {"target": target} | geometry | sizes | settings
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_check():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(planning.CHECK_TOKENS, "fast", 64)
+        yield
+
+
+@pytest.fixture(scope="module")
+def convert(dense, text, tmp_path_factory):
+    """Converts a tiny model, once per settings, and notes what its layers were fitted on."""
+    made = {}
+
+    def run(family="llama", target="qwen2_moe", dtype=torch.float32, **settings):
+        settings = settings_for(target, **settings)
+        key = json.dumps([family, str(dtype), settings], sort_keys=True)
+        if key not in made:
+            out = tmp_path_factory.mktemp("sequential") / "out"
+            source = dense(family, dtype=dtype)
+            made[key] = convert_and_watch(source, out, calibration=str(text), **settings)
+        return made[key]
+
+    return run
+
+
+@contextmanager
+def watched_stream():
+    """Of the conversion in the context, the tokens that are fitted on [B, L], and by layer what
+    its FFN sees [T, D] with the norms of what its output is added to [T]."""
+    tokens, seen = [], {}
+
+    class Watched(HiddenStream):
+        def __init__(self, config, embed_VD, tokens_BL, device):
+            super().__init__(config, embed_VD, tokens_BL, device)
+            tokens.append(tokens_BL)
+
+        def attend(self, layer, weights):
+            x_TD, norm_T = super().attend(layer, weights)
+            seen[layer] = x_TD.clone(), norm_T.clone()
+            return x_TD, norm_T
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "HiddenStream", Watched)
+        yield tokens, seen
+
+
+def convert_and_watch(source, out, **settings):
+    """The folders, the check's report, and what the stream gave."""
+    with watched_stream() as (tokens, seen):
+        check = upcycle.convert(str(source), out, **settings).check
+    return SimpleNamespace(source=source, out=out, check=check, tokens=tokens[0], seen=seen)
+
+
+# --- what a layer is fitted on ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def inputs(model, modules, tokens_BL):
+    """What each of the modules sees on the tokens [T, D]."""
+    seen = []
+    for module in modules:
+        module.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))
+        )
+    model(input_ids=tokens_BL, use_cache=False)
+    return seen
+
+
+def dense_inputs(run):
+    model = load(run.source)
+    return inputs(model, [layer.mlp for layer in model.model.layers], run.tokens)
+
+
+def moe_inputs(run):
+    model = load(run.out)
+    return inputs(model, routers(model), run.tokens)
+
+
+def fitted_on(run):
+    return [run.seen[record["layer"]] for record in moe_layers(run.out)]
+
+
+def gaps(run, expected):
+    """By sequence, the largest of all MoE layers between what they were fitted on and what is
+    expected of them."""
+    layers = [
+        [gap(*pair) for pair in zip(x_TD.split(SEQ_LEN), other_TD.split(SEQ_LEN), strict=True)]
+        for (x_TD, _), other_TD in zip(fitted_on(run), expected, strict=True)
+    ]
+    return [max(sequence) for sequence in zip(*layers, strict=True)]
+
+
+def assert_close_but_for_ties(sequences):
+    """transformers compares weights, which tie where logits almost do: once in thousands of
+    tokens, and then the rest of that sequence moves."""
+    assert sum(sequence > TOLERANCE["sum"] for sequence in sequences) <= 1 < len(sequences) / 4
+
+
+@pairs
+@pytest.mark.parametrize("compensate", ["none", "least_squares"])
+def test_sequential_layers_see_what_the_converted_models_see(convert, family, target, compensate):
+    run = convert(family, target, sequential=True, compensate=compensate)
+    assert_close_but_for_ties(gaps(run, moe_inputs(run)))
+
+
+@pairs
+def test_other_layers_see_what_the_dense_models_see(convert, family, target):
+    run = convert(family, target, **REFIT)
+    assert max(gaps(run, dense_inputs(run))) < TOLERANCE["mean"]
+
+
+@pairs
+def test_the_two_differ_after_the_first_layer(convert, family, target):
+    sequential, other = (convert(family, target, **s).seen for s in (SEQUENTIAL, REFIT))
+    assert torch.equal(sequential[0][0], other[0][0])
+    assert all(gap(sequential[layer][0], other[layer][0]) > 0.05 for layer in (1, 2))
+
+
+def test_a_layer_kept_dense_is_passed_by_its_own_ffn(convert):
+    run = convert(**SEQUENTIAL, keep_dense=[1])
+    assert len(fitted_on(run)) == 2
+    assert_close_but_for_ties(gaps(run, moe_inputs(run)))
+
+
+@pytest.mark.parametrize(("family", "target"), [("olmo2", "flex_olmo"), ("llama", "qwen2_moe")])
+@pytest.mark.parametrize(("sequential", "look"), [(False, dense_inputs), (True, moe_inputs)])
+def test_so_it_is_with_sources_in_bfloat16(convert, family, target, sequential, look):
+    run = convert(family, target, torch.bfloat16, **REFIT, sequential=sequential)
+    assert_close_but_for_ties(gaps(run, look(run)))
+
+
+def test_copies_see_what_the_dense_model_sees(convert):
+    copies = {"method": "copy", "router": "kmeans", "shared_experts": 0}
+    run = convert(**copies, sequential=True)
+    assert max(gaps(run, dense_inputs(run))) < TOLERANCE["mean"]
+
+
+def test_a_converted_layer_is_the_sum_of_the_shared_and_of_the_selected_experts():
+    normal = torch.Generator().manual_seed(0)
+    gate_FD, up_FD = torch.randn(2, 40, 12, generator=normal)
+    ffn = DenseFFN(gate_FD, up_FD, torch.randn(12, 40, generator=normal), silu)
+    order_F = torch.randperm(40, generator=normal)
+    layout = ExpertLayout(order_F[8:].view(4, 8), order_F[:8])
+    router_ED, x_TD = torch.randn(4, 12, generator=normal), torch.randn(9, 12, generator=normal)
+    refit = replace(ffn, down_DF=torch.randn(12, 40, generator=normal))
+    converted = ConvertedLayer(refit, layout, router_ED)
+    y_TD = converted.output(LayerActivations(ffn, x_TD), top_k=3)
+    for x_D, y_D in zip(x_TD, y_TD, strict=True):
+        chosen = sorted(range(4), key=lambda e: float(router_ED[e] @ x_D))[1:]
+        parts = [layout.shared_S, *(layout.experts_EM[e] for e in chosen)]
+        torch.testing.assert_close(y_D, sum(refit.take(neurons)(x_D) for neurons in parts))
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
+def dense_ffn(folder, layer):
+    """Of a family with llama's names."""
+    tensors = weights(folder)
+    return DenseFFN(*(tensors[f"model.layers.{layer}.mlp.{n}_proj.weight"] for n in MATRICES), silu)
+
+
+MATRICES = ("gate", "up", "down")
+
+
+def permutation(run, layer):
+    (record,) = (r for r in moe_layers(run.out) if r["layer"] == layer)
+    return torch.tensor(record["permutation"])
+
+
+def written_down(run, target, layer):
+    """The checkpoint's down_proj without its gains, in the dense order of neurons [D, F]."""
+    routed = experts(load(run.out))[layer].down_proj.data / GAIN[target]
+    shared = [
+        tensor.float() / SHARED_GAIN[target]
+        for tensor in shared_tensors(run, layer, "down_proj", "output_linear")
+    ]
+    return torch.cat([*shared, *routed], 1)[:, permutation(run, layer).argsort()]
+
+
+def written_gate_and_up(run, layer):
+    """Of all neurons in the dense order, [2 F, D]."""
+    shared = shared_tensors(run, layer, "gate_proj", "up_proj", "input_linear")
+    routed = experts(load(run.out))[layer].gate_up_proj.data
+    pairs = [torch.cat(shared).float(), *routed] if shared else routed
+    halves = zip(*(pair.chunk(2) for pair in pairs), strict=True)
+    order_F = permutation(run, layer).argsort()
+    return torch.cat([torch.cat(half)[order_F] for half in halves])
+
+
+def shared_tensors(run, layer, *names):
+    prefix, tensors = f"model.layers.{layer}.", weights(run.out)
+    return [
+        tensors[name]
+        for ending in names
+        for name in tensors
+        if name.startswith(prefix) and "shared_" in name and name.endswith(f".{ending}.weight")
+    ]
+
+
+def is_down(name):
+    return name.endswith(("down_proj.weight", "output_linear.weight", ".w2.weight"))
+
+
+def neurons_on(run, layer):
+    """By the logits of the stored router, for what the layer was fitted on [T, F]."""
+    router_ED = routers(load(run.out))[layer].weight.data.double()
+    chosen_TK = (run.seen[layer][0].double() @ router_ED.T).topk(TOP_K).indices
+    return active_neurons(run.out, permutation(run, layer).tolist(), chosen_TK)
+
+
+def naive_refit(ffn, x_TD, norm_T, mask_TF, strength):
+    """The normal equations in float64; an error counts relative to its token's norm."""
+    x_TD, gate_FD, up_FD, down_DF = (
+        m.double() for m in (x_TD, ffn.gate_FD, ffn.up_FD, ffn.down_DF)
+    )
+    h_TF = silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
+    on_TF = h_TF * mask_TF.double()
+    weighted_FT = on_TF.T / norm_T.double() ** 2
+    moment_F = (weighted_FT @ on_TF).diagonal()
+    penalty_FF = (strength * moment_F + JITTER * moment_F.mean()).diag()
+    wanted_FD = weighted_FT @ h_TF @ down_DF.T + penalty_FF @ down_DF.T
+    return torch.linalg.solve(weighted_FT @ on_TF + penalty_FF, wanted_FD).T
+
+
+def assert_refit(run, target, tolerance, strength=0.3):
+    for layer in LAYERS:
+        ffn = dense_ffn(run.source, layer)
+        expected_DF = naive_refit(ffn, *run.seen[layer], neurons_on(run, layer), strength)
+        assert gap(written_down(run, target, layer), expected_DF) < tolerance
+        assert gap(ffn.down_DF.float(), expected_DF) > 0.1
+
+
+@targets
+@streams
+def test_down_proj_is_what_least_squares_gives(convert, family, target, sequential):
+    assert_refit(convert(family, target, **REFIT, sequential=sequential), target, 1e-4)
+
+
+def test_down_proj_is_held_as_strongly_as_asked(convert):
+    stronger = {"name": "least_squares", "strength": 2.0}
+    run = convert(compensate=stronger, sequential=True)
+    assert_refit(run, "qwen2_moe", 1e-4, strength=2.0)
+
+
+@streams
+def test_down_proj_in_bfloat16_is_rounded_once(convert, sequential):
+    run = convert(dtype=torch.bfloat16, **REFIT, sequential=sequential)
+    assert_refit(run, "qwen2_moe", 0.03)
+    assert {tensor.dtype for tensor in weights(run.out).values()} == {torch.bfloat16}
+
+
+@targets
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_and_up_are_the_sources(convert, family, target, dtype):
+    run = convert(family, target, dtype, **SEQUENTIAL)
+    for layer in LAYERS:
+        ffn = dense_ffn(run.source, layer)
+        expected = torch.cat([ffn.gate_FD, ffn.up_FD]).float()
+        assert torch.equal(written_gate_and_up(run, layer), expected)
+
+
+@targets
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_that_is_no_ffn_is_the_sources(convert, family, target, dtype):
+    run = convert(family, target, dtype, **SEQUENTIAL)
+    written = weights(run.out)
+    kept = {name: t for name, t in weights(run.source).items() if ".mlp." not in name}
+    assert len(kept) > 3 * 6
+    assert all(torch.equal(written[name], tensor) for name, tensor in kept.items())
+
+
+@pairs
+def test_compensation_changes_down_proj_alone(convert, family, target):
+    before, after = (
+        weights(convert(family, target, compensate=c).out) for c in ("none", "least_squares")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {name for name in before if is_down(name)}
+
+
+def test_with_all_experts_selected_nothing_changes(convert):
+    before, after = (
+        weights(convert("mistral", "mixtral", compensate=c, top_k=ROUTED).out)
+        for c in ("none", "least_squares")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_token_that_is_nothing_yet_does_not_own_the_fit(dense, tmp_path):
+    """Embeddings of zero, as of a padding token that ends documents too, at a sequence's start:
+    what the first FFN's output is added to has norm zero."""
+    source = tmp_path / "source"
+    shutil.copytree(dense(), source)
+    tensors = weights(source)
+    tensors["model.embed_tokens.weight"][make_tokenizer().encode("a")] = 0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 100)
+    settings = settings_for("qwen2_moe", **REFIT, check="none", calibration=str(text))
+    run = convert_and_watch(source, tmp_path / "out", **settings)
+    assert run.seen[0][1].min() == 0
+    assert all(tensor.isfinite().all() for tensor in weights(run.out).values())
+
+
+def test_the_weakest_penalty_on_the_fewest_tokens_gives_finite_weights(convert):
+    weakest = {"name": "least_squares", "strength": 1e-3}
+    run = convert(compensate=weakest, calibration_tokens=SEQ_LEN, check="none")
+    assert all(tensor.isfinite().all() for tensor in weights(run.out).values())
+
+
+@torch.no_grad()
+def output_error(run):
+    """By layer, what the MoE misses of the dense FFN's output on what the layer was fitted on,
+    relative to the norms."""
+    dense, moe, errors = load(run.source), load(run.out), []
+    for layer, (x_TD, norm_T) in run.seen.items():
+        dense_TD = dense.model.layers[layer].mlp(x_TD[None])[0]
+        moe_TD = moe.model.layers[layer].mlp(x_TD[None])[0]
+        errors.append(float(((moe_TD - dense_TD) / norm_T[:, None]).square().sum()))
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [p for p in ONE_PER_TARGET if p[1] != "granitemoeshared"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_moe_misses_less_of_the_dense_ffn(convert, family, target, dtype):
+    before, after = (
+        output_error(convert(family, target, dtype, compensate=c))
+        for c in ("none", "least_squares")
+    )
+    assert all(new < 0.9 * old for new, old in zip(after, before, strict=True))
+
+
+# --- the check -------------------------------------------------------------------------------
+
+
+@pairs
+@streams
+def test_the_check_passes(convert, family, target, sequential):
+    check = convert(family, target, **REFIT, sequential=sequential).check
+    assert check.exact_error < 1e-3 < check.exact_tolerance
+
+
+@targets
+def test_the_check_passes_in_bfloat16(convert, family, target):
+    check = convert(family, target, torch.bfloat16, **SEQUENTIAL).check
+    assert check.exact_error < check.exact_tolerance
+
+
+@pytest.mark.parametrize("keep_dense", [[0], [1], [0, 2]])
+def test_the_check_passes_with_layers_kept_dense(convert, keep_dense):
+    assert convert(**SEQUENTIAL, keep_dense=keep_dense).check.exact_error < 1e-3
+
+
+@pairs
+def test_all_experts_on_are_the_dense_model_with_its_down_proj_refit(convert, family, target):
+    run = convert(family, target, **SEQUENTIAL)
+    model = load(run.source)
+    assert gap(logits(load_all_on(run.out)), dense_logits(run.source)) > 0.1
+    for layer in LAYERS:
+        model.model.layers[layer].mlp.down_proj.weight.data = written_down(run, target, layer)
+    assert gap(logits(load_all_on(run.out)), logits(model)) < TOLERANCE["sum"]
+
+
+def test_the_rest_is_measured_against_the_dense_model_as_it_is(convert):
+    plain, refit = (convert(compensate=c).check for c in ("none", "least_squares"))
+    assert refit.perplexity_dense == plain.perplexity_dense
+    assert refit.kl != plain.kl
+
+
+def assert_caught(dense, text, out, family, target):
+    with pytest.raises(CheckFailed, match="is not the dense model's equal"):
+        upcycle.convert(
+            str(dense(family)), out, calibration=str(text), **settings_for(target, **SEQUENTIAL)
+        )
+    assert list(out.parent.iterdir()) == []
+
+
+def with_one_neuron_silent(ffn):
+    down_DF = ffn.down_DF.clone()
+    down_DF[:, 17] = 0
+    return replace(ffn, down_DF=down_DF)
+
+
+@targets
+def test_a_refit_that_is_written_wrong_is_caught(
+    dense, text, tmp_path, monkeypatch, family, target
+):
+    make = ConvertedLayer.experts
+    monkeypatch.setattr(
+        ConvertedLayer,
+        "experts",
+        lambda self, *where: make(replace(self, ffn=with_one_neuron_silent(self.ffn)), *where),
+    )
+    assert_caught(dense, text, tmp_path / "out", family, target)
+
+
+@targets
+def test_a_refit_that_is_not_written_is_caught(dense, text, tmp_path, monkeypatch, family, target):
+    make, source = ConvertedLayer.experts, dense(family)
+
+    def make_dense(self, plan, layer):
+        down_DF = dense_ffn(source, layer).down_DF
+        return make(replace(self, ffn=replace(self.ffn, down_DF=down_DF)), plan, layer)
+
+    monkeypatch.setattr(ConvertedLayer, "experts", make_dense)
+    assert_caught(dense, text, tmp_path / "out", family, target)
+
+
+def test_a_refit_of_another_layer_is_caught(dense, text, tmp_path, monkeypatch):
+    kept = Workspace.kept
+    monkeypatch.setattr(Workspace, "kept", lambda self, unit: kept(self, "layer 0"))
+    assert_caught(dense, text, tmp_path / "out", "llama", "qwen2_moe")
+
+
+def test_a_refit_in_another_order_is_caught(dense, text, tmp_path, monkeypatch):
+    keep = Workspace.keep
+
+    def shuffled(self, unit, tensors):
+        keep(self, unit, tensors | {"down_proj": tensors["down_proj"].roll(1, 1)})
+
+    monkeypatch.setattr(Workspace, "keep", shuffled)
+    assert_caught(dense, text, tmp_path / "out", "llama", "qwen2_moe")
+
+
+# --- interrupted runs ------------------------------------------------------------------------
+
+VARIANTS = {
+    "both": SEQUENTIAL,
+    "sequential": {"sequential": True},
+    "least squares": REFIT,
+    "a layer kept dense": {**SEQUENTIAL, "keep_dense": [1]},
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def content(folder):
+    """Every file's bytes; of upcycle.json all but times, memory and place."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(files["upcycle.json"])
+    for key in ("seconds", "peak_memory", "out"):
+        del report[key]
+    return files | {"upcycle.json": report}
+
+
+def killed(act) -> bool:
+    """Whether the function, in a process of its own, ended by a kill."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            act()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_a_tensor(patch):
+    """Of layer 1, with a tensor in place that is wrong."""
+    write = CheckpointWriter.write
+
+    def torn(self, name, tensor):
+        if name.startswith("model.layers.1.") and "mlp." in name:
+            write(self, name, torch.full_like(tensor, 7))
+            kill()
+        write(self, name, tensor)
+
+    patch.setattr(CheckpointWriter, "write", torn)
+
+
+def kill_while_putting_aside(patch):
+    """What belongs to the last layer, with half a file written."""
+    keep = Workspace.keep
+
+    def torn(self, unit, tensors):
+        keep(self, unit, tensors)
+        if unit == "layer 2":
+            for path in self.folder.rglob(f"{unit}.safetensors"):
+                os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    patch.setattr(Workspace, "keep", torn)
+
+
+def kill_before_layer_2(patch):
+    convert_layer = conversion.convert_layer
+    patch.setattr(
+        conversion,
+        "convert_layer",
+        lambda plan, at, *rest: kill() if at == 2 else convert_layer(plan, at, *rest),
+    )
+
+
+MOMENTS = {
+    "in a tensor": kill_in_a_tensor,
+    "before layer 2": kill_before_layer_2,
+    "putting aside": kill_while_putting_aside,
+    "in the check": lambda patch: patch.setattr(conversion, "run_check", kill),
+    "before publishing": lambda patch: patch.setattr(Workspace, "publish", kill),
+}
+
+
+@pytest.fixture
+def attempt(dense, text, tmp_path):
+    """Converts to a folder of the test's own by the variant's settings."""
+
+    def run(variant, **options):
+        settings = settings_for("qwen2_moe", calibration=str(text), **VARIANTS[variant])
+        return upcycle.convert(str(dense()), tmp_path / "out", **(settings | options))
+
+    return run
+
+
+def start_and_kill(attempt, variant, moment):
+    def act():
+        with pytest.MonkeyPatch.context() as patch:
+            MOMENTS[moment](patch)
+            attempt(variant, resume=True)
+
+    assert killed(act)
+
+
+@variants
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_resumed_after_a_kill_gives_the_same_bytes(convert, attempt, tmp_path, variant, moment):
+    uninterrupted = content(convert(**VARIANTS[variant]).out)
+    start_and_kill(attempt, variant, moment)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    attempt(variant, resume=True)
+    assert content(tmp_path / "out") == uninterrupted
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_resumed_after_many_kills_gives_the_same_bytes(convert, attempt, tmp_path):
+    uninterrupted = content(convert(**SEQUENTIAL).out)
+    for moment in MOMENTS:
+        start_and_kill(attempt, "both", moment)
+    attempt("both", resume=True)
+    assert content(tmp_path / "out") == uninterrupted
+
+
+def test_resuming_fits_on_the_same_and_does_not_repeat_finished_layers(
+    convert, attempt, monkeypatch
+):
+    expected = convert(**SEQUENTIAL).seen
+    start_and_kill(attempt, "both", "before layer 2")
+    layers, convert_layer = [], conversion.convert_layer
+    monkeypatch.setattr(
+        conversion,
+        "convert_layer",
+        lambda plan, at, *rest: layers.append(at) or convert_layer(plan, at, *rest),
+    )
+    with watched_stream() as (_, seen):
+        attempt("both", resume=True)
+    assert layers == [2]
+    assert all(torch.equal(*pair) for pair in zip(seen[2], expected[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "other", [{"sequential": False}, {"compensate": "none"}, {"compensate.strength": 1}]
+)
+def test_with_another_compensation_or_stream_it_can_not_be_resumed(attempt, other):
+    start_and_kill(attempt, "both", "before layer 2")
+    with pytest.raises(UpcycleError, match="begun with another source, recipe or version"):
+        attempt("both", resume=True, **other)
+
+
+@variants
+def test_nothing_that_was_put_aside_is_published(convert, variant):
+    names = {path.name for path in convert().out.iterdir()}
+    assert {path.name for path in convert(**VARIANTS[variant]).out.iterdir()} == names
+
+
+def test_a_run_that_fails_leaves_nothing_that_was_put_aside(attempt, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(conversion, "run_check", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        attempt("both")
+    assert list(tmp_path.iterdir()) == []
+
+
+@variants
+def test_same_request_same_bytes(convert, attempt, tmp_path, variant):
+    attempt(variant)
+    assert content(tmp_path / "out") == content(convert(**VARIANTS[variant]).out)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "copy", "router": "normal", **REFIT}, "least_squares goes with a split"),
+        ({"method": "drop", "router": "normal", **REFIT}, "least_squares goes with a split"),
+        ({"compensate": "last_squares"}, "'last_squares', did you mean 'least_squares'"),
+        ({"compensate": "some"}, "unknown compensation 'some'"),
+        ({"compensate": {"name": "least_squares", "strength": 0}}, "strength=0: input should be"),
+        ({"compensate": {"name": "least_squares", "strength": "a lot"}}, "strength='a lot': input"),
+        ({"compensate": {"name": "least_squares", "strngth": 1}}, "did you mean 'strength'"),
+        ({"compensate": {"name": "none", "strength": 1}}, "no parameter 'strength'; it has none"),
+        ({"compensate": "none", "compensate.strength": 1}, "'none' has no parameter 'strength'"),
+        ({"compensate": 3}, "compensate=3: give a method's name"),
+        ({"sequential": "maybe"}, "sequential='maybe': input should be"),
+    ],
+)  # fmt: skip
+def test_the_plan_refuses_in_one_sentence(dense, settings, words):
+    with pytest.raises(UpcycleError) as caught:
+        upcycle.plan(str(dense()), **settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_text_is_refused(dense):
+    with pytest.raises(UpcycleError, match="--calibration none"):
+        upcycle.plan(str(dense()), calibration="none", check="none", **SEQUENTIAL)

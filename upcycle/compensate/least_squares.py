@@ -1,0 +1,57 @@
+"""Least squares: refit down_proj so that the active neurons give the whole FFN's output.
+
+With h̃ the activations where the neurons that a token does not select are zero, W minimises
+Σ_t w_t |y_t - W h̃_t|² + λ Σ_i a_i |W_i - W⁰_i|², with a_i = Σ_t w_t h̃_ti²: each neuron's column is
+held to its old value in proportion to how much the neuron does. At W⁰ the second term is zero, so
+the error on the calibration tokens never grows. Closed form; the idea is optimal brain surgery's
+(Hassibi and Stork, 1993).
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from upcycle.compensate.base import compensation
+from upcycle.registry import Params
+from upcycle.types import LayerActivations, Selection
+
+JITTER = 1e-6  # of the mean second moment: for neurons that were never on
+
+
+class LeastSquaresParams(Params):
+    strength: float = Field(default=0.3, ge=1e-3, allow_inf_nan=False)
+    """λ, over each neuron's own second moment."""
+
+
+@compensation(
+    "least_squares",
+    summary="refit down_proj in closed form to the dense FFN's output",
+    paper="ours",
+    params=LeastSquaresParams,
+    needs_activations=True,
+)
+def refit(
+    activations: LayerActivations,
+    selection: Selection,
+    weight_T: Tensor,
+    params: LeastSquaresParams,
+) -> Tensor:
+    down_DF = activations.ffn.down_DF
+    hidden, num_neurons = down_DF.shape
+    hh_FF = down_DF.new_zeros(num_neurons, num_neurons, dtype=torch.float64)
+    hy_FD = down_DF.new_zeros(num_neurons, hidden, dtype=torch.float64)
+    done = 0
+    for x_tD, h_tF in activations.chunks():
+        weight_t1 = weight_T[done : done + len(x_tD), None]
+        done += len(x_tD)
+        on_tF = h_tF * selection(x_tD)
+        missing_tD = (h_tF - on_tF) @ down_DF.T
+        weighted_Ft = (on_tF * weight_t1).T
+        hh_FF += weighted_Ft @ on_tF
+        hy_FD += weighted_Ft @ missing_tD
+    moment_F = hh_FF.diagonal().clone()
+    if not moment_F.any():
+        return down_DF
+    hh_FF.diagonal().add_(params.strength * moment_F + JITTER * moment_F.mean())
+    change_FD = torch.cholesky_solve(hy_FD, torch.linalg.cholesky(hh_FF))
+    return down_DF + change_FD.T.to(down_DF.dtype)

@@ -1,0 +1,14 @@
+"""None: the experts keep the dense FFN's weights, so that all of them together are the FFN."""
+
+from torch import Tensor
+
+from upcycle.compensate.base import compensation
+from upcycle.registry import Params
+from upcycle.types import LayerActivations, Selection
+
+
+@compensation("none", summary="keep the dense weights", paper="baseline", needs_activations=False)
+def keep(
+    activations: LayerActivations, selection: Selection, weight_T: Tensor, params: Params
+) -> Tensor:
+    return activations.ffn.down_DF

@@ -1,0 +1,47 @@
+"""Token clusters: an expert is made for a region of hidden states, of what matters there.
+
+LLaMA-MoE v2's split, arXiv:2411.15708: k-means of the FFN's inputs; a neuron's importance to a
+cluster is averaged over the tokens that the cluster's centroid has the largest dot product with;
+neurons go where they are most important, equally many to each cluster. The paper's importance is
+|h ∂loss/∂h|; without a backward pass, it is what the neuron puts out, |h| |down|.
+"""
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from upcycle.clustering import balanced_assignment, balanced_kmeans
+from upcycle.registry import Params
+from upcycle.split.base import split_from_activations
+from upcycle.types import LayerActivations
+
+
+class TokenClustersParams(Params):
+    tokens: PositiveInt = 8192
+    """Hidden states that are clustered, and over which importance is averaged."""
+
+
+@split_from_activations(
+    "token_clusters",
+    summary="neurons that matter most on a cluster of hidden states",
+    paper="arXiv:2411.15708",
+    params=TokenClustersParams,
+)
+def split(
+    activations: LayerActivations,
+    num_experts: int,
+    params: TokenClustersParams,
+    rng: torch.Generator,
+) -> Tensor:
+    sample = activations.sample(params.tokens)
+    x_TD = sample.x_TD[: len(sample.x_TD) // num_experts * num_experts]
+    _, centroids_CD = balanced_kmeans(x_TD, num_experts, rng)
+    norm_F = sample.ffn.down_DF.norm(dim=0)
+    importance_CF, tokens_C = torch.zeros(num_experts, len(norm_F)), torch.zeros(num_experts)
+    for x_tD, h_tF in sample.chunks():
+        cluster_t = (x_tD @ centroids_CD.to(x_tD).T).argmax(1)
+        importance_CF.index_add_(0, cluster_t.cpu(), (h_tF.abs() * norm_F).cpu().float())
+        tokens_C += cluster_t.cpu().bincount(minlength=num_experts)
+    importance_CF /= tokens_C.clamp_min(1)[:, None]
+    owner_F = balanced_assignment(-importance_CF.T.contiguous())
+    return owner_F.argsort(stable=True).view(num_experts, -1)
