@@ -91,6 +91,24 @@ def show(rows: list[dict[str, Any]], texts: list[str]) -> None:
         console.print(table)
 
 
+def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
+    """Perplexity over the dense model's against the active share: a panel per text, a line per
+    recipe."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), squeeze=False)
+    for panel, text in zip(panels[0], (Path(t).name for t in texts), strict=True):
+        for name in dict.fromkeys(row["recipe"] for row in rows):
+            mine = sorted((r for r in rows if r["recipe"] == name), key=lambda r: r["ratio"])
+            shares = [100 * row["active_ffn_ratio"] for row in mine]
+            panel.plot(shares, [r[text]["perplexity_ratio"] for r in mine], marker="o", label=name)
+        panel.set(title=text, xlabel="active FFN, %", ylabel="perplexity over dense", yscale="log")
+        panel.grid(alpha=0.3, which="both")
+    panels[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a folder (a GGUF file is slow to open)")
@@ -102,6 +120,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="*", type=int, default=[75, 50, 25])
     parser.add_argument("--out", type=Path, required=True, help="scratch, emptied after")
     parser.add_argument("--json", type=Path, help="results; what it holds is not measured again")
+    parser.add_argument("--plot", type=Path, help="image (pip install upcycle[benchmarks])")
     args = parser.parse_args()
 
     rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
@@ -116,6 +135,8 @@ def main() -> None:
                 args.json.write_text(json.dumps(rows, indent=2))
     shutil.rmtree(args.out, ignore_errors=True)
     show(rows, args.text)
+    if args.plot:
+        plot(rows, args.text, args.plot)
 
 
 if __name__ == "__main__":

@@ -276,3 +276,21 @@ def test_a_plan_keeps_explicit_shared_experts(dense, shared):
     plan = planned(dense, active=0.5, shared_experts=shared)
     assert (plan.geometry.shared_experts, plan.geometry.top_k) == (shared, 12 - shared)
     assert plan.recipe.shared_experts == shared
+
+
+def test_nothing_to_route_is_said_with_what_helps(dense):
+    model = str(dense())
+    words = "--shared-experts 8 of 8 leaves none to route: give at most 7"
+    assert refusal(upcycle.plan, model, experts=8, shared_experts=8) == words
+    sentence = refusal(upcycle.plan, model, experts=8, shared_experts=6)
+    assert sentence.endswith("so none to route: raise --active or lower --shared-experts")
+
+
+def test_an_explicit_top_k_keeps_no_layers_dense_unless_asked():
+    assert load_recipe("default", {"top_k": 2}).keep_dense == ()
+    assert load_recipe("default", {"top_k": 2, "keep_dense": "auto"}).keep_dense == "auto"
+    assert load_recipe("default", {"active": 0.3}).keep_dense == "auto"
+
+
+def test_a_share_of_none_is_not_given():
+    assert load_recipe("cmoe", {"active": None}).top_k == load_recipe("cmoe").top_k

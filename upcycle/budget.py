@@ -66,11 +66,12 @@ def _within(
     shared = recipe.shared_experts
     if shared is None:
         shared = 0 if min_routed is None else min(experts // 4, on // 2, experts - min_routed)
-    if on <= shared:
+    if on <= shared < experts:
         dense = f", with {num_dense} of {layers} layers dense," if num_dense else ""
         raise UpcycleError(
             f"--active {active:g}{dense} leaves {max(on, 0)} of {experts} parts to a token, "
             f"{shared} of them shared, so none to route: raise --active"
+            + (" or lower --shared-experts" if recipe.shared_experts else "")
         )
     return Geometry(experts, on - shared, shared)
 

@@ -161,10 +161,13 @@ def load_recipe(
     given = dict(overrides or {})
     if _is_split(fields.get("method")) and not _is_split(given.get("method")):
         fields = {key: value for key, value in fields.items() if key not in SPLIT_ONLY}
-    if "active" in given:
-        if "top_k" in given:
+    if given.get("active") is not None:
+        if given.get("top_k") is not None:
             raise UpcycleError("--active chooses --top-k: give one of them")
         fields.pop("top_k", None)
+    if given.get("top_k") is not None and fields.get("keep_dense") == "auto":
+        # Layers are kept dense at the cost of the others, which an explicit top_k does not allow.
+        del fields["keep_dense"]
     # A method first, then its parameters, in whichever order they were given.
     for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
         _override(fields, key, value)

@@ -88,11 +88,10 @@ class LayerActivations:
             for x_tD, h_tF in activations.chunks():
                 yield x_tD, h_tF[:, neurons_M]
             return
-        size = max(1, CHUNK_ELEMENTS // self.ffn.num_neurons)
         if self._fits:
-            yield from zip(self.x_TD.split(size), self._h_TF.split(size), strict=True)
+            yield from zip(*self._split(self.x_TD, self._h_TF), strict=True)
             return
-        for x_tD in self.x_TD.split(size):
+        for x_tD in self._split(self.x_TD)[0]:
             yield x_tD, self.ffn.hidden(x_tD)
 
     @property
@@ -101,7 +100,14 @@ class LayerActivations:
 
     @cached_property
     def _h_TF(self) -> Tensor:
-        return self.ffn.hidden(self.x_TD)
+        h_TF = self.x_TD.new_empty(len(self.x_TD), self.ffn.num_neurons)
+        for x_tD, room_tF in zip(*self._split(self.x_TD, h_TF), strict=True):
+            room_tF.copy_(self.ffn.hidden(x_tD))
+        return h_TF
+
+    def _split(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        size = max(1, CHUNK_ELEMENTS // self.ffn.num_neurons)
+        return [tensor.split(size) for tensor in tensors]
 
     def energy(self) -> Tensor:
         """How much each neuron puts out, Σ_t h² |down|², [F]."""
