@@ -24,7 +24,8 @@ from rich.table import Table
 # asked share, layers kept dense counted as fully active.
 RECIPES: dict[str, list[str]] = {
     "default": [],
-    "default, 192 granules": ["--experts", "192"],
+    "64 granules": ["--experts", "64"],
+    "192 granules": ["--experts", "192"],
     "static": ["--recipe", "static"],
     "cmoe": ["--recipe", "cmoe"],
     "llama-moe-v2": ["--recipe", "llama-moe-v2"],

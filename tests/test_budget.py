@@ -11,7 +11,7 @@ from upcycle.budget import default_granules, geometry_of, legal_granules, moe_sh
 from upcycle.recipe import Recipe, load_recipe
 from upcycle.types import Geometry
 
-F, LAYERS = 4096, 4
+F, LAYERS = 16384, 4
 TINY_LAYERS = SIZES["num_hidden_layers"]
 WITH_SHARED = ("qwen2_moe", "glm4_moe", "granitemoeshared")
 WITHOUT_SHARED = ("qwen3_moe", "mixtral")
@@ -46,15 +46,15 @@ def refusal(act, *arguments, **settings) -> str:
     [
         (8, 1),
         (192, 24),
-        (512, 64),
-        (1536, 64),
-        (4864, 76),  # 8 * 2^5 * 19
-        (8192, 64),
-        (8960, 70),  # 8 * 2^5 * 5 * 7; 56 is as far in neurons, not as a ratio
-        (11008, 86),  # 8 * 2^5 * 43; 43 is nearer as a difference
-        (14336, 64),
+        (512, 32),
+        (1536, 32),  # of 48 neurons: a small model gets fine granules all the same
+        (4864, 32),
+        (8192, 32),
+        (8960, 35),
+        (11008, 43),
+        (14336, 56),
         (18944, 64),
-        (8 * 106, 53),
+        (8 * 106, 53),  # 53 or 2
     ],
 )
 def test_default_granules(num_neurons, granules):
@@ -62,17 +62,18 @@ def test_default_granules(num_neurons, granules):
 
 
 def test_experts_that_are_not_named_are_the_default_granules():
-    assert counts(num_neurons=4864, active=0.5) == (76, 19, 19)
-    assert counts(num_neurons=4864, top_k=3)[0] == 76
+    assert counts(num_neurons=4864, active=0.5) == (32, 8, 8)
+    assert counts(num_neurons=4864, top_k=3)[0] == 32
 
 
 @pytest.mark.parametrize("num_neurons", [8 * n for n in (1, 6, 19, 53, 97, 344, 720, 1331, 2048)])
-def test_default_granules_are_legal_and_nearest_to_64_as_a_ratio(num_neurons):
+def test_default_granules_are_legal_and_nearest_to_what_is_wanted_as_a_ratio(num_neurons):
     legal = [n for n in range(1, num_neurons + 1) if num_neurons % n == num_neurons // n % 8 == 0]
     assert legal_granules(num_neurons) == legal
     chosen = default_granules(num_neurons)
     assert chosen in legal
-    assert all(max(chosen / 64, 64 / chosen) <= max(n / 64, 64 / n) for n in legal)
+    wanted = min(max(num_neurons // 256, 32), 64)
+    assert all(max(chosen / wanted, wanted / chosen) <= max(n / wanted, wanted / n) for n in legal)
 
 
 def test_width_that_nothing_cuts_is_refused():
@@ -208,7 +209,7 @@ def test_copies_take_no_shared_experts_and_no_default_of_a_split():
             {"active": 0.3, "num_dense": 3},
             "--active 0.3, with 3 of 4 layers dense, leaves 0 of 64 parts to a token",
         ),
-        ({"active": 0.5, "experts": 48}, "--experts 48 does not cut 4096 neurons"),
+        ({"active": 0.5, "experts": 48}, "--experts 48 does not cut 16384 neurons"),
         ({"top_k": 65}, "--top-k 65 is more than the 64 routed experts"),
         ({"top_k": 50, "shared_experts": 20}, "more than the 44 routed experts (64 less 20 shared"),
         ({"top_k": 1, "shared_experts": 64}, "give at most 63"),

@@ -129,7 +129,7 @@ def test_default_in_the_help_is_the_recipes(option):
 @pytest.mark.parametrize(
     ("option", "default"),
     [
-        ("experts", f"about {budget.GRANULES}, or {budget.COPIES} copies"),
+        ("experts", f"{budget.FEWEST} to {budget.MOST}, or {budget.COPIES} copies"),
         ("top-k", f"by --active, or {budget.COPIES_PER_TOKEN} copies"),
         ("active", f"{budget.ACTIVE}"),
     ],

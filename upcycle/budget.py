@@ -5,8 +5,10 @@ from upcycle.recipe import Recipe
 from upcycle.types import Geometry
 
 ALIGNMENT = 8  # grouped_mm wants strides of 16 bytes
-GRANULES = 64
-"""A split's default. See docs/how-it-works.md: finer is better, and slower to serve."""
+EXPERT_SIZE = 256
+FEWEST, MOST = 32, 64
+"""A split's default granules hold about 256 neurons, but there are 32 to 64 of them. Finer ones
+lose less and are slower to serve (benchmarks/granules.py)."""
 ACTIVE = 0.5
 COPIES, COPIES_PER_TOKEN = 8, 2
 
@@ -44,9 +46,10 @@ def geometry_of(
 
 
 def default_granules(num_neurons: int) -> int:
-    """The legal number of granules nearest to GRANULES, as a ratio."""
+    """The legal number of granules nearest to the one wanted, as a ratio."""
+    wanted = min(max(num_neurons // EXPERT_SIZE, FEWEST), MOST)
     legal = legal_granules(num_neurons) or [1]
-    return min(legal, key=lambda n: max(n, GRANULES) / min(n, GRANULES))
+    return min(legal, key=lambda n: max(n, wanted) / min(n, wanted))
 
 
 def moe_share(active: float, layers: int, num_dense: int) -> float:

@@ -52,7 +52,7 @@ Method = Annotated[str | None, _setting("split | copy | drop | noise", "--method
 Experts = Annotated[
     int | None,
     _setting(
-        "Parts that a split cuts each FFN into, or copies of it. [default: about 64, or 8 copies]",
+        "Parts that a split cuts each FFN into, or copies of it. [default: 32 to 64, or 8 copies]",
         "--experts",
     ),
 ]

@@ -91,7 +91,7 @@ def show_plan(plan: "Plan") -> None:
         f"{plan.source.label} → {plan.target}",
         {
             "method": _method(plan),
-            "experts": _experts(plan),
+            "experts": _experts(plan) + _chosen(plan),
             "layers": _layers(plan),
             "active FFN": f"{100 * plan.active_ffn_ratio:.0f} % of the dense model's",
             "parameters": f"{count(plan.params_total)} (dense {count(plan.params_dense)})",
@@ -131,6 +131,13 @@ def _experts(plan: "Plan") -> str:
     return (
         f"{shared}{geometry.top_k} of {geometry.routed_experts} routed, {expert_size} neurons each"
     )
+
+
+def _chosen(plan: "Plan") -> str:
+    if plan.request.experts is not None or plan.recipe.copies:
+        return ""
+    number = plan.geometry.num_experts
+    return f" (--experts {number} by default: more lose less, fewer are faster)"
 
 
 def _layers(plan: "Plan") -> str:
