@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from models import PLAIN_SPLIT
+from processes import kill, killed
 from typer.testing import CliRunner
 
 import upcycle
@@ -79,23 +80,6 @@ def command(dense, out, *flags) -> tuple[int, str]:
 
 
 # --- kills -----------------------------------------------------------------------------------
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed(act) -> bool:
-    """Whether the function, in a process of its own, ended by a kill."""
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(60)
-            act()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def kill_at_step(stage, step):

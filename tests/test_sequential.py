@@ -4,7 +4,6 @@ layers before it put out, what is written is that fit, the check sees it, and no
 import json
 import os
 import shutil
-import signal
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import make_tokenizer
+from processes import kill, killed
 from reference import (
     TOLERANCE,
     active_neurons,
@@ -530,23 +530,6 @@ def content(folder):
     for key in ("seconds", "peak_memory", "out"):
         del report[key]
     return files | {"upcycle.json": report}
-
-
-def killed(act) -> bool:
-    """Whether the function, in a process of its own, ended by a kill."""
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(60)
-            act()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
-def kill(*_, **__) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_in_a_tensor(patch):
