@@ -20,9 +20,8 @@ from upcycle.evaluate import (
     load_model,
     measure_reference,
     next_token_logits,
-    routers,
-    stacked_experts,
 )
+from upcycle.moe import moe_blocks
 from upcycle.planning import Plan, free_memory
 
 EXACT_TOKENS = 128
@@ -137,15 +136,14 @@ def _dtype_that_fits(plan: Plan) -> torch.dtype:
 @contextmanager
 def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
     """Select every expert, each with weight 1, for the time of the context."""
-    for router in routers(model):
-        router.top_k = plan.geometry.routed_experts
-    for module in stacked_experts(model):
-        module.down_proj.data.mul_(plan.gains.all_on)
+    blocks = moe_blocks(model)
+    for block in blocks:
+        block.router.top_k = plan.geometry.routed_experts
+        block.experts.down_proj.data.mul_(plan.gains.all_on)
     yield
-    for router in routers(model):
-        router.top_k = plan.geometry.top_k
-    for module in stacked_experts(model):
-        module.down_proj.data.div_(plan.gains.all_on)
+    for block in blocks:
+        block.router.top_k = plan.geometry.top_k
+        block.experts.down_proj.data.div_(plan.gains.all_on)
 
 
 def _check_weights(plan: Plan, weights: list[float]) -> None:

@@ -7,18 +7,18 @@ memory at a time.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from upcycle.calibrate import check_text, packed_tokens
 from upcycle.errors import CheckFailed
+from upcycle.moe import moe_blocks, watch_selections
 from upcycle.source import checkpoint_folder, read_config
 
 Step = Callable[[int], None]
@@ -171,7 +171,15 @@ def compare(model: Any, tokens_BL: Tensor, reference: Reference | None, step: St
     """Run a model over the windows [B, L] that its reference has seen; without a reference, KL and
     agreement stay 0."""
     loss = kl = agreement = 0.0
-    with _watch_routers(model) as (counts, weights):
+    blocks = moe_blocks(model)
+    counts = [torch.zeros(block.num_experts, dtype=torch.int64) for block in blocks]
+    weights: list[float] = []
+
+    def see(place: int, chosen_TK: Tensor, weights_TK: Tensor) -> None:
+        counts[place] += chosen_TK.flatten().cpu().bincount(minlength=len(counts[place]))
+        weights.append(weights_TK.float().sum(-1).mean().item())
+
+    with watch_selections(blocks, see):
         for i, window_L in enumerate(tokens_BL):
             step(i)
             log_probs_LV = next_token_logits(model, window_L).log_softmax(-1).cpu()
@@ -196,45 +204,6 @@ def _loss(log_probs_LV: Tensor, window_L: Tensor) -> float:
     """Mean negative log-likelihood of a window's tokens, the first one given."""
     targets = window_L[1:, None].to(log_probs_LV.device)
     return float(-log_probs_LV[:-1].gather(1, targets).mean())
-
-
-def routers(model: nn.Module) -> list[Any]:
-    """The routers of any of the targets, layer by layer."""
-    return [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
-
-
-def stacked_experts(model: Any) -> list[Any]:
-    """The modules that hold all experts of a layer, with `down_proj` [E, D, M], layer by layer."""
-    return [m for m in model.modules() if getattr(m, "down_proj", None) is not None and _3d(m)]
-
-
-def _3d(module: Any) -> bool:
-    return isinstance(module.down_proj, nn.Parameter) and module.down_proj.dim() == 3
-
-
-@contextmanager
-def _watch_routers(model: Any) -> Iterator[tuple[list[Tensor], list[float]]]:
-    """Per MoE layer, how often each expert is selected [E]; and per call, the mean over tokens of
-    the sum of the selected experts' weights.
-
-    Read from what the experts are called with, which all targets have in common; what routers
-    return differs between versions of transformers.
-    """
-    counts: list[Tensor] = []
-    weights: list[float] = []
-    hooks = []
-    for place, experts in enumerate(stacked_experts(model)):
-        counts.append(torch.zeros(len(experts.down_proj), dtype=torch.int64))
-
-        def watch(module: nn.Module, args: tuple[Tensor, ...], place: int = place) -> None:
-            _, chosen_TK, weights_TK = args
-            counts[place] += chosen_TK.flatten().cpu().bincount(minlength=len(counts[place]))
-            weights.append(weights_TK.float().sum(-1).mean().item())
-
-        hooks.append(experts.register_forward_pre_hook(watch))
-    yield counts, weights
-    for hook in hooks:
-        hook.remove()
 
 
 def _utilisation(count_E: Tensor) -> list[float]:
