@@ -70,13 +70,12 @@ def measure(args: argparse.Namespace, name: str, ratio: int, out: Path) -> dict[
         "seconds": time.monotonic() - start,
         "peak_bytes": report["peak_memory"],
     }
-    for text in args.text:
-        numbers = upcycle(
-            *("eval", str(out), "--against", args.model, "--text", text),
-            *("--tokens", str(args.eval_tokens)),
-        )
-        del numbers["load"]
-        row[Path(text).name] = numbers
+    evaluation = upcycle(
+        *("eval", str(out), "--against", args.model, "--tokens", str(args.eval_tokens)),
+        *(word for text in args.text for word in ("--text", text)),
+    )
+    for numbers in evaluation["texts"]:
+        row[Path(numbers.pop("text")).name] = numbers
     return row
 
 

@@ -6,6 +6,7 @@ deviation.
 
 import functools
 import json
+import math
 from contextlib import contextmanager
 
 import torch
@@ -127,6 +128,17 @@ def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
     return result
 
 
+def naive_hidden(ffn, x_TD):
+    """h [T, F] in float64, neuron by neuron, for act = silu."""
+    x_TD, gate_FD, up_FD = (m.double().numpy() for m in (x_TD, ffn.gate_FD, ffn.up_FD))
+    h_TF = torch.zeros(len(x_TD), len(gate_FD), dtype=torch.float64)
+    for t, x_D in enumerate(x_TD):
+        for i in range(len(gate_FD)):
+            before = float(gate_FD[i] @ x_D)
+            h_TF[t, i] = before / (1 + math.exp(-before)) * float(up_FD[i] @ x_D)
+    return h_TF
+
+
 def active_neurons(folder, permutation, selected_TK):
     """1 for the neurons that count, 0 for the others [T, F]."""
     plan = read_json(folder / "upcycle.json")["plan"]
@@ -142,6 +154,15 @@ def weights(folder):
     return {
         k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()
     }
+
+
+def content(folder):
+    """Every file's bytes; of upcycle.json all but times, memory and place."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(files["upcycle.json"])
+    for key in ("seconds", "peak_memory", "out"):
+        del report[key]
+    return files | {"upcycle.json": report}
 
 
 def read_json(path):

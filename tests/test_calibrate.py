@@ -133,9 +133,9 @@ def test_text_in_another_encoding(tiny, tmp_path, name):
     ("line", "words"),
     [
         ("{text: 1}", "is not JSON"),
-        ('{"content": "x"}', 'has no "text" string'),
-        ('{"text": 5}', 'has no "text" string'),
-        ('"text"', 'has no "text" string'),
+        ('{"content": "x"}', 'has neither a "text" string'),
+        ('{"text": 5}', 'has neither a "text" string'),
+        ('"text"', 'has neither a "text" string'),
     ],
 )
 def test_jsonl_line_that_is_wrong(tiny, tmp_path, line, words):
@@ -299,7 +299,7 @@ def test_one_text_that_can_not_be_read_is_named(tiny, three, tmp_path):
     bad.write_bytes(b"\xff" * 100)
     assert refusal(tiny, f"{three[0]}+{bad}").startswith(f"{bad} is not UTF-8 text (")
     lines = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"body": "x"}])
-    assert refusal(tiny, f"{three[0]}+{lines}").startswith(f"{lines}, line 2, has no")
+    assert refusal(tiny, f"{three[0]}+{lines}").startswith(f"{lines}, line 2, has neither")
 
 
 @pytest.mark.parametrize(

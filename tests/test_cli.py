@@ -22,7 +22,7 @@ from upcycle.shared_experts import SHARED
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
 
-COMMANDS = ["convert", "plan", "eval", "inspect", "recipes", "env"]
+COMMANDS = ["convert", "plan", "finetune", "eval", "inspect", "report", "recipes", "env"]
 QUICK = "--calibration-tokens 64 --seq-len 64 --check none --split contiguous".split()
 TARGET_OF = {
     "mixtral": "llama",

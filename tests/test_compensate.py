@@ -3,15 +3,15 @@ in float64, and never worse than the dense one."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from reference import naive_hidden
 from torch.nn.functional import silu
 
 from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
-from upcycle.planning import parameters
 from upcycle.recipe import Choice
+from upcycle.request import parameters
 from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
 
 D, F, T = 12, 40, 150
@@ -56,17 +56,6 @@ def refit(seed=0, selection=None, **params):
     return compensate(
         "least_squares", make_activations(seed), selection, make_weights(seed), **params
     )
-
-
-def naive_hidden(ffn, x_TD):
-    """h [T, F] in float64, neuron by neuron, for act = silu."""
-    x_TD, gate_FD, up_FD = (m.double().numpy() for m in (x_TD, ffn.gate_FD, ffn.up_FD))
-    h_TF = np.zeros((len(x_TD), len(gate_FD)))
-    for t, x_D in enumerate(x_TD):
-        for i in range(len(gate_FD)):
-            before = float(gate_FD[i] @ x_D)
-            h_TF[t, i] = before / (1 + math.exp(-before)) * float(up_FD[i] @ x_D)
-    return torch.from_numpy(h_TF)
 
 
 def naive_refit(activations, mask_TF, weight_T, strength):

@@ -6,8 +6,8 @@ from torch.nn.functional import silu
 
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
-from upcycle.planning import parameters
 from upcycle.recipe import Choice
+from upcycle.request import parameters
 from upcycle.types import DenseFFN
 
 D, F = 24, 64

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import upcycle
-from upcycle import UpcycleError, planning
+from upcycle import UpcycleError, planning, sensitivity
 from upcycle.inspection import is_routed
 from upcycle.sink import Workspace, partial_folder
 from upcycle.source import DTYPES, DenseSource
@@ -484,7 +484,7 @@ CHOICES = {
     "target": ["auto", "auto", "qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"],
     "router": [None, None, "ridge", "centroid", "representative", "kmeans", "normal"],
     "split": ["coactivation", "random", "contiguous", "parameter_clustering"],
-    "shared_by": ["energy", "rate"],
+    "shared_by": ["energy", "rate", "consensus"],
     "compensate": ["none", "none", "least_squares"],
     "sequential": [False, True],
     "keep_dense": ["none"],
@@ -559,6 +559,72 @@ def test_router_that_cannot_tell_copies_apart(dense, router):
 def test_fewer_tokens_than_experts(dense):
     with pytest.raises(UpcycleError, match="--calibration-tokens 8 is too few for 24 experts"):
         upcycle.plan(str(dense()), experts=24, shared_experts=0, calibration_tokens=8, seq_len=8)
+
+
+SHIFTING = {
+    "experts": 24, "seq_len": 9, "split": "random", "keep_dense": "auto", "check": "none",
+}  # fmt: skip
+"""18 of 24 parts are routed, and 21 once one of three layers stays dense."""
+
+
+def test_tokens_that_suffice_until_a_layer_stays_dense(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "measure_damage", lambda *_: [9.0, 0.1, 0.1])
+    assert upcycle.plan(str(dense()), **SHIFTING).geometry.routed_experts == 18
+    assert refusal(dense, **SHIFTING, calibration_tokens=18) == (
+        "--calibration-tokens 18 is too few for 24 experts: give thousands"
+    )
+    plan = upcycle.convert(str(dense()), tmp_path / "out", **SHIFTING, calibration_tokens=27).plan
+    assert (plan.spec.dense_layers, plan.geometry.routed_experts) == ((0,), 21)
+
+
+@pytest.mark.parametrize("fixed", [{"shared_experts": 6}, {"top_k": 6}])
+def test_tokens_that_suffice_because_the_request_fixes_what_is_shared(dense, tmp_path, fixed):
+    settings = SHIFTING | {"seq_len": 21, "calibration_tokens": 21} | fixed
+    plan = upcycle.convert(str(dense()), tmp_path / "out", **settings).plan
+    assert plan.geometry.routed_experts <= 21
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"split": {"name": "token_clusters", "tokens": 5}},
+            "split.tokens=5 looks at 4 of 16 calibration tokens, too few for 8 experts: "
+            "give thousands",
+        ),
+        (
+            {"router": {"name": "kmeans", "tokens": 15}, "experts": 12, "top_k": 2},
+            "router.tokens=15 looks at 8 of 16 calibration tokens, too few for 12 experts: "
+            "give thousands",
+        ),
+        (
+            {"router": {"name": "kmeans", "tokens": 7}, "method": "copy"},
+            "router.tokens=7 looks at 6 of 16 calibration tokens, too few for 8 experts: "
+            "give thousands",
+        ),
+    ],
+)
+def test_sample_of_fewer_tokens_than_experts(dense, settings, words):
+    settings = {
+        "calibration_tokens": 16,
+        "seq_len": 8,
+        "experts": 8,
+        "shared_experts": 0,
+    } | settings
+    assert refusal(dense, **settings) == words
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"split": {"name": "token_clusters", "tokens": 8}},
+        {"router": {"name": "kmeans", "tokens": 8}},
+    ],
+)
+def test_sample_of_one_token_per_expert_is_enough(dense, tmp_path, settings):
+    tokens = {"calibration_tokens": 16, "seq_len": 8, "check": "none"}
+    plain = PLAIN_SPLIT | {"shared_experts": 0} | tokens
+    upcycle.convert(str(dense()), tmp_path / "out", **plain | settings)
 
 
 def test_model_without_a_tokenizer(dense, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import PLAIN_SPLIT
 from processes import kill, killed
+from reference import content
 from typer.testing import CliRunner
 
 import upcycle
@@ -60,15 +61,6 @@ def hashes(folder):
     """Of every file, those that lie in folders below too."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).digest() for p in files}
-
-
-def content(folder):
-    """Every file's bytes; of upcycle.json all but times, memory and place."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    report = json.loads(files["upcycle.json"])
-    for key in ("seconds", "peak_memory", "out"):
-        del report[key]
-    return files | {"upcycle.json": report}
 
 
 def command(dense, out, *flags) -> tuple[int, str]:

@@ -1,16 +1,16 @@
 """Every router is E finite rows; each is what its paper or formula says, worked out in loops."""
 
-import math
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
+from reference import naive_hidden
 from torch.nn.functional import silu
 
 from upcycle.errors import UpcycleError
-from upcycle.planning import parameters
 from upcycle.recipe import Choice
+from upcycle.request import parameters
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.representative import representatives
 from upcycle.router_init.ridge import expert_energies
@@ -42,20 +42,9 @@ def route(name, activations, experts_EM, *, seed=4, **params):
     )
 
 
-def naive_hidden(ffn, x_TD):
-    """h [T, F] in float64, neuron by neuron, for act = silu."""
-    x_TD, gate_FD, up_FD = (m.double().numpy() for m in (x_TD, ffn.gate_FD, ffn.up_FD))
-    h_TF = np.zeros((len(x_TD), len(gate_FD)))
-    for t, x_D in enumerate(x_TD):
-        for i in range(len(gate_FD)):
-            before = float(gate_FD[i] @ x_D)
-            h_TF[t, i] = before / (1 + math.exp(-before)) * float(up_FD[i] @ x_D)
-    return h_TF
-
-
 def naive_energies(activations, experts_EM):
     """Loops over tokens, experts and their neurons."""
-    h_TF = naive_hidden(activations.ffn, activations.x_TD)
+    h_TF = naive_hidden(activations.ffn, activations.x_TD).numpy()
     down_DF = activations.ffn.down_DF.double().numpy()
     energy_TE = np.zeros((len(h_TF), len(experts_EM)))
     for t in range(len(h_TF)):
@@ -177,7 +166,7 @@ def naive_representative(profile_TF, members):
 
 def test_representatives_are_nearest_to_the_mean_profile():
     activations, experts_EM = make_activations(), make_experts()
-    profile_TF = np.abs(naive_hidden(activations.ffn, activations.x_TD))
+    profile_TF = naive_hidden(activations.ffn, activations.x_TD).abs().numpy()
     expected = [naive_representative(profile_TF, members) for members in experts_EM.tolist()]
     assert representatives(activations, experts_EM).tolist() == expected
 
@@ -185,7 +174,7 @@ def test_representatives_are_nearest_to_the_mean_profile():
 def test_representative_rows_are_the_regression_of_those_neurons():
     activations, experts_EM = make_activations(), make_experts()
     chosen = representatives(activations, experts_EM)
-    score_TE = np.abs(naive_hidden(activations.ffn.take(chosen), activations.x_TD))
+    score_TE = naive_hidden(activations.ffn.take(chosen), activations.x_TD).abs().numpy()
     expected_ED = normal_equations(activations.x_TD, score_TE, 0.5)
     router_ED = route("representative", activations, experts_EM, strength=0.5)
     torch.testing.assert_close(router_ED, expected_ED, rtol=1e-4, atol=1e-5)
@@ -194,7 +183,7 @@ def test_representative_rows_are_the_regression_of_those_neurons():
 def test_representatives_are_picked_on_a_sample_and_fitted_on_all_tokens():
     activations, experts_EM = make_activations(), make_experts()
     chosen = representatives(LayerActivations(activations.ffn, activations.x_TD[::13]), experts_EM)
-    score_TE = np.abs(naive_hidden(activations.ffn.take(chosen), activations.x_TD))
+    score_TE = naive_hidden(activations.ffn.take(chosen), activations.x_TD).abs().numpy()
     expected_ED = normal_equations(activations.x_TD, score_TE, 0.5)
     router_ED = route("representative", activations, experts_EM, strength=0.5, tokens=10)
     torch.testing.assert_close(router_ED, expected_ED, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from processes import kill, killed
 from reference import (
     TOLERANCE,
     active_neurons,
+    content,
     dense_logits,
     experts,
     gap,
@@ -521,15 +522,6 @@ VARIANTS = {
     "a layer kept dense": {**SEQUENTIAL, "keep_dense": [1]},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def content(folder):
-    """Every file's bytes; of upcycle.json all but times, memory and place."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    report = json.loads(files["upcycle.json"])
-    for key in ("seconds", "peak_memory", "out"):
-        del report[key]
-    return files | {"upcycle.json": report}
 
 
 def kill_in_a_tensor(patch):

@@ -1,17 +1,22 @@
 """Scores of neurons for the shared expert, against loops over tokens and neurons."""
 
-import math
+from collections import Counter
 
 import pytest
 import torch
+from reference import naive_hidden
 
+from upcycle.clustering import balanced_kmeans
 from upcycle.errors import UpcycleError
-from upcycle.planning import parameters
 from upcycle.recipe import Choice
+from upcycle.request import parameters
 from upcycle.shared_experts import SHARED
-from upcycle.types import DenseFFN, LayerActivations
+from upcycle.shared_experts.consensus import seniority
+from upcycle.types import DenseFFN, Geometry, LayerActivations
 
 D, F, T = 24, 40, 19
+GEOMETRY = Geometry(num_experts=4, top_k=1, shared_experts=1)
+SEED = 5
 
 
 @pytest.fixture
@@ -24,18 +29,9 @@ def activations():
 
 
 def score(name, activations, **params):
-    return SHARED[name].run(activations, parameters(SHARED, Choice(name=name, **params)))
-
-
-def naive_hidden(activations):
-    """h as a list of tokens, each a list of neurons."""
-    gate_FD, up_FD = activations.ffn.gate_FD.double(), activations.ffn.up_FD.double()
-    tokens = []
-    for x_D in activations.x_TD.double():
-        before = [float(row_D @ x_D) for row_D in gate_FD]
-        up = [float(row_D @ x_D) for row_D in up_FD]
-        tokens.append([b / (1 + math.exp(-b)) * u for b, u in zip(before, up, strict=True)])
-    return tokens
+    checked = parameters(SHARED, Choice(name=name, **params))
+    rng = torch.Generator().manual_seed(SEED)
+    return SHARED[name].run(activations, GEOMETRY, checked, rng)
 
 
 def ranking(score_F):
@@ -82,7 +78,7 @@ def test_every_rule_ranks_a_loud_neuron_first_and_a_dead_one_last(name, activati
     up_FD[0] = 0
     ffn = DenseFFN(gate_FD, up_FD, activations.ffn.down_DF, torch.nn.functional.silu)
     score_F = score(name, LayerActivations(ffn, activations.x_TD), **shallow(name))
-    assert score_F.argmax() == 17
+    assert score_F[17] == score_F.max()
     assert score_F[0] == score_F.min()
 
 
@@ -94,7 +90,7 @@ def shallow(name):
 def test_energy_is_the_sum_of_squared_contributions(activations):
     down_DF = activations.ffn.down_DF.double().tolist()
     energy_F = [0.0] * F
-    for h_F in naive_hidden(activations):
+    for h_F in naive_hidden(activations.ffn, activations.x_TD).tolist():
         for neuron, h in enumerate(h_F):
             energy_F[neuron] += sum((h * row[neuron]) ** 2 for row in down_DF)
     score_F = score("energy", activations)
@@ -105,7 +101,7 @@ def test_energy_is_the_sum_of_squared_contributions(activations):
 @pytest.mark.parametrize("strongest", [1, 4, 10])
 def test_rate_counts_the_tokens_on_which_a_neuron_is_among_the_strongest(activations, strongest):
     counts = [0] * F
-    for h_F in naive_hidden(activations):
+    for h_F in naive_hidden(activations.ffn, activations.x_TD).tolist():
         for neuron in sorted(range(F), key=lambda i: -abs(h_F[i]))[:strongest]:
             counts[neuron] += 1
     assert score("rate", activations, strongest=strongest).tolist() == counts
@@ -128,3 +124,55 @@ def test_energy_sees_down_proj_and_rate_does_not(activations):
     assert torch.equal(score("rate", changed), score("rate", activations))
     ratio = score("energy", changed)[3] / score("energy", activations)[3]
     assert float(ratio) == pytest.approx(100)
+
+
+def naive_importance(activations, tokens):
+    """Per cluster and neuron, the mean of |h| |down| over the tokens that are nearest to the
+    cluster by dot product."""
+    x_TD, clusters = activations.x_TD[:: max(1, -(-T // tokens))], GEOMETRY.routed_experts
+    whole = len(x_TD) // clusters * clusters
+    rng = torch.Generator().manual_seed(SEED)
+    _, centroids_CD = balanced_kmeans(x_TD[:whole], clusters, rng)
+    norm_F = [float(column_D.norm()) for column_D in activations.ffn.down_DF.T]
+    seen = [[] for _ in range(clusters)]
+    for x_D, h_F in zip(x_TD, naive_hidden(activations.ffn, x_TD).tolist(), strict=True):
+        nearest = max(range(clusters), key=lambda c, x_D=x_D: float(centroids_CD[c] @ x_D))
+        seen[nearest].append([abs(h) * norm for h, norm in zip(h_F, norm_F, strict=True)])
+    return [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in seen]
+
+
+def naive_residual(importance_EF, size, room):
+    """The neurons that LLaMA-MoE's released code moves to the residual block, in its order."""
+    wishes = [sorted(range(F), key=lambda i, row=row: -row[i]) for row in importance_EF]
+    residual = []
+    while len(residual) < room:
+        counts = Counter(neuron for wish in wishes for neuron in wish[:size])
+        most = max(counts.values())
+        elected = sorted(neuron for neuron, count in counts.items() if count == most)
+        residual += elected[: room - len(residual)]
+        wishes = [[neuron for neuron in wish if neuron not in residual] for wish in wishes]
+    return residual
+
+
+@pytest.mark.parametrize("tokens", [8192, 10])
+def test_consensus_is_what_most_experts_want_round_by_round(activations, tokens):
+    expected = naive_residual(naive_importance(activations, tokens), size=10, room=10)
+    assert len(set(expected)) == 10
+    assert ranking(score("consensus", activations, tokens=tokens))[:10] == expected
+
+
+@pytest.mark.parametrize("room", [1, 7, 20])
+def test_consensus_takes_several_rounds_to_fill_a_larger_shared_expert(room):
+    importance_EF = torch.rand(5, F, generator=torch.Generator().manual_seed(room))
+    expected = naive_residual(importance_EF.tolist(), size=4, room=room)
+    score_F = seniority(importance_EF, 4, room)
+    assert ranking(score_F)[:room] == expected
+    assert score_F.max() > 1 or room < 20
+
+
+def test_consensus_prefers_what_all_want_to_what_one_wants_most():
+    importance_EF = torch.zeros(3, F)
+    importance_EF[:, 7] = 1
+    importance_EF[0, 8] = 100
+    importance_EF[1:, 9] = 2
+    assert ranking(seniority(importance_EF, 2, 1))[0] == 7

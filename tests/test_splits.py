@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import silu
 
 from upcycle.errors import UpcycleError
-from upcycle.planning import parameters
 from upcycle.recipe import Choice
+from upcycle.request import parameters
 from upcycle.rng import generator
 from upcycle.split import SPLITS
 from upcycle.split.coactivation_graph import (

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.source import DenseSource
 
+Document = str | list[dict[str, Any]]
+"""Text, or the messages of a chat."""
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
+SAMPLED_TOGETHER = 32  # sequences that the model writes at a time
 BUILTIN_MODULES = """
     argparse ast bisect calendar collections/__init__ configparser contextlib copy csv dataclasses
     datetime difflib email/message enum fractions functools heapq html/parser http/client inspect
@@ -87,26 +91,51 @@ def packed_tokens(
     Raises:
         UpcycleError: as there.
     """
-    tokenizer = load_tokenizer(folder)
     wanted = sequences * seq_len
+    ids = first_tokens(folder, vocab_size, text, wanted, seed=seed)
+    if len(ids) < wanted:
+        raise UpcycleError(
+            f"text {text!r} holds {len(ids):,} tokens, but {wanted:,} are needed {remedy}"
+        )
+    return ids.view(sequences, seq_len)
+
+
+def first_tokens(folder: Path, vocab_size: int, text: str, wanted: int, *, seed: int) -> Tensor:
+    """The first `wanted` tokens of a text's documents, or all of them if there are fewer; each
+    document is followed by the end-of-sequence token."""
+    tokenizer = load_tokenizer(folder)
     tokens: list[int] = []
     for document in _documents(text, seed):
-        tokens += tokenizer(document, verbose=False)["input_ids"]
+        tokens += _token_ids(tokenizer, document, folder)
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
         if len(tokens) >= wanted:
             break
-    if len(tokens) < wanted:
-        raise UpcycleError(
-            f"text {text!r} holds {len(tokens):,} tokens, but {wanted:,} are needed {remedy}"
-        )
-    ids = torch.tensor(tokens[:wanted]).view(sequences, seq_len)
-    if int(ids.max()) >= vocab_size:
+    ids = torch.tensor(tokens[:wanted], dtype=torch.int64)
+    if len(ids) and int(ids.max()) >= vocab_size:
         raise UpcycleError(
             f"the tokenizer in {folder} makes token {int(ids.max())}, but vocab_size is "
             f"{vocab_size}: it belongs to another model"
         )
     return ids
+
+
+def _token_ids(tokenizer: Any, document: Document, folder: Path) -> list[int]:
+    """A chat is rendered by the tokenizer's own template, which brings its special tokens."""
+    if isinstance(document, str):
+        return list(tokenizer(document, verbose=False)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise UpcycleError(
+            f'the text holds chats ("messages"), but the tokenizer in {folder} has no chat '
+            'template: give "text", or a model with a template'
+        )
+    try:
+        rendered = tokenizer.apply_chat_template(document, tokenize=False)
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        raise UpcycleError(
+            f"the chat template in {folder} refuses the messages {str(document)[:80]}: {error}"
+        ) from error
+    return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -145,7 +174,7 @@ def check_text(text: str, flag: str = "--calibration") -> None:
         )
 
 
-def _documents(text: str, seed: int) -> Iterator[str]:
+def _documents(text: str, seed: int) -> Iterator[Document]:
     if text == "builtin":
         return _builtin(seed)
     if text.startswith("hf:"):
@@ -189,7 +218,7 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _jsonl(path: Path) -> Iterator[str]:
+def _jsonl(path: Path) -> Iterator[Document]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -197,9 +226,24 @@ def _jsonl(path: Path) -> Iterator[str]:
             row = json.loads(line)
         except ValueError as error:
             raise UpcycleError(f"{path}, line {number}, is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UpcycleError(f'{path}, line {number}, has no "text" string')
-        yield row["text"]
+        row = row if isinstance(row, dict) else {}
+        if isinstance(row.get("text"), str):
+            yield row["text"]
+        elif _is_chat(row.get("messages")):
+            yield row["messages"]
+        else:
+            raise UpcycleError(
+                f'{path}, line {number}, has neither a "text" string nor a "messages" list'
+            )
+
+
+def _is_chat(messages: Any) -> bool:
+    """A template would render anything else as nothing."""
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(isinstance(message, dict) for message in messages)
+    )
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -268,7 +312,7 @@ def _sample_from_model(
                 min_new_tokens=seq_len - 1,
                 pad_token_id=start,
             )
-            for count in _batch_sizes(sequences, 32)
+            for count in _batch_sizes(sequences, SAMPLED_TOGETHER)
         ]
     return torch.cat(batches)
 

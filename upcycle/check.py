@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upcycle.device import free_memory
 from upcycle.errors import CheckFailed
 from upcycle.evaluate import (
     compare,
@@ -22,7 +23,7 @@ from upcycle.evaluate import (
     next_token_logits,
 )
 from upcycle.moe import moe_blocks
-from upcycle.planning import Plan, free_memory
+from upcycle.planning import Plan
 
 EXACT_TOKENS = 128
 

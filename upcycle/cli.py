@@ -1,11 +1,10 @@
 """The command line: parse, call, render. The only place that ends the process."""
 
-import functools
-import inspect as inspect_
 import json
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,6 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.options import (
+    NOT_SETTINGS,
+    REQUEST,
+    TRAINING,
+    Json,
+    Model,
+    Options,
+    Out,
+    Overwrite,
+    Revision,
+    Set,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from upcycle.planning import Plan
@@ -33,203 +45,8 @@ app = typer.Typer(
 )
 
 
-def _setting(text: str, *names: str, panel: str = "Recipe settings") -> Any:
-    """An option that replaces a field of the recipe; also read from UPCYCLE_<NAME>."""
-    variable = "UPCYCLE_" + names[0].split("/")[0].lstrip("-").replace("-", "_").upper()
-    return typer.Option(
-        *names, help=text, envvar=variable, rich_help_panel=panel, show_default=False
-    )
-
-
-RUN = "How to run"
-Model = Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.", metavar="MODEL")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder that is to hold the result.")]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", envvar="UPCYCLE_RECIPE", help="A shipped recipe or a YAML file.")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Method = Annotated[str | None, _setting("split | copy | drop | noise", "--method")]
-Experts = Annotated[
-    int | None,
-    _setting(
-        "Parts that a split cuts each FFN into, or copies of it. [default: 32 to 64, or 8 copies]",
-        "--experts",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    _setting("Routed experts active per token. [default: by --active, or 2 copies]", "--top-k"),
-]
-Active = Annotated[
-    float | None,
-    _setting(
-        "Share of all FFN neurons that a token uses, from which a split's top-k and shared "
-        "experts follow; layers kept dense count as 1. [default: 0.5]",
-        "--active",
-    ),
-]
-SharedExperts = Annotated[
-    int | None,
-    _setting(
-        "Of a split's parts, those that are always on. [default: up to a quarter where the target "
-        "has a shared expert]",
-        "--shared-experts",
-    ),
-]
-Granularity = Annotated[
-    int | None, _setting("Shards that each copy is cut into. [default: 1]", "--granularity")
-]
-Split = Annotated[
-    str | None,
-    _setting(
-        "predictability | coactivation | coactivation_graph | parameter_clustering | "
-        "token_clusters | ranked | random | contiguous",
-        "--split",
-    ),
-]
-SharedBy = Annotated[
-    str | None, _setting("Rule for the shared neurons: energy | rate", "--shared-by")
-]
-Router = Annotated[
-    str | None,
-    _setting(
-        "ridge | centroid | representative | kmeans | static | normal [default: ridge for a "
-        "split, normal for copies]",
-        "--router",
-    ),
-]
-Compensate = Annotated[
-    str | None,
-    _setting("What makes up for inactive neurons: least_squares | none", "--compensate"),
-]
-Sequential = Annotated[
-    bool | None,
-    _setting(
-        "Fit each layer on what the converted layers before it put out.",
-        "--sequential/--no-sequential",
-    ),
-]
-KeepDense = Annotated[
-    str | None,
-    _setting(
-        "Layers that stay dense: 0,1,29, none, or auto: those that measurably hurt most, as many "
-        "as pay.",
-        "--keep-dense",
-    ),
-]
-Target = Annotated[
-    str | None,
-    _setting(
-        "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo",
-        "--target",
-    ),
-]
-Calibration = Annotated[
-    str | None,
-    _setting(
-        "builtin | self | a .txt, .jsonl or .parquet file | hf:DATASET[:split[:column]] | none; "
-        "several, joined by +, in equal parts",
-        "--calibration",
-    ),
-]
-CalibrationTokens = Annotated[
-    int | None, _setting("Tokens to fit on. [default: 32768]", "--calibration-tokens")
-]
-SeqLen = Annotated[int | None, _setting("Tokens per sequence. [default: 512]", "--seq-len")]
-Dtype = Annotated[str | None, _setting("auto | float32 | bfloat16 | float16", "--dtype", panel=RUN)]
-Device = Annotated[str | None, _setting("auto | cpu | cuda", "--device", panel=RUN)]
-MaxShardSize = Annotated[
-    str | None, _setting("Largest weight file. [default: 5GB]", "--max-shard-size", panel=RUN)
-]
-Seed = Annotated[int | None, _setting("Same seed, same bytes. [default: 0]", "--seed", panel=RUN)]
-Check = Annotated[
-    str | None,
-    _setting("How much text to compare the result on: fast | full | none", "--check", panel=RUN),
-]
-FrozenRouter = Annotated[
-    bool | None,
-    typer.Option(
-        "--allow-frozen-router",
-        help="Allow one copy per token where its router can't learn.",
-        show_default=False,
-        rich_help_panel=RUN,
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any setting, such as split.rows=up. Repeatable."
-    ),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a former result at OUT.")]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume", help="Go on after the last finished layer; keep finished layers if stopped."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
-
-# The options of every command that plans a conversion, written once: see _with_request.
-REQUEST = {
-    "model": (Model, inspect_.Parameter.empty),
-    "out": (Out, None),
-    "recipe": (RecipeName, "default"),
-    "method": (Method, None),
-    "experts": (Experts, None),
-    "top_k": (TopK, None),
-    "active": (Active, None),
-    "shared_experts": (SharedExperts, None),
-    "granularity": (Granularity, None),
-    "split": (Split, None),
-    "shared_by": (SharedBy, None),
-    "router": (Router, None),
-    "compensate": (Compensate, None),
-    "sequential": (Sequential, None),
-    "keep_dense": (KeepDense, None),
-    "target": (Target, None),
-    "calibration": (Calibration, None),
-    "calibration_tokens": (CalibrationTokens, None),
-    "seq_len": (SeqLen, None),
-    "set_": (Set, None),
-    "dtype": (Dtype, None),
-    "device": (Device, None),
-    "max_shard_size": (MaxShardSize, None),
-    "seed": (Seed, None),
-    "check": (Check, None),
-    "allow_frozen_router": (FrozenRouter, None),
-    "revision": (Revision, None),
-    "overwrite": (Overwrite, False),
-    "resume": (Resume, False),
-    "json_": (Json, False),
-}
-NOT_SETTINGS = {"model", "out", "recipe", "set_", "revision", "overwrite", "resume", "json_"}
-Options = dict[str, Any]
-
-
-def _with_request(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `options`, and perhaps options of its own, all those of REQUEST."""
-    own = dict(inspect_.signature(command).parameters)
-    del own["options"]
-
-    @functools.wraps(command)
-    def wrapper(**options: Any) -> None:
-        command(options, **{name: options.pop(name) for name in own})
-
-    options = {name: annotation for name, (annotation, _) in REQUEST.items()}
-    wrapper.__annotations__ = options | {n: p.annotation for n, p in own.items()} | {"return": None}
-    keyword = inspect_.Parameter.KEYWORD_ONLY
-    shared = [
-        inspect_.Parameter(name, keyword, default=default, annotation=annotation)
-        for name, (annotation, default) in REQUEST.items()
-    ]
-    added = [parameter.replace(kind=keyword) for parameter in own.values()]
-    wrapper.__signature__ = inspect_.Signature([*shared, *added])  # type: ignore[attr-defined]
-    return wrapper
-
-
 @app.command()
-@_with_request
+@with_options(REQUEST)
 def convert(
     options: Options,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
@@ -270,7 +87,7 @@ def convert(
 
 
 @app.command()
-@_with_request
+@with_options(REQUEST)
 def plan(options: Options) -> None:
     """Show what `convert` would build, and raise every error that can be known. Writes nothing."""
     _show_plan(options)
@@ -317,37 +134,147 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UpcycleError(f"--set {text!r}: the value is not YAML") from error
 
 
+Against = Annotated[str | None, typer.Option(help="The dense model that MODEL was made from.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A .txt, .jsonl or .parquet file, builtin or hf:… Repeatable. [default: builtin]",
+        show_default=False,
+    ),
+]
+Speed = Annotated[
+    bool, typer.Option("--speed", help="Time both models in turn; this holds both in memory.")
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK,…", help="Run tasks of lm-eval, such as arc_easy,hellaswag, on both models."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at once, for --speed and --tasks.")]
+EvalDtype = Annotated[
+    str,
+    typer.Option(
+        help="auto | float32 | bfloat16 | float16; auto is float32 on a CPU, elsewhere the "
+        "checkpoint's own."
+    ),
+]
+
+
+@app.command()
+@with_options(TRAINING)
+def finetune(
+    options: Options,
+    model: Model,
+    out: Out = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="heal | specialise | lora, or a YAML file. [default: heal for a split, specialise "
+            "for copies]",
+            show_default=False,
+        ),
+    ] = None,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the state of a run that was stopped.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Train a Mixture-of-Experts further: heal a split, or let copies come to differ.
+
+    Runs alone, or on several devices by `accelerate launch -m upcycle finetune …`. Ctrl-C saves
+    the state, from which --resume goes on. The result is a checkpoint like MODEL.
+
+    Examples:
+
+    * `upcycle finetune split --data notes.txt -o healed`
+    * `upcycle finetune copies --recipe specialise --data hf:DATASET --tokens 50000000 -o out`
+    * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
+    """
+    with _errors("interrupted; --resume goes on from the last saved state"):
+        from upcycle import console
+        from upcycle.training.publish import finetuning_summary
+        from upcycle.training.run import finetune as train
+
+        if out is None:
+            raise UpcycleError("name the folder for the result: -o OUT")
+        _quiet_model_loading()
+        settings = {name: value for name, value in options.items() if value is not None}
+        settings |= dict(_assignment(text) for text in set_ or [])
+        with console.watching_training(quiet=json_ or not _first_process()) as watch:
+            done = train(
+                model,
+                out,
+                preset=recipe,
+                overwrite=overwrite,
+                resume=resume,
+                watch=watch,
+                **settings,
+            )
+        if not _first_process():
+            return
+        if json_:
+            _print_json(finetuning_summary(done))
+        else:
+            console.show_finetuning(done)
+
+
 @app.command("eval")
 def evaluate(
     model: Model,
-    text: Annotated[str, typer.Option(help="A .txt, .jsonl or .parquet file, builtin or hf:…")],
-    against: Annotated[
-        str | None, typer.Option(help="The dense model that MODEL was made from.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=8, help="How many, from the text's start.")] = 16384,
+    against: Against = None,
+    text: Texts = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Of each text, from its start.")] = 16384,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    speed: Speed = False,
+    tasks: Tasks = None,
+    batch_size: BatchSize = 1,
+    dtype: EvalDtype = "auto",
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="File for the JSON object, too.")] = None,
     json_: Json = False,
 ) -> None:
-    """Measure a model's perplexity on a text, and how far it is from the dense model.
+    """Measure how good a model is on texts, how far it is from the dense model, how tokens spread
+    over experts, what it costs, and perhaps how fast it is.
 
-    The text is cut into windows of the same length, each read on its own; the first token of a
-    window is given. Everything is computed in float32.
+    Each text is cut into windows of the same length, each read on its own; the first token of a
+    window is given.
+
+    Examples:
+
+    * `upcycle eval out --against MODEL --text notes.txt --text code.txt`
+    * `upcycle eval out --against MODEL --speed --output eval.json`
     """
     with _errors():
-        from dataclasses import asdict
-
         from upcycle import console
         from upcycle.evaluate import evaluate as measure
+        from upcycle.evaluate import evaluation_summary
 
+        _check_file(output)
         _quiet_model_loading()
         with console.progress_bars(quiet=json_) as progress:
             report = measure(
-                model, text, against=against, tokens=tokens, seq_len=seq_len, progress=progress
+                model,
+                text or ["builtin"],
+                against=against,
+                tokens=tokens,
+                seq_len=seq_len,
+                speed=speed,
+                tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
+                batch_size=batch_size,
+                dtype=dtype,
+                device=device,
+                progress=progress,
             )
+        summary = evaluation_summary(report)
+        if output is not None:
+            output.expanduser().write_text(json.dumps(summary, indent=2) + "\n")
         if json_:
-            _print_json(asdict(report) | {"perplexity_ratio": report.perplexity_ratio})
+            _print_json(summary)
         else:
-            console.show_evaluation(model, report)
+            console.show_evaluation(report)
 
 
 @app.command()
@@ -365,24 +292,87 @@ def inspect(model: Model, revision: Revision = None, json_: Json = False) -> Non
 
 
 @app.command()
+def report(
+    model: Model,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The HTML file to write.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model that MODEL was made from.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A .txt, .jsonl or .parquet file, builtin or hf:… Repeatable. [default: builtin]",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=8, help="Of each text, from its start. [default: 4096]", show_default=False
+        ),
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="What `upcycle eval --json` printed, instead of evaluating now."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Show a model on one HTML page: its quality beside the dense model's, how its experts are
+    used, how it was made and trained. The page needs nothing but itself.
+
+    Examples:
+
+    * `upcycle report out --against MODEL -o report.html`
+    * `upcycle report out --evaluation eval.json -o report.html`
+    """
+    with _errors():
+        from upcycle import console, facts
+        from upcycle.page import render
+
+        if out is None:
+            raise UpcycleError("name the file for the page: -o report.html")
+        if evaluation is not None and (against or text or tokens):
+            raise UpcycleError(
+                "--evaluation holds numbers already: drop --against, --text and --tokens"
+            )
+        out = out.expanduser()
+        facts.check_page(out, overwrite=overwrite)
+        _quiet_model_loading()
+        found = facts.gather(model)
+        if evaluation is not None:
+            found["evaluation"] = facts.read_evaluation(evaluation.expanduser(), found)
+        else:
+            with console.progress_bars(quiet=False) as progress:
+                found["evaluation"] = facts.evaluate_model(
+                    model, text or ["builtin"], against, tokens or 4096, progress
+                )
+        facts.write_page(out, render(found))
+        sys.stdout.write(f"{out}\n")
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one as YAML.")] = None,
     json_: Json = False,
 ) -> None:
-    """List the shipped recipes and the methods that they are made of, or print one recipe."""
+    """List the recipes of `convert` and `finetune` and the methods that they are made of, or print
+    one recipe."""
     with _errors():
         from upcycle import console
-        from upcycle.inspection import describe_methods, describe_recipes
-        from upcycle.recipe import load_recipe, recipe_text
+        from upcycle.inspection import describe_methods, describe_presets, describe_recipes
+        from upcycle.recipe import load_recipe, recipe_text, shipped_presets, yaml_fields
 
         if name is not None and json_:
-            _print_json(load_recipe(name).settings())
+            presets = shipped_presets()
+            preset = yaml_fields(presets[name]) if name in presets else None
+            _print_json(preset or load_recipe(name).settings())
         elif name is not None:
             sys.stdout.write(recipe_text(name))
         elif json_:
-            _print_json({"recipes": describe_recipes(), "methods": describe_methods()})
+            listed = {"recipes": describe_recipes(), "presets": describe_presets()}
+            _print_json(listed | {"methods": describe_methods()})
         else:
-            console.show_recipes(describe_recipes(), describe_methods())
+            console.show_recipes(describe_recipes(), describe_presets(), describe_methods())
 
 
 @app.command()
@@ -398,12 +388,28 @@ def env(json_: Json = False) -> None:
             console.table("environment", describe_environment())
 
 
+def _check_file(output: Path | None) -> None:
+    """Raise before the work what would keep its result from being written."""
+    if output is not None and output.expanduser().is_dir():
+        raise UpcycleError(f"--output {output} is a folder: give a file")
+    if output is not None and not output.expanduser().parent.is_dir():
+        raise UpcycleError(f"--output {output}: {output.parent} is no folder: make it first")
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
 
 
+def _first_process() -> bool:
+    """Under `accelerate launch`, only one process speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(
+    interrupted: str = "interrupted; nothing was left behind, unless --resume was given to go on "
+    "later",
+) -> Iterator[None]:
     """One sentence instead of a traceback: exit code 2 for bad input, 1 for anything else."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -413,7 +419,7 @@ def _errors() -> Iterator[None]:
     except CheckFailed as error:
         _fail(f"{error}; please report this", 1)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind, unless --resume was given to go on later", 1)
+        _fail(interrupted, 1)
     except OSError as error:
         _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
     except MemoryError:
@@ -421,18 +427,22 @@ def _errors() -> Iterator[None]:
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    sys.stderr.write(f"error: {sentence}\n")
+    if _first_process():
+        sys.stderr.write(f"error: {sentence}\n")
     raise typer.Exit(code)
 
 
 def _quiet_model_loading() -> None:
-    """transformers' own bars and load reports would break up ours."""
+    """transformers' own bars, load reports and deprecations would break up ours."""
+    import warnings
+
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # its retries, when offline
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""Balanced clustering: groups of exactly equal size."""
+"""Balanced clustering: groups of exactly equal size, and what matters in groups of tokens."""
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from upcycle.types import LayerActivations
 
 
 def balanced_assignment(cost_FE: Tensor) -> Tensor:
@@ -81,6 +83,25 @@ def balanced_kmeans(
         if torch.equal(previous, owner_F):
             break
     return members_EM, centroids_EC
+
+
+def importance_by_cluster(
+    sample: LayerActivations, num_clusters: int, rng: torch.Generator
+) -> Tensor:
+    """How much each neuron puts out, |h| |down|, in each of C regions of hidden states [C, F].
+
+    The regions are those of a balanced k-means; a token counts where the dot product with the
+    centroid is largest.
+    """
+    x_TD = sample.x_TD[: len(sample.x_TD) // num_clusters * num_clusters]
+    _, centroids_CD = balanced_kmeans(x_TD, num_clusters, rng)
+    norm_F = sample.ffn.down_DF.norm(dim=0)
+    importance_CF, tokens_C = torch.zeros(num_clusters, len(norm_F)), torch.zeros(num_clusters)
+    for x_tD, h_tF in sample.chunks():
+        cluster_t = (x_tD @ centroids_CD.to(x_tD).T).argmax(1)
+        importance_CF.index_add_(0, cluster_t.cpu(), (h_tF.abs() * norm_F).cpu().float())
+        tokens_C += cluster_t.cpu().bincount(minlength=num_clusters)
+    return importance_CF / tokens_C.clamp_min(1)[:, None]
 
 
 def squared_distance(rows_FC: Tensor, centroids_EC: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What people see: progress bars and tables, through rich. No logic."""
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from upcycle.evaluate import Evaluation
     from upcycle.planning import Plan
     from upcycle.report import Conversion
+    from upcycle.tasks import TaskScores
+    from upcycle.training.publish import Finetuning
+    from upcycle.training.run import Watch
+    from upcycle.training.settings import Training
 
 out = Console()
 err = Console(stderr=True)
@@ -42,6 +47,77 @@ def progress_bars(*, quiet: bool) -> Iterator["OnProgress"]:
                 bars.update(tasks[stage], completed=done, total=total)
 
             yield advance
+
+
+@contextmanager
+def watching_training(*, quiet: bool) -> Iterator["Watch"]:
+    """What trains, then a live line on a terminal, and a line per validation."""
+    from upcycle.training.run import Watch
+
+    if quiet:
+        yield Watch()
+        return
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+        task = bars.add_task("", total=None)
+
+        def row(row: dict[str, Any], done: int, total: int) -> None:
+            if "validation" in row:
+                measured = ", ".join(f"{k} {v:.4g}" for k, v in row["validation"].items())
+                err.print(f"step {row['step']} of {total}: validation {measured}", highlight=False)
+            else:
+                bars.update(task, completed=done, total=total, description=_training_line(row))
+
+        yield Watch(begin=show_groups, row=row)
+
+
+def _training_line(row: Mapping[str, Any]) -> str:
+    names = ("next_token", "distill", "match_layers", "balance", "z_loss")
+    parts = [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in names if name in row]
+    load = f"busiest expert {row['imbalance']:.2f} × fair share"
+    return ", ".join([*parts, load, f"{row['tokens_per_second']:.0f} tokens/s"])
+
+
+def show_groups(settings: "Training", groups: Mapping[str, Mapping[str, int]]) -> None:
+    """What trains, before the first step."""
+    rows = {
+        name: (count(row["parameters"]), count(row["trained"]) if row["trained"] else "–")
+        for name, row in groups.items()
+    }
+    how = f"low-rank changes of rank {settings.lora}" if settings.lora else "the weights themselves"
+    table(f"trained: {how}, preset {settings.name}", rows, "parameters", "trained")
+
+
+def show_finetuning(done: "Finetuning") -> None:
+    """What training changed and what it cost."""
+    rows = {
+        name: (f"{value:.4f}", f"{done.after[name]:.4f}") for name, value in done.before.items()
+    }
+    total = done.settings.total_steps
+    rows |= {
+        "kept": ("", f"the state after step {done.result_step} of {total}"),
+        "tokens": ("", f"{done.tokens:,}"),
+        "time": ("", f"{done.seconds:.0f} s, {done.tokens / done.seconds:.0f} tokens/s"),
+        "dead experts": ("", f"{done.last['dead']} in the last step"),
+    }
+    table(f"{done.model}, on held-out text of {done.settings.data}", rows, "before", "after")
+    if done.after["loss"] >= done.before["loss"] and not done.settings.distill:
+        out.print(
+            "[bold yellow]Training made it no better[/]: lower --lr, or give more --tokens.",
+            highlight=False,
+        )
+    how = (
+        "loads with peft"
+        if done.settings.lora and not done.settings.merge
+        else ("loads with AutoModelForCausalLM.from_pretrained")
+    )
+    out.print(f"[bold]{done.out}[/] {how}", highlight=False)
 
 
 def _print_stage_once() -> "OnProgress":
@@ -86,6 +162,8 @@ def count(number: int) -> str:
 
 def show_plan(plan: "Plan") -> None:
     """What would be built, and what each target says."""
+    from upcycle.memory import peak_bytes
+
     recipe = plan.recipe
     table(
         f"{plan.source.label} → {plan.target}",
@@ -101,7 +179,7 @@ def show_plan(plan: "Plan") -> None:
             "calibration": f"{plan.fit_tokens:,} tokens of {recipe.calibration}"
             if plan.streams
             else "not needed",
-            "memory": f"about {size(plan.peak_bytes())}"
+            "memory": f"about {size(peak_bytes(plan))}"
             + (f", the check {size(plan.check_bytes())}" if recipe.check != "none" else ""),
         },
     )
@@ -217,22 +295,96 @@ def _verdict(conversion: "Conversion") -> str:
     )
 
 
-def show_evaluation(model: str, report: "Evaluation") -> None:
-    """Perplexity, and the distance from the dense model if there is one."""
-    rows = {"perplexity": f"{report.perplexity:.3f}"}
-    if report.perplexity_ratio is not None:
-        rows |= {
-            "dense perplexity": f"{report.perplexity_against:.3f}",
-            "ratio": f"{report.perplexity_ratio:.4f}",
-            "KL to dense, nats": f"{report.kl:.4f}",
-            "same next token": f"{100 * (report.top1_agreement or 0):.1f} %",
-        }
-    loads = [share for layer in report.load for share in layer]
-    if loads:
-        rows["expert load"] = f"{min(loads):.2f} to {max(loads):.2f} × fair share"
-        rows["dead experts"] = f"{loads.count(0)} of {len(loads)}"
-    rows["text"] = f"{report.tokens:,} tokens in windows of {report.window}"
-    table(model, rows)
+def show_evaluation(report: "Evaluation") -> None:
+    """A line per text, then what the model is and does, then tasks."""
+    title = report.model if report.against is None else f"{report.model} against {report.against}"
+    _show_texts(title, report)
+    table("", _routing(report) | _cost(report) | _speed(report))
+    if report.tasks is not None:
+        _show_tasks(report.tasks, ["model"] if report.against is None else ["model", "dense"])
+    out.print(
+        f"Measured on {report.tokens:,} tokens of each text, windows of {report.window}.",
+        highlight=False,
+    )
+    for result in report.texts:
+        if not math.isfinite(result.perplexity):
+            what = f"on {result.text} perplexity is {result.perplexity}: the logits overflow"
+            err.print(f"[yellow]note[/]: {what}", highlight=False)
+
+
+def _show_texts(title: str, report: "Evaluation") -> None:
+    headings = ["perplexity"]
+    if report.against is not None:
+        headings += ["dense", "ratio", "KL, nats", "same next token"]
+    rows = {}
+    for result in report.texts:
+        numbers = [f"{result.perplexity:.3f}"]
+        if report.against is not None:
+            numbers += [
+                f"{result.perplexity_against:.3f}",
+                f"{result.perplexity_ratio:.4f}",
+                f"{result.kl:.4f}",
+                f"{100 * (result.top1_agreement or 0):.1f} %",
+            ]
+        rows[result.text] = tuple(numbers)
+    table(title, rows, *headings)
+
+
+def _show_tasks(scores: "TaskScores", headings: list[str]) -> None:
+    def cells(values: list[float | None]) -> tuple[str, ...]:
+        return tuple("" if value is None else f"{value:.4f}" for value in values[: len(headings)])
+
+    rows = {
+        f"{task}, {metric}": cells(values)
+        for task, metrics in scores.items()
+        for metric, values in metrics.items()
+    }
+    table("lm-eval", rows, *headings)
+
+
+def _routing(report: "Evaluation") -> dict[str, str]:
+    if not report.routing:
+        return {}
+    loads = [share for layer in report.routing for share in layer.load]
+    dead = sum(layer.dead for layer in report.routing)
+    worst = min(report.routing, key=lambda layer: layer.entropy)
+    cosines = [layer.cosine for layer in report.similarity]
+    return {
+        "MoE layers": f"{len(report.routing)}",
+        "expert load": f"{min(loads):.2f} to {max(loads):.2f} × fair share",
+        "load entropy": f"{worst.entropy:.3f} at least (layer {worst.layer}); 1 is even",
+        "dead experts": f"{dead} of {len(loads)}",
+        "expert similarity": f"{sum(cosines) / len(cosines):.3f} (mean cosine; 1 for copies)",
+    }
+
+
+def _cost(report: "Evaluation") -> dict[str, str]:
+    def cell(mine: int, dense: int | None) -> str:
+        return count(mine) + ("" if dense is None else f" (dense {count(dense)})")
+
+    params, flops = report.params, report.flops
+    return {
+        "parameters": cell(params.total, params.total_against),
+        "active per token": cell(params.active, params.active_against),
+        "FLOPs per token": cell(flops.active, flops.active_against),
+    }
+
+
+def _speed(report: "Evaluation") -> dict[str, str]:
+    speed = report.speed
+    if speed is None:
+        return {}
+
+    def cell(mine: float, dense: float | None) -> str:
+        beside = "" if dense is None else f" (dense {dense:.0f}: {mine / dense:.2f} ×)"
+        return f"{mine:.0f} tokens/s{beside}"
+
+    return {
+        "prefill": cell(speed.prefill, speed.prefill_against),
+        "decode": cell(speed.decode, speed.decode_against),
+        "timed with": f"batch {speed.batch_size}, {speed.threads} threads, {speed.dtype}, "
+        f"experts by {speed.experts_implementation}",
+    }
 
 
 def show_inspection(report: Mapping[str, Any]) -> None:
@@ -257,11 +409,17 @@ def _fact(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def show_recipes(recipes: list[dict[str, Any]], methods: list[dict[str, Any]]) -> None:
-    """The shipped recipes, then the methods that any recipe can name."""
+def show_recipes(
+    recipes: list[dict[str, Any]], presets: list[dict[str, Any]], methods: list[dict[str, Any]]
+) -> None:
+    """The shipped recipes, the presets of training, then the methods that a recipe can name."""
     grid = Table("recipe", "method", "what it does", "paper", title="recipes", title_justify="left")
     for recipe in recipes:
         grid.add_row(recipe["name"], recipe["method"], recipe["summary"], recipe["paper"])
+    out.print(grid)
+    grid = Table("preset", "what it does", "paper", title="of finetune", title_justify="left")
+    for preset in presets:
+        grid.add_row(preset["name"], preset["summary"], preset["paper"])
     out.print(grid)
     grid = Table(
         "kind", "name", "what it does", "parameters", "paper", title="methods", title_justify="left"

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upcycle.errors import UpcycleError
 
+BATCH_TOKENS = 4096  # that go through a layer at a time
+
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config on the meta device: modules, names and shapes, no memory."""
@@ -57,7 +59,7 @@ class HiddenStream:
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
         with torch.no_grad():
-            for ids_bL in tokens_BL.to(device).split(max(1, 4096 // tokens_BL.shape[1])):
+            for ids_bL in tokens_BL.to(device).split(max(1, BATCH_TOKENS // tokens_BL.shape[1])):
                 model.model(input_ids=ids_bL, use_cache=False)
                 self.hidden.append(self.recorders[0].hidden)
 

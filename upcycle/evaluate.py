@@ -1,14 +1,16 @@
 """How good a model is on text, alone and against the dense model it was made from.
 
-Protocol: the text is cut into windows of the same length, each is read on its own, and the first
+Protocol: each text is cut into windows of the same length, each is read on its own, and the first
 token of a window is given. Perplexity is the exponential of the mean over windows. One model is in
-memory at a time.
+memory at a time, unless speed is measured, which takes both in turn.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,24 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from upcycle.anatomy import Size, expert_similarity, flops, measure_size
 from upcycle.calibrate import check_text, packed_tokens
-from upcycle.errors import CheckFailed
+from upcycle.device import choose_device, free_memory
+from upcycle.errors import CheckFailed, UpcycleError
 from upcycle.moe import moe_blocks, watch_selections
+from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
 from upcycle.source import checkpoint_folder, read_config
+from upcycle.speed import Speed, measure_speed
+from upcycle.tasks import TaskScores, open_tasks, run_tasks
 
 Step = Callable[[int], None]
 """Told how many windows are done."""
+Progress = Callable[[str, int, int], None]
+"""Told the stage, how much of it is done, and how much there is."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+BUILTIN_SEED = 1
+"""Another order of the builtin text than the one that conversions calibrate on."""
 
 
 @dataclass(frozen=True)
@@ -45,83 +58,275 @@ class Comparison:
     """Mean KL(reference ‖ model) per token, in nats."""
     top1_agreement: float
     """Share of tokens whose most likely next token is the same."""
-    load: list[list[float]]
-    """Per MoE layer and expert: its share of the tokens over the fair share, K / E."""
+    pairs: list[Tensor]
+    """Per MoE layer, how many tokens selected both of two experts [E, E]."""
     router_weights: list[float]
     """Per call of a router, the mean over tokens of the selected experts' weights, added up."""
+
+    @property
+    def load(self) -> list[list[float]]:
+        """Per MoE layer and expert: its share of the tokens over the fair share, K / E."""
+        return [utilisation(pairs_EE.diagonal()) for pairs_EE in self.pairs]
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """A model's numbers on one text; those against another model are None without one."""
+
+    text: str
+    perplexity: float
+    perplexity_against: float | None
+    perplexity_ratio: float | None
+    kl: float | None
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """How alike a layer's experts are; see `expert_similarity`."""
+
+    layer: int
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of the model and of the one it is compared with."""
+
+    total: int
+    active: int
+    total_against: int | None
+    active_against: int | None
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Per token; see `flops`. The total is what a token would take with all experts on."""
+
+    active: int
+    total: int
+    active_against: int | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's numbers on one text; those against another model are None without one."""
+    """What `evaluate` measured."""
 
-    perplexity: float
-    perplexity_against: float | None
-    kl: float | None
-    top1_agreement: float | None
-    load: list[list[float]]
-    tokens: int
+    model: str
+    against: str | None
     window: int
+    tokens: int
+    """Of each text."""
+    texts: list[TextResult]
+    routing: list[LayerRouting]
+    """Over the tokens of all texts."""
+    similarity: list[LayerSimilarity]
+    params: Parameters
+    flops: Flops
+    speed: Speed | None
+    tasks: TaskScores | None
 
-    @property
-    def perplexity_ratio(self) -> float | None:
-        against = self.perplexity_against
-        return None if against is None else self.perplexity / against
+
+def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
+    """The evaluation as one JSON object."""
+    return asdict(evaluation)
 
 
 def evaluate(
     model: str,
-    text: str,
+    texts: list[str],
     *,
     against: str | None = None,
     tokens: int = 16384,
     seq_len: int = 512,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    speed: bool = False,
+    tasks: list[str] | None = None,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress = lambda stage, done, total: None,
 ) -> Evaluation:
-    """Evaluate a checkpoint on a text, alone or beside the dense model it was made from.
+    """Evaluate a checkpoint on texts, alone or beside the dense model it was made from.
 
     Args:
         model, against: folders, hub ids or GGUF files; both must share a tokenizer.
-        text: a file, `builtin` or `hf:…`, as for calibration.
-        tokens: how many, from the text's start.
+        texts: each a file, `builtin` or `hf:…`, as for calibration.
+        tokens: how many of each text, from its start.
+        speed: measure both models' too, with both in memory.
+        tasks: of lm-eval, to be run as well.
+        batch_size: sequences at once, for speed and tasks.
+        dtype: `auto` is float32 on a CPU, elsewhere the checkpoint's own.
 
     Raises:
-        UpcycleError: a model or the text can't be read.
+        UpcycleError: a model or a text can't be read, a setting is wrong, or lm-eval is missing.
         CheckFailed: a checkpoint does not load whole.
     """
-    check_text(text, "--text")
-    place = torch.device(device)
-    with checkpoint_folder(model) as folder:
-        vocab_size = read_config(folder).vocab_size
-        windows = max(1, tokens // seq_len)
-        tokens_BL = packed_tokens(folder, vocab_size, text, windows, seq_len)
-        total = windows * (1 if against is None else 2)
-        reference = None
-        if against is not None:
-            with checkpoint_folder(against) as dense:
-                reference = measure_reference(
-                    load_model(dense, dtype, place),
-                    tokens_BL,
-                    lambda done: progress("evaluating", done, total),
-                )
-        measured = compare(
-            load_model(folder, dtype, place),
-            tokens_BL,
-            reference,
-            lambda done: progress("evaluating", total - windows + done, total),
+    for text in texts:
+        check_text(text, "--text")
+    place, windows = choose_device(device), max(1, tokens // seq_len)
+    if speed and batch_size > windows * len(texts):
+        raise UpcycleError(
+            f"--batch-size {batch_size} needs as many windows of text, but there are "
+            f"{windows * len(texts)}: raise --tokens"
         )
+    suite = open_tasks(tasks) if tasks else None
+    with (
+        checkpoint_folder(model) as folder,
+        nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
+    ):
+        kind = choose_dtype(dtype, folder, place)
+        vocab_size = _vocab_size(folder, dense_folder)
+        tokens_NBL = torch.stack(
+            [
+                packed_tokens(folder, vocab_size, text, windows, seq_len, seed=BUILTIN_SEED)
+                for text in texts
+            ]
+        )
+        if dense_folder is not None:
+            _check_memory(tokens_NBL.numel() * vocab_size * torch.float16.itemsize)
+        pair = _Pair(model, folder, against, dense_folder, kind, place)
+        measured = _measure(pair, texts, tokens_NBL, batch_size if speed else 0, progress)
+        if suite is None:
+            return measured
+        progress("tasks", 0, 1)
+        name = str(kind).removeprefix("torch.")
+        scores = run_tasks(
+            suite, folder, dense_folder, dtype=name, device=str(place), batch_size=batch_size
+        )
+        progress("tasks", 1, 1)
+        return replace(measured, tasks=scores)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A model, perhaps the dense one that it is compared with, and how to load them."""
+
+    model: str
+    folder: Path
+    against: str | None
+    dense_folder: Path | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _measure(
+    pair: _Pair, texts: list[str], tokens_NBL: Tensor, batch_size: int, progress: Progress
+) -> Evaluation:
+    """Everything but tasks, on N texts.
+
+    Args:
+        batch_size: for the speed, which is not measured if it is 0.
+    """
+    total = tokens_NBL.shape[:2].numel() * (1 if pair.dense_folder is None else 2)
+    step = _counter(progress, total)
+    references: list[Reference | None] = [None] * len(texts)
+    dense, dense_size = None, None
+    if pair.dense_folder is not None:
+        dense = load_model(pair.dense_folder, pair.dtype, pair.device)
+        references = [measure_reference(dense, tokens_BL, step) for tokens_BL in tokens_NBL]
+        dense_size = measure_size(dense)
+        if not batch_size:
+            dense = None  # one model in memory at a time
+    model = load_model(pair.folder, pair.dtype, pair.device)
+    compared = [
+        compare(model, tokens_BL, reference, step)
+        for tokens_BL, reference in zip(tokens_NBL, references, strict=True)
+    ]
     progress("evaluating", total, total)
+    speed = None
+    if batch_size:
+        batch_BL = tokens_NBL.flatten(0, 1)[:batch_size]
+        speed = measure_speed(
+            model, dense, batch_BL, lambda done, rounds: progress("timing", done, rounds)
+        )
+    size, blocks = measure_size(model), moe_blocks(model)
     return Evaluation(
-        perplexity=measured.perplexity,
-        perplexity_against=reference.perplexity if reference else None,
-        kl=measured.kl if reference else None,
-        top1_agreement=measured.top1_agreement if reference else None,
-        load=measured.load,
-        tokens=tokens_BL.numel(),
-        window=seq_len,
+        model=pair.model,
+        against=pair.against,
+        window=tokens_NBL.shape[2],
+        tokens=tokens_NBL[0].numel(),
+        texts=[_text_result(*row) for row in zip(texts, compared, references, strict=True)],
+        routing=[
+            layer_routing(block.layer, sum_EE, tokens_NBL.numel())
+            for block, sum_EE in zip(blocks, _sums([c.pairs for c in compared]), strict=True)
+        ],
+        similarity=[
+            LayerSimilarity(block.layer, round(expert_similarity(block), 6)) for block in blocks
+        ],
+        params=_parameters(size, dense_size),
+        flops=_flops(size, dense_size),
+        speed=speed,
+        tasks=None,
     )
+
+
+def _counter(progress: Progress, total: int) -> Step:
+    """Tells `progress` of every window of all texts and models."""
+    windows = itertools.count()
+    return lambda _: progress("evaluating", next(windows), total)
+
+
+def _sums(rows: list[list[Tensor]]) -> list[Tensor]:
+    """Of the first tensors of all rows, of the second ones, and so on."""
+    return [torch.stack(column).sum(0) for column in zip(*rows, strict=True)]
+
+
+def _text_result(text: str, measured: Comparison, reference: Reference | None) -> TextResult:
+    if reference is None:
+        return TextResult(text, measured.perplexity, None, None, None, None)
+    ratio = measured.perplexity / reference.perplexity
+    return TextResult(
+        text,
+        measured.perplexity,
+        reference.perplexity,
+        ratio,
+        measured.kl,
+        measured.top1_agreement,
+    )
+
+
+def _parameters(size: Size, dense: Size | None) -> Parameters:
+    if dense is None:
+        return Parameters(size.total, size.active, None, None)
+    return Parameters(size.total, size.active, dense.total, dense.active)
+
+
+def _flops(size: Size, dense: Size | None) -> Flops:
+    against = None if dense is None else flops(dense.matmul_active)
+    return Flops(flops(size.matmul_active), flops(size.matmul_total), against)
+
+
+def _vocab_size(folder: Path, dense_folder: Path | None) -> int:
+    vocab_size = int(read_config(folder).vocab_size)
+    if dense_folder is not None:
+        other = int(read_config(dense_folder).vocab_size)
+        if other != vocab_size:
+            raise UpcycleError(
+                f"--against {dense_folder} has a vocabulary of {other:,} tokens, but {folder} one "
+                f"of {vocab_size:,}: give the dense model that it was made from"
+            )
+    return vocab_size
+
+
+def _check_memory(needed: int) -> None:
+    """For what the dense model predicts, which is kept until the other model is loaded."""
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise UpcycleError(
+            f"--against keeps {needed / 1e9:.1f} GB of the dense model's predictions, but "
+            f"{free / 1e9:.1f} GB of memory are free: lower --tokens, or give fewer texts at once"
+        )
+
+
+def choose_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
+    """The dtype that `--dtype` names; `auto` is float32 on a CPU, elsewhere the checkpoint's."""
+    if name == "auto":
+        own = read_config(folder).dtype
+        return torch.float32 if device.type == "cpu" or own is None else own
+    if name not in DTYPES:
+        raise UpcycleError(f"--dtype {name!r} is unknown: give auto, {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -164,7 +369,7 @@ def measure_reference(model: Any, tokens_BL: Tensor, step: Step) -> Reference:
         loss += _loss(log_probs_LV, window_L)
         log_probs.append(log_probs_LV.to("cpu", torch.float16))
         top.append(log_probs_LV.argmax(-1).cpu())
-    return Reference(math.exp(loss / len(tokens_BL)), log_probs, top)
+    return Reference(_perplexity(loss / len(tokens_BL)), log_probs, top)
 
 
 def compare(model: Any, tokens_BL: Tensor, reference: Reference | None, step: Step) -> Comparison:
@@ -172,30 +377,30 @@ def compare(model: Any, tokens_BL: Tensor, reference: Reference | None, step: St
     agreement stay 0."""
     loss = kl = agreement = 0.0
     blocks = moe_blocks(model)
-    counts = [torch.zeros(block.num_experts, dtype=torch.int64) for block in blocks]
+    pairs = [torch.zeros((b.num_experts,) * 2, dtype=torch.float64) for b in blocks]
     weights: list[float] = []
 
     def see(place: int, chosen_TK: Tensor, weights_TK: Tensor) -> None:
-        counts[place] += chosen_TK.flatten().cpu().bincount(minlength=len(counts[place]))
+        pairs[place] += count_pairs(chosen_TK, len(pairs[place]))
         weights.append(weights_TK.float().sum(-1).mean().item())
 
     with watch_selections(blocks, see):
         for i, window_L in enumerate(tokens_BL):
             step(i)
-            log_probs_LV = next_token_logits(model, window_L).log_softmax(-1).cpu()
+            log_probs_LV = next_token_logits(model, window_L).log_softmax(-1)
             loss += _loss(log_probs_LV, window_L)
             if reference is None:
                 continue
-            expected_LV = reference.log_probs[i].float().log_softmax(-1)
+            expected_LV = reference.log_probs[i].to(log_probs_LV.device).float().log_softmax(-1)
             gap_LV = expected_LV.exp() * (expected_LV - log_probs_LV)
             kl += gap_LV.sum(-1).mean().item()
-            agreement += (log_probs_LV.argmax(-1) == reference.top[i]).float().mean().item()
+            agreement += (log_probs_LV.argmax(-1).cpu() == reference.top[i]).float().mean().item()
     windows = len(tokens_BL)
     return Comparison(
-        perplexity=math.exp(loss / windows),
+        perplexity=_perplexity(loss / windows),
         kl=kl / windows,
         top1_agreement=agreement / windows,
-        load=[_utilisation(count_E) for count_E in counts],
+        pairs=pairs,
         router_weights=weights,
     )
 
@@ -206,6 +411,8 @@ def _loss(log_probs_LV: Tensor, window_L: Tensor) -> float:
     return float(-log_probs_LV[:-1].gather(1, targets).mean())
 
 
-def _utilisation(count_E: Tensor) -> list[float]:
-    fair = count_E.sum() / len(count_E)
-    return [round(float(n), 4) for n in count_E / fair]
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

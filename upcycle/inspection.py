@@ -14,7 +14,7 @@ from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
 from upcycle.planning import refusals
-from upcycle.recipe import load_recipe, shipped_recipes
+from upcycle.recipe import load_recipe, shipped_presets, shipped_recipes, yaml_fields
 from upcycle.report import versions
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
@@ -92,6 +92,8 @@ def _origin(record: Path) -> dict[str, Any]:
     """What upcycle.json says of how the checkpoint was made."""
     try:
         made = json.loads(record.read_text(encoding="utf-8"))
+        if "plan" not in made and "training" in made:
+            return {}  # a model of other origin that was trained here
         return {
             "made_from": made["source"]["name"],
             "method": made["plan"]["method"],
@@ -121,6 +123,12 @@ def describe_recipes() -> list[dict[str, Any]]:
         }
         for recipe in recipes
     ]
+
+
+def describe_presets() -> list[dict[str, Any]]:
+    """The presets of `upcycle finetune`: name, paper, what they do."""
+    listed = [yaml_fields(path) for path in shipped_presets().values()]
+    return [{name: fields[name] for name in ("name", "summary", "paper")} for fields in listed]
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from upcycle.compensate import COMPENSATIONS
 from upcycle.perturb import PERTURBS
-from upcycle.planning import Plan, parameters
-from upcycle.recipe import Choice
+from upcycle.planning import Plan
+from upcycle.request import parameters, router_choice
 from upcycle.rng import generator
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
@@ -84,7 +84,9 @@ def _split_layer(
     score_F = torch.zeros(num_neurons)
     if plan.spec.shared_size:
         params = parameters(SHARED, recipe.shared_by)
-        score_F = SHARED[recipe.shared_by.name].run(activations, params).cpu()
+        # The split's own randomness: both find the same clusters of tokens.
+        rng = generator(recipe.seed, "split", layer)
+        score_F = SHARED[recipe.shared_by.name].run(activations, plan.geometry, params, rng).cpu()
     order_F = score_F.argsort(descending=True, stable=True)
     shared_S = order_F[: plan.spec.shared_size].sort().values
     routed_R = order_F[plan.spec.shared_size :].sort().values
@@ -114,7 +116,7 @@ def _copy_layer(
 
 
 def _route(plan: Plan, layer: int, activations: LayerActivations, experts_EM: Tensor) -> Tensor:
-    choice = plan.recipe.router or Choice(name="ridge")
+    choice = router_choice(plan.recipe)
     rng = generator(plan.recipe.seed, "router", layer)
     return ROUTERS[choice.name].run(activations, experts_EM, parameters(ROUTERS, choice), rng)
 

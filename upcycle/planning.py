@@ -3,33 +3,33 @@
 Reads headers, never weights, and writes nothing.
 """
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.budget import geometry_of
-from upcycle.calibrate import check_text, load_tokenizer, texts
-from upcycle.compensate import COMPENSATIONS
+from upcycle.calibrate import load_tokenizer
+from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
-from upcycle.perturb import PERTURBS
-from upcycle.recipe import Choice, Recipe, first_problem
-from upcycle.registry import Method, Params, Registry, suggest
-from upcycle.router_init import ROUTERS
-from upcycle.shared_experts import SHARED
-from upcycle.sink import TensorSpec, partial_folder
+from upcycle.recipe import Recipe
+from upcycle.registry import suggest
+from upcycle.request import (
+    check_calibration,
+    check_methods,
+    check_tokens,
+    named_dense_layers,
+    router_choice,
+    router_method,
+)
+from upcycle.sink import TensorSpec, check_out
 from upcycle.source import DenseSource
-from upcycle.split import SPLITS
 from upcycle.targets import TARGETS, Combine, Gains, MoESpec, common_fields
-from upcycle.types import CHUNK_ELEMENTS, HELD_ELEMENTS, DenseFFN, Geometry, MoELayer
+from upcycle.types import DenseFFN, Geometry, MoELayer
 
 LLAMA_CPP_MAX_EXPERTS = 512
 CHECK_TOKENS = {"fast": 4096, "full": 16384, "none": 0}
@@ -93,6 +93,15 @@ class Plan:
         return self.request.keep_dense == "auto"
 
     @property
+    def most_routed(self) -> int:
+        """The most experts that can come to be routed: what stays dense is taken from the others'
+        active share, and so from their shared experts, unless the request fixes these."""
+        fixed = self.request.shared_experts is not None or self.request.top_k is not None
+        if self.undecided and not fixed:
+            return self.geometry.num_experts
+        return self.geometry.routed_experts
+
+    @property
     def compensates(self) -> bool:
         """Whether down_proj is refit."""
         return self.recipe.compensate.name != "none"
@@ -106,7 +115,7 @@ class Plan:
     def streams(self) -> bool:
         """Whether calibration tokens go through the dense model: always when the router's scale
         must be known, else only if a method looks at activations."""
-        return self.combine == "sum" or _router(self.recipe).needs_activations
+        return self.combine == "sum" or router_method(self.recipe).needs_activations
 
     @property
     def held_tokens(self) -> int:
@@ -118,22 +127,6 @@ class Plan:
     def fit_tokens(self) -> int:
         sequences = max(1, self.recipe.calibration_tokens // self.recipe.seq_len)
         return sequences * self.recipe.seq_len if self.streams else 0
-
-    def peak_bytes(self) -> int:
-        """Estimate of the conversion's resident memory, the check aside."""
-        arch, itemsize = self.source.arch, self.source.dtype.itemsize
-        # Fused layouts stack all experts before they are written.
-        largest = max(s.nbytes for i in self.moe_layers for s in self.units[f"layer {i}"])
-        weights = 3 * arch.hidden_size * arch.intermediate_size * (2 * itemsize + 8) + 2 * largest
-        base = 600 * 2**20
-        if not self.streams:
-            return base + weights
-        outer = arch.fields["vocab_size"] * arch.hidden_size * itemsize
-        stream = 4 * self.fit_tokens * arch.hidden_size * 4
-        held = min(self.fit_tokens * arch.intermediate_size, HELD_ELEMENTS) * 4
-        chunks = 4 * CHUNK_ELEMENTS * 4
-        normal_equations = 3 * 8 * arch.intermediate_size**2 if self.compensates else 0
-        return int(base + weights + outer + stream + held + chunks + normal_equations)
 
     def aside_bytes(self) -> int:
         """Disk that only the run itself needs: what a resumed stream and the check read again."""
@@ -165,8 +158,8 @@ def make_plan(
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
     out = None if out is None else out.expanduser().resolve()
-    _check_plugins(recipe)
-    dense_layers = _dense_layers(recipe, source)
+    check_methods(recipe)
+    dense_layers = named_dense_layers(recipe, source)
     num_neurons, layers = source.arch.intermediate_size, source.arch.num_layers
     geometry = geometry_of(recipe, num_neurons, layers, len(dense_layers))
     targets = refusals(source, geometry, dense_layers)
@@ -200,7 +193,7 @@ def make_plan(
         spec=spec,
         config=fields | TARGETS[target].config(source.arch, spec),
         dtype=dtype,
-        device=_device(recipe.device),
+        device=choose_device(recipe.device),
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
@@ -209,19 +202,18 @@ def make_plan(
     _check_text(plan)
     _check_memory(plan)
     if out is not None:
-        _check_out(plan, out, overwrite=overwrite)
+        check_out(out, plan.source.folder, plan.bytes + plan.aside_bytes(), overwrite=overwrite)
     return plan
 
 
 def _resolved(recipe: Recipe, target: str, geometry: Geometry) -> Recipe:
     """The recipe with what it left open."""
-    router = recipe.router or Choice(name=_default_router(recipe))
     decided = {
         "target": target,
         "experts": geometry.num_experts,
         "top_k": geometry.top_k,
         "shared_experts": geometry.shared_experts,
-        "router": router,
+        "router": router_choice(recipe),
     }
     return recipe.model_copy(update=decided)
 
@@ -231,83 +223,6 @@ def refusals(
 ) -> dict[str, str]:
     """Every target, with why it can't host this model; empty if it can."""
     return {name: t.refusal(source.arch, geometry, dense_layers) for name, t in TARGETS.items()}
-
-
-def parameters(registry: Registry[Method[Any]], choice: Choice) -> Params:
-    """A method's parameters, checked.
-
-    Raises:
-        UpcycleError: a parameter is unknown or out of range.
-    """
-    method = registry[choice.name]
-    known = method.params.model_fields
-    for name in choice.params:
-        if name not in known:
-            hint = suggest(name, known) if known else "; it has none"
-            raise UpcycleError(f"{registry.kind} {choice.name!r} has no parameter {name!r}{hint}")
-    try:
-        return method.params(**choice.params)
-    except ValidationError as error:
-        raise UpcycleError(f"{registry.kind} {choice.name!r}: {first_problem(error)}") from error
-
-
-def _check_plugins(recipe: Recipe) -> None:
-    if recipe.method.name not in ("split", "copy"):
-        if recipe.method.name not in PERTURBS:
-            names = ["split", "copy", *PERTURBS]
-            raise UpcycleError(
-                f"unknown method {recipe.method.name!r}{suggest(recipe.method.name, names)}"
-            )
-        parameters(PERTURBS, recipe.method)
-    parameters(SPLITS, recipe.split)
-    parameters(SHARED, recipe.shared_by)
-    parameters(COMPENSATIONS, recipe.compensate)
-    parameters(ROUTERS, recipe.router or Choice(name=_default_router(recipe)))
-    if recipe.copies and not _router(recipe).tells_copies_apart:
-        fitting = " or ".join(name for name, r in ROUTERS.items() if r.tells_copies_apart)
-        raise UpcycleError(
-            f"--router {_router(recipe).name} has nothing to tell copies apart by: use {fitting}"
-        )
-    if recipe.copies and recipe.shared_experts:
-        raise UpcycleError(
-            f"--shared-experts {recipe.shared_experts} goes with a split: copies have none"
-        )
-    if recipe.copies and recipe.compensate.name != "none":
-        raise UpcycleError(
-            f"--compensate {recipe.compensate.name} goes with a split: copies lose nothing"
-        )
-    if recipe.copies and recipe.active is not None:
-        raise UpcycleError(
-            f"--active {recipe.active:g} goes with a split: for copies, give --top-k"
-        )
-    if recipe.copies and recipe.keep_dense == "auto":
-        raise UpcycleError("--keep-dense auto goes with a split: copies do no damage")
-    if not recipe.copies and recipe.granularity != 1:
-        raise UpcycleError(
-            f"--granularity {recipe.granularity} goes with copies: for a split, raise --experts"
-        )
-
-
-def _default_router(recipe: Recipe) -> str:
-    return "normal" if recipe.copies else "ridge"
-
-
-def _router(recipe: Recipe) -> Method[Any]:
-    return ROUTERS[recipe.router.name if recipe.router else _default_router(recipe)]
-
-
-def _dense_layers(recipe: Recipe, source: DenseSource) -> tuple[int, ...]:
-    layers = source.arch.num_layers
-    if recipe.keep_dense == "auto":
-        return ()
-    for layer in recipe.keep_dense:
-        if layer >= layers:
-            raise UpcycleError(
-                f"--keep-dense names layer {layer}, but {source.label} has layers 0 to {layers - 1}"
-            )
-    if len(recipe.keep_dense) == layers:
-        raise UpcycleError("--keep-dense names every layer, which leaves nothing to convert")
-    return recipe.keep_dense
 
 
 def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
@@ -399,22 +314,6 @@ def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
     return MoELayer(router_ED, lambda e: ffn(spec.expert_size), shared)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UpcycleError(f"--device {name!r} is not a device: give auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UpcycleError(f"--device {name!r} is not supported: give auto, cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UpcycleError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here"
-        )
-    return device
-
-
 def _warnings(geometry: Geometry, expert_size: int, recipe: Recipe) -> list[str]:
     warnings = []
     if geometry.routed_experts > LLAMA_CPP_MAX_EXPERTS:
@@ -432,33 +331,11 @@ def _warnings(geometry: Geometry, expert_size: int, recipe: Recipe) -> list[str]
 
 
 def _check_text(plan: Plan) -> None:
-    if plan.recipe.calibration == "none":
-        if plan.streams:
-            raise UpcycleError(
-                "--calibration none: this conversion needs text for its router "
-                f"({_router(plan.recipe).name}, {plan.recipe.method.name})"
-            )
-        if plan.recipe.check != "none":
-            raise UpcycleError("--calibration none leaves no text for the check: add --check none")
-    names = texts(plan.recipe.calibration)
-    for name in names:
-        check_text(name)
-        if name == "none" and len(names) > 1:
-            raise UpcycleError("--calibration none can't be joined with another text")
-    if plan.streams and plan.fit_tokens < plan.geometry.routed_experts:
-        raise UpcycleError(
-            f"--calibration-tokens {plan.recipe.calibration_tokens} is too few for "
-            f"{plan.geometry.routed_experts} experts: give thousands"
-        )
+    check_calibration(plan.recipe, streams=plan.streams)
+    if plan.streams:
+        check_tokens(plan.recipe, plan.fit_tokens, plan.most_routed)
     if plan.fit_tokens + plan.held_tokens:
         load_tokenizer(plan.source.folder)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device now."""
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
-    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _check_memory(plan: Plan) -> None:
@@ -467,32 +344,4 @@ def _check_memory(plan: Plan) -> None:
         raise UpcycleError(
             f"the check holds the finished model, {plan.check_bytes() / 1e9:.1f} GB, but "
             f"{free / 1e9:.1f} GB of memory are free: pass --check none and evaluate where it fits"
-        )
-
-
-def _check_out(plan: Plan, out: Path, *, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UpcycleError(f"-o {out} is a file: give a folder")
-    source = plan.source.folder.resolve()
-    if source == out or out in source.parents:
-        raise UpcycleError(f"-o {out} holds the source: give another folder")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise UpcycleError(f"-o {out} exists and is not empty: choose another, or --overwrite")
-        if not (out / "upcycle.json").is_file():
-            raise UpcycleError(
-                f"-o {out} was not written by upcycle, so --overwrite leaves it alone"
-            )
-    existing = next(p for p in out.parents if p.exists())
-    if not existing.is_dir():
-        raise UpcycleError(f"-o {out}: {existing} is a file: give another folder")
-    if not os.access(existing, os.W_OK):
-        raise UpcycleError(f"-o {out}: {existing} is not writable")
-    free = shutil.disk_usage(existing).free
-    needed = plan.bytes + plan.aside_bytes() + 64 * 2**20
-    if partial_folder(out).exists():
-        free += sum(p.stat().st_size for p in partial_folder(out).rglob("*"))
-    if needed > free:
-        raise UpcycleError(
-            f"-o {out} needs {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"
         )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -25,8 +25,10 @@ PLUG_INS = ("method", "split", "shared_by", "router", "compensate")
 SPLIT_ONLY = (
     *("experts", "top_k", "active", "shared_experts", "split", "shared_by", "router"),
     *("compensate", "sequential", "keep_dense"),
+    *("summary", "paper", "departures"),
 )
 """What a recipe says of a split, which is void when another method takes its place."""
+M = TypeVar("M", bound=BaseModel)
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
@@ -129,13 +131,24 @@ class Recipe(BaseModel):
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes in the package, by name."""
-    folder = Path(str(resources.files("upcycle") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return yaml_files("recipes")
+
+
+def shipped_presets() -> dict[str, Path]:
+    """The presets of `upcycle finetune` in the package, by name."""
+    return yaml_files("recipes/training")
+
+
+def yaml_files(folder: str) -> dict[str, Path]:
+    """The YAML files in a folder of the package, by name."""
+    place = Path(str(resources.files("upcycle") / folder))
+    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
 
 
 def recipe_text(recipe: str) -> str:
-    """A recipe's YAML."""
-    return _find(recipe).read_text(encoding="utf-8")
+    """The YAML of a recipe or a preset."""
+    path = find_recipe(recipe, shipped_recipes() | shipped_presets())
+    return path.read_text(encoding="utf-8")
 
 
 def load_recipe(
@@ -150,14 +163,8 @@ def load_recipe(
     Raises:
         UpcycleError: no such recipe, or a field that is unknown or out of range.
     """
-    path = _find(recipe)
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise UpcycleError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise UpcycleError(f"{path} is not a mapping of settings to values")
-    fields.setdefault("name", path.stem)
+    path = find_recipe(recipe, shipped_recipes())
+    fields = yaml_fields(path)
     given = dict(overrides or {})
     if _is_split(fields.get("method")) and not _is_split(given.get("method")):
         fields = {key: value for key, value in fields.items() if key not in SPLIT_ONLY}
@@ -171,9 +178,19 @@ def load_recipe(
     # A method first, then its parameters, in whichever order they were given.
     for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
         _override(fields, key, value)
-    return _validate(
-        fields, str(path) if path.suffix and str(recipe) == str(path) else "the request"
-    )
+    where = str(path) if path.suffix and str(recipe) == str(path) else "the request"
+    return validated(Recipe, fields, where)
+
+
+def yaml_fields(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, named after it if they have no name of their own."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise UpcycleError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise UpcycleError(f"{path} is not a mapping of settings to values")
+    return {"name": path.stem} | fields
 
 
 def _is_split(method: Any) -> bool:
@@ -182,8 +199,8 @@ def _is_split(method: Any) -> bool:
     return method in (None, "split", Choice(name="split"))
 
 
-def _find(recipe: str | Path) -> Path:
-    shipped = shipped_recipes()
+def find_recipe(recipe: str | Path, shipped: Mapping[str, Path]) -> Path:
+    """A shipped recipe's file, or the file itself."""
     if str(recipe) in shipped:
         return shipped[str(recipe)]
     path = Path(recipe).expanduser()
@@ -208,14 +225,19 @@ def _override(fields: dict[str, Any], key: str, value: Any) -> None:
     fields[name] = current | {parameter: value}
 
 
-def _validate(fields: Mapping[str, Any], where: str) -> Recipe:
+def validated(kind: type[M], fields: Mapping[str, Any], where: str) -> M:
+    """The settings of one kind.
+
+    Raises:
+        UpcycleError: a field is unknown or out of range; `where` says whose it is.
+    """
     for key in fields:
-        if key not in Recipe.model_fields:
+        if key not in kind.model_fields:
             raise UpcycleError(
-                f"{where} has an unknown setting {key!r}{suggest(str(key), Recipe.model_fields)}"
+                f"{where} has an unknown setting {key!r}{suggest(str(key), kind.model_fields)}"
             )
     try:
-        return Recipe(**fields)
+        return kind(**fields)
     except ValidationError as error:
         raise UpcycleError(f"{where}: {first_problem(error)}") from error
 

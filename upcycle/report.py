@@ -14,6 +14,7 @@ import yaml
 from upcycle.calibrate import texts
 from upcycle.check import CheckReport
 from upcycle.compensate import COMPENSATIONS
+from upcycle.memory import peak_bytes
 from upcycle.perturb import PERTURBS
 from upcycle.planning import Plan
 from upcycle.registry import Method
@@ -71,7 +72,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "bytes": plan.bytes,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(plan.device),
-        "peak_memory_estimate": plan.peak_bytes(),
+        "peak_memory_estimate": peak_bytes(plan),
         "check_memory_estimate": plan.check_bytes(),
         "calibration_tokens": plan.fit_tokens,
         "check_tokens": plan.held_tokens,

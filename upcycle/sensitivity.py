@@ -34,13 +34,17 @@ def choose_dense_layers(
         plan: with no layer dense.
         tokens_BL: calibration tokens; the first 1024 are used.
     """
-    sequences = max(1, TOKENS // tokens_BL.shape[1])
-    damage = measure_damage(plan, tokens_BL[:sequences], progress)
+    damage = measure_damage(plan, tokens_BL[: damage_sequences(tokens_BL.shape[1])], progress)
     kind = TARGETS[plan.target].dense_layers
     least = 0.0
     if plan.request.top_k is None:
         least = ((plan.request.shared_experts or 0) + 1) / plan.geometry.num_experts
     return best_dense_layers(damage, plan.active_ffn_ratio, kind, least), damage
+
+
+def damage_sequences(seq_len: int) -> int:
+    """How many of the calibration sequences damage is measured on."""
+    return max(1, TOKENS // seq_len)
 
 
 def best_dense_layers(

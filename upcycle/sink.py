@@ -219,5 +219,38 @@ class Workspace:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def check_out(out: Path, source: Path, size: int, *, overwrite: bool) -> None:
+    """Raise the errors about the output's place that can be known before the work.
+
+    Args:
+        source: the folder that is read from.
+        size: bytes that will be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UpcycleError(f"-o {out} is a file: give a folder")
+    if source.resolve() == out or out in source.resolve().parents:
+        raise UpcycleError(f"-o {out} holds the source: give another folder")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise UpcycleError(f"-o {out} exists and is not empty: choose another, or --overwrite")
+        if not (out / "upcycle.json").is_file():
+            raise UpcycleError(
+                f"-o {out} was not written by upcycle, so --overwrite leaves it alone"
+            )
+    existing = next(p for p in out.parents if p.exists())
+    if not existing.is_dir():
+        raise UpcycleError(f"-o {out}: {existing} is a file: give another folder")
+    if not os.access(existing, os.W_OK):
+        raise UpcycleError(f"-o {out}: {existing} is not writable")
+    free = shutil.disk_usage(existing).free
+    needed = size + 64 * 2**20
+    if partial_folder(out).exists():
+        free += sum(p.stat().st_size for p in partial_folder(out).rglob("*"))
+    if needed > free:
+        raise UpcycleError(
+            f"-o {out} needs {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"
+        )
+
+
 def partial_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")

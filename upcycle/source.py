@@ -5,7 +5,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,19 +104,23 @@ class DenseSource:
         }
 
     def fingerprint(self) -> str:
-        """SHA-256 of config.json and, per weight file, of its size, header and a sample of its
-        bytes: every tensor's name, shape and place, and enough of the values to tell two
-        checkpoints apart without reading them whole."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in sorted({info.file for info in self.tensors.values()}):
-            size = (self.folder / file).stat().st_size
-            digest.update(f"{file}:{size}:".encode())
-            with (self.folder / file).open("rb") as stream:
-                digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
-                for place in range(SAMPLES):
-                    stream.seek(place * size // SAMPLES)
-                    digest.update(stream.read(4096))
-        return digest.hexdigest()
+        return fingerprint(self.folder, {info.file for info in self.tensors.values()})
+
+
+def fingerprint(folder: Path, files: Iterable[str]) -> str:
+    """SHA-256 of config.json and, per weight file, of its size, header and a sample of its bytes:
+    every tensor's name, shape and place, and enough of the values to tell two checkpoints apart
+    without reading them whole."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(files):
+        size = (folder / file).stat().st_size
+        digest.update(f"{file}:{size}:".encode())
+        with (folder / file).open("rb") as stream:
+            digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
+            for place in range(SAMPLES):
+                stream.seek(place * size // SAMPLES)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
 
 
 def open_source(model: str, *, revision: str | None = None) -> DenseSource:

@@ -120,8 +120,16 @@ class LayerActivations:
 
     def sample(self, tokens: int) -> "LayerActivations":
         """At most this many tokens, evenly spread."""
-        stride = max(1, -(-len(self.x_TD) // tokens))
-        return LayerActivations(self.ffn, self.x_TD[::stride])
+        return LayerActivations(self.ffn, self.x_TD[:: _stride(len(self.x_TD), tokens)])
+
+
+def sampled(tokens: int, wanted: int) -> int:
+    """How many of `tokens` a sample of at most `wanted` holds."""
+    return -(-tokens // _stride(tokens, wanted))
+
+
+def _stride(tokens: int, wanted: int) -> int:
+    return max(1, -(-tokens // wanted))
 
 
 @dataclass(frozen=True, slots=True)

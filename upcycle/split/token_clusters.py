@@ -10,7 +10,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from upcycle.clustering import balanced_assignment, balanced_kmeans
+from upcycle.clustering import balanced_assignment, importance_by_cluster
 from upcycle.registry import Params
 from upcycle.split.base import split_from_activations
 from upcycle.types import LayerActivations
@@ -33,15 +33,6 @@ def split(
     params: TokenClustersParams,
     rng: torch.Generator,
 ) -> Tensor:
-    sample = activations.sample(params.tokens)
-    x_TD = sample.x_TD[: len(sample.x_TD) // num_experts * num_experts]
-    _, centroids_CD = balanced_kmeans(x_TD, num_experts, rng)
-    norm_F = sample.ffn.down_DF.norm(dim=0)
-    importance_CF, tokens_C = torch.zeros(num_experts, len(norm_F)), torch.zeros(num_experts)
-    for x_tD, h_tF in sample.chunks():
-        cluster_t = (x_tD @ centroids_CD.to(x_tD).T).argmax(1)
-        importance_CF.index_add_(0, cluster_t.cpu(), (h_tF.abs() * norm_F).cpu().float())
-        tokens_C += cluster_t.cpu().bincount(minlength=num_experts)
-    importance_CF /= tokens_C.clamp_min(1)[:, None]
+    importance_CF = importance_by_cluster(activations.sample(params.tokens), num_experts, rng)
     owner_F = balanced_assignment(-importance_CF.T.contiguous())
     return owner_F.argsort(stable=True).view(num_experts, -1)

@@ -1,0 +1,121 @@
+"""`upcycle eval`: its flags, its table, its JSON object and its errors."""
+
+import json
+import sys
+
+import pytest
+import torch
+from models import make_tokenizer
+from reference import load
+from typer.testing import CliRunner
+
+from upcycle import evaluate as stage
+from upcycle import speed
+from upcycle.cli import app
+
+LENGTH = ["--tokens", "64", "--seq-len", "64"]
+
+
+@pytest.fixture(scope="session")
+def split(dense, moe):
+    return moe(dense(), experts=8, top_k=2)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "DECODE_STEPS", 2)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["eval", *(str(a) for a in arguments), *LENGTH])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def test_one_json_object(dense, split, text):
+    result = run(split, "--against", dense(), "--text", text, "--text", "builtin", "--json")
+    assert result.exit_code == 0
+    assert result.stdout.count("\n") == 1
+    report = json.loads(result.stdout)
+    assert (report["model"], report["against"]) == (str(split), str(dense()))
+    assert [row["text"] for row in report["texts"]] == [str(text), "builtin"]
+
+
+def test_the_text_is_builtin_by_default(dense):
+    (row,) = json.loads(run(dense(), "--json").stdout)["texts"]
+    assert row["text"] == "builtin"
+
+
+def test_output_holds_the_same_object(dense, text, tmp_path):
+    file = tmp_path / "eval.json"
+    printed = run(dense(), "--text", text, "--output", file, "--json").stdout
+    assert json.loads(file.read_text()) == json.loads(printed)
+
+
+def test_table(dense, split, text, tmp_path):
+    arguments = ["--text", text, "--text", "builtin", "--speed", "--output", tmp_path / "eval.json"]
+    result = run(split, "--against", dense(), *arguments)
+    assert result.exit_code == 0
+    for word in (
+        *("perplexity", "KL, nats", "same next token", "builtin"),
+        *("MoE layers", "expert load", "load entropy", "dead experts", "expert similarity"),
+        *("parameters", "active per token", "FLOPs per token", "(dense"),
+        *("prefill", "decode", "tokens/s", "float32", "experts by"),
+        "Measured on 64 tokens of each text, windows of 64.",
+    ):
+        assert word in result.stdout, word
+    assert (tmp_path / "eval.json").is_file()
+
+
+def test_table_of_a_dense_model(dense, text):
+    result = run(dense(), "--text", text)
+    assert result.exit_code == 0
+    for word in ("expert", "KL", "(dense", "tokens/s"):
+        assert word not in result.stdout, word
+
+
+@pytest.mark.parametrize("against", [True, False])
+def test_table_of_tasks(dense, text, monkeypatch, against):
+    scores = {"arc_easy": {"acc": [0.25, 0.5 if against else None]}}
+    asked = []
+    monkeypatch.setattr(stage, "open_tasks", lambda names: asked.append(names) or "tasks")
+    monkeypatch.setattr(stage, "run_tasks", lambda *args, **settings: scores)
+    beside = ["--against", dense()] if against else []
+    result = run(dense(), "--text", text, "--tasks", "arc_easy, hellaswag", *beside)
+    assert asked == [["arc_easy", "hellaswag"]]
+    assert "arc_easy, acc" in result.stdout
+    assert "0.2500" in result.stdout
+    assert ("0.5000" in result.stdout) == against
+
+
+def test_perplexity_that_is_no_number_is_said_plainly(dense, text, tmp_path):
+    model = load(dense())
+    model.lm_head.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    result = run(tmp_path, "--against", dense(), "--text", text)
+    assert result.exit_code == 0
+    assert f"on {text} perplexity is nan: the logits overflow" in result.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--text", "nowhere.txt"], "--text 'nowhere.txt' is not a file"),
+        (["--dtype", "int8"], "--dtype 'int8' is unknown: give auto, float32"),
+        (["--device", "tpu"], "--device 'tpu' is not a device: give auto, cpu or cuda"),
+        (["--speed", "--batch-size", 2], "--batch-size 2 needs as many windows of text"),
+        (["--output", "nowhere/eval.json"], "--output nowhere/eval.json: nowhere is no folder"),
+        (["--output", "."], "--output . is a folder: give a file"),
+        (["--tasks", "toy"], "--tasks needs `pip install upcycle[eval]`"),
+        (["--against", "./nowhere"], "./nowhere does not exist"),
+    ],
+)
+def test_bad_flag(dense, monkeypatch, flags, sentence):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    result = run(dense(), *flags)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {sentence}")

@@ -1,0 +1,58 @@
+"""The estimate of a conversion's memory, against what processes of their own took."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import upcycle
+from upcycle.memory import peak_bytes
+
+CLOSE = 1.25
+"""Of an estimate over what was measured: the interpreter differs between machines, too."""
+
+QUICK = {"calibration_tokens": 1024, "check": "none"}
+PHASES = {
+    "damage": ({"vocab_size": 40000, "dtype": torch.bfloat16}, {"active": 0.5}),
+    "refit": ({"intermediate_size": 5120, "num_hidden_layers": 1}, {"keep_dense": "none"}),
+    "embeddings": (
+        {"hidden_size": 1024, "vocab_size": 60000},
+        {"method": "copy", "experts": 2, "top_k": 2},
+    ),
+}
+"""What the model and the request must be like for a phase to need the most."""
+
+
+def measured(model, out, settings) -> int:
+    """Peak resident bytes of a process that converts."""
+    script = "import json, sys, upcycle; model, out, settings = sys.argv[1:]; "
+    script += "print(upcycle.convert(model, out, **json.loads(settings)).peak_bytes)"
+    command = [sys.executable, "-c", script, str(model), str(out), json.dumps(settings)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(run.stdout)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_estimate_is_a_little_above_what_is_measured(dense, tmp_path, phase):
+    fields, settings = PHASES[phase]
+    model, settings = dense(**fields), QUICK | settings
+    estimate = peak_bytes(upcycle.plan(str(model), **settings))
+    peak = measured(model, tmp_path / "out", settings)
+    assert peak < estimate < CLOSE * peak, f"{estimate / peak:.2f} times {peak / 1e9:.3f} GB"
+
+
+def test_layers_that_are_named_need_no_measuring(dense):
+    model = str(dense(vocab_size=40000))
+    named = peak_bytes(upcycle.plan(model, keep_dense=[0], **QUICK))
+    assert named < peak_bytes(upcycle.plan(model, keep_dense="auto", **QUICK))
+
+
+def test_model_that_writes_its_own_text_is_held_whole(dense):
+    model = str(dense(hidden_size=512, intermediate_size=4096, num_hidden_layers=12))
+    settings = {"method": "copy", "router": "kmeans", "calibration_tokens": 512}
+    plan = upcycle.plan(model, **settings)
+    written = upcycle.plan(model, calibration="self", **settings)
+    assert peak_bytes(written) > peak_bytes(plan)
+    assert peak_bytes(written) > 4 * plan.params_dense

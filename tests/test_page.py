@@ -1,0 +1,627 @@
+"""The report page: what it says, that it stands alone, and that a browser shows it."""
+
+import base64
+import copy
+import html
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import zlib
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import upcycle.page
+from upcycle import UpcycleError, charts, facts
+from upcycle.cli import app
+from upcycle.page import digits, overall, relative_pairs, render
+from upcycle.routing import count_pairs, layer_routing
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+EVIL = "<script>alert('x')</script>"
+SECTIONS = {"texts", "layers", "damage", "similarity", "load", "pairs", "training", "made"}
+
+
+# --- facts -----------------------------------------------------------------------------------
+
+
+def routing(layers, experts, top_k, tokens=256):
+    """Random routing in which the later experts are the more popular."""
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.arange(1.0, experts + 1).expand(tokens, experts)
+    found = []
+    for layer in range(layers):
+        chosen = torch.multinomial(weights, top_k, generator=rng)
+        found.append(vars(layer_routing(layer, count_pairs(chosen, experts), tokens)))
+    return found
+
+
+def evaluation(layers=3, experts=8, top_k=2, against=True):
+    numbers = {"perplexity_against": 10.0, "perplexity_ratio": 1.2, "kl": 0.2}
+    numbers |= {"top1_agreement": 0.8}
+    absent = dict.fromkeys(numbers)
+    return {
+        "window": 512,
+        "tokens": 4096,
+        "texts": [{"text": "builtin", "perplexity": 12.0} | (numbers if against else absent)],
+        "routing": routing(layers, experts, top_k) if experts else [],
+        "similarity": [{"layer": n, "cosine": 0.4} for n in range(layers)] if experts else [],
+        "params": {"total": 1000, "active": 600 if experts else 1000},
+        "flops": {"active": 1200, "active_against": 2000 if against else None},
+        "speed": None,
+        "tasks": None,
+    }
+
+
+MADE = {
+    "source": {"name": "org/dense", "revision": "abc123"},
+    "plan": {
+        "layers": 3,
+        "dense_layers": [0],
+        "shared_experts": 1,
+        "routed_experts": 8,
+        "top_k": 2,
+        "expert_size": 24,
+        "active_ffn_ratio": 0.375,
+        "calibration_tokens": 512,
+        "warnings": ["24 neurons are few"],
+        "recipe": {
+            "name": "moefication",
+            "paper": "arXiv:2110.01786",
+            "method": {"name": "split"},
+            "split": {"name": "coactivation"},
+            "shared_by": {"name": "energy"},
+            "router": {"name": "ridge"},
+            "compensate": {"name": "least_squares"},
+            "sequential": True,
+            "shared_experts": 1,
+            "calibration": "/home/me/notes.txt+builtin",
+        },
+    },
+    "check": {
+        "exact_error": 1e-4,
+        "perplexity_dense": 11.0,
+        "perplexity_moe": 14.0,
+        "perplexity_ratio": 14 / 11,
+        "kl": 0.25,
+        "top1_agreement": 0.75,
+        "tokens": 4096,
+    },
+    "seconds": {"conversion": 83.4},
+    "peak_memory": 1_800_000_000,
+    "damage": [0.05, 0.01, 0.02],
+    "training": [
+        {"settings": {"name": "heal", "data": "/home/me/more.txt"}, "step": 200, "tokens": 409600}
+        | {"seconds": 125.0}
+    ],
+    "versions": {"upcycle": "0.1.0"},
+}
+LOG = [
+    {"step": 0, "validation": {"loss": 2.5, "perplexity": 12.2, "kl": 0.3}},
+    *({"step": n, "loss": 3 / n, "imbalance": 2.0, "tokens_per_second": 10.0} for n in (1, 2)),
+    {"step": 2, "validation": {"loss": 2.3, "perplexity": 10.0, "kl": 0.1}},
+]
+
+
+def all_facts(**evaluated):
+    """Of a model for which every section is shown."""
+    return {
+        "model": "org/moe",
+        "inspection": {"kind": "moe", "architecture": "mixtral"}
+        | {"experts": 8, "top_k": 2, "expert_size": 24},
+        "made": copy.deepcopy(MADE),
+        "log": copy.deepcopy(LOG),
+        "evaluation": evaluation(**evaluated),
+    }
+
+
+def dense_facts():
+    found = all_facts(experts=0, against=False)
+    inspection = {"kind": "dense", "architecture": "llama"}
+    return found | {"inspection": inspection, "made": None, "log": []}
+
+
+def ids(page):
+    return set(re.findall(r'<(?:section|div) id="(\w+)"', page))
+
+
+def words(page):
+    """What one reads, without markup."""
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+# --- what it says ----------------------------------------------------------------------------
+
+
+def test_everything_is_shown():
+    page = render(all_facts())
+    assert ids(page) == SECTIONS
+    text = words(page)
+    assert "Perplexity is 1.200 × the dense model's, so train it further before use" in text
+    assert "60 % of its 1 k parameters work on each token" in text
+    assert "10.0 → 12.0" in text
+    assert "held back by the conversion × 1.273" in text
+    assert "layer 0 stayed dense" in text
+    assert "1 always on, 2 of 8 chosen by the router; 24 neurons each" in text
+    assert "org/dense at abc123" in text
+    assert "512 tokens of notes.txt+builtin" in text
+    assert "preset heal: 200 steps on 409,600 tokens of more.txt in 2 min 5 s" in text
+    assert 'href="https://arxiv.org/abs/2110.01786"' in page
+    assert "/home/me" not in page
+
+
+def test_dense_model_shows_its_perplexity_only():
+    page = render(dense_facts())
+    assert ids(page) == {"texts"}
+    assert "every parameter works on every token" in words(page)
+    assert "None" not in words(page)
+
+
+def test_moe_that_upcycle_did_not_make():
+    page = render(all_facts() | {"made": None, "log": []})
+    assert ids(page) == SECTIONS - {"damage", "made", "training"}
+    assert "always on" not in words(page)
+
+
+def test_without_a_dense_model_nothing_is_compared():
+    found = all_facts(against=False) | {"made": None}
+    assert "dense model's" not in words(render(found))
+    assert "None" not in words(render(found))
+
+
+def test_damage_that_was_not_measured_is_left_out():
+    found = all_facts()
+    found["made"]["damage"] = None
+    assert ids(render(found)) == SECTIONS - {"damage"}
+
+
+def test_one_expert_per_token_makes_no_pairs():
+    assert "pairs" not in ids(render(all_facts(top_k=1)))
+
+
+def test_dead_experts_are_marked():
+    found = all_facts()
+    layer = found["evaluation"]["routing"][1]
+    layer["load"][3], layer["dead"] = 0.0, 1
+    page = render(found)
+    assert re.search(r'class="x"><title>layer 1, expert 3: 0 ×', page)
+    assert "dead: never chosen" in page
+    assert "dead: never chosen" not in render(all_facts())
+
+
+def test_layers_kept_dense_are_marked():
+    page = render(all_facts())
+    assert re.search(r'class="marked"><title>layer 0: 0.0500 nats', page)
+    assert page.count('class="marked"') == 1
+
+
+def test_speed_and_tasks_are_tables():
+    found = all_facts()
+    speeds = {"prefill": 80.0, "decode": 6.0, "prefill_against": 100.0, "decode_against": 5.0}
+    setting = {"batch_size": 1, "threads": 2, "dtype": "float32"}
+    found["evaluation"]["speed"] = speeds | setting | {"experts_implementation": "grouped_mm"}
+    found["evaluation"]["tasks"] = {"arc": {"acc,none": [0.5, None]}}
+    text = words(render(found))
+    assert "reading the prompt 100 80.0 × 0.800" in text
+    assert "arc, acc – 0.500 –" in text
+
+
+def test_numbers_of_several_texts_are_those_of_all_their_tokens():
+    found = evaluation()
+    found["texts"].append(found["texts"][0] | {"perplexity": 27.0, "kl": 0.4})
+    assert overall(found)["perplexity"] == pytest.approx(math.sqrt(12 * 27))
+    assert overall(found)["kl"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"), (1, "1.00"), (0.99999, "1.00"), (12.345, "12.3"), (1234.5, "1,234"),
+        (0.000123, "0.000123"), (0.0000123, "1.23e-05"), (2.5e7, "2.50e+07"),
+        (math.inf, "inf"), (math.nan, "nan"), (-0.05, "-0.0500"),
+    ],
+)  # fmt: skip
+def test_digits(value, text):
+    assert digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("org/model", "org/model"),
+        ("/home/me/secret/out", "out"),
+        ("./out", "out"),
+        ("gpt2", "gpt2"),
+    ],
+)
+def test_paths_are_not_published(label, name):
+    assert upcycle.page.public_name(label) == name
+
+
+def test_numbers_that_are_none_are_no_error():
+    found = all_facts()
+    found["evaluation"]["texts"][0]["kl"] = math.nan
+    found["made"]["damage"] = [math.nan, math.inf, 0.1]
+    found["log"][1]["loss"] = math.nan
+    assert ids(render(found)) == SECTIONS
+
+
+# --- that it stands alone --------------------------------------------------------------------
+
+
+def test_nothing_from_outside_is_markup():
+    found = all_facts()
+    found["model"] = found["made"]["source"]["name"] = EVIL
+    found["evaluation"]["texts"][0]["text"] = EVIL
+    found["evaluation"]["tasks"] = {EVIL: {EVIL: [1.0, 1.0]}}
+    found["made"]["plan"]["warnings"] = [EVIL]
+    found["made"]["plan"]["recipe"] |= {"name": EVIL, "paper": f"arXiv:{EVIL}", "calibration": EVIL}
+    found["made"]["versions"] = {EVIL: EVIL}
+    page = render(found)
+    assert "alert" in words(page)
+    assert EVIL not in page
+    assert page.count("<script>") == 1  # its own
+
+
+def test_it_fetches_nothing():
+    page = render(all_facts())
+    places = re.findall(r"""(?:\s(?:src|srcset|href|action)=|url\()["']?([^"')\s>]+)""", page)
+    assert len(places) == 1 + 3 + 1  # the map, a small one per layer, the paper
+    assert all(re.match(r"data:image/png|https://arxiv\.org/abs/", place) for place in places)
+    assert "@import" not in page
+    assert "<link" not in page
+
+
+def test_big_model_makes_a_light_page():
+    found = all_facts(layers=30, experts=64, top_k=8)
+    rng = random.Random(0)
+    for layer in found["evaluation"]["routing"]:  # noise does not compress
+        layer["co_selection"] = [[rng.random() * 2 for _ in row] for row in layer["co_selection"]]
+    found["made"]["damage"] = [rng.random() for _ in range(30)]
+    found["log"] = [{"step": n, "loss": rng.random()} for n in range(10000)]
+    assert len(render(found)) < 1_000_000
+
+
+# --- charts ----------------------------------------------------------------------------------
+
+
+def test_random_choices_are_average_pairs():
+    rng = torch.Generator().manual_seed(0)
+    chosen = torch.rand(50000, 6, generator=rng).topk(3).indices
+    layer = layer_routing(0, count_pairs(chosen, 6), 50000)
+    matrix = relative_pairs(layer.load, layer.co_selection)
+    assert torch.tensor(matrix).sub(1).abs().max() < 0.03
+
+
+def test_pairs_with_dead_experts_are_blank():
+    layer = layer_routing(0, count_pairs(torch.tensor([[0, 1], [1, 2], [0, 1]]), 4), 3)
+    matrix = relative_pairs(layer.load, layer.co_selection)
+    assert matrix[3] == [1, 1, 1, 1]
+    assert matrix[0][2] == 0
+    assert matrix[0][1] > 1
+
+
+def test_partners_lie_side_by_side():
+    groups = [[0, 3, 5], [1, 2, 4]]
+    affinity = [
+        [2.0 if any({i, j} <= set(g) for g in groups) else 0.5 for j in range(6)] for i in range(6)
+    ]
+    order = charts.together(affinity)
+    assert sorted([sorted(order[:3]), sorted(order[3:])]) == groups
+
+
+def test_image_is_a_png_of_the_tones():
+    uri = charts.image([[1.0, 0.0], [-1.0, -0.5], [0.5, 0.0]])
+    png = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, place = {}, 8
+    while place < len(png):
+        size = int.from_bytes(png[place : place + 4], "big")
+        body, crc = png[place + 4 : place + 8 + size], png[place + 8 + size : place + 12 + size]
+        assert zlib.crc32(body) == int.from_bytes(crc, "big")
+        chunks[body[:4]] = body[4:]
+        place += 12 + size
+    assert chunks[b"IHDR"][:8] == (2).to_bytes(4, "big") + (3).to_bytes(4, "big")
+    rows = zlib.decompress(chunks[b"IDAT"])
+    middle = charts.SHADES
+    assert list(rows) == [0, 2 * middle, middle, 0, 0, middle // 2, 0, 3 * middle // 2, middle]
+    assert [chunks[b"tRNS"][i] for i in (0, middle, 2 * middle)] == [255, 0, 255]
+
+
+def test_curve_leaves_out_what_is_not_a_number_and_keeps_its_ends():
+    chart = charts.curve([(0, 3.0), (1, math.nan), (2, 2.0), (4, 1.0)])
+    assert (chart.first, chart.last) == (3.0, 1.0)
+    assert chart.path.startswith("M0 ")
+    assert chart.path.count("L") == 2
+    assert [tick.value for tick in chart.y_ticks] == [1, 2, 3]
+    assert charts.curve([(0, 1.0), (1, math.nan)]) is None
+
+
+def test_long_curve_is_thinned():
+    chart = charts.curve([(n, float(n % 7)) for n in range(12345)])
+    assert 100 < chart.path.count("L") < charts.POINTS
+    assert [tick.value for tick in chart.x_ticks] == [0, 12344]
+
+
+def test_level_curve_has_a_range():
+    assert charts.curve([(0, 2.0), (1, 2.0)]).path == "M0 100L100 100"
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [-1.0, -2.0], [math.nan, math.nan]])
+def test_columns_of_nothing_have_no_height(values):
+    assert [column.height for column in charts.columns(values, [0, 1]).columns] == [0, 0]
+
+
+def test_limit_is_what_most_ratios_are_within():
+    assert charts.limit([]) == 1.5
+    assert charts.limit([1.1, 0.9] * 20 + [0.0, 100.0]) == 1.5
+    assert charts.limit([1.1, 1.9] * 20) == 2
+    assert charts.limit([0.01, 100.0]) == 4
+    assert [charts.tone(r, 4) for r in (0, 0.25, 1, 2, 9)] == [-1, -1, 0, 0.5, 1]
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["report", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def error(*arguments):
+    """The one sentence of a command that refuses, with exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    return result.stderr.splitlines()[-1].removeprefix("error: ")
+
+
+@pytest.fixture
+def model(dense, moe, tmp_path):
+    """A folder with an MoE of 7 experts that may be written to, but no finetune log yet."""
+    source = moe(dense(), experts=8, shared_experts=1)
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved evaluation of `model`."""
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(evaluation(experts=7)))
+    return path
+
+
+def test_page_of_a_model_evaluated_now(dense, model, text, tmp_path):
+    out = tmp_path / "report.html"
+    result = run(model, "-o", out, "--against", dense(), "--text", text, "--tokens", 512)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{out}\n"
+    page = out.read_text()
+    assert ids(page) == SECTIONS - {"damage", "training"}
+    assert "text.txt" in words(page)
+    assert "made from dense" in words(page)
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "report.html"}
+
+
+def test_page_of_a_dense_model(dense, text, tmp_path):
+    result = run(dense(), "-o", tmp_path / "r.html", "--text", text, "--tokens", 512)
+    assert result.exit_code == 0, result.stderr
+    assert ids((tmp_path / "r.html").read_text()) == {"texts"}
+
+
+def test_saved_evaluation_and_log(model, saved, tmp_path):
+    (model / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
+    assert run(model, "-o", tmp_path / "r.html", "--evaluation", saved).exit_code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert ids(page) == SECTIONS - {"damage"}
+    assert "Validation perplexity: 12.2 at first, 10.0 at last" in page
+
+
+def test_saved_evaluation_is_what_eval_prints(model, text, tmp_path):
+    arguments = ["eval", str(model), "--text", str(text), "--tokens", "512", "--json"]
+    (tmp_path / "eval.json").write_text(CliRunner().invoke(app, arguments).stdout)
+    out = tmp_path / "r.html"
+    assert run(model, "-o", out, "--evaluation", tmp_path / "eval.json").exit_code == 0
+
+
+def test_same_facts_same_page(model, saved, tmp_path):
+    for name in ("a", "b"):
+        run(model, "-o", tmp_path / name, "--evaluation", saved)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_nothing_is_replaced_unasked(model, saved, tmp_path):
+    out = tmp_path / "r.html"
+    out.write_text("mine")
+    arguments = (model, "-o", out, "--evaluation", saved)
+    assert error(*arguments) == f"-o {out} exists: choose another, or --overwrite"
+    assert out.read_text() == "mine"
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert "<html" in out.read_text()
+
+
+@pytest.mark.parametrize("stage", ["render", "replace"])
+def test_failure_leaves_the_former_page(model, saved, tmp_path, monkeypatch, stage):
+    out = tmp_path / "r.html"
+    out.write_text("mine")
+
+    def fail(*_):
+        raise OSError("no more room")
+
+    if stage == "render":
+        monkeypatch.setattr(upcycle.page, "render", fail)
+    else:
+        monkeypatch.setattr(facts.Path, "replace", fail)
+    assert run(model, "-o", out, "--evaluation", saved, "--overwrite").exit_code == 1
+    assert out.read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "eval.json", "r.html"}
+
+
+def test_places_where_no_page_can_lie(model, saved, tmp_path):
+    arguments = (model, "--evaluation", saved)
+    assert error(*arguments) == "name the file for the page: -o report.html"
+    assert "is a folder: give a file such as" in error(*arguments, "-o", tmp_path)
+    assert "does not exist" in error(*arguments, "-o", tmp_path / "no" / "r.html")
+
+
+def test_saved_evaluation_takes_no_options_of_a_new_one(model, saved, tmp_path):
+    arguments = (model, "-o", tmp_path / "r.html", "--evaluation", saved, "--tokens", 512)
+    assert error(*arguments).startswith("--evaluation holds numbers already: drop --against")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("not json", "it is not JSON"),
+        ("[]", "valid dictionary"),
+        ("{}", "field required"),
+        (json.dumps(evaluation(experts=7) | {"texts": []}), "texts=[]: list should have at least"),
+        (json.dumps(evaluation(experts=7) | {"window": "x"}), "window='x': input should be a"),
+        (json.dumps(evaluation(experts=7) | {"routing": [{"layer": 0}]}), "routing.0.load"),
+        (json.dumps(evaluation(experts=5)), "of a model with 5 experts per layer, but"),
+        (json.dumps(evaluation(experts=0)), "of a model with no experts per layer, but"),
+        (b"\xff\xfe", "is not text"),
+    ],
+)
+def test_bad_evaluation(model, tmp_path, content, reason):
+    path = tmp_path / "eval.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = error(model, "-o", tmp_path / "r.html", "--evaluation", path)
+    assert reason in message
+    assert str(path) in message
+    assert len(message) < 400
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_co_selection_of_another_size():
+    found = evaluation(experts=7)
+    found["routing"][0]["co_selection"].pop()
+    with pytest.raises(UpcycleError, match="co_selection is not 7 x 7"):
+        facts._parse(facts.Evaluation, found, "eval.json", "one")
+
+
+def test_evaluation_that_is_not_there(model, tmp_path):
+    arguments = (model, "-o", tmp_path / "r.html", "--evaluation", tmp_path / "no.json")
+    assert error(*arguments).endswith("no.json is not a file: give one of `upcycle eval --json`")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"loss": 1}', "field required"),
+        ('{"step": 1, "loss": "high"}', "loss='high'"),
+        ('{"step": 1', "it is not JSON"),
+        ("3", "valid dictionary"),
+    ],
+)
+def test_bad_line_in_the_log(model, saved, tmp_path, line, reason):
+    (model / "train_log.jsonl").write_text(f'{{"step": 0, "loss": NaN}}\n\n{line}\n')
+    message = error(model, "-o", tmp_path / "r.html", "--evaluation", saved)
+    assert message.startswith(f"line 3 of {model / 'train_log.jsonl'} is not what `upcycle fine")
+    assert reason in message
+
+
+def test_bad_record(model, saved, tmp_path):
+    record = json.loads((model / "upcycle.json").read_text())
+    del record["versions"]
+    (model / "upcycle.json").write_text(json.dumps(record))
+    message = error(model, "-o", tmp_path / "r.html", "--evaluation", saved)
+    assert "upcycle.json is not what upcycle writes: versions" in message
+
+
+def test_record_of_training_alone(model, tmp_path):
+    """What training leaves beside an MoE that upcycle did not make."""
+    path = tmp_path / "upcycle.json"
+    path.write_text(json.dumps({"check": None, "training": [{"step": 3}]}))
+    assert facts.read_record(path) is None
+
+
+def test_model_that_is_not_there(tmp_path):
+    assert "does not exist" in error("./nowhere", "-o", tmp_path / "r.html")
+
+
+# --- in a browser ----------------------------------------------------------------------------
+
+PROBE = """<script>
+window.problems = [];
+addEventListener("error", event => problems.push(event.message || event.target.tagName), true);
+addEventListener("load", () => {
+  const before = document.querySelector("output")?.value;
+  document.querySelector(".thumbs button:last-child")?.click();
+  parent.postMessage({
+    problems,
+    inner: innerWidth,
+    width: document.documentElement.scrollWidth,
+    shown: [...document.querySelectorAll("[id]")].filter(e => e.offsetHeight > 20).map(e => e.id),
+    images: [...document.images].every(i => i.naturalWidth > 1),
+    picked: before !== document.querySelector("output")?.value,
+    pressed: document.querySelectorAll("[aria-pressed=true]").length,
+    cut: [...document.querySelectorAll("main *, header *")].filter(e => {
+      const box = e.getBoundingClientRect();
+      return box.width && (box.right > innerWidth + 1 || box.left < -1);
+    }).map(e => e.outerHTML.slice(0, 80)),
+  }, "*");
+});
+</script>"""
+# A window can't be narrower than 500 px, a frame can.
+FRAME = """<!doctype html><iframe src="page.html" style="border:0;width:{width}px;height:800px">
+</iframe><pre></pre><script>
+addEventListener("message", event => {{
+  document.querySelector("pre").textContent = JSON.stringify(event.data);
+}});
+</script>"""
+
+
+def browse(page, folder, width):
+    """What a page of this width tells of itself in a headless browser."""
+    (folder / "page.html").write_text(page.replace("<head>", "<head>" + PROBE))
+    (folder / "frame.html").write_text(FRAME.format(width=width))
+    done = subprocess.run(
+        [BROWSER, *QUIET, f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+         "--virtual-time-budget=5000", "--window-size=1400,900", "--dump-dom",
+         (folder / "frame.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    found = re.search(r"<pre>(.+?)</pre>", done.stdout, flags=re.S)
+    assert found, done.stderr[-2000:]
+    return json.loads(html.unescape(found[1])) | {"console": console}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("size", [(3, 8), (30, 64)])
+def test_in_a_browser(tmp_path, width, size):
+    layers, experts = size
+    found = all_facts(layers=layers, experts=experts)
+    found["made"]["damage"] = [0.01] * layers
+    found["model"] = "org/" + "a-long-name-" * 8
+    seen = browse(render(found), tmp_path, width)
+    assert seen["problems"] == seen["console"] == []
+    assert seen["inner"] == width
+    assert seen["width"] <= width
+    assert seen["cut"] == []
+    assert set(seen["shown"]) >= SECTIONS
+    assert seen["images"]
+    assert seen["picked"]
+    assert seen["pressed"] == 1
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
+def test_dense_model_in_a_browser(tmp_path):
+    seen = browse(render(dense_facts()), tmp_path, 360)
+    assert seen["problems"] == seen["console"] == []
+    assert seen["width"] <= 360
+    assert set(seen["shown"]) == {"texts"}

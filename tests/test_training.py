@@ -1,0 +1,568 @@
+"""`upcycle finetune` from end to end, in this process."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from processes import kill, killed
+from reference import experts, gap, load, logits, read_json, routers, weights
+from safetensors import safe_open
+from torch.nn import functional
+
+from upcycle import UpcycleError
+from upcycle.facts import read_log, read_record
+from upcycle.sink import partial_folder
+from upcycle.training.data import training_data
+from upcycle.training.loop import learning_rate
+from upcycle.training.run import Watch, finetune
+from upcycle.training.settings import Training
+
+TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]
+QUICK = {
+    "preset": "specialise", "steps": 4, "seq_len": 32, "batch_size": 4, "micro_batch": 2,
+    "validation_tokens": 64, "lr": 3e-3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory):
+    """A text that is easily learnt by heart."""
+    path = tmp_path_factory.mktemp("repeated") / "repeated.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+@pytest.fixture
+def split(dense, moe):
+    """A split, with shared experts where the target has them."""
+
+    def make(target="qwen2_moe", source=None, **settings):
+        shared = 0 if target == "mixtral" else 2
+        return moe(source or dense(), target=target, shared_experts=shared, **settings)
+
+    return make
+
+
+@pytest.fixture
+def train(repeated, tmp_path):
+    """Trains a folder's model for a few steps, to `tmp_path / "out"` by default."""
+
+    def run(folder, out=None, **settings):
+        settings = QUICK | {"data": str(repeated)} | settings
+        if "tokens" in settings:
+            del settings["steps"]
+        return finetune(str(folder), out or tmp_path / "out", **settings)
+
+    return run
+
+
+def group(name):
+    """Which group a tensor of the hub layouts belongs to."""
+    kinds = {
+        "router": ("mlp.gate.", "block_sparse_moe.gate.", "block_sparse_moe.router."),
+        "shared experts": ("shared_expert", "shared_mlp"),
+        "experts": ("experts.", "block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
+        "attention": ("self_attn.",),
+        "dense FFNs": ("layers.0.mlp.",),
+    }
+    for kind, parts in kinds.items():
+        if any(part in name for part in parts):
+            return kind
+    return "norms, embeddings"
+
+
+def changed_groups(before, after):
+    one, other = weights(before), weights(after)
+    assert one.keys() == other.keys()
+    return {group(name) for name in one if not torch.equal(one[name], other[name])}
+
+
+def layout(folder):
+    return {name: (tuple(t.shape), t.dtype) for name, t in weights(folder).items()}
+
+
+def held_out_loss(done, settings):
+    """Of the written checkpoint, by plain transformers."""
+    model = load(done.out)
+    _, held = training_data(
+        done.out, 272, done.settings.data, seq_len=settings["seq_len"],
+        train_tokens=done.settings.total_steps * settings["seq_len"] * settings["batch_size"],
+        validation_tokens=settings["validation_tokens"], seed=0,
+    )  # fmt: skip
+    total, count = 0.0, 0
+    for tokens_L, mask_L in zip(held.tokens_BL, held.mask_BL, strict=True):
+        tokens_L = tokens_L[mask_L]
+        z_LV = logits(model, tokens_L[None])[0]
+        total += float(functional.cross_entropy(z_LV[:-1], tokens_L[1:], reduction="sum"))
+        count += len(tokens_L) - 1
+    return total / count
+
+
+def files(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+# --- what comes out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_result_is_the_trained_model_in_the_same_layout(split, train, target):
+    source = split(target)
+    done = train(source, steps=10)
+    assert done.after["loss"] < done.before["loss"] - 0.3
+    assert done.last["loss"] < done.log[1]["loss"]
+    assert layout(done.out) == layout(source)
+    assert (done.out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert done.reload_error < 1e-6
+    assert held_out_loss(done, QUICK) == pytest.approx(done.after["loss"], abs=1e-4)
+    expected = {"model.safetensors", "train_log.jsonl"} | {p.name for p in source.iterdir()}
+    assert {path.name for path in done.out.iterdir()} == expected
+    assert not partial_folder(done.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("train_", "changed"),
+    [
+        ("router", {"router"}),
+        ("experts", {"experts", "shared experts"}),
+        ("moe", {"router", "experts", "shared experts"}),
+        ("all", {"router", "experts", "shared experts", "attention", "dense FFNs",
+                 "norms, embeddings"}),
+    ],
+)  # fmt: skip
+def test_only_what_was_asked_for_changes(split, train, train_, changed):
+    source = split(keep_dense=[0])
+    done = train(source, train=train_, balance=0.0, z_loss=0.0, keep_best=False)
+    assert changed_groups(source, done.out) == changed
+    assert {name for name, row in done.groups.items() if row["trained"]} == changed
+    size = sum(t.numel() for t in weights(source).values())
+    assert sum(row["parameters"] for row in done.groups.values()) == size
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_low_rank_changes_reach_every_group(split, train, target):
+    source = split(target)
+    done = train(source, lora=2, merge=True)
+    changed = {"router", "experts", "attention"}
+    changed |= set() if target == "mixtral" else {"shared experts"}
+    assert changed_groups(source, done.out) == changed
+    assert {name for name, row in done.groups.items() if row["trained"]} == changed
+    assert layout(done.out) == layout(source)
+    assert not list(done.out.glob("adapter*"))
+
+
+def test_an_adapter_loads_by_peft_and_is_what_merge_merges(split, train, tmp_path):
+    from peft import PeftModel
+
+    source = split("glm4_moe")
+    adapter = train(source, tmp_path / "adapter", lora=2)
+    assert adapter.after["loss"] < adapter.before["loss"]
+    assert not list(adapter.out.glob("model*"))
+    config = read_json(adapter.out / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(source)
+    with safe_open(adapter.out / "adapter_model.safetensors", "pt") as file:
+        assert all("lora_" in name for name in file.keys())  # noqa: SIM118
+    merged = logits(load(train(source, lora=2, merge=True).out))
+    unmerged = logits(PeftModel.from_pretrained(load(source), adapter.out).eval())
+    assert gap(merged, unmerged) < 1e-3
+    assert gap(unmerged, logits(load(source))) > 1e-2
+
+
+def test_low_rank_changes_of_the_moe_leave_attention_and_dense_layers(split, train):
+    source = split(keep_dense=[0])
+    done = train(source, lora=2, merge=True, train="moe")
+    assert changed_groups(source, done.out) == {"router", "experts", "shared experts"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": 2, "merge": True}])
+def test_a_bfloat16_checkpoint_stays_one(dense, split, train, settings):
+    source = split("glm4_moe", dense(dtype=torch.bfloat16))
+    done = train(source, steps=6, **settings)
+    assert layout(done.out) == layout(source)
+    assert {t.dtype for t in weights(source).values()} == {torch.bfloat16, torch.float32}
+    assert done.after["loss"] < done.before["loss"]
+    assert held_out_loss(done, QUICK) == pytest.approx(done.after["loss"], abs=0.1)
+
+
+def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monkeypatch):
+    """Even where rounding blurs the logits."""
+    from upcycle.training import publish
+
+    def wrong(*args):
+        model = load_model(*args)
+        model.model.norm.weight.data[3] *= 1.01
+        return model
+
+    load_model = publish.load_model
+    monkeypatch.setattr(publish, "load_model", wrong)
+    with pytest.raises(publish.CheckFailed, match=r"another model\.norm\.weight"):
+        train(split(), precision="bf16")
+    assert not files(tmp_path)
+
+
+def test_mixed_precision_ends_with_its_run(split, train, tmp_path):
+    """accelerate keeps its precision for the whole process."""
+    source = split()
+    exact = train(source, tmp_path / "a")
+    rounded = train(source, tmp_path / "b", precision="bf16")
+    assert 1e-4 < abs(exact.last["loss"] - rounded.last["loss"]) < 0.1
+    for wrong in ({"micro_batch": 3}, {"device": "cuda"}):
+        if not (torch.cuda.is_available() and "device" in wrong):
+            with pytest.raises(UpcycleError):
+                train(source, tmp_path / "c", precision="bf16", **wrong)
+    assert train(source, tmp_path / "d").last["loss"] == exact.last["loss"]
+
+
+# --- losses, in the loop ---------------------------------------------------------------------
+
+
+def test_micro_batches_and_checkpointing_do_not_change_the_losses(dense, split, train, tmp_path):
+    source = split()
+    runs = [
+        train(
+            source, tmp_path / str(number), teacher=str(dense()), distill=0.5, match_layers=0.1,
+            z_loss=0.1, balance=0.0, **settings,
+        )
+        for number, settings in enumerate(
+            [{"micro_batch": 1}, {"micro_batch": 4}, {"gradient_checkpointing": True}]
+        )
+    ]  # fmt: skip
+    for name in ("loss", "next_token", "distill", "match_layers", "z_loss", "grad_norm"):
+        one, *others = ([row[name] for row in done.log if name in row] for done in runs)
+        assert len(one) == 4
+        for other in others:
+            assert other == pytest.approx(one, rel=2e-4), name
+    row = next(row for row in runs[0].log if "loss" in row)
+    parts = (
+        row["next_token"],
+        0.5 * row["distill"],
+        0.1 * row["match_layers"],
+        0.1 * row["z_loss"],
+    )
+    assert row["loss"] == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_healing_learns_from_the_dense_model_that_it_was_made_from(dense, split, train):
+    done = train(split(), preset="heal", steps=10, lr=2e-3)
+    assert done.settings.teacher == str(dense())
+    assert done.after["kl"] < done.before["kl"] * 0.95
+    assert not any("next_token" in row for row in done.log)
+
+
+def test_balance_evens_out_the_load(split, train, tmp_path):
+    """By a loss, and by the selection bias of a target that has one."""
+    runs = {
+        name: train(
+            split("glm4_moe"), tmp_path / name, train="moe", lr=1e-5, router_lr=0.05, steps=10,
+            z_loss=0.0, warmup=0, keep_best=False, balance=balance, balance_bias=bias,
+        )
+        for name, balance, bias in (("none", 0, 0), ("loss", 30, 0), ("bias", 0, 0.2))
+    }  # fmt: skip
+    last = {n: sum(r["imbalance"] for r in d.log[-6:] if "loss" in r) for n, d in runs.items()}
+    assert last["loss"] < last["none"] * 0.9
+    assert last["bias"] < last["none"] * 0.9
+    biases = {
+        name: [t for n, t in weights(done.out).items() if n.endswith("correction_bias")]
+        for name, done in runs.items()
+    }
+    assert all(bool(t.any()) == (name == "bias") for name in biases for t in biases[name])
+
+
+def test_routers_move_alone_during_their_warmup(split, train):
+    source = split()
+    done = train(source, router_warmup=1.0, keep_best=False, weight_decay=0.1)
+    assert changed_groups(source, done.out) == {"router"}
+
+
+def test_learning_rate_rises_and_falls_as_a_cosine():
+    settings = Training(steps=100, warmup=0.1, final_lr=0.2, router_warmup=0.1)
+    other = [learning_rate(settings, step, "other") for step in range(100)]
+    assert other[:10] == [0.0] * 10
+    assert other[10:20] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert other[60] == pytest.approx(0.6)
+    assert other[99] == pytest.approx(0.2, abs=1e-3)
+    assert all(a > b for a, b in itertools.pairwise(other[20:]))
+    router = [learning_rate(settings, step, "router") for step in range(100)]
+    assert router[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert router[55] == pytest.approx(0.6)
+    assert learning_rate(Training(steps=1), 0, "other") == 1
+
+
+def test_the_dense_gradient_reaches_every_router_of_top_1_copies(dense, moe, train, tmp_path):
+    """Whose renormalised weight is always 1."""
+    for target in ("mixtral", "granitemoeshared"):
+        source = moe(
+            dense(), target=target, method="copy", experts=4, top_k=1, allow_frozen_router=True
+        )
+        with pytest.raises(UpcycleError, match="the routers get no gradient"):
+            train(source, balance=0.0, z_loss=0.0)
+        assert not files(tmp_path)
+    done = train(source, balance=0.0, z_loss=0.0, train="router", dense_router_gradient=True)
+    assert sum(group(name) == "router" for name in weights(done.out)) == 3
+    one, other = weights(source), weights(done.out)
+    # Copies are equal at first, so no expert is better than another: only rounding moves routers.
+    assert changed_groups(source, done.out) <= {"router"}
+    assert one.keys() == other.keys()
+
+
+# --- which state is kept ---------------------------------------------------------------------
+
+
+def test_the_best_state_is_the_result(split, train, tmp_path):
+    """Not the last one, when that is worse: here, after steps that are far too long."""
+    settings = {"steps": 8, "validate_every": 1, "lr": 1.0, "warmup": 1.0}
+    done = train(split(), **settings)
+    validations = {r["step"]: r["validation"]["loss"] for r in done.log if "validation" in r}
+    assert sorted(validations) == list(range(9))
+    best = min(validations, key=validations.get)
+    assert 0 < best < 8
+    assert done.result_step == best
+    assert done.after["loss"] == validations[best]
+    assert held_out_loss(done, QUICK) == pytest.approx(validations[best], abs=1e-4)
+    last = train(split(), tmp_path / "last", keep_best=False, **settings)
+    assert last.result_step == 8
+    assert held_out_loss(last, QUICK) == pytest.approx(validations[8], abs=1e-4)
+
+
+def test_a_run_that_diverges_gives_the_model_back_or_says_so(split, train, tmp_path):
+    source = split()
+    done = train(source, lr=1e9)
+    assert not any(math.isfinite(row["loss"]) for row in done.log[-2:-1])
+    assert done.result_step == 0
+    assert changed_groups(source, done.out) == set()
+    with pytest.raises(UpcycleError, match=r"validation loss is nan after step [1-4]: lower --lr"):
+        train(source, tmp_path / "last", lr=1e9, keep_best=False)
+    assert not (tmp_path / "last").exists()
+    assert train(source, tmp_path / "late", lr=100.0).result_step == 0
+
+
+def test_a_held_out_row_of_one_token_spoils_nothing(split, train, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("a" * 32 * 12)  # and the end of the sequence
+    assert train(split(), data=str(path)).after["loss"] > 0
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "missing.txt"}, "--data 'missing.txt' is not a file"),
+        ({"data": "self"}, "--data 'self' is not a file: give builtin"),
+        ({"seq_len": 4096}, "lower --seq-len"),
+        ({"micro_batch": 3}, "--batch-size 4 is not a multiple of 3"),
+        ({"balance_bias": 0.1}, "--balance-bias 0.1 has no effect on qwen2_moe"),
+        ({"train": "experts"}, "--balance 0.01 has no effect with --train experts"),
+        ({"distill": 1.0, "teacher": "/no/such"}, "--teacher: .*/no/such"),
+        ({"preset": "hael"}, "unknown recipe 'hael'"),
+        ({"tracker": "nonsense"}, "nonsense"),
+    ],
+)
+def test_bad_requests_are_refused_and_leave_nothing(split, train, tmp_path, settings, message):
+    with pytest.raises(UpcycleError, match=message) as caught:
+        train(split(), **settings)
+    assert "\n" not in str(caught.value)
+    assert not files(tmp_path)
+
+
+def test_models_that_do_not_serve_are_refused(dense, split, train, tmp_path):
+    with pytest.raises(UpcycleError, match="is dense, so `upcycle convert` it first"):
+        train(dense())
+    with pytest.raises(UpcycleError, match="has a vocabulary of 300, but the model of 272"):
+        train(split(), distill=1.0, teacher=str(dense(vocab_size=300)))
+    with pytest.raises(UpcycleError, match="2 layers of 48 and the model 3 layers of 48"):
+        train(split(), match_layers=1.0, teacher=str(dense(num_hidden_layers=2)))
+    assert not files(tmp_path)
+
+
+def test_what_stands_in_out_is_safe(split, train, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UpcycleError, match=str(out)):
+            train(split(), overwrite=overwrite)
+    assert files(tmp_path) == {
+        out.relative_to(tmp_path),
+        (out / "thesis.txt").relative_to(tmp_path),
+    }
+    first = train(split(), tmp_path / "result")
+    with pytest.raises(UpcycleError, match="--overwrite"):
+        train(split(), first.out, seed=1)
+    before = weights(first.out)
+    train(split(), first.out, seed=1, overwrite=True)
+    assert any(not torch.equal(t, before[n]) for n, t in weights(first.out).items())
+    with pytest.raises(UpcycleError, match="holds the source"):
+        train(first.out, first.out, overwrite=True)
+
+
+def test_a_failure_leaves_a_former_result(split, train, monkeypatch):
+    done = train(split())
+    before = {path: path.read_bytes() for path in done.out.iterdir()}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("upcycle.training.publish._write_model", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train(split(), overwrite=True)
+    assert {path: path.read_bytes() for path in done.out.iterdir()} == before
+    assert files(done.out.parent) == {p.relative_to(done.out.parent) for p in [done.out, *before]}
+
+
+# --- going on --------------------------------------------------------------------------------
+
+
+def at_step(step, act):
+    def row(row, done, total):
+        if row["step"] == step and "validation" not in row:
+            act()
+
+    return Watch(row=row)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def trained_bytes(done):
+    times = ("tokens_per_second",)
+    rows = [{k: v for k, v in row.items() if k not in times} for row in done.log]
+    lines = [json.loads(line) for line in (done.out / "train_log.jsonl").read_text().splitlines()]
+    assert lines == done.log
+    return {p.name: p.read_bytes() for p in done.out.glob("*.safetensors")}, rows, done.after
+
+
+GOING_ON = {
+    "selection bias": ("glm4_moe", {"balance_bias": 0.1, "weight_decay": 0.1}),
+    "low-rank changes": ("qwen2_moe", {"preset": "heal", "lora": 2, "merge": True}),
+    "best state before the interrupt": (
+        "granitemoeshared",
+        {"dense_router_gradient": True, "gradient_checkpointing": True, "lr": 1.0, "warmup": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GOING_ON)
+def test_interrupted_and_resumed_is_the_same_as_never_stopped(split, train, tmp_path, kind):
+    target, settings = GOING_ON[kind]
+    settings = {"steps": 7, "validate_every": 2} | settings
+    source = split(target)
+    whole = train(source, tmp_path / "whole", **settings)
+    assert whole.result_step < 3 or "best" not in kind
+    with pytest.raises(KeyboardInterrupt):
+        train(source, watch=at_step(3, interrupt), **settings)
+    assert not (tmp_path / "out").exists()
+    assert partial_folder(tmp_path / "out").is_dir()
+    steps = []
+    resumed = train(
+        source, resume=True, watch=Watch(row=lambda row, *_: steps.append(row["step"])), **settings
+    )
+    assert min(steps) == 4
+    assert trained_bytes(resumed) == trained_bytes(whole)
+
+
+def test_dropout_is_the_same_after_a_resume(split, train, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(split(), source)
+    config = read_json(source / "config.json") | {"attention_dropout": 0.3}
+    (source / "config.json").write_text(json.dumps(config))
+    plain = train(split(), tmp_path / "plain")
+    whole = train(source, tmp_path / "whole")
+    assert whole.last["loss"] != plain.last["loss"]
+    with pytest.raises(KeyboardInterrupt):
+        train(source, watch=at_step(2, interrupt))
+    assert trained_bytes(train(source, resume=True)) == trained_bytes(whole)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_killed_and_resumed_is_the_same_as_never_stopped(split, train, tmp_path, step):
+    """Before and after the state was saved for the first time."""
+    settings = {"steps": 5, "validate_every": 3}
+    whole = train(split(), tmp_path / "whole", **settings)
+    assert killed(lambda: train(split(), watch=at_step(step, kill), **settings))
+    log = partial_folder(tmp_path / "out") / "train_log.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 5, "lo')  # a line cut short
+    assert trained_bytes(train(split(), resume=True, **settings)) == trained_bytes(whole)
+
+
+def test_only_the_same_request_goes_on(split, train, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(split(), watch=at_step(2, interrupt))
+    state = files(tmp_path)
+    for change in ({"lr": 1e-4}, {"steps": 5}):
+        with pytest.raises(UpcycleError, match="drop --resume to start anew"):
+            train(split(), resume=True, **change)
+    with pytest.raises(UpcycleError, match="drop --resume to start anew"):
+        train(split("mixtral"), resume=True)
+    assert files(tmp_path) == state
+    train(split(), lr=1e-4)
+    assert not partial_folder(tmp_path / "out").exists()
+
+
+def test_a_second_interrupt_stops_at_once(split, train, tmp_path):
+    def twice():
+        interrupt()
+        interrupt()
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(split(), watch=at_step(2, twice))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert trained_bytes(train(split(), resume=True)) == trained_bytes(
+        train(split(), tmp_path / "whole")
+    )
+
+
+# --- history ---------------------------------------------------------------------------------
+
+
+def test_every_run_is_in_the_history(split, train, tmp_path):
+    source = split()
+    first = train(source, tmp_path / "first", preset=None)
+    second = train(first.out, tmp_path / "second", train="router", lora=2, merge=True, seed=1)
+    assert first.settings.name == "heal"
+    record, original = read_json(second.out / "upcycle.json"), read_json(source / "upcycle.json")
+    assert record.keys() == original.keys() | {"training"}
+    assert record["plan"] == original["plan"]
+    assert record["check"] is None
+    assert [entry["model"] for entry in record["training"]] == [str(source), str(first.out)]
+    assert [entry["settings"]["train"] for entry in record["training"]] == ["all", "router"]
+    assert record["training"][0]["check_before"] == original["check"]
+    for entry, done in zip(record["training"], (first, second), strict=True):
+        assert Training(**entry["settings"]) == done.settings
+        assert entry["after"] == done.after
+    card = (second.out / "README.md").read_text()
+    assert card.startswith((source / "README.md").read_text())
+    assert card.count("\n## Training\n") == 2
+    assert f"{second.after['perplexity']:.3f}" in card
+    assert read_record(second.out / "upcycle.json")["training"][1]["step"] == second.result_step
+    log = read_log(second.out / "train_log.jsonl")
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_model_that_upcycle_did_not_make_trains_too(dense, moe, train, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(moe(dense(), target="mixtral", method="copy", experts=4), source)
+    (source / "upcycle.json").unlink()
+    (source / "README.md").unlink()
+    done = train(source, preset=None)
+    assert done.settings.name == "specialise"
+    assert read_json(done.out / "upcycle.json").keys() == {"check", "training"}
+    assert (done.out / "README.md").is_file()
+
+
+def test_copies_come_to_differ(dense, moe, train):
+    source = moe(dense(), target="mixtral", method="copy", experts=4, top_k=2)
+    done = train(source, steps=10)
+    (one, *_), (router, *_) = experts(load(done.out)), routers(load(done.out))
+    assert all(not torch.equal(one.down_proj[0], one.down_proj[e]) for e in range(1, 4))
+    assert router.weight.abs().max() > 0
+    assert done.after["loss"] < done.before["loss"]

@@ -1,0 +1,125 @@
+"""The command line of `upcycle finetune`."""
+
+import json
+import re
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from upcycle.cli import app
+from upcycle.sink import partial_folder
+from upcycle.training.settings import Training, shipped_presets
+
+QUICK = "--steps 2 --seq-len 32 --batch-size 2 --set validation_tokens=32 --lr 1e-3".split()
+
+
+@pytest.fixture
+def model(dense, moe):
+    return moe(dense())
+
+
+def run(*arguments, env=None):
+    arguments = ["finetune", *map(str, arguments)]
+    result = CliRunner().invoke(app, arguments, env=env or {})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def error(*arguments, code=2):
+    result = run(*arguments)
+    assert result.exit_code == code
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert code != 2 or (result.stdout, len(lines)) == ("", 1)
+    return lines[-1].removeprefix("error: ")
+
+
+def test_help_names_the_presets_and_every_option():
+    text = re.sub(r"\s+", " ", run("--help").output)
+    assert set(shipped_presets()) == {"heal", "lora", "specialise"}
+    assert "heal | specialise | lora" in text
+    command = typer.main.get_command(app).commands["finetune"]
+    options = {p.name: p for p in command.params}
+    replacing = options.keys() & Training.model_fields.keys()
+    assert {"train", "lora", "merge", "data", "tokens", "lr", "teacher", "balance"} <= replacing
+    for name in replacing:
+        assert options[name].opts == [f"--{name.replace('_', '-')}"]
+        assert options[name].envvar == f"UPCYCLE_{name.upper()}"
+
+
+def test_json_is_one_object_and_nothing_else(model, text, tmp_path):
+    result = run(model, "--data", text, "-o", tmp_path / "out", *QUICK, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == ""
+    printed = json.loads(result.stdout)
+    assert printed["settings"]["validation_tokens"] == 32
+    assert (printed["steps"], printed["tokens"]) == (2, 128)
+    assert printed["out"] == str(tmp_path / "out")
+    assert {"loss", "perplexity", "kl"} == printed["before"].keys() == printed["after"].keys()
+
+
+def test_tables_go_to_stdout_and_progress_to_stderr(model, text, tmp_path):
+    result = run(model, "--data", text, "-o", tmp_path / "out", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert "perplexity" in result.stdout
+    assert "AutoModelForCausalLM" in result.stdout
+    assert "step 0 of 2: validation loss" in result.stderr
+    assert "the weights themselves, preset heal" in result.stderr + result.stdout
+
+
+def test_variables_of_the_environment_are_settings(model, text, tmp_path):
+    env = {"UPCYCLE_TRAIN": "router", "UPCYCLE_NEXT_TOKEN": "2.5", "UPCYCLE_DATA": str(text)}
+    env |= {"UPCYCLE_ROUTER_WARMUP": "0.25"}
+    result = run(model, "-o", tmp_path / "out", *QUICK, "--json", env=env)
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["train"], settings["next_token"]) == ("router", 2.5)
+    assert (settings["data"], settings["router_warmup"]) == (str(text), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", "9"], "--tokens and --steps both"),
+        (["--recipe", "hael"], "unknown recipe 'hael'"),
+        (["--set", "leraning_rate=1"], "unknown setting 'leraning_rate'"),
+        (["--set", "lr"], "--set 'lr' is not KEY=VALUE"),
+        (["--data", "missing.txt"], "--data 'missing.txt' is not a file"),
+        (["--train", "routers"], "train='routers'"),
+        (["--merge"], "give --lora RANK too"),
+        (["--micro-batch", "3"], "--batch-size 2 is not a multiple of 3"),
+    ],
+)
+def test_bad_requests_end_with_one_sentence(model, tmp_path, flags, message):
+    assert message in error(model, "-o", tmp_path / "out", *QUICK, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_for_the_result_and_a_model_are_needed(model, dense, tmp_path):
+    assert "-o OUT" in error(model)
+    assert "convert" in error(dense(), "-o", tmp_path / "out", *QUICK)
+    assert "no-such-model" in error("./no-such-model", "-o", tmp_path / "out", *QUICK)
+
+
+def test_an_interrupt_says_how_to_go_on(model, text, tmp_path, monkeypatch):
+    from upcycle.training import loop
+
+    out, step = tmp_path / "out", loop._step
+
+    def interrupted(run):
+        run.stop = True
+        return step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", interrupted)
+        message = error(model, "--data", text, "-o", out, *QUICK, code=1)
+    assert "--resume goes on" in message
+    assert partial_folder(out).is_dir()
+    assert not out.exists()
+    result = run(model, "--data", text, "-o", out, *QUICK, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert "step 0 of 2" not in result.stderr
+    assert "step 2 of 2" in result.stderr
+    assert not partial_folder(out).exists()

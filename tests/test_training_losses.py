@@ -1,0 +1,177 @@
+"""Losses of continued training, against loops in float64 that follow their formulas."""
+
+import math
+
+import pytest
+import torch
+
+from upcycle.training import losses
+from upcycle.training.routers import Scale, untempered
+
+B, L, V, E, K, D = 3, 7, 11, 6, 2, 5
+MASK_BL = torch.ones(B, L, dtype=torch.bool)
+MASK_BL[2, 4:] = False
+MASK_T = MASK_BL.flatten()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+TOKENS_BL = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(1))
+TEACHER_BLV = normal(B, L, V, seed=2)
+TEACHER_HIDDEN = tuple(normal(B, L, D, seed=10 + i) + 1 for i in range(3))
+CHOSEN_TK = normal(B * L, E, seed=3).topk(K).indices
+
+
+# --- naive ------------------------------------------------------------------------------------
+
+
+def log_softmax(z_V):
+    z_V = list(z_V)
+    top = float(max(z_V).detach())
+    total = sum((z - top).exp() for z in z_V).log() + top
+    return [z - total for z in z_V]
+
+
+def naive_next_token(logits_BLV):
+    terms = [
+        -log_softmax(logits_BLV[b, i])[TOKENS_BL[b, i + 1]]
+        for b in range(B)
+        for i in range(L - 1)
+        if MASK_BL[b, i + 1]
+    ]
+    return sum(terms) / len(terms)
+
+
+def naive_distillation(logits_BLV):
+    terms = []
+    for b, i in MASK_BL.nonzero().tolist():
+        ours, theirs = log_softmax(logits_BLV[b, i]), log_softmax(TEACHER_BLV[b, i])
+        terms.append(sum(p.exp() * (p - q) for p, q in zip(theirs, ours, strict=True)))
+    return sum(terms) / len(terms)
+
+
+def naive_layer_match(hidden_SBLD):
+    terms = []
+    for h_BLD, t_BLD in zip(hidden_SBLD, TEACHER_HIDDEN, strict=True):
+        for b, i in MASK_BL.nonzero().tolist():
+            off = sum((h_BLD[b, i, d] - t_BLD[b, i, d]) ** 2 for d in range(D))
+            terms.append(off / sum(t_BLD[b, i, d] ** 2 for d in range(D)))
+    return sum(terms) / len(terms)
+
+
+def naive_balance(scores_TE):
+    counted = MASK_T.nonzero().flatten().tolist()
+    total = 0.0
+    for e in range(E):
+        selections = sum(int(CHOSEN_TK[t, k] == e) for t in counted for k in range(K))
+        mean_score = sum(scores_TE[t, e] for t in counted) / len(counted)
+        total = total + selections / (len(counted) * K) * mean_score
+    return E * total
+
+
+def naive_z_loss(logits_TE):
+    counted = MASK_T.nonzero().flatten().tolist()
+    return sum(sum(z.exp() for z in logits_TE[t]).log() ** 2 for t in counted) / len(counted)
+
+
+LOSSES = {
+    "next_token": (
+        lambda z: losses.next_token_loss(z, TOKENS_BL, MASK_BL), naive_next_token, (B, L, V),
+    ),
+    "distill": (
+        lambda z: losses.distillation_loss(z, TEACHER_BLV, MASK_BL), naive_distillation, (B, L, V),
+    ),
+    "match_layers": (
+        lambda h: losses.layer_match_loss(tuple(h), TEACHER_HIDDEN, MASK_BL), naive_layer_match,
+        (3, B, L, D),
+    ),
+    "balance": (
+        lambda s: losses.balance_loss(s, CHOSEN_TK, MASK_T), naive_balance, (B * L, E),
+    ),
+    "z_loss": (lambda z: losses.router_z_loss(z, MASK_T), naive_z_loss, (B * L, E)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient_are_those_of_the_formula(name):
+    loss, naive, shape = LOSSES[name]
+    x = normal(*shape, seed=4).float().requires_grad_()
+    y = x.detach().double().requires_grad_()
+    actual, expected = loss(x), naive(y)
+    actual.backward()
+    expected.backward()
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-6)
+    assert x.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_padding_does_not_count(name):
+    """Whatever stands there."""
+    loss, _, shape = LOSSES[name]
+    x = normal(*shape, seed=4).float().requires_grad_()
+    other = x.detach().clone()
+    # The last two sequences' dimension is the last but one, or the tokens are flat.
+    flat = other.view(-1, B * L, shape[-1])
+    if name in ("next_token", "distill"):
+        other[2, 4 if name == "distill" else 5 :] = 100.0
+    else:
+        flat[:, ~MASK_T] = 100.0
+    other.requires_grad_()
+    loss(x).backward()
+    loss(other).backward()
+    torch.testing.assert_close(loss(other), loss(x))
+    torch.testing.assert_close(x.grad, other.grad)
+    assert not x.grad.view(-1, B * L, shape[-1])[:, ~MASK_T].any()
+
+
+def test_padded_tokens_and_selections_do_not_count():
+    z_BLV, scores_TE = normal(B, L, V), normal(B * L, E).float().softmax(-1)
+    tokens_BL = TOKENS_BL.masked_fill(~MASK_BL, 0)
+    one = losses.next_token_loss(z_BLV, tokens_BL, MASK_BL)
+    tokens_BL[~MASK_BL] = V - 1
+    assert torch.equal(one, losses.next_token_loss(z_BLV, tokens_BL, MASK_BL))
+    chosen_TK = CHOSEN_TK.clone()
+    chosen_TK[~MASK_T] = 0
+    one = losses.balance_loss(scores_TE, CHOSEN_TK, MASK_T)
+    assert torch.equal(one, losses.balance_loss(scores_TE, chosen_TK, MASK_T))
+
+
+def test_balance_is_one_at_uniform_and_more_when_scores_follow_load():
+    uniform_TE = torch.full((12, E), 1 / E)
+    even_TK = torch.arange(24).view(12, 2) % E
+    all_T = torch.ones(12, dtype=torch.bool)
+    assert float(losses.balance_loss(uniform_TE, even_TK, all_T)) == pytest.approx(1)
+    collapsed_TE = torch.eye(E)[:1].expand(12, E)
+    alone_T1 = torch.zeros(12, 1, dtype=torch.int64)
+    assert float(losses.balance_loss(collapsed_TE, alone_T1, all_T)) == pytest.approx(E)
+
+
+def test_equal_distributions_and_hidden_states_lose_nothing():
+    same = losses.distillation_loss(TEACHER_BLV + 3, TEACHER_BLV, MASK_BL)
+    assert float(same) == pytest.approx(0, abs=1e-6)
+    assert not float(losses.layer_match_loss(TEACHER_HIDDEN, TEACHER_HIDDEN, MASK_BL))
+
+
+def test_low_precision_logits_are_summed_in_float32():
+    z_BLV = normal(B, L, V).bfloat16()
+    exact = losses.next_token_loss(z_BLV.double(), TOKENS_BL, MASK_BL)
+    actual = losses.next_token_loss(z_BLV, TOKENS_BL, MASK_BL)
+    assert actual.dtype == torch.float32
+    assert float(actual) == pytest.approx(float(exact), rel=1e-6)
+    kl = losses.distillation_loss(z_BLV, TEACHER_BLV.bfloat16(), MASK_BL)
+    assert kl.dtype == torch.float32
+
+
+def test_tempered_logits_are_seen_at_ordinary_spread_with_their_own_gradient():
+    tempered_TE = (normal(B * L, E).float() * 1e-4).requires_grad_()
+    seen_TE = untempered(tempered_TE, Scale(router=1e-4))
+    torch.testing.assert_close(seen_TE, tempered_TE.detach() * 1e4)
+    losses.router_z_loss(seen_TE, MASK_T).backward()
+    ordinary_TE = (tempered_TE.detach() * 1e4).requires_grad_()
+    losses.router_z_loss(ordinary_TE, MASK_T).backward()
+    torch.testing.assert_close(tempered_TE.grad, ordinary_TE.grad)
+    assert math.isclose(float(ordinary_TE.std(-1).mean()), 1, rel_tol=0.3)
+    assert torch.equal(untempered(tempered_TE, Scale()), tempered_TE)

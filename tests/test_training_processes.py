@@ -1,0 +1,239 @@
+"""Training by several processes: the same losses as by one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from reference import gap, load, logits, weights
+from torch.distributed.tensor import DTensor
+from typer.testing import CliRunner
+
+import upcycle
+from upcycle.cli import app
+from upcycle.training import loop
+from upcycle.training.run import finetune
+
+SETTINGS = {
+    "preset": "heal", "steps": 3, "seq_len": 32, "batch_size": 4, "micro_batch": 1,
+    "validation_tokens": 160, "lr": 1e-3, "balance": 0.1, "next_token": 0.5, "seed": 3,
+}  # fmt: skip
+FLAGS = [
+    *"--recipe heal --steps 3 --seq-len 32 --batch-size 4 --micro-batch 1 --lr 1e-3".split(),
+    *"--balance 0.1 --next-token 0.5 --seed 3 --set validation_tokens=160 --device cpu".split(),
+]
+CONFIGS = Path(upcycle.__file__).parent / "recipes" / "accelerate"
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return one.getsockname()[1]
+
+
+def launch(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def ddp(*arguments):
+    return launch(
+        *"torch.distributed.run --nproc_per_node 2 --master_port".split(), free_port(),
+        *"-m upcycle finetune".split(), *arguments,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(dense, moe):
+    return moe(dense(), target="qwen2_moe", shared_experts=2)
+
+
+@pytest.fixture(scope="module")
+def alone(model, text, tmp_path_factory):
+    """The same run in one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return finetune(str(model), out, data=str(text), **SETTINGS)
+
+
+def check_same(alone, code, stdout, stderr, out):
+    """Of a run by --json and its log."""
+    assert code == 0, stderr[-3000:]
+    assert stdout.count("\n") == 1
+    printed = json.loads(stdout)
+    assert printed["processes"] == 2
+    exact = alone.settings.precision is None
+    if exact:
+        check_log(alone, out)
+    else:  # later steps depend on how gradients were rounded
+        check_log(alone, out, slice(2), 1e-2)
+    assert printed["before"] == pytest.approx(alone.before, rel=1e-4)
+    assert weights(out).keys() == weights(alone.out).keys()
+    assert not exact or gap(logits(load(out)), logits(load(alone.out))) < 1e-2
+    assert {path.name for path in out.parent.iterdir()} == {"out"}
+
+
+def check_log(alone, out, part=slice(None), tolerance=1e-4):
+    log = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert len(log) == len(alone.log)
+    for row, expected in zip(log[part], alone.log[part], strict=True):
+        assert row.keys() == expected.keys()
+        for name in row.keys() - {"tokens_per_second"}:
+            assert row[name] == pytest.approx(expected[name], rel=tolerance), name
+
+
+def test_data_parallel_processes_learn_the_same(model, text, alone, tmp_path):
+    out = tmp_path / "out"
+    done = ddp(model, "--data", text, "-o", out, *FLAGS, "--json")
+    check_same(alone, done.returncode, done.stdout, done.stderr, out)
+
+
+def forked(tmp_path, act):
+    """What `act(rank)` returns in each of two processes that know each other, as torchrun would
+    start them; no module is imported again."""
+    port, children = free_port(), []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(100)
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate sets the number of threads
+                AcceleratorState._reset_state(reset_partial_state=True)
+                (tmp_path / f"{rank}.json").write_text(json.dumps(act(rank)))
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    results = [tmp_path / f"{rank}.json" for rank in range(2)]
+    said = [json.loads(path.read_text()) for path in results]
+    for path in results:
+        path.unlink()
+    return said
+
+
+def command(*arguments):
+    """A command's exit code and streams."""
+    result = CliRunner().invoke(app, ["finetune", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def sharded(precision="no"):
+    """Make of this process one of `accelerate launch --config_file fsdp2.yaml`.
+
+    On a CPU accelerate ignores that config in silence and copies the model to every process: FSDP
+    is for accelerators alone, so it must be told that these are some.
+    """
+    fields = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
+    os.environ |= {name.upper(): str(value) for name, value in fields["fsdp_config"].items()}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": precision}
+    start = PartialState.__init__
+
+    def accelerated(self, *args, **options):
+        start(self, *args, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = accelerated
+    take_up = loop._take_up
+
+    def check(run):
+        assert run.accelerator.distributed_type == DistributedType.FSDP
+        assert all(isinstance(p, DTensor) for p in run.plain.parameters())
+        take_up(run)
+
+    loop._take_up = check
+
+
+SHARDED = {
+    "plain": ("no", [], {}),
+    "bf16": ("bf16", [], {"precision": "bf16"}),
+    "all at once": (
+        "no",
+        [*"--dense-router-gradient --gradient-checkpointing --match-layers 0.1".split()],
+        {"dense_router_gradient": True, "gradient_checkpointing": True, "match_layers": 0.1},
+    ),
+    "low-rank": ("no", ["--lora", "2", "--merge"], {"lora": 2, "merge": True}),
+}
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_sharded_processes_learn_the_same(model, text, tmp_path, kind):
+    precision, flags, settings = SHARDED[kind]
+    out = tmp_path / "sharded" / "out"
+    flags = [model, "--data", text, "-o", out, *FLAGS, *flags, "--json"]
+
+    def act(rank):
+        sharded(precision)
+        return command(*flags)
+
+    first, second = forked(tmp_path, act)
+    assert second == [0, "", ""], first[2]
+    alone = finetune(str(model), tmp_path / "alone", data=str(text), **SETTINGS | settings)
+    check_same(alone, *first, out)
+
+
+def test_sharded_weights_of_two_dtypes_are_refused(model, text, tmp_path):
+    flags = [model, "--data", text, "-o", tmp_path / "out", *FLAGS, "--set", "dtype=bfloat16"]
+
+    def act(rank):
+        sharded()
+        return command(*flags)
+
+    first, second = forked(tmp_path, act)
+    assert first[0] == second[0] == 2
+    assert "dtype=bfloat16 with FSDP" in first[2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_one_process_says_what_is_wrong(model, text, tmp_path):
+    flags = [model, "--data", text, "-o", tmp_path / "out", *FLAGS, "--batch-size", "3"]
+    first, second = forked(tmp_path, lambda rank: command(*flags))
+    assert first[2].startswith("error: --batch-size 3 is not a multiple of 2")
+    assert first[2].count("\n") == 1
+    assert second == [2, "", ""]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_of_one_process_stops_all_and_all_go_on(model, text, alone, tmp_path):
+    out, step = tmp_path / "out", loop._step
+    flags = [model, "--data", text, "-o", out, *FLAGS]
+
+    def interrupted(rank):
+        def stop_second(run):
+            run.stop = rank == 1 and run.step == 1
+            return step(run)
+
+        loop._step = stop_second
+        return command(*flags)
+
+    first, second = forked(tmp_path, interrupted)
+    assert (first[0], second[0]) == (1, 1)
+    assert "--resume goes on" in first[2]
+    assert second[2] == ""
+    assert not out.exists()
+    first, second = forked(tmp_path, lambda rank: command(*flags, "--resume", "--json"))
+    assert second == [0, "", ""]
+    assert json.loads(first[1])["steps"] == 3
+    check_log(alone, out)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_shipped_configs_are_what_accelerate_reads(name):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.mixed_precision == "bf16"
+    assert config.num_processes > 1
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"

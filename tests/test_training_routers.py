@@ -1,0 +1,271 @@
+"""Routers in training: their scale, their precision, their gradients."""
+
+import itertools
+
+import pytest
+import torch
+from reference import load, logits, routers, selected, selections
+from torch import nn
+
+from upcycle.moe import moe_blocks
+from upcycle.training.loop import make_optimizer, score_of
+from upcycle.training.routers import (
+    RouterTap,
+    Scale,
+    correction_bias,
+    keep_float32,
+    measure_scales,
+    update_bias,
+)
+from upcycle.training.settings import Training
+from upcycle.training.trainable import freeze_all_but, members, trained
+
+TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]
+GAIN = {"qwen2_moe": 8, "mixtral": 2, "glm4_moe": 1, "granitemoeshared": 2}
+"""What a split into 8 experts of which 2 are on has folded into down_proj."""
+TOKENS_BL = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(2))
+
+
+def split_model(dense, moe, target, **overrides):
+    return load(moe(dense(), target=target, shared_experts=0), **overrides)
+
+
+def inputs_of_routers(model):
+    """What each router is called with [T, D]."""
+    seen = []
+    hooks = [
+        r.register_forward_hook(lambda _, args, out: seen.append(args[0].flatten(0, -2)))
+        for r in routers(model)
+    ]
+    logits(model, TOKENS_BL)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+# --- scales ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scales_of_a_split_are_its_temperature_and_its_gain(dense, moe, target):
+    model = split_model(dense, moe, target)
+    blocks = moe_blocks(model)
+    scales = measure_scales(model, blocks, TOKENS_BL)
+    assert len(scales) == len(blocks) == 3
+    for block, x_TD, scale in zip(blocks, inputs_of_routers(model), scales, strict=True):
+        spread = (x_TD @ block.router.weight.T).std(-1).mean()
+        assert scale.router == pytest.approx(spread.item(), rel=1e-3)
+        assert 1e-6 < scale.router < 1e-3
+        assert scale.down_proj == pytest.approx(GAIN[target], rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["mixtral", "glm4_moe"])
+def test_ordinary_routers_are_left_alone(dense, moe, target):
+    model = load(moe(dense(), target=target, method="copy", experts=4))
+    with torch.no_grad():
+        for block in moe_blocks(model):
+            block.router.weight.copy_(torch.randn_like(block.router.weight) * 0.05)
+    assert measure_scales(model, moe_blocks(model), TOKENS_BL) == [Scale()] * 3
+
+
+def one_step(model, scaled: bool):
+    """One step of Adam on next tokens; returns the share of tokens whose experts change, and the
+    root mean square of down_proj's change over its own."""
+    blocks = moe_blocks(model)
+    scales = measure_scales(model, blocks, TOKENS_BL)
+    with selections(model) as before:
+        logits(model, TOKENS_BL)
+    before = [each.sort().values for each in before]
+    down = [block.experts.down_proj.detach().clone() for block in blocks]
+    known = members(model, blocks, scales if scaled else [Scale()] * len(scales))
+    freeze_all_but(model, known, "moe")
+    settings = Training(train="moe", lr=1e-3, steps=1)
+    optimizer = make_optimizer(settings, trained(model, known))
+    z_BLV = model(input_ids=TOKENS_BL, use_cache=False).logits
+    nn.functional.cross_entropy(z_BLV[:, :-1].flatten(0, 1), TOKENS_BL[:, 1:].flatten()).backward()
+    optimizer.step()
+    with selections(model) as after:
+        logits(model, TOKENS_BL)
+    moved = [(a.sort().values != b).any(-1) for a, b in zip(after, before, strict=True)]
+    changes = [
+        float((block.experts.down_proj - d).norm() / d.norm())
+        for block, d in zip(blocks, down, strict=True)
+    ]
+    return float(moved[0].float().mean()), sum(changes) / len(changes)
+
+
+def untemper(model):
+    """The same selections by logits of ordinary spread, and experts without the gain."""
+    blocks = moe_blocks(model)
+    with torch.no_grad():
+        for block, scale in zip(blocks, measure_scales(model, blocks, TOKENS_BL), strict=True):
+            block.router.weight /= scale.router
+            block.experts.down_proj /= scale.down_proj
+    return model
+
+
+@pytest.mark.parametrize("target", ["qwen2_moe", "granitemoeshared"])
+def test_a_scaled_step_reroutes_as_a_step_of_an_ordinary_router(dense, moe, target):
+    tempered, down = one_step(split_model(dense, moe, target), scaled=True)
+    ordinary, ordinary_down = one_step(untemper(split_model(dense, moe, target)), scaled=True)
+    unscaled, unscaled_down = one_step(split_model(dense, moe, target), scaled=False)
+    assert 0 < ordinary < 0.2
+    assert ordinary / 2 < tempered < ordinary * 2
+    assert unscaled > 0.7
+    assert down == pytest.approx(ordinary_down, rel=0.05)
+    assert unscaled_down == pytest.approx(down / GAIN[target], rel=0.05)
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+
+def naive_mixture(scores_TE, x_TD, experts):
+    y_TD = 0
+    for e in range(scores_TE.shape[1]):
+        gate_TM, up_TM = (x_TD @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
+        h_TM = experts.act_fn(gate_TM) * up_TM
+        y_TD = y_TD + scores_TE[:, e, None] * (h_TM @ experts.down_proj[e].T)
+    return y_TD
+
+
+def naive_scores(target, block, x_TD):
+    """Of all experts, in the unit of the selected ones' weights; what is constant is detached."""
+    z_TE = x_TD @ block.router.weight.T
+    if target == "glm4_moe":
+        return 2 * z_TE.sigmoid()
+    scores_TE = z_TE.softmax(-1)
+    if target == "qwen2_moe":
+        return scores_TE
+    top_TK = scores_TE.topk(block.router.top_k).values
+    return scores_TE / top_TK.sum(-1, keepdim=True).detach()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dense_router_gradient_is_that_of_all_experts_running(dense, moe, target):
+    model = split_model(dense, moe, target)
+    (block, *_), (x_TD, *_) = moe_blocks(model), inputs_of_routers(model)
+    RouterTap([block], dense_gradient=True, score=score_of(target))
+    out = block.router(x_TD)
+    chosen_TK = selected(out)
+    weights_TK = naive_scores(target, block, x_TD).gather(1, chosen_TK)
+    y_TD = block.experts(x_TD, chosen_TK, weights_TK)
+    grad_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(0))
+    y_TD.backward(grad_TD, retain_graph=True)
+    actual_ED = block.router.weight.grad.clone()
+    gate_up_grad = block.experts.gate_up_proj.grad.clone()
+    model.zero_grad()
+    naive_mixture(naive_scores(target, block, x_TD), x_TD, block.experts).backward(grad_TD)
+    expected_ED = block.router.weight.grad
+    torch.testing.assert_close(actual_ED, expected_ED, rtol=1e-3, atol=1e-4 * expected_ED.std())
+    # The experts themselves learn from their own tokens alone.
+    model.zero_grad()
+    type(block.experts).forward(block.experts, x_TD, chosen_TK, weights_TK).backward(grad_TD)
+    torch.testing.assert_close(gate_up_grad, block.experts.gate_up_proj.grad)
+
+
+def test_dense_router_gradient_changes_no_output(dense, moe):
+    plain, tapped = (split_model(dense, moe, "qwen2_moe") for _ in range(2))
+    RouterTap(moe_blocks(tapped), dense_gradient=True)
+    assert torch.equal(logits(plain), logits(tapped))
+
+
+@pytest.mark.parametrize("dense_gradient", [False, True])
+def test_gradient_checkpointing_records_and_learns_the_same(dense, moe, dense_gradient):
+    results = []
+    for checkpointing in (False, True):
+        model = split_model(dense, moe, "qwen2_moe").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        tap = RouterTap(moe_blocks(model), dense_gradient)
+        with tap.recording():
+            z_BLV = model(input_ids=TOKENS_BL, use_cache=False).logits
+        model(input_ids=TOKENS_BL[:1], use_cache=False)  # not recorded
+        loss = z_BLV.logsumexp(-1).mean()
+        loss = loss + sum(r.logits_TE.square().sum() for r in tap.routed) * 1e6
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.numel()]
+        results.append((loss.detach(), tap.routed, grads))
+    (loss, routed, grads), (other_loss, other_routed, other_grads) = results
+    assert torch.equal(loss, other_loss)
+    assert len(routed) == len(other_routed) == 3
+    for one, other in zip(routed, other_routed, strict=True):
+        assert torch.equal(one.logits_TE, other.logits_TE)
+        assert torch.equal(one.chosen_TK, other.chosen_TK)
+    for one, other in zip(grads, other_grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_recorded_logits_are_the_routers_own(dense, moe):
+    model = split_model(dense, moe, "granitemoeshared")
+    blocks = moe_blocks(model)
+    tap = RouterTap(blocks)
+    with tap.recording():
+        logits(model, TOKENS_BL)
+    for block, x_TD, routed in zip(blocks, inputs_of_routers(model), tap.routed, strict=True):
+        torch.testing.assert_close(routed.logits_TE, x_TD @ block.router.weight.T)
+        top_TK = routed.logits_TE.topk(2).indices
+        assert torch.equal(top_TK.sort().values, routed.chosen_TK.sort().values)
+        assert routed.weights_TK.sum(-1).allclose(torch.ones(len(x_TD)))
+
+
+# --- precision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("how", ["bfloat16 weights", "autocast"])
+def test_routers_hold_and_select_in_float32(dense, moe, target, how):
+    weights = how == "bfloat16 weights"
+    model = split_model(dense, moe, target, dtype=torch.bfloat16 if weights else torch.float32)
+    blocks = moe_blocks(model)
+    keep_float32(blocks)
+    seen = []
+    for block in blocks:
+        assert block.router.weight.dtype == torch.float32
+        block.router.register_forward_hook(lambda r, args, out: seen.append((r, args[0], out)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=not weights):
+        logits(model, TOKENS_BL)
+    assert len(seen) == 3
+    for router, x, out in seen:
+        exact_TE = nn.functional.linear(x.float().flatten(0, -2), router.weight)
+        # Scores of a tempered router are so close that some are equal after rounding.
+        scores_TE = exact_TE if target == "granitemoeshared" else score_of(target)(exact_TE)
+        top_TK = scores_TE.topk(2).indices
+        assert torch.equal(selected(out).sort().values, top_TK.sort().values)
+        weights_TK, *_ = (t for t in out if t.is_floating_point() and t.shape[-1] == 2)
+        assert weights_TK.dtype == torch.float32
+
+
+# --- selection bias --------------------------------------------------------------------------
+
+
+def test_bias_moves_towards_the_experts_with_less_than_their_share(dense, moe):
+    (block, *_) = moe_blocks(split_model(dense, moe, "glm4_moe"))
+    assert not correction_bias(block).any()
+    update_bias(block, torch.tensor([5, 0, 2, 2, 2, 2, 2, 1]), 0.25)
+    assert correction_bias(block).tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
+
+
+def test_bias_updates_even_out_the_load(dense, moe):
+    model = split_model(dense, moe, "glm4_moe")
+    blocks = moe_blocks(model)
+    scales = measure_scales(model, blocks, TOKENS_BL)
+
+    def uneven():
+        with selections(model) as seen:
+            logits(model, TOKENS_BL)
+        counts = [each.flatten().bincount(minlength=8) for each in seen]
+        return counts, sum(float(c.max() / c.float().mean()) for c in counts) / 3
+
+    _, before = uneven()
+    for _ in range(30):
+        counts, _ = uneven()
+        for block, scale, count_E in zip(blocks, scales, counts, strict=True):
+            update_bias(block, count_E, 0.1 * scale.router / 4)
+    assert uneven()[1] < 1 + (before - 1) / 2
+
+
+def test_only_glm_has_a_selection_bias(dense, moe):
+    blocks = itertools.chain.from_iterable(
+        moe_blocks(split_model(dense, moe, t)) for t in ("qwen2_moe", "mixtral")
+    )
+    assert all(correction_bias(block) is None for block in blocks)

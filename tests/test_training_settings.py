@@ -1,0 +1,89 @@
+"""Training requests: presets, and what contradicts itself."""
+
+import pytest
+
+from upcycle import UpcycleError
+from upcycle.training.settings import (
+    DEFAULT_TOKENS,
+    Training,
+    load_training,
+    shipped_presets,
+)
+
+
+@pytest.mark.parametrize("name", ["heal", "lora", "specialise"])
+def test_presets_load_and_say_what_they_are(name):
+    assert set(shipped_presets()) == {"heal", "lora", "specialise"}
+    preset = load_training(name, {}, "the/dense")
+    assert (preset.name, preset.teacher) == (name, "the/dense" if name == "heal" else None)
+    assert preset.summary
+    assert preset.paper.startswith("arXiv:")
+    assert Training(**preset.settings()) == preset
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens": 1, "steps": 1}, "--tokens and --steps both"),
+        ({"distill": 1}, "--distill compares .* --teacher DENSE"),
+        ({"match_layers": 1}, "--match-layers compares .* --teacher DENSE"),
+        ({"next_token": 0}, "--next-token 0 leaves no loss"),
+        ({"next_token": 0, "balance": 1, "teacher": "x"}, "--next-token 0 leaves no loss"),
+        ({"merge": True}, "give --lora RANK too"),
+        ({"lora": 4, "balance_bias": 0.1}, "--balance-bias .* --lora leaves"),
+        ({"train": "experts", "balance": 0.5}, "--balance 0.5 has no effect with --train experts"),
+        ({"train": "experts", "z_loss": 0.5}, "--z-loss 0.5 has no effect"),
+        ({"train": "experts", "router_warmup": 0.5}, "--router-warmup 0.5 has no effect"),
+        ({"train": "experts", "dense_router_gradient": True}, "--dense-router-gradient .* no "),
+        ({"leraning_rate": 1}, "unknown setting 'leraning_rate'"),
+        ({"lr": 0}, "lr=0"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"train": "routers"}, "train='routers'"),
+        ({"lora": 0}, "lora=0"),
+        ({"warmup": 1.5}, "warmup=1.5"),
+        ({"seq_len": 4}, "seq_len=4"),
+        ({"steps": 0}, "steps=0"),
+        ({"precision": "int8"}, "precision='int8'"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused(tmp_path, settings, message):
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(UpcycleError, match=message) as caught:
+        load_training(tmp_path / "mine.yaml", settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_length_is_tokens_or_steps_and_one_replaces_the_other():
+    assert load_training("heal", {"steps": 5}, "d").total_steps == 5
+    tokens = load_training("specialise", {"tokens": 50_000, "seq_len": 100, "batch_size": 10})
+    assert tokens.total_steps == 50
+    assert load_training("lora", {"tokens": 1}).total_steps == 1
+    assert Training().total_steps == DEFAULT_TOKENS // (8 * 512)
+
+
+def test_a_preset_of_ones_own_is_named_after_its_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: router\nsteps: 3\n")
+    mine = load_training(path, {"tokens": 4096})
+    assert (mine.name, mine.train, mine.total_steps) == ("mine", "router", 1)
+    path.write_text("leraning_rate: 3\n")
+    with pytest.raises(UpcycleError, match="unknown setting 'leraning_rate'"):
+        load_training(path, {})
+
+
+def test_unknown_preset_gets_a_suggestion():
+    with pytest.raises(UpcycleError, match=r"'hael'.*heal"):
+        load_training("hael", {})
+
+
+def test_teacher_is_the_origin_unless_named_or_unused():
+    assert load_training("heal", {"teacher": "other"}, "origin").teacher == "other"
+    assert load_training("specialise", {}, "origin").teacher is None
+    assert load_training("specialise", {"match_layers": 0.1}, "origin").teacher == "origin"
+    with pytest.raises(UpcycleError, match="--teacher DENSE"):
+        load_training("heal", {})
+
+
+def test_alpha_is_twice_the_rank():
+    assert Training(lora=4).alpha == 8
+    assert Training(lora=4, lora_alpha=3).alpha == 3

@@ -1,0 +1,327 @@
+"""What the report page shows of a model, read from its folder and from saved evaluations.
+
+The models here hold what the page uses of each file, so that a file that is not what it should be
+is an error with its name and field, never half a page.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, Field, PositiveFloat, ValidationError, model_validator
+
+from upcycle.errors import UpcycleError
+from upcycle.evaluate import Progress, evaluate, evaluation_summary
+from upcycle.inspection import inspect_model
+from upcycle.recipe import first_problem
+from upcycle.source import model_folder
+
+RECORD = "upcycle.json"
+TRAIN_LOG = "train_log.jsonl"
+Read = TypeVar("Read", bound=BaseModel)
+
+
+class TextResult(BaseModel):
+    text: str
+    perplexity: PositiveFloat
+    perplexity_against: PositiveFloat | None
+    perplexity_ratio: PositiveFloat | None
+    kl: float | None
+    top1_agreement: float | None
+
+
+class Routing(BaseModel):
+    layer: int
+    load: list[float] = Field(min_length=1)
+    entropy: float
+    dead: int
+    co_selection: list[list[float]]
+
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        experts = len(self.load)
+        if [len(row) for row in self.co_selection] != [experts] * experts:
+            raise ValueError(f"co_selection is not {experts} x {experts}, as load says")
+        return self
+
+
+class Similarity(BaseModel):
+    layer: int
+    cosine: float
+
+
+class Params(BaseModel):
+    total: int = Field(gt=0)
+    active: int = Field(gt=0)
+
+
+class Flops(BaseModel):
+    active: int = Field(gt=0)
+    active_against: int | None
+
+
+class Speed(BaseModel):
+    batch_size: int
+    threads: int
+    dtype: str
+    experts_implementation: str
+    prefill: float
+    decode: float
+    prefill_against: float | None
+    decode_against: float | None
+
+
+class Evaluation(BaseModel):
+    """What `upcycle eval --json` prints."""
+
+    window: int
+    tokens: int
+    texts: list[TextResult] = Field(min_length=1)
+    routing: list[Routing]
+    similarity: list[Similarity]
+    params: Params
+    flops: Flops
+    speed: Speed | None
+    tasks: dict[str, dict[str, tuple[float | None, float | None]]] | None
+
+
+class Check(BaseModel):
+    exact_error: float | None
+    perplexity_dense: PositiveFloat
+    perplexity_moe: PositiveFloat
+    perplexity_ratio: PositiveFloat
+    kl: float
+    top1_agreement: float
+    tokens: int
+
+
+class Choice(BaseModel):
+    name: str
+
+
+class RecipeFacts(BaseModel, extra="allow"):
+    name: str
+    paper: str
+    method: Choice
+    split: Choice
+    shared_by: Choice
+    router: Choice | None
+    compensate: Choice | None = None
+    sequential: bool = False
+    calibration: str
+
+
+class PlanFacts(BaseModel):
+    layers: int
+    dense_layers: list[int]
+    shared_experts: int
+    routed_experts: int
+    top_k: int
+    expert_size: int
+    active_ffn_ratio: float
+    calibration_tokens: int
+    warnings: list[str]
+    recipe: RecipeFacts
+
+
+class Source(BaseModel):
+    name: str
+    revision: str | None
+
+
+class TrainingSettings(BaseModel):
+    name: str
+    data: str
+
+
+class Training(BaseModel):
+    settings: TrainingSettings
+    step: int
+    """Whose state was kept."""
+    tokens: int
+    seconds: float
+
+
+class Record(BaseModel):
+    """upcycle.json, as `convert` writes it and `finetune` adds to it."""
+
+    source: Source
+    plan: PlanFacts
+    check: Check | None
+    seconds: dict[str, float]
+    peak_memory: int
+    damage: list[float] | None = None
+    training: list[Training] = []
+    versions: dict[str, str]
+
+
+class Validation(BaseModel):
+    perplexity: float | None = None
+    kl: float | None = None
+
+
+class LogLine(BaseModel):
+    """A line of train_log.jsonl."""
+
+    step: int
+    loss: float | None = None
+    imbalance: float | None = None
+    tokens_per_second: float | None = None
+    validation: Validation | None = None
+
+
+def gather(model: str) -> dict[str, Any]:
+    """All that the page shows of a model, but its evaluation.
+
+    Raises:
+        UpcycleError: it is no model, or a file beside its weights is not what upcycle writes.
+    """
+    inspection = inspect_model(model)
+    folder = model_folder(model, None)
+    record, log = None, []
+    if folder is not None and (folder / RECORD).is_file():
+        record = read_record(folder / RECORD)
+    if folder is not None and (folder / TRAIN_LOG).is_file():
+        log = read_log(folder / TRAIN_LOG)
+    return {
+        "model": model,
+        "inspection": inspection,
+        "made": record,
+        "log": log,
+    }
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """An upcycle.json; None if it tells of training only, as upcycle did not make the model.
+
+    Raises:
+        UpcycleError: it is something else.
+    """
+    expected = "what upcycle writes"
+    record = _json(_read(path), path, expected)
+    if isinstance(record, dict) and "training" in record and "plan" not in record:
+        return None
+    return _parse(Record, record, path, expected).model_dump()
+
+
+def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved `upcycle eval --json` of the model that `gather` found this of.
+
+    Raises:
+        UpcycleError: it is missing, something else, or of another model.
+    """
+    if not path.is_file():
+        raise UpcycleError(f"--evaluation {path} is not a file: give one of `upcycle eval --json`")
+    expected = "what `upcycle eval --json` prints"
+    saved = _parse(Evaluation, _json(_read(path), path, expected), path, expected)
+    layers = {len(layer.load) for layer in saved.routing}
+    experts = found["inspection"].get("experts")
+    if layers != ({experts} if experts else set()):
+        raise UpcycleError(
+            f"--evaluation {path} is of a model with {_experts(layers)}, but {found['model']} has "
+            f"{experts or 'none'}: evaluate that model"
+        )
+    return saved.model_dump()
+
+
+def _experts(numbers: set[int]) -> str:
+    return f"{' or '.join(map(str, sorted(numbers))) or 'no'} experts per layer"
+
+
+def evaluate_model(
+    model: str, texts: list[str], against: str | None, tokens: int, progress: Progress
+) -> dict[str, Any]:
+    """What `upcycle eval` would print.
+
+    Raises:
+        UpcycleError, CheckFailed: as `evaluate` does.
+    """
+    return evaluation_summary(
+        evaluate(model, texts, against=against, tokens=tokens, progress=progress)
+    )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a train_log.jsonl.
+
+    Raises:
+        UpcycleError: a line is not one of training or of validation.
+    """
+    expected, lines = "what `upcycle finetune` writes", []
+    for number, text in enumerate(_read(path).splitlines(), 1):
+        where = f"line {number} of {path}"
+        if text.strip():
+            line = _parse(LogLine, _json(text, where, expected), where, expected)
+            lines.append(line.model_dump(exclude_none=True))
+    return lines
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{path} is not text: restore or delete it") from error
+
+
+def _json(text: str, where: Path | str, expected: str) -> Any:
+    # Python's reader takes the NaN that a diverged run may log; pydantic's does not.
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UpcycleError(f"{where} is not {expected}: it is not JSON") from error
+
+
+def _parse(kind: type[Read], value: Any, where: Path | str, expected: str) -> Read:
+    """A value from JSON as a model of this kind."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise UpcycleError(f"{where} is not {expected}: {_problem(error)}") from error
+
+
+def _problem(error: ValidationError) -> str:
+    """The first problem, without a value that may be pages long."""
+    found = first_problem(error)
+    return found if len(found) < 200 else found[:80] + " … " + found[-80:]
+
+
+def check_page(out: Path, *, overwrite: bool) -> None:
+    """Raise what can be known of the page's place before the work.
+
+    Raises:
+        UpcycleError: it exists, is a folder, or has no folder to lie in.
+    """
+    if out.is_dir():
+        raise UpcycleError(f"-o {out} is a folder: give a file such as {out / 'report.html'}")
+    if out.exists() and not overwrite:
+        raise UpcycleError(f"-o {out} exists: choose another, or --overwrite")
+    if not out.parent.is_dir():
+        raise UpcycleError(f"-o {out}: the folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK):
+        raise UpcycleError(f"-o {out}: {out.parent} is not writable")
+
+
+def write_page(out: Path, html: str) -> None:
+    """The page whole or not at all, in place of a former one."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=out.parent, prefix=f".{out.name}.", delete=False
+    ) as file:
+        part = Path(file.name)
+        try:
+            file.write(html)
+            file.close()
+            part.chmod(0o666 & ~_umask())
+            part.replace(out)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    """What open() would have left out; temporary files are for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

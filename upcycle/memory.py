@@ -1,0 +1,127 @@
+"""How much memory a conversion takes: the most that any of its phases holds.
+
+Counted as on a CPU, where layers run in float32; on a GPU it is less, and most of it lies there.
+Formulas name what is alive at a phase's peak; `benchmarks/convert.py` measures the whole.
+"""
+
+import math
+
+from upcycle.calibrate import SAMPLED_TOGETHER, texts
+from upcycle.dense import BATCH_TOKENS
+from upcycle.planning import Plan
+from upcycle.sensitivity import damage_sequences
+from upcycle.source import TensorInfo
+from upcycle.types import CHUNK_ELEMENTS, HELD_ELEMENTS
+
+FLOAT, DOUBLE = 4, 8
+INTERPRETER = 420 * 10**6  # Python, torch and transformers
+PER_WORD = 1300  # of the tokenizer's vocabulary
+WORKING = 200 * 10**6  # thread buffers, kernels, and freed memory that the allocator keeps
+GGUF_COPIES = 1.6  # of a GGUF file's weights in float32, while transformers dequantises them
+GGUF_KEPT, GGUF_KEPT_MOST = 0.3, 400 * 10**6
+"""Share of those weights, and bytes, that the allocator keeps after them."""
+
+
+def peak_bytes(plan: Plan) -> int:
+    """Estimate of the conversion's resident memory, interpreter included, the check aside."""
+    phases = [_outside_layers(plan), _layer(plan) + _writing(plan)]
+    if plan.streams:
+        phases.append(WORKING + _fitting(plan))
+    if plan.undecided:
+        phases.append(WORKING + _measuring(plan))
+    if "self" in texts(plan.recipe.calibration) and plan.fit_tokens + plan.held_tokens:
+        phases.append(WORKING + _sampling(plan))
+    needed = max(phases)
+    if plan.source.temporary is not None:
+        needed += int(min(GGUF_KEPT * _whole(plan), GGUF_KEPT_MOST))
+        needed = max(needed, int(GGUF_COPIES * _whole(plan)))
+    return INTERPRETER + PER_WORD * _vocab(plan) + needed
+
+
+def _outside_layers(plan: Plan) -> int:
+    """Embeddings and head are read, and searched for infinities."""
+    outer = [plan.source.tensors[name] for name in plan.source.outer_names()]
+    absolute = max(_numel(info) * (info.dtype.itemsize + 3) for info in outer)
+    return sum(map(_stored, outer)) + absolute
+
+
+def _sampling(plan: Plan) -> int:
+    """The whole model writes calibration text, with keys and values of all that it has written."""
+    fields, seq_len = plan.source.arch.fields, plan.recipe.seq_len
+    sequences = min(SAMPLED_TOGETHER, (plan.fit_tokens + plan.held_tokens) // seq_len)
+    width = 2 * fields["num_key_value_heads"] * fields["head_dim"]
+    cache = sequences * seq_len * plan.source.arch.num_layers * width * plan.source.dtype.itemsize
+    return _whole(plan) + int(cache)
+
+
+def _writing(plan: Plan) -> int:
+    """An FFN in the dtype that is written, perturbed in float32; and experts stacked, as fused
+    layouts write them."""
+    largest = max(s.nbytes for i in plan.moe_layers for s in plan.units[f"layer {i}"])
+    return _ffn(plan) * (plan.dtype.itemsize + 2 * FLOAT) + 2 * largest
+
+
+def _measuring(plan: Plan) -> int:
+    """The damage pass: a branch of the hidden states per layer, and at the end the divergence of
+    two sets of log-probabilities, which takes three more."""
+    arch, seq_len = plan.source.arch, plan.recipe.seq_len
+    tokens = min(plan.fit_tokens, damage_sequences(seq_len) * seq_len)
+    hidden = (arch.num_layers + 1) * tokens * arch.hidden_size * FLOAT
+    in_a_layer = hidden + _widened(plan, _layer(plan)) + 3 * tokens * arch.intermediate_size * FLOAT
+    outer = sum(_stored(plan.source.tensors[name]) for name in plan.source.outer_names())
+    weights = outer + _widened(plan, outer) + _layer(plan) + _ffn(plan) * FLOAT
+    return weights + 2 * hidden + max(in_a_layer, 5 * tokens * _vocab(plan) * FLOAT)
+
+
+def _fitting(plan: Plan) -> int:
+    """A layer's weights, its inputs x and its activations h; and the largest of what splitting,
+    refitting, running and writing it take beside."""
+    arch, tokens = plan.source.arch, plan.fit_tokens
+    hidden, neurons, ffn = arch.hidden_size, arch.intermediate_size, _ffn(plan)
+    weights = _layer(plan) + _widened(plan, _layer(plan) + ffn * plan.source.dtype.itemsize)
+    stream = _vocab(plan) * hidden * FLOAT + 2 * tokens * hidden * FLOAT
+    held = min(tokens * neurons, HELD_ELEMENTS) * FLOAT
+    chunks = 3 * min(tokens * neurons, CHUNK_ELEMENTS) * FLOAT
+    # xᵀy in both precisions, before and after it is added up.
+    split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
+    # The matrix, its factor and the solver's copy; the right-hand side and the solution.
+    refit = DOUBLE * (3 * neurons**2 + 2 * neurons * hidden) if plan.compensates else 0
+    run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + 2 * tokens * hidden * FLOAT
+    return weights + stream + held + max(chunks + split, chunks + refit, run, _writing(plan))
+
+
+def _whole(plan: Plan) -> int:
+    """Bytes of all weights, as stored."""
+    return sum(map(_stored, plan.source.tensors.values()))
+
+
+def _layer(plan: Plan) -> int:
+    """Bytes of the largest layer, as stored."""
+    layers = range(plan.source.arch.num_layers)
+    return max(
+        sum(_stored(plan.source.tensors[name]) for name in plan.source.layer_names(layer))
+        for layer in layers
+    )
+
+
+def _ffn(plan: Plan) -> int:
+    """Weights in a dense FFN."""
+    return 3 * plan.source.arch.hidden_size * plan.source.arch.intermediate_size
+
+
+def _widened(plan: Plan, stored: int) -> int:
+    """Bytes of stored weights' copy in float32, which float32 itself does not need."""
+    itemsize = plan.source.dtype.itemsize
+    return 0 if itemsize == FLOAT else stored * FLOAT // itemsize
+
+
+def _stored(info: TensorInfo) -> int:
+    return _numel(info) * info.dtype.itemsize
+
+
+def _numel(info: TensorInfo) -> int:
+    return math.prod(info.shape)
+
+
+def _vocab(plan: Plan) -> int:
+    return int(plan.source.arch.fields["vocab_size"])

@@ -1,0 +1,271 @@
+"""The options of the commands, each written once, and how a command gets a table of them.
+
+Without torch or transformers: `--help` must be quick.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Options = dict[str, Any]
+
+
+def setting(text: str, *names: str, panel: str = "Recipe settings") -> Any:
+    """An option that replaces a field of the recipe; also read from UPCYCLE_<NAME>."""
+    variable = "UPCYCLE_" + names[0].split("/")[0].lstrip("-").replace("-", "_").upper()
+    return typer.Option(
+        *names, help=text, envvar=variable, rich_help_panel=panel, show_default=False
+    )
+
+
+RUN = "How to run"
+Model = Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.", metavar="MODEL")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Folder that is to hold the result.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", envvar="UPCYCLE_RECIPE", help="A shipped recipe or a YAML file.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Method = Annotated[str | None, setting("split | copy | drop | noise", "--method")]
+Experts = Annotated[
+    int | None,
+    setting(
+        "Parts that a split cuts each FFN into, or copies of it. [default: 32 to 64, or 8 copies]",
+        "--experts",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    setting("Routed experts active per token. [default: by --active, or 2 copies]", "--top-k"),
+]
+Active = Annotated[
+    float | None,
+    setting(
+        "Share of all FFN neurons that a token uses, from which a split's top-k and shared "
+        "experts follow; layers kept dense count as 1. [default: 0.5]",
+        "--active",
+    ),
+]
+SharedExperts = Annotated[
+    int | None,
+    setting(
+        "Of a split's parts, those that are always on. [default: up to a quarter where the target "
+        "has a shared expert]",
+        "--shared-experts",
+    ),
+]
+Granularity = Annotated[
+    int | None, setting("Shards that each copy is cut into. [default: 1]", "--granularity")
+]
+Split = Annotated[
+    str | None,
+    setting(
+        "predictability | coactivation | coactivation_graph | parameter_clustering | "
+        "token_clusters | ranked | random | contiguous",
+        "--split",
+    ),
+]
+SharedBy = Annotated[
+    str | None,
+    setting("Rule for the shared neurons: energy | rate | consensus", "--shared-by"),
+]
+Router = Annotated[
+    str | None,
+    setting(
+        "ridge | centroid | representative | kmeans | static | normal [default: ridge for a "
+        "split, normal for copies]",
+        "--router",
+    ),
+]
+Compensate = Annotated[
+    str | None,
+    setting("What makes up for inactive neurons: least_squares | none", "--compensate"),
+]
+Sequential = Annotated[
+    bool | None,
+    setting(
+        "Fit each layer on what the converted layers before it put out.",
+        "--sequential/--no-sequential",
+    ),
+]
+KeepDense = Annotated[
+    str | None,
+    setting(
+        "Layers that stay dense: 0,1,29, none, or auto: those that measurably hurt most, as many "
+        "as pay.",
+        "--keep-dense",
+    ),
+]
+Target = Annotated[
+    str | None,
+    setting(
+        "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo",
+        "--target",
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    setting(
+        "builtin | self | a .txt, .jsonl or .parquet file | hf:DATASET[:split[:column]] | none; "
+        "several, joined by +, in equal parts",
+        "--calibration",
+    ),
+]
+CalibrationTokens = Annotated[
+    int | None, setting("Tokens to fit on. [default: 32768]", "--calibration-tokens")
+]
+SeqLen = Annotated[int | None, setting("Tokens per sequence. [default: 512]", "--seq-len")]
+Dtype = Annotated[str | None, setting("auto | float32 | bfloat16 | float16", "--dtype", panel=RUN)]
+Device = Annotated[str | None, setting("auto | cpu | cuda", "--device", panel=RUN)]
+MaxShardSize = Annotated[
+    str | None, setting("Largest weight file. [default: 5GB]", "--max-shard-size", panel=RUN)
+]
+Seed = Annotated[int | None, setting("Same seed, same bytes. [default: 0]", "--seed", panel=RUN)]
+Check = Annotated[
+    str | None,
+    setting("How much text to compare the result on: fast | full | none", "--check", panel=RUN),
+]
+FrozenRouter = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-frozen-router",
+        help="Allow one copy per token where its router can't learn.",
+        show_default=False,
+        rich_help_panel=RUN,
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any setting, such as split.rows=up. Repeatable."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a former result at OUT.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on after the last finished layer; keep finished layers if stopped."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+# The options of every command that plans a conversion, written once: see with_options.
+REQUEST: Options = {
+    "model": (Model, inspect.Parameter.empty),
+    "out": (Out, None),
+    "recipe": (RecipeName, "default"),
+    "method": (Method, None),
+    "experts": (Experts, None),
+    "top_k": (TopK, None),
+    "active": (Active, None),
+    "shared_experts": (SharedExperts, None),
+    "granularity": (Granularity, None),
+    "split": (Split, None),
+    "shared_by": (SharedBy, None),
+    "router": (Router, None),
+    "compensate": (Compensate, None),
+    "sequential": (Sequential, None),
+    "keep_dense": (KeepDense, None),
+    "target": (Target, None),
+    "calibration": (Calibration, None),
+    "calibration_tokens": (CalibrationTokens, None),
+    "seq_len": (SeqLen, None),
+    "set_": (Set, None),
+    "dtype": (Dtype, None),
+    "device": (Device, None),
+    "max_shard_size": (MaxShardSize, None),
+    "seed": (Seed, None),
+    "check": (Check, None),
+    "allow_frozen_router": (FrozenRouter, None),
+    "revision": (Revision, None),
+    "overwrite": (Overwrite, False),
+    "resume": (Resume, False),
+    "json_": (Json, False),
+}
+NOT_SETTINGS = {"model", "out", "recipe", "set_", "revision", "overwrite", "resume", "json_"}
+
+
+def with_options(listed: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes `options`, and perhaps options of its own, all those listed."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = dict(inspect.signature(command).parameters)
+        del own["options"]
+
+        @functools.wraps(command)
+        def wrapper(**options: Any) -> None:
+            command(options, **{name: options.pop(name) for name in own})
+
+        types = {name: annotation for name, (annotation, _) in listed.items()}
+        types |= {name: parameter.annotation for name, parameter in own.items()}
+        wrapper.__annotations__ = types | {"return": None}
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        shared = [
+            inspect.Parameter(name, keyword, default=default, annotation=annotation)
+            for name, (annotation, default) in listed.items()
+        ]
+        added = [parameter.replace(kind=keyword) for parameter in own.values()]
+        wrapper.__signature__ = inspect.Signature([*shared, *added])  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+def _preset_options(panel: str, *rows: tuple[str, type, str]) -> Options:
+    """Options that replace fields of a training preset: the field, its type, the help."""
+    found: Options = {}
+    for field, kind, text in rows:
+        option = setting(text, "--" + field.replace("_", "-"), panel=panel)
+        found[field] = (Annotated[kind | None, option], None)
+    return found
+
+
+# The options of `finetune` beside its own; what is not here is set by --set.
+TRAINING = (
+    _preset_options(
+        "What trains",
+        ("train", str, "router | experts | moe | all"),
+        ("lora", int, "Train low-rank changes of this rank."),
+        ("merge", bool, "Add them to the weights at the end: a plain checkpoint."),
+        ("lr", float, "Highest learning rate."),
+        ("router_lr", float, "Of the routers; scaled to a tempered router. [default: --lr]"),
+        ("router_warmup", float, "Share of the steps in which only the routers move."),
+        ("dense_router_gradient", bool, "Let routers learn from experts not selected, too."),
+    )
+    | _preset_options(
+        "Data and length",
+        (
+            "data",
+            str,
+            "A .txt, .jsonl (text or chat messages) or .parquet file, builtin or "
+            "hf:DATASET[:split[:column]]; several, joined by +, in equal parts.",
+        ),
+        ("tokens", int, "To train on."),
+        ("steps", int, "Instead of --tokens."),
+        ("seq_len", int, "Tokens per sequence. [default: 512]"),
+        ("batch_size", int, "Sequences per step, over all processes. [default: 8]"),
+        ("micro_batch", int, "Sequences that a process holds at a time. [default: 1]"),
+        ("validate_every", int, "Steps between validations. [default: a tenth of them]"),
+    )
+    | _preset_options(
+        "Losses",
+        ("teacher", str, "The dense model to learn from. [default: what MODEL was made from]"),
+        ("next_token", float, "Weight of the next-token loss."),
+        ("distill", float, "Weight of the KL divergence from the teacher."),
+        ("match_layers", float, "Weight of the distance from the teacher's hidden states."),
+        ("balance", float, "Weight of the load-balancing loss."),
+        ("balance_bias", float, "Balance by a selection bias instead (glm4_moe): its step."),
+        ("z_loss", float, "Weight of the router z-loss."),
+    )
+    | _preset_options(
+        RUN,
+        ("precision", str, "Mixed precision: no | bf16 | fp16"),
+        ("gradient_checkpointing", bool, "Less memory, more work."),
+        ("device", str, "auto | cpu | cuda"),
+        ("seed", int, "Same seed, same bytes on a CPU. [default: 0]"),
+        ("tracker", str, "Log to tensorboard, wandb, … as well, by accelerate."),
+    )
+)

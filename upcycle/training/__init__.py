@@ -1,0 +1,1 @@
+"""Continued training: heal a split, or let copies come to differ."""

@@ -1,0 +1,94 @@
+"""Training text: packed sequences, the last of them held out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upcycle.calibrate import first_tokens, texts
+from upcycle.errors import UpcycleError
+from upcycle.rng import generator
+
+
+@dataclass(frozen=True)
+class Data:
+    """Token ids and which of them are text, the rest being padding; [sequences, seq_len] each."""
+
+    tokens_BL: Tensor
+    mask_BL: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens_BL)
+
+    def take(self, rows: Tensor) -> "Data":
+        return Data(self.tokens_BL[rows], self.mask_BL[rows])
+
+
+def training_data(
+    folder: Path,
+    vocab_size: int,
+    text: str,
+    *,
+    seq_len: int,
+    train_tokens: int,
+    validation_tokens: int,
+    seed: int,
+) -> tuple[Data, Data]:
+    """What to train on, and what to validate on.
+
+    Of several texts joined by +, each gives an equal part. Of each text the first tokens train and
+    the ones after them validate. A text that holds less than is asked for is used whole, its last
+    sequence padded; training then goes over it several times.
+
+    Args:
+        folder: holds the tokenizer.
+        text: files, `builtin` or `hf:…`, as for calibration; .jsonl may hold chats ("messages").
+        train_tokens, validation_tokens: how many to read at most; validation gets at most a tenth
+            of what there is, but at least one sequence.
+
+    Raises:
+        UpcycleError: a text can't be read, or holds less than two sequences.
+    """
+    names = texts(text)
+    parts = []
+    for name in names:
+        wanted = -(-(train_tokens + validation_tokens) // len(names))
+        ids = first_tokens(folder, vocab_size, name, wanted, seed=seed)
+        parts.append(_pack(name, ids, seq_len, validation_tokens // len(names)))
+    train, validation = zip(*parts, strict=True)
+    return _join(train), _join(validation)
+
+
+def _pack(name: str, ids: Tensor, seq_len: int, validation_tokens: int) -> tuple[Data, Data]:
+    if len(ids) < seq_len + 2:
+        raise UpcycleError(
+            f"--data {name!r} holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
+            "least to train and validate on: lower --seq-len, or give more text"
+        )
+    if len(ids) % seq_len == 1:
+        ids = ids[:-1]  # a sequence of one token predicts nothing
+    rows = -(-len(ids) // seq_len)
+    tokens_BL = torch.zeros(rows * seq_len, dtype=torch.int64)
+    tokens_BL[: len(ids)] = ids
+    tokens_BL = tokens_BL.view(rows, seq_len)
+    mask_BL = (torch.arange(rows * seq_len) < len(ids)).view(rows, seq_len)
+    held = max(1, min(validation_tokens // seq_len, rows // 10))
+    whole = Data(tokens_BL, mask_BL)
+    return whole.take(torch.arange(rows - held)), whole.take(torch.arange(rows - held, rows))
+
+
+def _join(parts: tuple[Data, ...]) -> Data:
+    return Data(torch.cat([p.tokens_BL for p in parts]), torch.cat([p.mask_BL for p in parts]))
+
+
+def batch_rows(sequences: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """The rows [batch_size] of one step: every row once per pass over the data, each pass in an
+    order of its own. A pure function of the step, so that a resumed run sees the same."""
+    first = step * batch_size
+    passes = range(first // sequences, (first + batch_size - 1) // sequences + 1)
+    order = torch.cat(
+        [torch.randperm(sequences, generator=generator(seed, "order", n)) for n in passes]
+    )
+    start = first - passes.start * sequences
+    return order[start : start + batch_size]

@@ -1,0 +1,360 @@
+"""`upcycle finetune`: from a checkpoint and a text to a checkpoint that is whole or absent."""
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+
+from upcycle.calibrate import check_text, texts
+from upcycle.errors import UpcycleError
+from upcycle.evaluate import load_model
+from upcycle.moe import moe_blocks
+from upcycle.report import versions
+from upcycle.sink import ASIDE, Workspace, check_out, partial_folder
+from upcycle.source import checkpoint_folder, fingerprint, read_config, read_headers
+from upcycle.training.data import Data, training_data
+from upcycle.training.loop import Row, Run, make_optimizer, score_of, train
+from upcycle.training.publish import LOG, Finetuning, publish
+from upcycle.training.routers import RouterTap, correction_bias, keep_float32, measure_scales
+from upcycle.training.settings import Training, load_training
+from upcycle.training.state import torch_dtype
+from upcycle.training.trainable import (
+    Groups,
+    add_lora,
+    freeze_all_but,
+    members,
+    summary,
+    trained,
+)
+
+SCALE_TOKENS = 256
+"""Of the validation text, to measure routers on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request whose input is there."""
+
+    label: str
+    folder: Path
+    record: dict[str, Any]
+    """The model's upcycle.json, or nothing."""
+    settings: Training
+    teacher: Path | None
+    out: Path
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is told of a run's progress."""
+
+    begin: Callable[[Training, dict[str, dict[str, int]]], None] = lambda settings, groups: None
+    """Once, before the first step: what trains."""
+    row: Callable[[Row, int, int], None] = lambda row, done, total: None
+    """Every line of the log, with the steps done and all steps."""
+
+
+def finetune(
+    model: str,
+    out: str | Path,
+    *,
+    preset: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Finetuning:
+    """Train a Mixture-of-Experts further, alone or as one process of `accelerate launch`.
+
+    Args:
+        model: a folder or hub id, such as what `convert` wrote.
+        out: the folder for the result: a checkpoint of the same layout, or with `lora` and
+            without `merge` an adapter.
+        preset: `heal`, `specialise`, `lora` or a YAML file; by default `heal` for a split,
+            `specialise` for copies.
+        overwrite: replace a former result.
+        resume: go on from the saved state of a run that was stopped. The result has the same
+            bytes as that of an uninterrupted run, on a CPU.
+        settings: fields of `Training` to replace.
+
+    Raises:
+        UpcycleError: the request or its input is wrong.
+        CheckFailed: what was written is not what was trained.
+        KeyboardInterrupt: stopped; the state is kept beside `out`.
+    """
+    watch = watch or Watch()
+    with ExitStack() as stack:
+        job = _open(model, Path(out).expanduser().resolve(), preset, settings, stack)
+        check_out(job.out, job.folder, _room(job), overwrite=overwrite)
+        accelerator = stack.enter_context(_accelerator(job.settings))
+        stack.enter_context(_workspace(job, accelerator, overwrite=overwrite, resume=resume))
+        run, groups = _prepare(job, accelerator, watch)
+        if accelerator.is_main_process:
+            watch.begin(job.settings, groups)
+        with _stopping(run):
+            train(run)
+        return publish(run, groups, job.label, job.folder, job.out, job.record)
+
+
+def _open(
+    model: str, out: Path, preset: str | Path | None, settings: dict[str, Any], stack: ExitStack
+) -> Job:
+    folder = stack.enter_context(checkpoint_folder(model))
+    record = _record(folder)
+    origin = record.get("source", {}).get("name")
+    request = load_training(preset or _default_preset(record), settings, origin)
+    for text in texts(request.data):
+        check_text(text, "--data")
+    _check_dtypes(model, folder)
+    return Job(model, folder, record, request, _teacher_folder(request, folder, stack), out)
+
+
+def _check_dtypes(label: str, folder: Path) -> None:
+    """The result is written in one dtype, as `convert` writes it."""
+    headers = read_headers(folder)
+    found = {str(i.dtype) for name, i in headers.items() if not name.endswith("correction_bias")}
+    if len(found) > 1:
+        raise UpcycleError(
+            f"{label} holds weights in {' and '.join(sorted(found))}: store it in one dtype first"
+        )
+
+
+def _room(job: Job) -> int:
+    """Bytes that a run writes, in float32: weights, two moments, the best weights, the result."""
+    sizes = [torch.Size(info.shape).numel() for info in read_headers(job.folder).values()]
+    return 5 * 4 * sum(sizes)
+
+
+@contextmanager
+def _workspace(
+    job: Job, accelerator: Accelerator, *, overwrite: bool, resume: bool
+) -> Iterator[None]:
+    """The folder beside `out`, made and published by the first process."""
+    workspace = None
+    if accelerator.is_main_process:
+        fingerprint = _fingerprint(job, accelerator.num_processes)
+        workspace = Workspace(job.out, fingerprint, resume=resume)
+        (workspace.folder / ASIDE).mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    try:
+        yield
+        if workspace is not None:
+            workspace.publish(overwrite=overwrite)
+    except BaseException as error:
+        if workspace is not None:
+            workspace.resume |= isinstance(error, KeyboardInterrupt)
+            workspace.abandon()
+        raise
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """upcycle.json, or nothing."""
+    path = folder / "upcycle.json"
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UpcycleError(f"{path} is not what upcycle writes: restore or delete it") from error
+    return record if isinstance(record, dict) else {}
+
+
+def _default_preset(record: dict[str, Any]) -> str:
+    return "heal" if record.get("plan", {}).get("method") == "split" else "specialise"
+
+
+def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path | None:
+    if request.teacher is None or not (request.distill or request.match_layers):
+        return None
+    try:
+        teacher = stack.enter_context(checkpoint_folder(request.teacher))
+    except UpcycleError as error:
+        raise UpcycleError(f"--teacher: {error}") from error
+    theirs, ours = read_config(teacher).vocab_size, read_config(folder).vocab_size
+    if theirs != ours:
+        raise UpcycleError(
+            f"--teacher {request.teacher} has a vocabulary of {theirs:,}, but the model of "
+            f"{ours:,}: name the dense model that it was made from"
+        )
+    if request.match_layers and _depth_and_width(teacher) != _depth_and_width(folder):
+        raise UpcycleError(
+            f"--match-layers {request.match_layers} compares layer by layer, but --teacher "
+            f"{request.teacher} has {' layers of '.join(map(str, _depth_and_width(teacher)))} and "
+            f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use --distill"
+        )
+    return teacher
+
+
+def _depth_and_width(folder: Path) -> tuple[int, int]:
+    config = read_config(folder)
+    return config.num_hidden_layers, config.hidden_size
+
+
+@contextmanager
+def _accelerator(request: Training) -> Iterator[Accelerator]:
+    try:
+        accelerator = Accelerator(
+            mixed_precision=request.precision,
+            cpu=True if request.device == "cpu" else None,
+            log_with=request.tracker,
+            project_dir=".",
+        )
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UpcycleError(f"accelerate can't start: {reason}") from error
+    try:
+        if request.device == "cuda" and accelerator.device.type != "cuda":
+            raise UpcycleError("--device cuda: torch sees no CUDA device here")
+        each = request.micro_batch * accelerator.num_processes
+        if request.batch_size % each:
+            raise UpcycleError(
+                f"--batch-size {request.batch_size} is not a multiple of {each}, which is "
+                f"--micro-batch {request.micro_batch} on {accelerator.num_processes} processes"
+            )
+        if accelerator.distributed_type == DistributedType.FSDP:
+            _shard_in_float32(accelerator, request)
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        AcceleratorState._reset_state()  # else the next run in this process gets our precision
+
+
+def _shard_in_float32(accelerator: Accelerator, request: Training) -> None:
+    """Let FSDP gather weights as they are, so that routers stay in float32; autocast rounds the
+    others where they are used, as without FSDP."""
+    if request.dtype not in ("auto", "float32") and not request.lora:
+        raise UpcycleError(
+            f"dtype={request.dtype} with FSDP, which shards weights of one dtype, while routers "
+            "stay in float32: use --precision"
+        )
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+
+def _fingerprint(job: Job, processes: int) -> str:
+    """Of everything that the result depends on."""
+    models = [folder for folder in (job.folder, job.teacher) if folder is not None]
+    files = [Path(name).expanduser() for name in texts(job.settings.data)]
+    ingredients = {
+        "models": [
+            fingerprint(folder, {info.file for info in read_headers(folder).values()})
+            for folder in models
+        ],
+        "data": [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()],
+        "request": job.settings.settings(),
+        "processes": processes,
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Groups]:
+    """Model, data, optimizer: all that the loop needs."""
+    settings, folder = job.settings, job.folder
+    train_data, validation = _data(job)
+    model = load_model(folder, _dtype(job), accelerator.device)
+    blocks = moe_blocks(model)
+    if not blocks:
+        raise UpcycleError(
+            f"{job.label} has no experts: it is dense, so `upcycle convert` it first"
+        )
+    if settings.balance_bias and any(correction_bias(block) is None for block in blocks):
+        raise UpcycleError(
+            f"--balance-bias {settings.balance_bias} has no effect on {model.config.model_type}, "
+            "which has no selection bias: use --balance"
+        )
+    keep_float32(blocks)
+    window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)
+    scales = measure_scales(model, blocks, window_1L)
+    known = members(model, blocks, scales)
+    torch.manual_seed(settings.seed)  # low-rank changes start at random
+    if settings.lora:
+        model = add_lora(model, known, settings.train, settings.lora, settings.alpha)
+    else:
+        freeze_all_but(model, known, settings.train)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    training = trained(model, known)
+    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config.model_type))
+    model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
+    model.train()
+    if settings.tracker is not None:
+        accelerator.init_trackers("upcycle", config=settings.settings())
+    workspace = partial_folder(job.out)
+    run = Run(
+        settings=settings,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        teacher=_teacher(job, accelerator),
+        blocks=blocks,
+        scales=scales,
+        tap=tap,
+        train=train_data,
+        validation=validation,
+        folder=workspace / ASIDE,
+        log_file=workspace / LOG,
+        watch=watch.row if accelerator.is_main_process else lambda row, done, total: None,
+    )
+    return run, summary(known, training)
+
+
+def _data(job: Job) -> tuple[Data, Data]:
+    settings = job.settings
+    return training_data(
+        job.folder,
+        read_config(job.folder).vocab_size,
+        settings.data,
+        seq_len=settings.seq_len,
+        train_tokens=settings.total_steps * settings.step_tokens,
+        validation_tokens=settings.validation_tokens,
+        seed=settings.seed,
+    )
+
+
+def _dtype(job: Job) -> torch.dtype:
+    """Steps of training are too small for weights below float32; frozen weights may be."""
+    if job.settings.dtype != "auto":
+        return torch_dtype(job.settings.dtype)
+    if job.settings.lora:
+        return next(iter(read_headers(job.folder).values())).dtype
+    return torch.float32
+
+
+def _teacher(job: Job, accelerator: Accelerator) -> nn.Module | None:
+    if job.teacher is None:
+        return None
+    dtype = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
+    model: nn.Module = load_model(job.teacher, dtype, accelerator.device)
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def _stopping(run: Run) -> Iterator[None]:
+    """Ctrl-C, or a scheduler's SIGTERM, lets the step end and the state be saved; a second one
+    stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if run.stop:
+            raise KeyboardInterrupt
+        run.stop = True
+
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
