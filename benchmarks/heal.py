@@ -10,11 +10,10 @@ trained on shows whether healing costs other abilities.
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+from command import upcycle
 from rich.console import Console
 from rich.table import Table
 
@@ -31,16 +30,6 @@ WAYS: dict[str, list[str]] = {
     "distil and match layers": ["--recipe", "heal", "--match-layers", "1"],
     "distil, dense router gradient": ["--recipe", "heal", "--dense-router-gradient"],
 }
-
-
-def upcycle(*arguments: str) -> dict[str, Any]:
-    """One command's JSON."""
-    command = [sys.executable, "-m", "upcycle", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
 
 
 def evaluate(args: argparse.Namespace, model: str) -> dict[str, float]:

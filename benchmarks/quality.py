@@ -11,12 +11,12 @@ calibration text.
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from command import upcycle
 from rich.console import Console
 from rich.table import Table
 
@@ -38,16 +38,6 @@ RECIPES: dict[str, list[str]] = {
     "coactivation": ["--split", "coactivation"],
     "16 granules": ["--experts", "16"],
 }
-
-
-def upcycle(*arguments: str) -> dict[str, Any]:
-    """One command's JSON."""
-    command = [sys.executable, "-m", "upcycle", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
 
 
 def measure(args: argparse.Namespace, name: str, ratio: int, out: Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from upcycle import UpcycleError
 from upcycle.facts import read_log, read_record
 from upcycle.sink import partial_folder
 from upcycle.training.data import training_data
-from upcycle.training.loop import learning_rate
 from upcycle.training.run import Watch, finetune
 from upcycle.training.settings import Training
+from upcycle.training.step import learning_rate
 
 TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]
 QUICK = {
@@ -358,7 +358,7 @@ def test_a_held_out_row_of_one_token_spoils_nothing(split, train, tmp_path):
         ({"seq_len": 4096}, "lower --seq-len"),
         ({"micro_batch": 3}, "--batch-size 4 is not a multiple of 3"),
         ({"balance_bias": 0.1}, "--balance-bias 0.1 has no effect on qwen2_moe"),
-        ({"train": "experts"}, "--balance 0.01 has no effect with --train experts"),
+        ({"train": "experts", "balance": 0.1}, "--balance 0.1 has no effect with --train experts"),
         ({"distill": 1.0, "teacher": "/no/such"}, "--teacher: .*/no/such"),
         ({"preset": "hael"}, "unknown recipe 'hael'"),
         ({"tracker": "nonsense"}, "nonsense"),

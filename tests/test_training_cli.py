@@ -106,14 +106,14 @@ def test_a_folder_for_the_result_and_a_model_are_needed(model, dense, tmp_path):
 def test_an_interrupt_says_how_to_go_on(model, text, tmp_path, monkeypatch):
     from upcycle.training import loop
 
-    out, step = tmp_path / "out", loop._step
+    out, step = tmp_path / "out", loop.take_step
 
     def interrupted(run):
         run.stop = True
         return step(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", interrupted)
+        patch.setattr(loop, "take_step", interrupted)
         message = error(model, "--data", text, "-o", out, *QUICK, code=1)
     assert "--resume goes on" in message
     assert partial_folder(out).is_dir()

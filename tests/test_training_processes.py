@@ -207,7 +207,7 @@ def test_only_one_process_says_what_is_wrong(model, text, tmp_path):
 
 
 def test_an_interrupt_of_one_process_stops_all_and_all_go_on(model, text, alone, tmp_path):
-    out, step = tmp_path / "out", loop._step
+    out, step = tmp_path / "out", loop.take_step
     flags = [model, "--data", text, "-o", out, *FLAGS]
 
     def interrupted(rank):
@@ -215,7 +215,7 @@ def test_an_interrupt_of_one_process_stops_all_and_all_go_on(model, text, alone,
             run.stop = rank == 1 and run.step == 1
             return step(run)
 
-        loop._step = stop_second
+        loop.take_step = stop_second
         return command(*flags)
 
     first, second = forked(tmp_path, interrupted)

@@ -8,7 +8,7 @@ from reference import load, logits, routers, selected, selections
 from torch import nn
 
 from upcycle.moe import moe_blocks
-from upcycle.training.loop import make_optimizer, score_of
+from upcycle.training.loop import make_optimizer
 from upcycle.training.routers import (
     RouterTap,
     Scale,
@@ -18,6 +18,7 @@ from upcycle.training.routers import (
     update_bias,
 )
 from upcycle.training.settings import Training
+from upcycle.training.step import score_of
 from upcycle.training.trainable import freeze_all_but, members, trained
 
 TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]

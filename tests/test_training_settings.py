@@ -87,3 +87,8 @@ def test_teacher_is_the_origin_unless_named_or_unused():
 def test_alpha_is_twice_the_rank():
     assert Training(lora=4).alpha == 8
     assert Training(lora=4, lora_alpha=3).alpha == 3
+
+
+def test_presets_leave_routers_alone_where_only_experts_train():
+    training = load_training("specialise", {"train": "experts"})
+    assert (training.balance, training.z_loss) == (0, 0)

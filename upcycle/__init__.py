@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from upcycle.conversion import Progress
     from upcycle.planning import Plan
     from upcycle.report import Conversion
-    from upcycle.training.publish import Finetuning
-    from upcycle.training.run import Watch
+    from upcycle.training.run import finetune
 
 __version__ = version("upcycle")
 __all__ = ["CheckFailed", "UpcycleError", "convert", "finetune", "plan"]
@@ -91,39 +90,10 @@ def convert(
     return run(made, overwrite=overwrite, resume=resume, progress=progress or quiet)
 
 
-def finetune(
-    model: str,
-    out: str | Path,
-    *,
-    preset: str | Path | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    watch: "Watch | None" = None,
-    **settings: Any,
-) -> "Finetuning":
-    """Train a Mixture-of-Experts further; see `upcycle.training.run.finetune`.
+def __getattr__(name: str) -> Any:
+    """`finetune`, whose imports take seconds."""
+    if name == "finetune":
+        from upcycle.training.run import finetune
 
-    Args:
-        model: a folder or hub id, such as what `convert` wrote.
-        out: the folder for the result.
-        preset: `heal`, `specialise`, `lora` or a YAML file.
-        overwrite: replace a former result at `out`.
-        resume: go on from the state of a run that was stopped.
-        watch: told of every line of the log.
-        settings: fields of the preset to replace, such as `data="notes.txt"`.
-
-    Raises:
-        UpcycleError: the request or its input is wrong; nothing is written.
-        CheckFailed: what was written is not what was trained; nothing is published.
-    """
-    from upcycle.training.run import finetune as run
-
-    return run(
-        model,
-        out,
-        preset=preset,
-        overwrite=overwrite,
-        resume=resume,
-        watch=watch,
-        **settings,
-    )
+        return finetune
+    raise AttributeError(f"module 'upcycle' has no attribute {name!r}")

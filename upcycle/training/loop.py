@@ -5,80 +5,17 @@ from its saved state ends in the same weights.
 """
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from upcycle.errors import UpcycleError
-from upcycle.moe import MoEBlock
-from upcycle.rng import draw_seed, generator
-from upcycle.targets import TARGETS
-from upcycle.training import losses
-from upcycle.training.data import Data, batch_rows
-from upcycle.training.routers import (
-    RouterTap,
-    Scale,
-    untempered,
-    update_bias,
-)
 from upcycle.training.settings import Training
-from upcycle.training.state import (
-    load_state,
-    put_back,
-    read_notes,
-    save_state,
-    save_tensors,
-    trained_tensors,
-)
+from upcycle.training.state import load_state, put_back, read_notes, save_state
+from upcycle.training.step import Run, note, take_step
 from upcycle.training.trainable import Trained
-
-LARGEST_LOSS = 700.0
-"""Whose exponential is still a number."""
-
-Row = dict[str, Any]
-"""A line of train_log.jsonl."""
-
-
-@dataclass
-class Run:
-    """All that the steps need. The model and the optimizer are as accelerate prepared them."""
-
-    settings: Training
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: Any
-    teacher: nn.Module | None
-    blocks: list[MoEBlock]
-    scales: list[Scale]
-    tap: RouterTap
-    train: Data
-    validation: Data
-    folder: Path
-    """Where the state grows."""
-    log_file: Path
-    watch: Callable[[Row, int, int], None]
-    """Told of every line of the log, the steps done and all steps."""
-    step: int = 0
-    log: list[Row] = field(default_factory=list)
-    best: float = math.inf
-    best_step: int = 0
-    seconds: float = 0.0
-    stop: bool = False
-    """Set from outside: save after this step and leave."""
-
-    @property
-    def plain(self) -> Any:
-        """The model without what accelerate wrapped it in."""
-        return self.accelerator.unwrap_model(self.model)
+from upcycle.training.validation import validate
 
 
 def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.AdamW:
@@ -99,20 +36,6 @@ def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.A
     )
 
 
-def learning_rate(settings: Training, step: int, part: str) -> float:
-    """What the base learning rate is multiplied by in a step: a linear rise, then a cosine."""
-    total = settings.total_steps
-    alone = round(settings.router_warmup * total)
-    if step < alone and part != "router":
-        return 0.0
-    start = 0 if part == "router" else alone
-    rise = max(1, round(settings.warmup * total))
-    if step - start < rise:
-        return (step - start + 1) / rise
-    way = (step - start - rise) / max(1, total - start - rise)
-    return settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * way)) / 2
-
-
 def train(run: Run) -> None:
     """Run all steps that are left, from the saved state if there is one; the model is then what
     the result shall be.
@@ -124,18 +47,18 @@ def train(run: Run) -> None:
     total = run.settings.total_steps
     every = run.settings.validate_every or max(1, total // 10)
     if run.step == 0:
-        _validate(run)
+        validate(run)
     while run.step < total:
         start = time.monotonic()
-        row = _step(run)
+        row = take_step(run)
         run.step += 1
         seconds = time.monotonic() - start
         run.seconds += seconds
         tokens = row.pop("tokens")
-        _note(run, row | {"tokens_per_second": round(tokens / seconds, 1)})
+        note(run, row | {"tokens_per_second": round(tokens / seconds, 1)})
         due = run.step % every == 0 or run.step == total
         if due:
-            _validate(run)
+            validate(run)
         stop = _told_to_stop(run)
         if due or stop:
             _save(run)
@@ -177,225 +100,3 @@ def _save(run: Run) -> None:
     main = run.accelerator.is_main_process
     save_state(run.folder, run.plain, run.optimizer, notes, write=main)
     run.accelerator.wait_for_everyone()
-
-
-def _note(run: Run, row: Row) -> None:
-    """Add a line to the log."""
-    run.log.append(row)
-    if run.accelerator.is_main_process:
-        with run.log_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    flat = row | row.get("validation", {})
-    numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
-    run.accelerator.log(numbers, step=row["step"])
-    run.watch(row, run.step, run.settings.total_steps)
-
-
-def _step(run: Run) -> Row:
-    """One optimizer step over a batch that all processes share."""
-    settings, accelerator = run.settings, run.accelerator
-    batches = _micro_batches(run)
-    counted = sum(int(batch.mask_BL.sum()) for batch in batches)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    row: Row = {"step": run.step + 1}
-    # Of dropout, where a model has it.
-    torch.manual_seed(
-        draw_seed(generator(settings.seed, f"step {accelerator.process_index}", run.step))
-    )
-    counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in run.blocks]
-    for number, batch in enumerate(mine, 1):
-        last = number == len(mine)
-        with nullcontext() if last else accelerator.no_sync(run.model):
-            terms = dict(_terms(run, batch))
-            if run.step == 0 and number == 1:
-                _check_effect(run, terms)
-            # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
-            share = int(batch.mask_BL.sum()) / counted * accelerator.num_processes
-            weighted = {name: getattr(settings, name) * term for name, term in terms.items()}
-            loss = share * torch.stack(list(weighted.values())).sum()
-            accelerator.backward(loss)
-        for name, value in {"loss": loss / share, **terms}.items():
-            row[name] = row.get(name, 0.0) + share * float(value.detach())
-        mask_T = batch.mask_BL.flatten().to(accelerator.device)
-        for count_E, routed in zip(counts, run.tap.routed, strict=True):
-            count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
-    if run.step == 0:
-        _check_router_gradient(run)
-    row["grad_norm"] = float(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip))
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * learning_rate(settings, run.step, group["part"])
-    row["lr"] = settings.lr * learning_rate(settings, run.step, "other")
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return _reduced(run, row) | {"tokens": counted} | _balance(run, counts)
-
-
-def _micro_batches(run: Run) -> list[Data]:
-    settings = run.settings
-    rows = batch_rows(len(run.train), settings.batch_size, run.step, settings.seed)
-    return [run.train.take(part) for part in rows.split(settings.micro_batch)]
-
-
-def _terms(run: Run, batch: Data) -> Iterator[tuple[str, Tensor]]:
-    """The losses of a micro-batch that count, each unweighted, under their settings' names."""
-    settings, device = run.settings, run.accelerator.device
-    tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
-    mask_T = mask_BL.flatten()
-    arguments = {
-        "input_ids": tokens_BL,
-        "use_cache": False,
-        "output_hidden_states": settings.match_layers > 0,
-    }
-    expected = None
-    if run.teacher is not None:
-        with torch.no_grad():
-            expected = run.teacher(**arguments)
-    # Of itself, accelerate rounds in all models but sharded ones.
-    with run.tap.recording(), run.accelerator.autocast():
-        out = run.model(**arguments)
-    if settings.next_token:
-        yield "next_token", losses.next_token_loss(out.logits, tokens_BL, mask_BL)
-    if settings.distill and expected is not None:
-        yield "distill", losses.distillation_loss(out.logits, expected.logits, mask_BL)
-    if settings.match_layers and expected is not None:
-        hidden = out.hidden_states[1:], expected.hidden_states[1:]
-        yield "match_layers", losses.layer_match_loss(*hidden, mask_BL)
-    logits = [untempered(r.logits_TE, s) for r, s in zip(run.tap.routed, run.scales, strict=True)]
-    if settings.balance:
-        each = [
-            losses.balance_loss(_shares(run, z_TE), routed.chosen_TK, mask_T)
-            for z_TE, routed in zip(logits, run.tap.routed, strict=True)
-        ]
-        yield "balance", torch.stack(each).mean()
-    if settings.z_loss:
-        each = [losses.router_z_loss(z_TE, mask_T) for z_TE in logits]
-        yield "z_loss", torch.stack(each).mean()
-
-
-def score_of(model_type: str) -> Callable[[Tensor], Tensor]:
-    """How the architecture makes scores of logits [T, E]."""
-    if model_type in TARGETS and TARGETS[model_type].routing.score == "sigmoid":
-        return torch.sigmoid
-    return lambda logits_TE: logits_TE.softmax(-1)
-
-
-def _shares(run: Run, logits_TE: Tensor) -> Tensor:
-    """Scores that add up to 1 for each token."""
-    scores_TE = run.tap.score(logits_TE)
-    return scores_TE / scores_TE.sum(-1, keepdim=True)
-
-
-def _check_effect(run: Run, terms: dict[str, Tensor]) -> None:
-    """A router loss that moves nothing is a mistake, whoever made it."""
-    # The last block's alone: from the others, the way leads through the blocks after them.
-    logits_TE = run.tap.routed[-1].logits_TE
-    for name in ("balance", "z_loss"):
-        if name not in terms:
-            continue
-        grad_TE = None
-        if logits_TE.requires_grad:
-            (grad_TE,) = torch.autograd.grad(terms[name], logits_TE, retain_graph=True)
-        if grad_TE is None or not grad_TE.any():
-            flag = name.replace("_", "-")
-            raise UpcycleError(
-                f"--{flag} {getattr(run.settings, name)} has no effect on this model's routers: "
-                "set it to 0, or train them (--train moe)"
-            )
-
-
-def _check_router_gradient(run: Run) -> None:
-    routers = [g for g in run.optimizer.param_groups if g["part"] == "router"]
-    grads = [p.grad for group in routers for p in group["params"] if p.grad is not None]
-    if routers and (_fixed_weights(run) or not any(float(grad.norm()) for grad in grads)):
-        raise UpcycleError(
-            "the routers get no gradient: with one expert per token and renormalised weights, the "
-            "weight is always 1; pass --dense-router-gradient or --balance, or --train experts"
-        )
-
-
-def _fixed_weights(run: Run) -> bool:
-    """Whether the routers' weights do not depend on their logits, so that a gradient would be
-    rounding."""
-    settings = run.settings
-    if settings.dense_router_gradient or settings.balance or settings.z_loss:
-        return False
-    return all(
-        bool((routed.weights_TK == routed.weights_TK[0, 0]).all())
-        and bool((routed.logits_TE != routed.logits_TE[0, 0]).any())
-        for routed in run.tap.routed
-    )
-
-
-def _balance(run: Run, counts: list[Tensor]) -> Row:
-    """How evenly the experts were used in a step, with the selection biases moved accordingly."""
-    counts = [run.accelerator.reduce(count_E, "sum") for count_E in counts]
-    if run.settings.balance_bias:
-        for block, scale, count_E in zip(run.blocks, run.scales, counts, strict=True):
-            # A sigmoid's slope at 0.
-            update_bias(block, count_E, run.settings.balance_bias * scale.router / 4)
-    return {
-        "imbalance": sum(float(c.max() / c.mean()) for c in counts) / max(1, len(counts)),
-        "dead": sum(int((count_E == 0).sum()) for count_E in counts),
-    }
-
-
-def _reduced(run: Run, row: Row) -> Row:
-    """The row with its losses averaged over processes."""
-    if run.accelerator.num_processes == 1:
-        return row
-    names = [name for name in row if name not in ("step", "grad_norm", "lr")]
-    values = torch.tensor([row[name] for name in names], device=run.accelerator.device)
-    means = run.accelerator.reduce(values, "mean").tolist()
-    return row | dict(zip(names, means, strict=True))
-
-
-@torch.no_grad()
-def _validate(run: Run) -> None:
-    """Measure on the held-out sequences, and keep the state if it is the best so far.
-
-    Raises:
-        UpcycleError: the loss is not a number, and no better state has been kept.
-    """
-    accelerator, settings = run.accelerator, run.settings
-    run.model.eval()
-    sums = torch.zeros(3, device=accelerator.device)
-    rows = torch.arange(len(run.validation))
-    # Every process must run the model equally often.
-    world = accelerator.num_processes
-    padded = torch.cat([rows, rows[:1].expand(-len(rows) % world)])
-    for number, row in enumerate(padded[accelerator.process_index :: world].tolist()):
-        batch = run.validation.take(torch.tensor([row]))
-        tokens_BL, mask_BL = (
-            batch.tokens_BL.to(accelerator.device),
-            batch.mask_BL.to(accelerator.device),
-        )
-        with accelerator.autocast():
-            logits_BLV = run.model(input_ids=tokens_BL, use_cache=False).logits
-        loss, kl = losses.next_token_loss(logits_BLV, tokens_BL, mask_BL), torch.zeros(())
-        if run.teacher is not None:
-            expected_BLV = run.teacher(input_ids=tokens_BL, use_cache=False).logits
-            kl = losses.distillation_loss(logits_BLV, expected_BLV, mask_BL)
-        counts = number * world + accelerator.process_index < len(rows)
-        weight = float(mask_BL[:, 1:].sum()) * counts
-        sums += weight * torch.tensor([1.0, float(loss), float(kl)], device=sums.device)
-    run.model.train()
-    weight, loss, kl = accelerator.reduce(sums, "sum").tolist()
-    loss, kl = loss / weight, kl / weight
-    measured = {"loss": loss, "perplexity": math.exp(min(loss, LARGEST_LOSS))}
-    objective = loss
-    if run.teacher is not None:
-        measured["kl"] = kl
-        if settings.distill:
-            objective = settings.next_token * loss + settings.distill * kl
-    if run.best == math.inf and not math.isfinite(objective):
-        raise UpcycleError(
-            f"the validation loss is {loss:g} after step {run.step}: lower --lr, or train in "
-            "another --precision"
-        )
-    if settings.keep_best and objective < run.best:
-        run.best, run.best_step = objective, run.step
-        tensors = trained_tensors(run.plain)
-        if accelerator.is_main_process:
-            save_tensors(run.folder / "best.safetensors", tensors, {"step": run.step})
-        accelerator.wait_for_everyone()
-    _note(run, {"step": run.step, "validation": measured})

@@ -16,9 +16,9 @@ from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
 from upcycle.sink import partial_folder
 from upcycle.source import companions, read_headers
-from upcycle.training.loop import Row, Run
 from upcycle.training.settings import Training
 from upcycle.training.state import whole_model
+from upcycle.training.step import Row, Run
 from upcycle.training.trainable import Groups
 
 LOG = "train_log.jsonl"

@@ -1,7 +1,5 @@
 """`upcycle finetune`: from a checkpoint and a text to a checkpoint that is whole or absent."""
 
-import hashlib
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,19 +14,19 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from upcycle.calibrate import check_text, texts
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import load_model
 from upcycle.moe import moe_blocks
-from upcycle.report import versions
 from upcycle.sink import ASIDE, Workspace, check_out, partial_folder
-from upcycle.source import checkpoint_folder, fingerprint, read_config, read_headers
+from upcycle.source import read_config, read_headers
 from upcycle.training.data import Data, training_data
-from upcycle.training.loop import Row, Run, make_optimizer, score_of, train
+from upcycle.training.job import Job, job_fingerprint, open_job
+from upcycle.training.loop import make_optimizer, train
 from upcycle.training.publish import LOG, Finetuning, publish
 from upcycle.training.routers import RouterTap, correction_bias, keep_float32, measure_scales
-from upcycle.training.settings import Training, load_training
+from upcycle.training.settings import Training
 from upcycle.training.state import torch_dtype
+from upcycle.training.step import Row, Run, score_of
 from upcycle.training.trainable import (
     Groups,
     add_lora,
@@ -40,19 +38,6 @@ from upcycle.training.trainable import (
 
 SCALE_TOKENS = 256
 """Of the validation text, to measure routers on."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request whose input is there."""
-
-    label: str
-    folder: Path
-    record: dict[str, Any]
-    """The model's upcycle.json, or nothing."""
-    settings: Training
-    teacher: Path | None
-    out: Path
 
 
 @dataclass(frozen=True)
@@ -95,7 +80,7 @@ def finetune(
     """
     watch = watch or Watch()
     with ExitStack() as stack:
-        job = _open(model, Path(out).expanduser().resolve(), preset, settings, stack)
+        job = open_job(model, Path(out).expanduser().resolve(), preset, settings, stack)
         check_out(job.out, job.folder, _room(job), overwrite=overwrite)
         accelerator = stack.enter_context(_accelerator(job.settings))
         stack.enter_context(_workspace(job, accelerator, overwrite=overwrite, resume=resume))
@@ -105,29 +90,6 @@ def finetune(
         with _stopping(run):
             train(run)
         return publish(run, groups, job.label, job.folder, job.out, job.record)
-
-
-def _open(
-    model: str, out: Path, preset: str | Path | None, settings: dict[str, Any], stack: ExitStack
-) -> Job:
-    folder = stack.enter_context(checkpoint_folder(model))
-    record = _record(folder)
-    origin = record.get("source", {}).get("name")
-    request = load_training(preset or _default_preset(record), settings, origin)
-    for text in texts(request.data):
-        check_text(text, "--data")
-    _check_dtypes(model, folder)
-    return Job(model, folder, record, request, _teacher_folder(request, folder, stack), out)
-
-
-def _check_dtypes(label: str, folder: Path) -> None:
-    """The result is written in one dtype, as `convert` writes it."""
-    headers = read_headers(folder)
-    found = {str(i.dtype) for name, i in headers.items() if not name.endswith("correction_bias")}
-    if len(found) > 1:
-        raise UpcycleError(
-            f"{label} holds weights in {' and '.join(sorted(found))}: store it in one dtype first"
-        )
 
 
 def _room(job: Job) -> int:
@@ -143,7 +105,7 @@ def _workspace(
     """The folder beside `out`, made and published by the first process."""
     workspace = None
     if accelerator.is_main_process:
-        fingerprint = _fingerprint(job, accelerator.num_processes)
+        fingerprint = job_fingerprint(job, accelerator.num_processes)
         workspace = Workspace(job.out, fingerprint, resume=resume)
         (workspace.folder / ASIDE).mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
@@ -156,49 +118,6 @@ def _workspace(
             workspace.resume |= isinstance(error, KeyboardInterrupt)
             workspace.abandon()
         raise
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    """upcycle.json, or nothing."""
-    path = folder / "upcycle.json"
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UpcycleError(f"{path} is not what upcycle writes: restore or delete it") from error
-    return record if isinstance(record, dict) else {}
-
-
-def _default_preset(record: dict[str, Any]) -> str:
-    return "heal" if record.get("plan", {}).get("method") == "split" else "specialise"
-
-
-def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path | None:
-    if request.teacher is None or not (request.distill or request.match_layers):
-        return None
-    try:
-        teacher = stack.enter_context(checkpoint_folder(request.teacher))
-    except UpcycleError as error:
-        raise UpcycleError(f"--teacher: {error}") from error
-    theirs, ours = read_config(teacher).vocab_size, read_config(folder).vocab_size
-    if theirs != ours:
-        raise UpcycleError(
-            f"--teacher {request.teacher} has a vocabulary of {theirs:,}, but the model of "
-            f"{ours:,}: name the dense model that it was made from"
-        )
-    if request.match_layers and _depth_and_width(teacher) != _depth_and_width(folder):
-        raise UpcycleError(
-            f"--match-layers {request.match_layers} compares layer by layer, but --teacher "
-            f"{request.teacher} has {' layers of '.join(map(str, _depth_and_width(teacher)))} and "
-            f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use --distill"
-        )
-    return teacher
-
-
-def _depth_and_width(folder: Path) -> tuple[int, int]:
-    config = read_config(folder)
-    return config.num_hidden_layers, config.hidden_size
 
 
 @contextmanager
@@ -239,23 +158,6 @@ def _shard_in_float32(accelerator: Accelerator, request: Training) -> None:
             "stay in float32: use --precision"
         )
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
-
-
-def _fingerprint(job: Job, processes: int) -> str:
-    """Of everything that the result depends on."""
-    models = [folder for folder in (job.folder, job.teacher) if folder is not None]
-    files = [Path(name).expanduser() for name in texts(job.settings.data)]
-    ingredients = {
-        "models": [
-            fingerprint(folder, {info.file for info in read_headers(folder).values()})
-            for folder in models
-        ],
-        "data": [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()],
-        "request": job.settings.settings(),
-        "processes": processes,
-        "versions": versions(),
-    }
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Groups]:

@@ -1,0 +1,65 @@
+"""Validation: the held-out text, measured while a run trains."""
+
+import math
+
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.training import losses
+from upcycle.training.state import save_tensors, trained_tensors
+from upcycle.training.step import Run, note
+
+LARGEST_LOSS = 700.0
+"""Whose exponential is still a number."""
+
+
+@torch.no_grad()
+def validate(run: Run) -> None:
+    """Measure on the held-out sequences, and keep the state if it is the best so far.
+
+    Raises:
+        UpcycleError: the loss is not a number, and no better state has been kept.
+    """
+    accelerator, settings = run.accelerator, run.settings
+    run.model.eval()
+    sums = torch.zeros(3, device=accelerator.device)
+    rows = torch.arange(len(run.validation))
+    # Every process must run the model equally often.
+    world = accelerator.num_processes
+    padded = torch.cat([rows, rows[:1].expand(-len(rows) % world)])
+    for number, row in enumerate(padded[accelerator.process_index :: world].tolist()):
+        batch = run.validation.take(torch.tensor([row]))
+        tokens_BL, mask_BL = (
+            batch.tokens_BL.to(accelerator.device),
+            batch.mask_BL.to(accelerator.device),
+        )
+        with accelerator.autocast():
+            logits_BLV = run.model(input_ids=tokens_BL, use_cache=False).logits
+        loss, kl = losses.next_token_loss(logits_BLV, tokens_BL, mask_BL), torch.zeros(())
+        if run.teacher is not None:
+            expected_BLV = run.teacher(input_ids=tokens_BL, use_cache=False).logits
+            kl = losses.distillation_loss(logits_BLV, expected_BLV, mask_BL)
+        counts = number * world + accelerator.process_index < len(rows)
+        weight = float(mask_BL[:, 1:].sum()) * counts
+        sums += weight * torch.tensor([1.0, float(loss), float(kl)], device=sums.device)
+    run.model.train()
+    weight, loss, kl = accelerator.reduce(sums, "sum").tolist()
+    loss, kl = loss / weight, kl / weight
+    measured = {"loss": loss, "perplexity": math.exp(min(loss, LARGEST_LOSS))}
+    objective = loss
+    if run.teacher is not None:
+        measured["kl"] = kl
+        if settings.distill:
+            objective = settings.next_token * loss + settings.distill * kl
+    if run.best == math.inf and not math.isfinite(objective):
+        raise UpcycleError(
+            f"the validation loss is {loss:g} after step {run.step}: lower --lr, or train in "
+            "another --precision"
+        )
+    if settings.keep_best and objective < run.best:
+        run.best, run.best_step = objective, run.step
+        tensors = trained_tensors(run.plain)
+        if accelerator.is_main_process:
+            save_tensors(run.folder / "best.safetensors", tensors, {"step": run.step})
+        accelerator.wait_for_everyone()
+    note(run, {"step": run.step, "validation": measured})
