@@ -25,6 +25,7 @@ WAYS: dict[str, list[str]] = {
         *("--recipe", "lora", "--lora", "8", "--set", "lora_alpha=32", "--lr", "5.95e-5"),
         *("--router-lr", "1e-3"),
     ],
+    "distil and next token": ["--recipe", "heal", "--next-token", "1"],
     "distil, MoE only": ["--recipe", "heal", "--train", "moe"],
     "distil, routers only": ["--recipe", "heal", "--train", "router"],
     "distil and match layers": ["--recipe", "heal", "--match-layers", "1"],
