@@ -1,12 +1,14 @@
 """`upcycle eval`: its flags, its table, its JSON object and its errors."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from models import make_tokenizer
-from reference import load
+from reference import load, weights
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from upcycle import evaluate as stage
@@ -119,3 +121,13 @@ def test_bad_flag(dense, monkeypatch, flags, sentence):
     assert result.stdout == ""
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {sentence}")
+
+
+def test_a_folder_that_lacks_a_tensor_is_the_users_fault(split, text, tmp_path):
+    tensors = weights(split)
+    del tensors["model.norm.weight"]
+    shutil.copytree(split, tmp_path / "broken")
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    result = run(tmp_path / "broken", "--text", text)
+    assert result.exit_code == 2
+    assert "does not load whole: missing_keys ['model.norm.weight']" in result.stderr

@@ -198,8 +198,8 @@ def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monke
         model.model.norm.weight.data[3] *= 1.01
         return model
 
-    load_model = publish.load_model
-    monkeypatch.setattr(publish, "load_model", wrong)
+    load_model = publish.load_result
+    monkeypatch.setattr(publish, "load_result", wrong)
     with pytest.raises(publish.CheckFailed, match=r"another model\.norm\.weight"):
         train(split(), precision="bf16")
     assert not files(tmp_path)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from upcycle.device import free_memory
-from upcycle.errors import CheckFailed
+from upcycle.errors import CheckFailed, UpcycleError
 from upcycle.evaluate import (
     compare,
     load_model,
@@ -86,7 +86,7 @@ def run_check(
         model.model.layers[layer].mlp.down_proj.weight.data.copy_(down_DF)
     exact_LV = next_token_logits(model, exact_L)
     del model
-    model = load_model(folder, dtype, plan.device)
+    model = load_result(folder, dtype, plan.device)
     low_precision = plan.dtype != torch.float32 or dtype != torch.float32
     tolerance = LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE[plan.combine]
     exact_error = _exact_error(plan, model, exact_L, exact_LV)
@@ -111,6 +111,14 @@ def run_check(
         window=tokens_BL.shape[1],
         load=moe.load,
     )
+
+
+def load_result(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """`load_model` of what was just written, whose faults are ours."""
+    try:
+        return load_model(folder, dtype, device)
+    except UpcycleError as error:
+        raise CheckFailed(str(error)) from error
 
 
 def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:

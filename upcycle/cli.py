@@ -423,7 +423,10 @@ def _errors(
     except OSError as error:
         _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
     except MemoryError:
-        _fail("out of memory: lower --calibration-tokens, or pass --check none", 1)
+        _fail(
+            "out of memory: lower --calibration-tokens or --micro-batch, or pass --check none",
+            1,
+        )
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

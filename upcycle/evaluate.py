@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from upcycle.anatomy import Size, expert_similarity, flops, measure_size
 from upcycle.calibrate import check_text, packed_tokens
 from upcycle.device import choose_device, free_memory
-from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.errors import UpcycleError
 from upcycle.moe import moe_blocks, watch_selections
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
 from upcycle.source import checkpoint_folder, read_config
@@ -159,7 +159,6 @@ def evaluate(
 
     Raises:
         UpcycleError: a model or a text can't be read, a setting is wrong, or lm-eval is missing.
-        CheckFailed: a checkpoint does not load whole.
     """
     for text in texts:
         check_text(text, "--text")
@@ -333,7 +332,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The checkpoint by plain transformers.
 
     Raises:
-        CheckFailed: it does not load, or not every tensor finds its place.
+        UpcycleError: it does not load, or not every tensor finds its place.
     """
     with warnings.catch_warnings():
         # A target that always has a shared expert holds one of no neurons.
@@ -344,10 +343,10 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             )
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckFailed(f"{folder} does not load in transformers: {reason}") from error
+            raise UpcycleError(f"{folder} does not load in transformers: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise CheckFailed(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")
+            raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")
     return model.to(device).eval()
 
 

@@ -237,7 +237,7 @@ def evaluate_model(
     """What `upcycle eval` would print.
 
     Raises:
-        UpcycleError, CheckFailed: as `evaluate` does.
+        UpcycleError: as `evaluate` does.
     """
     return evaluation_summary(
         evaluate(model, texts, against=against, tokens=tokens, progress=progress)

@@ -11,7 +11,7 @@ import jinja2
 import torch
 from torch import Tensor
 
-from upcycle.check import TOLERANCE, relative_error
+from upcycle.check import TOLERANCE, load_result, relative_error
 from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
 from upcycle.sink import partial_folder
@@ -159,7 +159,7 @@ def _write_model(
             f"the written checkpoint has another layout: {name} is {written.get(name)}, "
             f"not {expected.get(name)}"
         )
-    again = load_model(place, torch.float32, torch.device("cpu"))
+    again = load_result(place, torch.float32, torch.device("cpu"))
     _check_tensors(again, kept)
     return again
 
