@@ -20,16 +20,16 @@ from rich.table import Table
 # Flags of each line of the table, at the same tokens.
 WAYS: dict[str, list[str]] = {
     "heal": ["--recipe", "heal"],
-    "next token, everything": ["--recipe", "heal", "--distill", "0", "--next-token", "1"],
+    "next token only": ["--recipe", "heal", "--distill", "0"],
+    "distil only": ["--recipe", "heal", "--next-token", "0"],
     "CMoE's low-rank recipe": [
         *("--recipe", "lora", "--lora", "8", "--set", "lora_alpha=32", "--lr", "5.95e-5"),
         *("--router-lr", "1e-3"),
     ],
-    "distil and next token": ["--recipe", "heal", "--next-token", "1"],
-    "distil, MoE only": ["--recipe", "heal", "--train", "moe"],
-    "distil, routers only": ["--recipe", "heal", "--train", "router"],
-    "distil and match layers": ["--recipe", "heal", "--match-layers", "1"],
-    "distil, dense router gradient": ["--recipe", "heal", "--dense-router-gradient"],
+    "heal, MoE only": ["--recipe", "heal", "--train", "moe"],
+    "heal, routers only": ["--recipe", "heal", "--train", "router"],
+    "heal, layers matched": ["--recipe", "heal", "--match-layers", "1"],
+    "heal, dense router gradient": ["--recipe", "heal", "--dense-router-gradient"],
 }
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=500_000)
     parser.add_argument("--text", action="append", required=True, help="repeatable")
     parser.add_argument("--eval-tokens", type=int, default=4096)
-    parser.add_argument("--ways", nargs="*", default=list(WAYS)[:3], choices=list(WAYS))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS)[:4], choices=list(WAYS))
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for every way")
     parser.add_argument("--out", type=Path, required=True, help="scratch, emptied after")
     parser.add_argument("--json", type=Path, help="results; what it holds is not measured again")
