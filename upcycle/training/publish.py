@@ -16,6 +16,7 @@ from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
 from upcycle.sink import partial_folder
 from upcycle.source import companions, read_headers
+from upcycle.training.job import Job
 from upcycle.training.settings import Training
 from upcycle.training.state import whole_model
 from upcycle.training.step import Row, Run
@@ -80,25 +81,20 @@ def finetuning_summary(done: Finetuning) -> dict[str, Any]:
     }
 
 
-def publish(
-    run: Run, groups: Groups, label: str, folder: Path, out: Path, record: dict[str, Any]
-) -> Finetuning:
-    """Write the result into the workspace of `out`. Every process must call it.
-
-    Args:
-        label, folder, record: of the model that was trained, with its upcycle.json.
+def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
+    """Write the result into the workspace of the job's folder. Every process must call it.
 
     Raises:
         CheckFailed: what was written is not what was trained.
     """
-    settings = run.settings
+    settings, folder = run.settings, job.folder
     plain = run.plain.eval()
     window_L = run.validation.tokens_BL[0, :CHECK_TOKENS]
     expected_LV = next_token_logits(plain, window_L).cpu()
     tensors = whole_model(plain)
     done = Finetuning(
-        model=label,
-        out=out,
+        model=job.label,
+        out=job.out,
         settings=settings,
         groups=groups,
         log=run.log,
@@ -109,10 +105,10 @@ def publish(
     )
     if not run.accelerator.is_main_process:
         return done
-    place = partial_folder(out)
+    place = partial_folder(job.out)
     stored = next(iter(read_headers(folder).values())).dtype
     if settings.lora:
-        _write_adapter(plain, tensors, label, place)
+        _write_adapter(plain, tensors, job.label, place)
         written = _with_adapter(folder, place)
         _check_tensors(written, tensors)
         if settings.merge:
@@ -130,7 +126,7 @@ def publish(
             f"{error:.2g} of their spread (at most {TOLERANCE['sum']:g} is rounding)"
         )
     done = replace(done, reload_error=error)
-    _write_history(done, folder, place, record)
+    _write_history(done, folder, place, job.record)
     return done
 
 

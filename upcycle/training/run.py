@@ -44,7 +44,7 @@ SCALE_TOKENS = 256
 class Watch:
     """What is told of a run's progress."""
 
-    begin: Callable[[Training, dict[str, dict[str, int]]], None] = lambda settings, groups: None
+    begin: Callable[[Training, Groups], None] = lambda settings, groups: None
     """Once, before the first step: what trains."""
     row: Callable[[Row, int, int], None] = lambda row, done, total: None
     """Every line of the log, with the steps done and all steps."""
@@ -89,7 +89,7 @@ def finetune(
             watch.begin(job.settings, groups)
         with _stopping(run):
             train(run)
-        return publish(run, groups, job.label, job.folder, job.out, job.record)
+        return publish(run, groups, job)
 
 
 def _room(job: Job) -> int:
