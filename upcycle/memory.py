@@ -24,8 +24,7 @@ GGUF_KEPT, GGUF_KEPT_MOST = 0.3, 400 * 10**6
 
 def peak_bytes(plan: Plan) -> int:
     """Estimate of the conversion's resident memory, interpreter included, the check aside."""
-    # Before any layer has run, little has been freed that could be kept.
-    phases = [WORKING // 2 + _outside_layers(plan), _layer(plan) + _writing(plan)]
+    phases = [WORKING + _outside_layers(plan), _layer(plan) + _writing(plan)]
     if plan.streams:
         phases.append(WORKING + _fitting(plan))
     if plan.undecided:
