@@ -18,7 +18,10 @@ from typer.testing import CliRunner
 import upcycle.page
 from upcycle import UpcycleError, charts, facts
 from upcycle.cli import app
-from upcycle.page import digits, overall, relative_pairs, render
+from upcycle.page import render
+from upcycle.page.quality import overall
+from upcycle.page.routing import relative_pairs
+from upcycle.page.words import digits, public_name
 from upcycle.routing import count_pairs, layer_routing
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -48,14 +51,18 @@ def evaluation(layers=3, experts=8, top_k=2, against=True):
     numbers = {"perplexity_against": 10.0, "perplexity_ratio": 1.2, "kl": 0.2}
     numbers |= {"top1_agreement": 0.8}
     absent = dict.fromkeys(numbers)
+    dense = 1000 if against else None
     return {
+        "model": "org/moe",
+        "against": "org/dense" if against else None,
         "window": 512,
         "tokens": 4096,
         "texts": [{"text": "builtin", "perplexity": 12.0} | (numbers if against else absent)],
         "routing": routing(layers, experts, top_k) if experts else [],
         "similarity": [{"layer": n, "cosine": 0.4} for n in range(layers)] if experts else [],
-        "params": {"total": 1000, "active": 600 if experts else 1000},
-        "flops": {"active": 1200, "active_against": 2000 if against else None},
+        "params": {"total": 1000, "active": 600 if experts else 1000}
+        | {"total_against": dense, "active_against": dense},
+        "flops": {"active": 1200, "total": 2000, "active_against": dense and 2 * dense},
         "speed": None,
         "tasks": None,
     }
@@ -90,7 +97,9 @@ MADE = {
         "exact_error": 1e-4,
         "perplexity_dense": 11.0,
         "perplexity_moe": 14.0,
-        "perplexity_ratio": 14 / 11,
+        "exact_tolerance": 1e-3,
+        "window": 512,
+        "load": [[1.0] * 8] * 2,
         "kl": 0.25,
         "top1_agreement": 0.75,
         "tokens": 4096,
@@ -244,7 +253,7 @@ def test_digits(value, text):
     ],
 )
 def test_paths_are_not_published(label, name):
-    assert upcycle.page.public_name(label) == name
+    assert public_name(label) == name
 
 
 def test_numbers_that_are_none_are_no_error():
@@ -485,7 +494,7 @@ def test_saved_evaluation_takes_no_options_of_a_new_one(model, saved, tmp_path):
     ("content", "reason"),
     [
         ("not json", "it is not JSON"),
-        ("[]", "valid dictionary"),
+        ("[]", "should be a dictionary"),
         ("{}", "field required"),
         (json.dumps(evaluation(experts=7) | {"texts": []}), "texts=[]: list should have at least"),
         (json.dumps(evaluation(experts=7) | {"window": "x"}), "window='x': input should be a"),
@@ -505,11 +514,21 @@ def test_bad_evaluation(model, tmp_path, content, reason):
     assert not (tmp_path / "r.html").exists()
 
 
-def test_co_selection_of_another_size():
+def test_lists_of_another_length(model, saved, tmp_path):
     found = evaluation(experts=7)
-    found["routing"][0]["co_selection"].pop()
-    with pytest.raises(UpcycleError, match="co_selection is not 7 x 7"):
-        facts._parse(facts.Evaluation, found, "eval.json", "one")
+    arguments = (model, "-o", tmp_path / "r.html", "--evaluation", saved)
+    saved.write_text(json.dumps(found | {"tasks": {"arc": {"acc": [0.5]}}}))
+    assert error(*arguments).endswith(": tasks.arc.acc is a list of 1, not of 2")
+    found["routing"][2]["co_selection"].pop()
+    saved.write_text(json.dumps(found))
+    assert error(*arguments).endswith(": co_selection of layer 2 is not 7 x 7, as load says")
+
+
+def test_saved_evaluation_is_read_whole(model, saved):
+    found = evaluation(experts=7) | {"tasks": {"arc": {"acc": [0.5, None]}}}
+    saved.write_text(json.dumps(found))
+    gathered = {"model": "org/moe", "inspection": {"experts": 7}}
+    assert facts.read_evaluation(saved, gathered) == found
 
 
 def test_evaluation_that_is_not_there(model, tmp_path):
@@ -539,6 +558,15 @@ def test_bad_record(model, saved, tmp_path):
     (model / "upcycle.json").write_text(json.dumps(record))
     message = error(model, "-o", tmp_path / "r.html", "--evaluation", saved)
     assert "upcycle.json is not what upcycle writes: versions" in message
+
+
+def test_check_in_the_record(tmp_path):
+    path, check = tmp_path / "upcycle.json", MADE["check"]
+    path.write_text(json.dumps(MADE | {"check": check | {"dead_experts": 0}}))
+    assert facts.read_record(path)["check"] == check
+    path.write_text(json.dumps(MADE | {"check": check | {"perplexity_dense": 0}}))
+    with pytest.raises(UpcycleError, match=r"upcycle\.json .*: check=.*perplexity_dense and perpl"):
+        facts.read_record(path)
 
 
 def test_record_of_training_alone(model, tmp_path):

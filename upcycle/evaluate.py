@@ -12,9 +12,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -74,9 +75,9 @@ class TextResult:
     """A model's numbers on one text; those against another model are None without one."""
 
     text: str
-    perplexity: float
-    perplexity_against: float | None
-    perplexity_ratio: float | None
+    perplexity: PositiveFloat
+    perplexity_against: PositiveFloat | None
+    perplexity_ratio: PositiveFloat | None
     kl: float | None
     top1_agreement: float | None
 
@@ -93,8 +94,8 @@ class LayerSimilarity:
 class Parameters:
     """Of the model and of the one it is compared with."""
 
-    total: int
-    active: int
+    total: PositiveInt
+    active: PositiveInt
     total_against: int | None
     active_against: int | None
 
@@ -103,21 +104,24 @@ class Parameters:
 class Flops:
     """Per token; see `flops`. The total is what a token would take with all experts on."""
 
-    active: int
+    active: PositiveInt
     total: int
     active_against: int | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured."""
+    """What `evaluate` measured.
+
+    Pydantic's types, such as PositiveFloat, are checked only where one is read from a file.
+    """
 
     model: str
     against: str | None
     window: int
     tokens: int
     """Of each text."""
-    texts: list[TextResult]
+    texts: Annotated[list[TextResult], Field(min_length=1)]
     routing: list[LayerRouting]
     """Over the tokens of all texts."""
     similarity: list[LayerSimilarity]

@@ -1,7 +1,8 @@
 """What the report page shows of a model, read from its folder and from saved evaluations.
 
-The models here hold what the page uses of each file, so that a file that is not what it should be
-is an error with its name and field, never half a page.
+An evaluation is read as the dataclass that it was written from. The models here hold what the page
+uses of the other files. So a file that is not what it should be is an error with its name and
+field, never half a page.
 """
 
 import json
@@ -9,93 +10,20 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
+from upcycle.check import CheckReport
 from upcycle.errors import UpcycleError
-from upcycle.evaluate import Progress, evaluate, evaluation_summary
+from upcycle.evaluate import Evaluation, Progress, evaluate, evaluation_summary
 from upcycle.inspection import inspect_model
 from upcycle.recipe import first_problem
 from upcycle.source import model_folder
 
 RECORD = "upcycle.json"
 TRAIN_LOG = "train_log.jsonl"
-Read = TypeVar("Read", bound=BaseModel)
-
-
-class TextResult(BaseModel):
-    text: str
-    perplexity: PositiveFloat
-    perplexity_against: PositiveFloat | None
-    perplexity_ratio: PositiveFloat | None
-    kl: float | None
-    top1_agreement: float | None
-
-
-class Routing(BaseModel):
-    layer: int
-    load: list[float] = Field(min_length=1)
-    entropy: float
-    dead: int
-    co_selection: list[list[float]]
-
-    @model_validator(mode="after")
-    def _square(self) -> Self:
-        experts = len(self.load)
-        if [len(row) for row in self.co_selection] != [experts] * experts:
-            raise ValueError(f"co_selection is not {experts} x {experts}, as load says")
-        return self
-
-
-class Similarity(BaseModel):
-    layer: int
-    cosine: float
-
-
-class Params(BaseModel):
-    total: int = Field(gt=0)
-    active: int = Field(gt=0)
-
-
-class Flops(BaseModel):
-    active: int = Field(gt=0)
-    active_against: int | None
-
-
-class Speed(BaseModel):
-    batch_size: int
-    threads: int
-    dtype: str
-    experts_implementation: str
-    prefill: float
-    decode: float
-    prefill_against: float | None
-    decode_against: float | None
-
-
-class Evaluation(BaseModel):
-    """What `upcycle eval --json` prints."""
-
-    window: int
-    tokens: int
-    texts: list[TextResult] = Field(min_length=1)
-    routing: list[Routing]
-    similarity: list[Similarity]
-    params: Params
-    flops: Flops
-    speed: Speed | None
-    tasks: dict[str, dict[str, tuple[float | None, float | None]]] | None
-
-
-class Check(BaseModel):
-    exact_error: float | None
-    perplexity_dense: PositiveFloat
-    perplexity_moe: PositiveFloat
-    perplexity_ratio: PositiveFloat
-    kl: float
-    top1_agreement: float
-    tokens: int
+Read = TypeVar("Read")
 
 
 class Choice(BaseModel):
@@ -150,12 +78,19 @@ class Record(BaseModel):
 
     source: Source
     plan: PlanFacts
-    check: Check | None
+    check: CheckReport | None
     seconds: dict[str, float]
     peak_memory: int
     damage: list[float] | None = None
     training: list[Training] = []
     versions: dict[str, str]
+
+    @field_validator("check")
+    @classmethod
+    def _positive(cls, check: CheckReport | None) -> CheckReport | None:
+        if check and not (check.perplexity_dense > 0 and check.perplexity_moe > 0):
+            raise ValueError("perplexity_dense and perplexity_moe must be above 0")
+        return check
 
 
 class Validation(BaseModel):
@@ -204,7 +139,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     record = _json(_read(path), path, expected)
     if isinstance(record, dict) and "training" in record and "plan" not in record:
         return None
-    return _parse(Record, record, path, expected).model_dump()
+    return _parse(TypeAdapter(Record), record, path, expected).model_dump()
 
 
 def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +151,8 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise UpcycleError(f"--evaluation {path} is not a file: give one of `upcycle eval --json`")
     expected = "what `upcycle eval --json` prints"
-    saved = _parse(Evaluation, _json(_read(path), path, expected), path, expected)
+    value = _json(_read(path), path, expected)
+    saved = _parse(TypeAdapter(Evaluation), value, path, expected)
     layers = {len(layer.load) for layer in saved.routing}
     experts = found["inspection"].get("experts")
     if layers != ({experts} if experts else set()):
@@ -224,7 +160,23 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
             f"--evaluation {path} is of a model with {_experts(layers)}, but {found['model']} has "
             f"{experts or 'none'}: evaluate that model"
         )
-    return saved.model_dump()
+    misfit = _misfit(saved)
+    if misfit:
+        raise UpcycleError(f"{path} is not {expected}: {misfit}")
+    return evaluation_summary(saved)
+
+
+def _misfit(saved: Evaluation) -> str | None:
+    """The first list of a wrong length, which the types do not rule out."""
+    for layer in saved.routing:
+        experts = len(layer.load)
+        if [len(row) for row in layer.co_selection] != [experts] * experts:
+            return f"co_selection of layer {layer.layer} is not {experts} x {experts}, as load says"
+    for task, metrics in (saved.tasks or {}).items():
+        for metric, values in metrics.items():
+            if len(values) != 2:
+                return f"tasks.{task}.{metric} is a list of {len(values)}, not of 2"
+    return None
 
 
 def _experts(numbers: set[int]) -> str:
@@ -250,11 +202,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         UpcycleError: a line is not one of training or of validation.
     """
-    expected, lines = "what `upcycle finetune` writes", []
+    expected, lines, kind = "what `upcycle finetune` writes", [], TypeAdapter(LogLine)
     for number, text in enumerate(_read(path).splitlines(), 1):
         where = f"line {number} of {path}"
         if text.strip():
-            line = _parse(LogLine, _json(text, where, expected), where, expected)
+            line = _parse(kind, _json(text, where, expected), where, expected)
             lines.append(line.model_dump(exclude_none=True))
     return lines
 
@@ -274,10 +226,10 @@ def _json(text: str, where: Path | str, expected: str) -> Any:
         raise UpcycleError(f"{where} is not {expected}: it is not JSON") from error
 
 
-def _parse(kind: type[Read], value: Any, where: Path | str, expected: str) -> Read:
-    """A value from JSON as a model of this kind."""
+def _parse(kind: TypeAdapter[Read], value: Any, where: Path | str, expected: str) -> Read:
+    """A value from JSON as one of this kind."""
     try:
-        return kind.model_validate(value)
+        return kind.validate_python(value)
     except ValidationError as error:
         raise UpcycleError(f"{where} is not {expected}: {_problem(error)}") from error
 
