@@ -1,7 +1,7 @@
 """What splits cost, by recipe and active ratio, without training.
 
 Converts a model by every recipe at 75, 50 and 25 % active FFN through the command line, evaluates
-each on every text in windows of 512 (perplexity over the dense model's, KL, top-1 agreement), and
+each on every text in windows (perplexity over the dense model's, KL, top-1 agreement), and
 prints a table. Text that was not calibrated on shows how far a conversion is fitted to its
 calibration text.
 
@@ -48,6 +48,7 @@ def measure(args: argparse.Namespace, name: str, ratio: int, out: Path) -> dict[
         *RECIPES[name],
         *("--active", str(ratio / 100)),
         *("--calibration", args.calibration, "--calibration-tokens", str(args.tokens)),
+        *("--seq-len", str(args.seq_len)),
     )
     plan = report["plan"]
     shape = f"S{plan['shared_experts']}A{plan['top_k']}E{plan['experts']}"
@@ -62,6 +63,7 @@ def measure(args: argparse.Namespace, name: str, ratio: int, out: Path) -> dict[
     }
     evaluation = upcycle(
         *("eval", str(out), "--against", args.model, "--tokens", str(args.eval_tokens)),
+        *("--seq-len", str(args.seq_len)),
         *(word for text in args.text for word in ("--text", text)),
     )
     for numbers in evaluation["texts"]:
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--text", action="append", required=True, help="repeatable")
     parser.add_argument("--eval-tokens", type=int, default=6144)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--ratios", nargs="*", type=int, default=[75, 50, 25])
     parser.add_argument("--out", type=Path, required=True, help="scratch, emptied after")

@@ -246,6 +246,11 @@ def test_too_little_text(dense, text):
         evaluate(str(dense()), [str(text)], tokens=10**7, seq_len=512)
 
 
+def test_windows_longer_than_the_model_reads(dense, text):
+    with pytest.raises(UpcycleError, match="--seq-len 128 is more than the model's 64 positions"):
+        evaluate(str(dense(max_position_embeddings=64)), [str(text)], tokens=256, seq_len=128)
+
+
 def test_model_that_is_not_there(text):
     with pytest.raises(UpcycleError, match="does not exist"):
         evaluate("./nowhere", [str(text)])

@@ -272,6 +272,13 @@ def test_no_text_for_the_check_of_copies(dense):
     )
 
 
+def test_sequences_longer_than_the_model_reads(dense):
+    assert refusal(dense, fields={"max_position_embeddings": 64}, seq_len=128) == (
+        "--seq-len 128 is more than the model's 64 positions (max_position_embeddings): "
+        "give --seq-len 64"
+    )
+
+
 def test_unchecked_copies_need_no_text(dense):
     assert not upcycle.plan(str(dense()), calibration="none", method="copy", check="none").streams
 

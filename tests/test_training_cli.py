@@ -89,6 +89,7 @@ def test_variables_of_the_environment_are_settings(model, text, tmp_path):
         (["--data", "missing.txt"], "--data 'missing.txt' is not a file"),
         (["--train", "routers"], "train='routers'"),
         (["--merge"], "give --lora RANK too"),
+        (["--seq-len", "2048"], "--seq-len 2048 is more than the model's 1024 positions"),
         (["--micro-batch", "3"], "--batch-size 2 is not a multiple of 3"),
     ],
 )

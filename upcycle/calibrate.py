@@ -72,6 +72,19 @@ def texts(text: str) -> list[str]:
     return text.split("+")
 
 
+def check_seq_len(seq_len: int, positions: int) -> None:
+    """Raise what is known of the sequences' length before any is read.
+
+    Raises:
+        UpcycleError: it is more than the model was made for.
+    """
+    if seq_len > positions:
+        raise UpcycleError(
+            f"--seq-len {seq_len} is more than the model's {positions} positions "
+            f"(max_position_embeddings): give --seq-len {positions}"
+        )
+
+
 def packed_tokens(
     folder: Path,
     vocab_size: int,

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from upcycle.anatomy import Size, expert_similarity, flops, measure_size
-from upcycle.calibrate import check_text, packed_tokens
+from upcycle.calibrate import check_seq_len, check_text, packed_tokens
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
 from upcycle.moe import moe_blocks, watch_selections
@@ -177,6 +177,7 @@ def evaluate(
         checkpoint_folder(model) as folder,
         nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
     ):
+        check_seq_len(seq_len, read_config(folder).max_position_embeddings)
         kind = choose_dtype(dtype, folder, place)
         vocab_size = _vocab_size(folder, dense_folder)
         tokens_NBL = torch.stack(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.budget import geometry_of
-from upcycle.calibrate import load_tokenizer
+from upcycle.calibrate import check_seq_len, load_tokenizer
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
@@ -335,6 +335,7 @@ def _check_text(plan: Plan) -> None:
     if plan.streams:
         check_tokens(plan.recipe, plan.fit_tokens, plan.most_routed)
     if plan.fit_tokens + plan.held_tokens:
+        check_seq_len(plan.recipe.seq_len, plan.source.arch.fields["max_position_embeddings"])
         load_tokenizer(plan.source.folder)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.calibrate import check_text, texts
+from upcycle.calibrate import check_seq_len, check_text, texts
 from upcycle.errors import UpcycleError
 from upcycle.report import versions
 from upcycle.source import checkpoint_folder, fingerprint, read_config, read_headers
@@ -36,6 +36,7 @@ def open_job(
     request = load_training(preset or _default_preset(record), settings, origin)
     for text in texts(request.data):
         check_text(text, "--data")
+    check_seq_len(request.seq_len, read_config(folder).max_position_embeddings)
     _check_dtypes(model, folder)
     return Job(model, folder, record, request, _teacher_folder(request, folder, stack), out)
 

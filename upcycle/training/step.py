@@ -141,7 +141,7 @@ def _terms(run: Run, batch: Data) -> Iterator[tuple[str, Tensor]]:
     }
     expected = None
     if run.teacher is not None:
-        with torch.no_grad():
+        with torch.no_grad(), run.accelerator.autocast():
             expected = run.teacher(**arguments)
     # Of itself, accelerate rounds in all models but sharded ones.
     with run.tap.recording(), run.accelerator.autocast():

@@ -37,7 +37,8 @@ def validate(run: Run) -> None:
             logits_BLV = run.model(input_ids=tokens_BL, use_cache=False).logits
         loss, kl = losses.next_token_loss(logits_BLV, tokens_BL, mask_BL), torch.zeros(())
         if run.teacher is not None:
-            expected_BLV = run.teacher(input_ids=tokens_BL, use_cache=False).logits
+            with accelerator.autocast():
+                expected_BLV = run.teacher(input_ids=tokens_BL, use_cache=False).logits
             kl = losses.distillation_loss(logits_BLV, expected_BLV, mask_BL)
         counts = number * world + accelerator.process_index < len(rows)
         weight = float(mask_BL[:, 1:].sum()) * counts
