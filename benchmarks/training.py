@@ -1,41 +1,114 @@
-"""What `upcycle finetune`'s loop costs beside a bare PyTorch loop over the same model.
+"""What `upcycle finetune`'s loop costs beside a bare PyTorch loop and transformers' Trainer.
 
-Both take the same number of steps over the same sequences, next token only, AdamW, gradients
-clipped, in turn; validation is not counted.
+All take the same number of steps over the same sequences of the same model, next token only, AdamW,
+gradients clipped, in turn and each in a process of its own. Starting up and validation are not
+counted in the time; the memory is the process's peak.
 
     python benchmarks/training.py --model MOE --out SCRATCH
 """
 
 import argparse
+import json
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import upcycle
 from upcycle.source import read_config
 from upcycle.training.data import batch_rows, training_data
 
+LR, CLIP, BETAS = 1e-5, 1.0, (0.9, 0.95)
 
-def bare(model_folder: str, tokens_BL: torch.Tensor, steps: int, batch: int, micro: int) -> float:
-    """Tokens per second of a loop as one would write it down."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0)
+
+def sequences(args: argparse.Namespace) -> torch.Tensor:
+    """The training tokens [sequences, seq_len]."""
+    folder = Path(args.model)
+    data, _ = training_data(
+        folder,
+        read_config(folder).vocab_size,
+        "builtin",
+        seq_len=args.seq_len,
+        train_tokens=args.steps * args.batch_size * args.seq_len,
+        validation_tokens=args.seq_len,
+        seed=0,
+    )
+    return data.tokens_BL
+
+
+def load(args: argparse.Namespace) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    return model.train()
+
+
+def bare(args: argparse.Namespace) -> float:
+    """Seconds of a loop as one would write it down."""
+    tokens_BL, model = sequences(args), load(args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=0)
     start = time.monotonic()
-    for step in range(steps):
-        rows = batch_rows(len(tokens_BL), batch, step, seed=0)
-        for part in rows.split(micro):
+    for step in range(args.steps):
+        rows = batch_rows(len(tokens_BL), args.batch_size, step, seed=0)
+        for part in rows.split(args.micro_batch):
             loss = model(input_ids=tokens_BL[part], labels=tokens_BL[part], use_cache=False).loss
-            (loss * len(part) / batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            (loss * len(part) / args.batch_size).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-    return steps * batch * tokens_BL.shape[1] / (time.monotonic() - start)
+    return time.monotonic() - start
+
+
+def trainer(args: argparse.Namespace) -> float:
+    """Seconds of transformers' Trainer."""
+    tokens_BL, model = sequences(args), load(args)
+    arguments = TrainingArguments(
+        output_dir=str(args.out),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.micro_batch,
+        gradient_accumulation_steps=args.batch_size // args.micro_batch,
+        learning_rate=LR,
+        adam_beta2=BETAS[1],
+        max_grad_norm=CLIP,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    rows = [{"input_ids": row_L, "labels": row_L} for row_L in tokens_BL]
+    return float(Trainer(model, arguments, train_dataset=rows).train().metrics["train_runtime"])
+
+
+def ours(args: argparse.Namespace) -> float:
+    """Seconds of the steps of `upcycle finetune`."""
+    done = upcycle.finetune(
+        args.model,
+        args.out,
+        preset="specialise",
+        overwrite=True,
+        device="cpu",
+        lr=LR,
+        router_lr=LR,
+        balance=0.0,
+        z_loss=0.0,
+        weight_decay=0.0,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        seq_len=args.seq_len,
+        validation_tokens=args.seq_len,
+        validate_every=args.steps,
+    )
+    return done.seconds
+
+
+WAYS = {"bare loop": bare, "transformers Trainer": trainer, "upcycle finetune": ours}
 
 
 def main() -> None:
@@ -47,48 +120,32 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--way", choices=WAYS, help="run this one alone and print its JSON")
     args = parser.parse_args()
+    if args.way:
+        seconds = WAYS[args.way](args)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
+        return
 
-    folder = Path(args.model)
-    data, _ = training_data(
-        folder,
-        read_config(folder).vocab_size,
-        "builtin",
-        seq_len=args.seq_len,
-        train_tokens=args.steps * args.batch_size * args.seq_len,
-        validation_tokens=args.seq_len,
-        seed=0,
-    )
-    speeds: dict[str, list[float]] = {"bare loop": [], "upcycle finetune": []}
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(args.rounds):
-        speeds["bare loop"].append(
-            bare(args.model, data.tokens_BL, args.steps, args.batch_size, args.micro_batch)
-        )
-        done = upcycle.finetune(
-            args.model,
-            args.out,
-            preset="specialise",
-            overwrite=True,
-            lr=1e-5,
-            balance=0.0,
-            z_loss=0.0,
-            weight_decay=0.0,
-            steps=args.steps,
-            batch_size=args.batch_size,
-            micro_batch=args.micro_batch,
-            seq_len=args.seq_len,
-            validation_tokens=args.seq_len,
-            validate_every=args.steps,
-        )
-        speeds["upcycle finetune"].append(done.tokens / done.seconds)
+        for way, mine in runs.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            mine.append(json.loads(done.stdout.splitlines()[-1]))
     shutil.rmtree(args.out, ignore_errors=True)
-    table = Table("", "tokens/s, median", "all rounds")
-    for name, values in speeds.items():
-        rounds = ", ".join(f"{value:.0f}" for value in values)
-        table.add_row(name, f"{statistics.median(values):.1f}", rounds)
+    tokens = args.steps * args.batch_size * args.seq_len
+    table = Table("", "tokens/s", "over bare", "peak GB", title="medians, each over its own round")
+    for way, mine in runs.items():
+        pairs = zip(runs["bare loop"], mine, strict=True)
+        table.add_row(
+            way,
+            f"{statistics.median(tokens / run['seconds'] for run in mine):.1f}",
+            f"{statistics.median(bare['seconds'] / run['seconds'] for bare, run in pairs):.2f}",
+            f"{statistics.median(run['peak_bytes'] for run in mine) / 1e9:.2f}",
+        )
     Console().print(table)
-    each = zip(speeds["upcycle finetune"], speeds["bare loop"], strict=True)
-    Console().print(f"upcycle over bare: {statistics.median(ours / b for ours, b in each):.2f}")
 
 
 if __name__ == "__main__":
