@@ -86,9 +86,9 @@ def layout(folder):
     return {name: (tuple(t.shape), t.dtype) for name, t in weights(folder).items()}
 
 
-def held_out_loss(done, settings):
-    """Of the written checkpoint, by plain transformers."""
-    model = load(done.out)
+def held_out_loss(done, settings, folder=None):
+    """Of the written checkpoint or of another, by plain transformers."""
+    model = load(folder or done.out)
     _, held = training_data(
         done.out, 272, done.settings.data, seq_len=settings["seq_len"],
         train_tokens=done.settings.total_steps * settings["seq_len"] * settings["batch_size"],
@@ -252,6 +252,8 @@ def test_healing_learns_from_the_dense_model_that_it_was_made_from(dense, split,
     assert done.settings.teacher == str(dense())
     assert done.after["kl"] < done.before["kl"] * 0.95
     assert not any("next_token" in row for row in done.log)
+    ratio = math.exp(done.after["loss"] - held_out_loss(done, QUICK, dense()))
+    assert done.after["perplexity_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
 def test_balance_evens_out_the_load(split, train, tmp_path):

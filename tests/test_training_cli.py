@@ -58,7 +58,8 @@ def test_json_is_one_object_and_nothing_else(model, text, tmp_path):
     assert printed["settings"]["validation_tokens"] == 32
     assert (printed["steps"], printed["tokens"]) == (2, 128)
     assert printed["out"] == str(tmp_path / "out")
-    assert {"loss", "perplexity", "kl"} == printed["before"].keys() == printed["after"].keys()
+    measured = {"loss", "perplexity", "perplexity_ratio", "kl"}
+    assert measured == printed["before"].keys() == printed["after"].keys()
 
 
 def test_tables_go_to_stdout_and_progress_to_stderr(model, text, tmp_path):

@@ -97,7 +97,8 @@ def show_groups(settings: "Training", groups: Mapping[str, Mapping[str, int]]) -
 def show_finetuning(done: "Finetuning") -> None:
     """What training changed and what it cost."""
     rows = {
-        name: (f"{value:.4f}", f"{done.after[name]:.4f}") for name, value in done.before.items()
+        name.replace("_", " "): (f"{value:.4f}", f"{done.after[name]:.4f}")
+        for name, value in done.before.items()
     }
     total = done.settings.total_steps
     rows |= {

@@ -212,6 +212,8 @@ step {{ done.result_step }} was kept. What this card says above of quality was m
 | perplexity | {{ "%.3f" | format(done.before.perplexity) }} \
 | {{ "%.3f" | format(done.after.perplexity) }} |
 {% if "kl" in done.after %}
+| perplexity over the dense model's | {{ "%.3f" | format(done.before.perplexity_ratio) }} \
+| {{ "%.3f" | format(done.after.perplexity_ratio) }} |
 | KL to the dense model | {{ "%.4f" | format(done.before.kl) }} \
 | {{ "%.4f" | format(done.after.kl) }} nats |
 {% endif %}

@@ -22,7 +22,7 @@ def validate(run: Run) -> None:
     """
     accelerator, settings = run.accelerator, run.settings
     run.model.eval()
-    sums = torch.zeros(3, device=accelerator.device)
+    sums = torch.zeros(4, device=accelerator.device)
     rows = torch.arange(len(run.validation))
     # Every process must run the model equally often.
     world = accelerator.num_processes
@@ -35,21 +35,23 @@ def validate(run: Run) -> None:
         )
         with accelerator.autocast():
             logits_BLV = run.model(input_ids=tokens_BL, use_cache=False).logits
-        loss, kl = losses.next_token_loss(logits_BLV, tokens_BL, mask_BL), torch.zeros(())
+        means = [1.0, float(losses.next_token_loss(logits_BLV, tokens_BL, mask_BL)), 0.0, 0.0]
         if run.teacher is not None:
             with accelerator.autocast():
                 expected_BLV = run.teacher(input_ids=tokens_BL, use_cache=False).logits
-            kl = losses.distillation_loss(logits_BLV, expected_BLV, mask_BL)
+            means[2] = float(losses.next_token_loss(expected_BLV, tokens_BL, mask_BL))
+            means[3] = float(losses.distillation_loss(logits_BLV, expected_BLV, mask_BL))
         counts = number * world + accelerator.process_index < len(rows)
         weight = float(mask_BL[:, 1:].sum()) * counts
-        sums += weight * torch.tensor([1.0, float(loss), float(kl)], device=sums.device)
+        sums += weight * torch.tensor(means, device=sums.device)
     run.model.train()
-    weight, loss, kl = accelerator.reduce(sums, "sum").tolist()
-    loss, kl = loss / weight, kl / weight
+    summed = accelerator.reduce(sums, "sum")
+    loss, teacher_loss, kl = (summed[1:] / summed[0]).tolist()
     measured = {"loss": loss, "perplexity": math.exp(min(loss, LARGEST_LOSS))}
     objective = loss
     if run.teacher is not None:
-        measured["kl"] = kl
+        ratio = math.exp(min(loss - teacher_loss, LARGEST_LOSS))
+        measured |= {"perplexity_ratio": ratio, "kl": kl}
         if settings.distill:
             objective = settings.next_token * loss + settings.distill * kl
     if run.best == math.inf and not math.isfinite(objective):
