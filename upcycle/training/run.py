@@ -139,7 +139,8 @@ def _accelerator(request: Training) -> Iterator[Accelerator]:
         if request.batch_size % each:
             raise UpcycleError(
                 f"--batch-size {request.batch_size} is not a multiple of {each}, which is "
-                f"--micro-batch {request.micro_batch} on {accelerator.num_processes} processes"
+                f"--micro-batch {request.micro_batch} on {accelerator.num_processes} processes: "
+                f"give --batch-size {-(-request.batch_size // each) * each}"
             )
         if accelerator.distributed_type == DistributedType.FSDP:
             _shard_in_float32(accelerator, request)
