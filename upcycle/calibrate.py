@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from upcycle.errors import UpcycleError
 from upcycle.source import DenseSource
@@ -72,13 +73,17 @@ def texts(text: str) -> list[str]:
     return text.split("+")
 
 
-def check_seq_len(seq_len: int, positions: int) -> None:
+def check_seq_len(seq_len: int, config: PreTrainedConfig) -> None:
     """Raise what is known of the sequences' length before any is read.
 
     Raises:
-        UpcycleError: it is more than the model was made for.
+        UpcycleError: it is more than the model was made for. (Dynamic rotary embedding is made for
+            more than it says.)
     """
-    if seq_len > positions:
+    # Not every architecture has them, and `eval` takes any.
+    rope = getattr(config, "rope_parameters", None) or {}
+    positions = getattr(config, "max_position_embeddings", seq_len)
+    if seq_len > positions and rope.get("rope_type") != "dynamic":
         raise UpcycleError(
             f"--seq-len {seq_len} is more than the model's {positions} positions "
             f"(max_position_embeddings): give --seq-len {positions}"

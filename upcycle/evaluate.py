@@ -177,7 +177,7 @@ def evaluate(
         checkpoint_folder(model) as folder,
         nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
     ):
-        check_seq_len(seq_len, read_config(folder).max_position_embeddings)
+        check_seq_len(seq_len, read_config(folder))
         kind = choose_dtype(dtype, folder, place)
         vocab_size = _vocab_size(folder, dense_folder)
         tokens_NBL = torch.stack(

@@ -335,7 +335,7 @@ def _check_text(plan: Plan) -> None:
     if plan.streams:
         check_tokens(plan.recipe, plan.fit_tokens, plan.most_routed)
     if plan.fit_tokens + plan.held_tokens:
-        check_seq_len(plan.recipe.seq_len, plan.source.arch.fields["max_position_embeddings"])
+        check_seq_len(plan.recipe.seq_len, plan.source.config)
         load_tokenizer(plan.source.folder)
 
 

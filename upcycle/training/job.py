@@ -36,7 +36,7 @@ def open_job(
     request = load_training(preset or _default_preset(record), settings, origin)
     for text in texts(request.data):
         check_text(text, "--data")
-    check_seq_len(request.seq_len, read_config(folder).max_position_embeddings)
+    check_seq_len(request.seq_len, read_config(folder))
     _check_dtypes(model, folder)
     return Job(model, folder, record, request, _teacher_folder(request, folder, stack), out)
 
