@@ -82,7 +82,7 @@ def check_seq_len(seq_len: int, config: PreTrainedConfig) -> None:
     """
     # Not every architecture has them, and `eval` takes any.
     rope = getattr(config, "rope_parameters", None) or {}
-    positions = getattr(config, "max_position_embeddings", seq_len)
+    positions = getattr(config, "max_position_embeddings", None) or seq_len
     if seq_len > positions and rope.get("rope_type") != "dynamic":
         raise UpcycleError(
             f"--seq-len {seq_len} is more than the model's {positions} positions "
