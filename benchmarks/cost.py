@@ -22,8 +22,6 @@ from transformers import AutoModelForCausalLM
 from upcycle.calibrate import packed_tokens
 from upcycle.source import read_config
 
-WINDOW = 512
-
 
 @torch.inference_mode()
 def forward(folder: Path, tokens_BL: torch.Tensor) -> float:
@@ -41,6 +39,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--active", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="scratch, emptied after")
@@ -49,13 +48,14 @@ def main() -> None:
 
     folder = Path(args.model)
     vocab_size = read_config(folder).vocab_size
-    tokens_BL = packed_tokens(folder, vocab_size, args.calibration, args.tokens // WINDOW, WINDOW)
+    sequences = args.tokens // args.seq_len
+    tokens_BL = packed_tokens(folder, vocab_size, args.calibration, sequences, args.seq_len)
     rows: list[dict[str, float]] = []
     for _ in range(args.rounds):
         report = upcycle(
             *("convert", args.model, "-o", str(args.out), "--overwrite", "--check", "none"),
             *("--calibration", args.calibration, "--calibration-tokens", str(args.tokens)),
-            *("--active", str(args.active), "--device", "cpu"),
+            *("--active", str(args.active), "--seq-len", str(args.seq_len), "--device", "cpu"),
         )
         rows.append(report["seconds"] | {"dense forward": forward(folder, tokens_BL)})
     shutil.rmtree(args.out)

@@ -52,7 +52,7 @@ HOW = {"dtype": "float32", "device": "cpu", "batch_size": 4}
 
 def test_scores_of_both_models_stand_side_by_side(lm_eval, capsys):
     scores = run_tasks(open_tasks(["toy"]), "moe", "dense", **HOW)
-    assert scores == {"toy": {"acc": [0.25, 0.5]}}
+    assert scores == {"toy": {"acc": (0.25, 0.5)}}
     assert [call["model_args"]["pretrained"] for call in lm_eval] == ["moe", "dense"]
     assert all(call["tasks"] == ["toy"] and call["model"] == "hf" for call in lm_eval)
     assert all(call["batch_size"] == 4 and call["device"] == "cpu" for call in lm_eval)
@@ -61,7 +61,7 @@ def test_scores_of_both_models_stand_side_by_side(lm_eval, capsys):
 
 def test_scores_alone(lm_eval):
     scores = run_tasks(open_tasks(["toy"]), "dense", None, **HOW)
-    assert scores == {"toy": {"acc": [0.5, None]}, "other": {"exact_match,strict": [1, None]}}
+    assert scores == {"toy": {"acc": (0.5, None)}, "other": {"exact_match,strict": (1, None)}}
     assert len(lm_eval) == 1
 
 

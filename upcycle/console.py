@@ -332,7 +332,7 @@ def _show_texts(title: str, report: "Evaluation") -> None:
 
 
 def _show_tasks(scores: "TaskScores", headings: list[str]) -> None:
-    def cells(values: list[float | None]) -> tuple[str, ...]:
+    def cells(values: tuple[float | None, ...]) -> tuple[str, ...]:
         return tuple("" if value is None else f"{value:.4f}" for value in values[: len(headings)])
 
     rows = {

@@ -160,23 +160,14 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
             f"--evaluation {path} is of a model with {_experts(layers)}, but {found['model']} has "
             f"{experts or 'none'}: evaluate that model"
         )
-    misfit = _misfit(saved)
-    if misfit:
-        raise UpcycleError(f"{path} is not {expected}: {misfit}")
-    return evaluation_summary(saved)
-
-
-def _misfit(saved: Evaluation) -> str | None:
-    """The first list of a wrong length, which the types do not rule out."""
     for layer in saved.routing:
-        experts = len(layer.load)
-        if [len(row) for row in layer.co_selection] != [experts] * experts:
-            return f"co_selection of layer {layer.layer} is not {experts} x {experts}, as load says"
-    for task, metrics in (saved.tasks or {}).items():
-        for metric, values in metrics.items():
-            if len(values) != 2:
-                return f"tasks.{task}.{metric} is a list of {len(values)}, not of 2"
-    return None
+        size = len(layer.load)
+        if [len(row) for row in layer.co_selection] != [size] * size:
+            raise UpcycleError(
+                f"{path} is not {expected}: co_selection of layer {layer.layer} is not "
+                f"{size} x {size}, as load says"
+            )
+    return evaluation_summary(saved)
 
 
 def _experts(numbers: set[int]) -> str:

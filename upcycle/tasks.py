@@ -9,7 +9,7 @@ from typing import Any
 
 from upcycle.errors import UpcycleError
 
-TaskScores = dict[str, dict[str, list[float | None]]]
+TaskScores = dict[str, dict[str, tuple[float | None, float | None]]]
 """Per task and metric: the model's value, then that of the one it is compared with, or None."""
 
 
@@ -65,7 +65,7 @@ def run_tasks(
         for place in (folder, against)
     )
     return {
-        task: {name: [value, other.get(task, {}).get(name)] for name, value in metrics.items()}
+        task: {name: (value, other.get(task, {}).get(name)) for name, value in metrics.items()}
         for task, metrics in mine.items()
     }
 

@@ -30,7 +30,7 @@ def tasks(evaluation: Facts) -> Section:
     if not scores:
         return None
     rows = [
-        (f"{task}, {metric.removesuffix(',none')}", *_beside(*pair))
+        (f"{task}, {metric}", *_beside(*pair))
         for task, metrics in scores.items()
         for metric, pair in metrics.items()
     ]
