@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from upcycle.calibrate import packed_tokens
-from upcycle.source import read_config
+from upcycle.calibrate import calibration_tokens
+from upcycle.source import open_source
 
 
 @torch.inference_mode()
@@ -36,7 +36,7 @@ def forward(folder: Path, tokens_BL: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a folder")
+    parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -46,10 +46,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="results")
     args = parser.parse_args()
 
-    folder = Path(args.model)
-    vocab_size = read_config(folder).vocab_size
-    sequences = args.tokens // args.seq_len
-    tokens_BL = packed_tokens(folder, vocab_size, args.calibration, sequences, args.seq_len)
+    source, sequences = open_source(args.model), args.tokens // args.seq_len
+    tokens_BL = calibration_tokens(source, args.calibration, sequences, args.seq_len, seed=0)
     rows: list[dict[str, float]] = []
     for _ in range(args.rounds):
         report = upcycle(
@@ -57,7 +55,7 @@ def main() -> None:
             *("--calibration", args.calibration, "--calibration-tokens", str(args.tokens)),
             *("--active", str(args.active), "--seq-len", str(args.seq_len), "--device", "cpu"),
         )
-        rows.append(report["seconds"] | {"dense forward": forward(folder, tokens_BL)})
+        rows.append(report["seconds"] | {"dense forward": forward(source.folder, tokens_BL)})
     shutil.rmtree(args.out)
     table = Table("stage", "seconds", "dense forwards", title=f"{args.tokens:,} tokens, medians")
     for stage in rows[0]:
