@@ -24,7 +24,7 @@ WAYS: dict[str, list[str]] = {
     "distil only": ["--recipe", "heal", "--next-token", "0"],
     "CMoE's low-rank recipe": [
         *("--recipe", "lora", "--lora", "8", "--set", "lora_alpha=32", "--lr", "5.95e-5"),
-        *("--router-lr", "1e-3"),
+        *("--router-lr", "1e-3", "--merge"),
     ],
     "heal, MoE only": ["--recipe", "heal", "--train", "moe"],
     "heal, routers only": ["--recipe", "heal", "--train", "router"],

@@ -140,13 +140,14 @@ def naive_hidden(ffn, x_TD):
 
 
 def active_neurons(folder, permutation, selected_TK):
-    """1 for the neurons that count, 0 for the others [T, F]."""
+    """How often each neuron counts, [T, F]."""
     plan = read_json(folder / "upcycle.json")["plan"]
     shared = plan["shared_experts"] * plan["expert_size"]
     experts_EM = torch.tensor(permutation[shared:]).view(-1, plan["expert_size"])
     mask_TF = torch.zeros(len(selected_TK), len(permutation))
     mask_TF[:, permutation[:shared]] = 1
-    return mask_TF.scatter(1, experts_EM[selected_TK].flatten(1), 1)
+    selected_TN = experts_EM[selected_TK].flatten(1)
+    return mask_TF.scatter_add(1, selected_TN, torch.ones(selected_TN.shape))
 
 
 def weights(folder):

@@ -380,7 +380,7 @@ def test_held_back_tokens_are_not_among_the_fitted(dense, tmp_path, monkeypatch)
         seen["fit"] = fit_BL
         return stream(config, embed_VD, fit_BL, device)
 
-    def spy_on_check(plan, folder, held_BL, progress, refit):
+    def spy_on_check(plan, folder, held_BL, progress, all_on):
         seen["held"] = held_BL
 
     monkeypatch.setattr(conversion, "HiddenStream", spy_on_stream)

@@ -100,6 +100,13 @@ class TestSplit:
         for layer in moe_layers(moe(dense(family), target=target, shared_experts=0, **SPLIT)):
             assert sorted(layer["permutation"]) == list(range(SIZES["intermediate_size"]))
 
+    @pairs
+    def test_neuron_counts_for_each_expert_that_holds_it(self, dense, moe, family, target):
+        out = moe(dense(family), target=target, shared_experts=0, split="sharing_inner", **SPLIT)
+        for layer in moe_layers(out):
+            assert len(set(layer["permutation"])) < SIZES["intermediate_size"]
+        assert gap(*naive_sum(dense(family), out)) < TOLERANCE["sum"]
+
     @pytest.mark.parametrize("top_k", [1, 6])
     @pytest.mark.parametrize("target", sorted(set(TARGETS) - ALWAYS_RENORMALISES))
     def test_top_k_may_change_later(self, dense, moe, target, top_k):

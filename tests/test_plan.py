@@ -490,7 +490,7 @@ CHOICES = {
     "granularity": [1, 1, 1, 2, 4],
     "target": ["auto", "auto", "qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"],
     "router": [None, None, "ridge", "centroid", "representative", "kmeans", "normal"],
-    "split": ["coactivation", "random", "contiguous", "parameter_clustering"],
+    "split": ["coactivation", "random", "contiguous", "parameter_clustering", "sharing_inner"],
     "shared_by": ["energy", "rate", "consensus"],
     "compensate": ["none", "none", "least_squares"],
     "sequential": [False, True],

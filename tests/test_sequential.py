@@ -503,6 +503,22 @@ def test_a_refit_of_another_layer_is_caught(dense, text, tmp_path, monkeypatch):
     assert_caught(dense, text, tmp_path / "out", "llama", "qwen2_moe")
 
 
+@pytest.mark.parametrize("settings", [{}, REFIT, SEQUENTIAL], ids=["none", "refit", "sequential"])
+@targets
+def test_the_check_passes_where_experts_repeat_neurons(convert, family, target, settings):
+    check = convert(family, target, **settings, split="sharing_inner").check
+    assert check.exact_error < check.exact_tolerance
+
+
+@pytest.mark.parametrize("settings", [{}, SEQUENTIAL], ids=["none", "sequential"])
+def test_a_repeated_neuron_that_counts_once_is_caught(dense, text, tmp_path, monkeypatch, settings):
+    once = property(lambda self: torch.ones(len(self.permutation), dtype=torch.int64))
+    monkeypatch.setattr(ExpertLayout, "multiplicity", once)
+    repeated = settings_for("qwen2_moe", **settings, split="sharing_inner")
+    with pytest.raises(CheckFailed, match="is not the dense model's equal"):
+        upcycle.convert(str(dense()), tmp_path / "out", calibration=str(text), **repeated)
+
+
 def test_a_refit_in_another_order_is_caught(dense, text, tmp_path, monkeypatch):
     keep = Workspace.keep
 
@@ -520,6 +536,8 @@ VARIANTS = {
     "sequential": {"sequential": True},
     "least squares": REFIT,
     "a layer kept dense": {**SEQUENTIAL, "keep_dense": [1]},
+    "repeated neurons": {"split": "sharing_inner"},
+    "repeated neurons, both": {**SEQUENTIAL, "split": "sharing_inner"},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 

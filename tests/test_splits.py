@@ -1,4 +1,5 @@
-"""Every split is an equal partition; each recovers the structure that it looks for."""
+"""Every split makes equal experts, nearly all of them a partition; each recovers the structure that
+it looks for."""
 
 from itertools import pairwise
 
@@ -27,6 +28,7 @@ PLANTED = {
     "coactivation_graph": {},
     "predictability": {},
     "token_clusters": {},
+    "sharing_inner": {},
 }
 """The splits that look at the neurons, with parameters under which the planted groups show."""
 
@@ -63,16 +65,21 @@ def purity(experts_EM, group_F):
     return sum(max(map(group.count, group)) for group in groups) / F
 
 
-def assert_partition(experts_EM, num_experts=E):
+def assert_equal_experts(name, experts_EM, num_experts=E):
     assert experts_EM.shape == (num_experts, F // num_experts)
     assert experts_EM.dtype == torch.int64
-    assert sorted(experts_EM.flatten().tolist()) == list(range(F))
+    if SPLITS[name].partitions:
+        assert sorted(experts_EM.flatten().tolist()) == list(range(F))
+    for members in experts_EM.tolist():
+        assert set(members) <= set(range(F))
+        assert len(set(members)) == len(members)
 
 
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("num_experts", [1, 2, E, 16])
-def test_every_split_is_an_equal_partition(name, num_experts):
-    assert_partition(split(name, make_activations(), num_experts=num_experts), num_experts)
+def test_every_split_makes_equal_experts(name, num_experts):
+    experts_EM = split(name, make_activations(), num_experts=num_experts)
+    assert_equal_experts(name, experts_EM, num_experts)
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -83,20 +90,21 @@ def test_every_split_lists_the_neurons_of_an_expert_in_order(name):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_accepts_bfloat16(name):
-    assert_partition(split(name, make_activations(dtype=torch.bfloat16)))
+    assert_equal_experts(name, split(name, make_activations(dtype=torch.bfloat16)))
 
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_accepts_neurons_that_are_all_dead(name):
     activations = make_activations()
     activations.ffn.gate_FD.zero_()
-    assert_partition(split(name, activations))
+    assert_equal_experts(name, split(name, activations))
 
 
 @pytest.mark.parametrize("name", [n for n in SPLITS if not SPLITS[n].needs_activations])
 def test_every_split_from_weights_accepts_an_empty_stream(name):
     ffn = make_activations(dtype=torch.bfloat16).ffn
-    assert_partition(split(name, LayerActivations(ffn, ffn.gate_FD.new_empty(0, D))))
+    empty = LayerActivations(ffn, ffn.gate_FD.new_empty(0, D))
+    assert_equal_experts(name, split(name, empty))
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -431,7 +439,7 @@ def test_token_clusters_give_each_expert_the_neurons_of_one_cluster(seed):
     fires_TF = activations.ffn.hidden(activations.x_TD) != 0
     assert (fires_TF.sum(0) == T // E).all()
     experts_EM = split("token_clusters", activations)
-    assert_partition(experts_EM)
+    assert_equal_experts("token_clusters", experts_EM)
     assert purity(experts_EM, group_F) == 1
 
 
@@ -456,4 +464,39 @@ def test_token_clusters_look_at_as_many_tokens_as_asked():
 def test_token_clusters_need_no_multiple_of_the_experts(tokens):
     activations, _ = make_clusters(0)
     few = LayerActivations(activations.ffn, activations.x_TD[:tokens])
-    assert_partition(split("token_clusters", few))
+    assert_equal_experts("token_clusters", split("token_clusters", few))
+
+
+# --- sharing inner ---------------------------------------------------------------------------
+
+
+def test_sharing_inner_gives_each_expert_what_matters_most_to_it(monkeypatch):
+    """Whatever the others take: neuron 0 to all of them, the last ones to none."""
+    rng = torch.Generator().manual_seed(2)
+    importance_EF = torch.rand(E, F, generator=rng)
+    importance_EF[:, 0], importance_EF[:, -9:] = 2, -1
+    monkeypatch.setattr(
+        "upcycle.split.sharing_inner.importance_by_cluster", lambda *_: importance_EF
+    )
+    for found, row_F in zip(
+        split("sharing_inner", make_activations()).tolist(), importance_EF.tolist(), strict=True
+    ):
+        best_first = sorted(range(F), key=lambda neuron: -row_F[neuron])
+        assert found == sorted(best_first[: F // E])
+        assert 0 in found
+        assert max(found) < F - 9
+
+
+def test_sharing_inner_does_not_hold_every_neuron_of_random_ones():
+    held = split("sharing_inner", make_activations()).flatten().tolist()
+    assert len(set(held)) < F
+
+
+@pytest.mark.parametrize("tokens", [E, T - 1])
+def test_sharing_inner_looks_at_as_many_tokens_as_asked(tokens):
+    activations = make_activations()
+    x_TD = activations.x_TD.repeat_interleave(2, dim=0)[: 2 * tokens]
+    x_TD[1::2] = torch.nan
+    more = split("sharing_inner", LayerActivations(activations.ffn, x_TD), tokens=tokens)
+    few = split("sharing_inner", LayerActivations(activations.ffn, x_TD[::2]))
+    assert torch.equal(more, few)

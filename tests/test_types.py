@@ -169,6 +169,23 @@ def test_permutation_lists_shared_neurons_first_then_expert_by_expert():
     assert layout.permutation.tolist() == [2, 4, 5, 0, 3, 1]
 
 
+OVERLAPPING = ExpertLayout(torch.tensor([[5, 0], [3, 0], [5, 3]]), torch.tensor([2, 4]))
+"""Of eight neurons; 1, 6 and 7 are in no expert."""
+
+
+def test_multiplicity_is_how_many_experts_hold_a_neuron():
+    assert OVERLAPPING.multiplicity.tolist() == [2, 0, 1, 2, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_selection_counts_a_neuron_once_for_each_expert_that_is_on(top_k):
+    router_ED, x_TD = make_inputs(3, seed=3), make_inputs()
+    for on_F, x_D in zip(OVERLAPPING.selection(router_ED, top_k)(x_TD), x_TD, strict=True):
+        chosen = sorted(range(3), key=lambda e: -float(router_ED[e] @ x_D))[:top_k]
+        held = [2, 4] + [i for e in chosen for i in OVERLAPPING.experts_EM[e].tolist()]
+        assert on_F.tolist() == [held.count(i) for i in range(8)]
+
+
 @pytest.mark.parametrize(
     ("geometry", "routed", "size", "shared_size", "active"),
     [

@@ -67,13 +67,14 @@ def run_check(
     folder: Path,
     tokens_BL: Tensor,
     progress: Any,
-    refit: Iterable[tuple[int, Tensor]] = (),
+    all_on: Iterable[tuple[int, Tensor]] = (),
 ) -> CheckReport:
     """Compare the checkpoint in `folder` with the plan's source on `tokens_BL`.
 
     Args:
-        refit: layers and the down_DF that compensation gave them. Exactness is measured against
-            the dense model with these in place, the rest against the dense model as it is.
+        all_on: the layers of which all experts together are no longer the source's FFN, and the
+            down_DF that they come to. Exactness is measured against the dense model with these in
+            place, the rest against the dense model as it is.
 
     Raises:
         CheckFailed: the checkpoint does not load whole, or is not exact where it must be.
@@ -82,7 +83,7 @@ def run_check(
     exact_L = tokens_BL[0, :EXACT_TOKENS]
     model = load_model(plan.source.folder, dtype, plan.device)
     reference = measure_reference(model, tokens_BL, lambda done: progress("checking", done, total))
-    for layer, down_DF in refit:
+    for layer, down_DF in all_on:
         model.model.layers[layer].mlp.down_proj.weight.data.copy_(down_DF)
     exact_LV = next_token_logits(model, exact_L)
     del model

@@ -272,9 +272,14 @@ def _exactness(conversion: "Conversion") -> str:
     check = conversion.check
     if check is None or check.exact_error is None:
         return "not expected: copies were changed"
-    what = "copies" if conversion.plan.recipe.copies else "all experts on"
-    beside = ", refit down_proj in both" if conversion.plan.compensates else ""
-    return f"ok, {what}{beside}: logits differ by {check.exact_error:.1g} σ"
+    plan, what = conversion.plan, "all experts on"
+    if plan.recipe.copies:
+        what = "copies"
+    elif not plan.partitions:
+        what += ", repeated neurons in both"
+    if plan.compensates:
+        what += ", refit down_proj in both"
+    return f"ok, {what}: logits differ by {check.exact_error:.1g} σ"
 
 
 def _verdict(conversion: "Conversion") -> str:

@@ -103,8 +103,8 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     peak = peak_memory()
     check = None
     if plan.recipe.check != "none":
-        refit = _refit(plan, workspace)
-        check = run_check(plan, workspace.folder, held_BL, progress, refit)
+        all_on = _all_on(plan, workspace)
+        check = run_check(plan, workspace.folder, held_BL, progress, all_on)
         lap("check")
     damage = workspace.records.get(DENSE_LAYERS, {}).get("damage")
     conversion = Conversion(plan, out, check, seconds, peak, damage)
@@ -124,11 +124,15 @@ def _decide(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress
     return make_plan(plan.source, plan.request.model_copy(update=decided))
 
 
-def _refit(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, Tensor]]:
-    """The layers whose down_proj is no longer the source's, in the dense order of neurons."""
-    if plan.compensates:
-        for layer in plan.moe_layers:
-            yield layer, workspace.kept(f"layer {layer}")["down_proj"]
+def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, Tensor]]:
+    """The layers of which all experts together are not the source's FFN, with the down_proj
+    [D, F] that they come to, in the dense order of neurons."""
+    if plan.recipe.copies or (plan.partitions and not plan.compensates):
+        return
+    for layer in plan.moe_layers:
+        unit = f"layer {layer}"
+        down_DF = workspace.kept(unit)["down_proj"]
+        yield layer, down_DF * _layout(plan, workspace, unit).multiplicity.to(down_DF.dtype)
 
 
 def _tokens(plan: Plan) -> tuple[Tensor, Tensor]:
@@ -210,7 +214,7 @@ def _put_aside(
     the check need."""
     if converted is None or plan.recipe.copies:
         return {"dense": converted is None}
-    if plan.sequential or plan.compensates:
+    if plan.sequential or plan.compensates or not plan.partitions:
         tensors = {"router": converted.router_ED, "down_proj": converted.ffn.down_DF}
         workspace.keep(unit, tensors)
     return {"dense": False, "permutation": converted.layout.permutation.tolist()}
@@ -218,13 +222,16 @@ def _put_aside(
 
 def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> ConvertedLayer:
     """A layer that an earlier run converted."""
-    layout = ExpertLayout.of_permutation(
-        torch.tensor(workspace.records[unit]["permutation"]),
-        plan.spec.shared_size,
-        plan.geometry.routed_experts,
-    )
-    kept = workspace.kept(unit)
+    kept, layout = workspace.kept(unit), _layout(plan, workspace, unit)
     return ConvertedLayer(replace(ffn, down_DF=kept["down_proj"]), layout, kept["router"])
+
+
+def _layout(plan: Plan, workspace: Workspace, unit: str) -> ExpertLayout:
+    """Of a layer that is done."""
+    permutation = torch.tensor(workspace.records[unit]["permutation"])
+    return ExpertLayout.of_permutation(
+        permutation, plan.spec.shared_size, plan.geometry.routed_experts
+    )
 
 
 def _write_unit(

@@ -64,7 +64,7 @@ Split = Annotated[
     str | None,
     setting(
         "predictability | coactivation | coactivation_graph | parameter_clustering | "
-        "token_clusters | ranked | random | contiguous",
+        "token_clusters | sharing_inner | ranked | random | contiguous",
         "--split",
     ),
 ]

@@ -28,6 +28,7 @@ from upcycle.request import (
 )
 from upcycle.sink import TensorSpec, check_out
 from upcycle.source import DenseSource
+from upcycle.split import SPLITS
 from upcycle.targets import TARGETS, Combine, Gains, MoESpec, common_fields
 from upcycle.types import DenseFFN, Geometry, MoELayer
 
@@ -105,6 +106,11 @@ class Plan:
     def compensates(self) -> bool:
         """Whether down_proj is refit."""
         return self.recipe.compensate.name != "none"
+
+    @property
+    def partitions(self) -> bool:
+        """Whether each neuron of the dense FFN is in exactly one expert."""
+        return not self.recipe.copies and SPLITS[self.recipe.split.name].partitions
 
     @property
     def sequential(self) -> bool:

@@ -31,6 +31,8 @@ class Method(Generic[F]):
     needs_activations: bool
     tells_copies_apart: bool = True
     """For a router: whether its rows differ when all experts are equal."""
+    partitions: bool = True
+    """For a split: whether each neuron belongs to exactly one expert."""
 
 
 class Registry(Mapping[str, T], Generic[T]):

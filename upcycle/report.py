@@ -99,7 +99,8 @@ def conversion_summary(conversion: Conversion) -> dict[str, Any]:
 
 def report_json(conversion: Conversion, layers: Iterable[dict[str, Any]]) -> str:
     """upcycle.json: all that was decided and measured; each layer's permutation lists the dense
-    neurons in their new order, shared first, then expert by expert."""
+    neurons in their new order, shared first, then expert by expert (of a split that is no
+    partition, with some of them twice or more and some left out)."""
     source = conversion.plan.source
     report = conversion_summary(conversion) | {
         "versions": versions(),
@@ -196,6 +197,9 @@ then changed by `{{ plan.recipe.method.name }}`{% endif %};
 Every layer's FFN was cut into {{ plan.geometry.num_experts }} parts of \
 {{ plan.spec.expert_size }} neurons: {{ plan.geometry.shared_experts }} always on, \
 {{ plan.geometry.top_k }} of the other {{ plan.geometry.routed_experts }} active per token.
+{% if not plan.partitions %}
+These experts may hold the same neuron, and some neurons of the dense model are in none.
+{% endif %}
 {% if plan.compensates %}
 `down_proj` of these layers was refit (`{{ plan.recipe.compensate.name }}`); all other weights are \
 the dense model's.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
 Selection = Callable[[Tensor], Tensor]
-"""Which neurons are on, [T, F] of ones and zeros, for inputs x [T, D]."""
+"""How often each neuron is on, [T, F], for inputs x [T, D]; more than once where experts that hold
+the same neuron are on together."""
 
 CHUNK_ELEMENTS = 2**24  # of an h_TF chunk: 64 MB in float32, whatever F is
 HELD_ELEMENTS = 2**28  # of h_TF that a layer may hold: 1 GB in float32
@@ -163,14 +164,18 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """Which neurons of the dense FFN each expert holds: indices, never weights."""
+    """Which neurons of the dense FFN each expert holds: indices, never weights.
+
+    A neuron that is shared belongs to no routed expert. Of the others, most splits give each to one
+    expert; some give a neuron to several experts and another to none.
+    """
 
     experts_EM: Tensor
     shared_S: Tensor
 
     @property
     def permutation(self) -> Tensor:
-        """All the layout's neurons, shared first, then expert by expert."""
+        """The layout's neurons, shared first, then expert by expert; F entries, of a split."""
         return torch.cat([self.shared_S, self.experts_EM.flatten()])
 
     @classmethod
@@ -178,17 +183,25 @@ class ExpertLayout:
         """The layout that has this permutation."""
         return cls(permutation[shared_size:].view(num_experts, -1), permutation[:shared_size])
 
+    @property
+    def multiplicity(self) -> Tensor:
+        """How many experts hold each neuron, the shared one included, [F]; a split's."""
+        permutation = self.permutation
+        return permutation.bincount(minlength=len(permutation))
+
     def selection(self, router_ED: Tensor, top_k: int) -> Selection:
         """The neurons that are on when a token takes the top_k experts by its logits."""
-        place_F = self.permutation.argsort().to(router_ED.device)
-        size = self.experts_EM.shape[1]
+        num_neurons = len(self.permutation)
+        held_EF = router_ED.new_zeros(len(router_ED), num_neurons)
+        held_EF.scatter_(1, self.experts_EM.to(router_ED.device), 1)
+        shared_F = router_ED.new_zeros(num_neurons)
+        shared_F[self.shared_S] = 1
 
         def select(x_TD: Tensor) -> Tensor:
             logits_TE = x_TD @ router_ED.T
             chosen_TK = logits_TE.topk(top_k, dim=-1).indices
             on_TE = torch.zeros_like(logits_TE).scatter_(-1, chosen_TK, 1)
-            shared_TS = on_TE.new_ones(len(x_TD), len(self.shared_S))
-            return torch.cat([shared_TS, on_TE.repeat_interleave(size, 1)], 1)[:, place_F]
+            return shared_F + on_TE @ held_EF
 
         return select
 

@@ -7,6 +7,7 @@ import upcycle.split.parameter_clustering
 import upcycle.split.predictability
 import upcycle.split.random
 import upcycle.split.ranked
+import upcycle.split.sharing_inner
 import upcycle.split.token_clusters
 from upcycle.split.base import SPLITS
 

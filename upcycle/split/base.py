@@ -1,7 +1,8 @@
 """Splits: which routed expert each neuron goes to.
 
-A split sees the FFN without its shared neurons and returns experts [E, M], an equal partition
-of its neurons.
+A split sees the FFN without its shared neurons and returns experts [E, M] of equal size M = F / E:
+an equal partition of its neurons, or (`partitions=False`) experts that may share a neuron and leave
+another out.
 """
 
 from collections.abc import Callable
@@ -50,14 +51,21 @@ def split_from_weights(
 
 
 def split_from_activations(
-    name: str, *, summary: str, paper: str, params: type[Params] = Params
+    name: str,
+    *,
+    summary: str,
+    paper: str,
+    params: type[Params] = Params,
+    partitions: bool = True,
 ) -> Callable[[ActivationSplit[P]], ActivationSplit[P]]:
     """Register a split that looks at what the neurons do on the calibration tokens."""
 
     def register(function: ActivationSplit[P]) -> ActivationSplit[P]:
-        SPLITS.add(
-            name, Method(name, summary, paper, params, cast(Run, function), needs_activations=True)
+        run = cast(Run, function)
+        entry = Method(
+            name, summary, paper, params, run, needs_activations=True, partitions=partitions
         )
+        SPLITS.add(name, entry)
         return function
 
     return register

@@ -1,0 +1,34 @@
+"""Sharing-Inner: each expert takes what matters most to it, whatever the others take.
+
+LLaMA-MoE's split, arXiv:2406.16554: an expert is made for a cluster of text and holds the M neurons
+that matter most there. Some neurons are then in several experts, and some in none.
+
+Departures: clusters are of hidden states, layer by layer, and a neuron matters by what it puts
+out, |h| |down|, where the paper takes |h ∂loss/∂h|.
+"""
+
+import torch
+from torch import Tensor
+
+from upcycle.clustering import importance_by_cluster
+from upcycle.split.base import split_from_activations
+from upcycle.split.token_clusters import TokenClustersParams
+from upcycle.types import LayerActivations
+
+
+@split_from_activations(
+    "sharing_inner",
+    summary="what matters most on each cluster of hidden states; experts may hold the same neuron",
+    paper="arXiv:2406.16554",
+    params=TokenClustersParams,
+    partitions=False,
+)
+def split(
+    activations: LayerActivations,
+    num_experts: int,
+    params: TokenClustersParams,
+    rng: torch.Generator,
+) -> Tensor:
+    importance_EF = importance_by_cluster(activations.sample(params.tokens), num_experts, rng)
+    size = importance_EF.shape[1] // num_experts
+    return importance_EF.topk(size).indices.sort(dim=1).values
