@@ -254,6 +254,14 @@ def test_card_has_the_numbers(dense, tmp_path):
     assert "Layers 0 were kept dense." in text or "Layer 0 was kept dense." in text
 
 
+def test_card_says_that_experts_repeat_neurons(dense, tmp_path):
+    convert(dense(), tmp_path / "plain")
+    convert(dense(), tmp_path / "out", split="sharing_inner")
+    words = "These experts may hold the same neuron"
+    assert words in card(tmp_path / "out")[1]
+    assert words not in card(tmp_path / "plain")[1]
+
+
 def test_card_of_copies(dense, tmp_path):
     settings = {"method": "drop", "experts": 2, "granularity": 2, "top_k": 4}
     convert(dense(), tmp_path / "out", **settings)

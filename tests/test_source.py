@@ -341,6 +341,12 @@ def test_empty_folder(tmp_path):
     assert_refused(tmp_path / "model", "holds no config.json, so it is not a model folder")
 
 
+def test_folder_of_an_adapter(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    assert_refused(tmp_path / "model", "holds a low-rank adapter alone, no model")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

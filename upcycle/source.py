@@ -197,6 +197,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
         UpcycleError: it is missing, not JSON, or not a config that transformers knows.
     """
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        raise UpcycleError(
+            f"{folder} holds a low-rank adapter alone, no model: make it with `--merge`"
+        )
     if not path.is_file():
         raise UpcycleError(f"{folder} holds no config.json, so it is not a model folder")
     fields = _read_json(path)
