@@ -49,6 +49,15 @@ def test_layers_that_are_named_need_no_measuring(dense):
     assert named < peak_bytes(upcycle.plan(model, keep_dense="auto", **QUICK))
 
 
+def test_report_estimates_what_the_plan_did(dense, tmp_path):
+    """By then the layers to keep dense are decided, as though nobody had measured them."""
+    model = str(dense(vocab_size=40000))
+    planned = peak_bytes(upcycle.plan(model, keep_dense="auto", **QUICK))
+    upcycle.convert(model, tmp_path / "out", keep_dense="auto", **QUICK)
+    report = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    assert report["plan"]["peak_memory_estimate"] == planned
+
+
 def test_model_that_writes_its_own_text_is_held_whole(dense):
     model = str(dense(hidden_size=512, intermediate_size=4096, num_hidden_layers=12))
     settings = {"method": "copy", "router": "kmeans", "calibration_tokens": 512}

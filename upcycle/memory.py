@@ -22,12 +22,16 @@ GGUF_KEPT, GGUF_KEPT_MOST = 0.3, 400 * 10**6
 """Share of those weights, and bytes, that the allocator keeps after them."""
 
 
-def peak_bytes(plan: Plan) -> int:
-    """Estimate of the conversion's resident memory, interpreter included, the check aside."""
+def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
+    """Estimate of the conversion's resident memory, interpreter included, the check aside.
+
+    Args:
+        measured: of a plan that is decided, whether the layers to keep dense were measured.
+    """
     phases = [WORKING + _outside_layers(plan), _layer(plan) + _writing(plan)]
     if plan.streams:
         phases.append(WORKING + _fitting(plan))
-    if plan.undecided:
+    if plan.undecided or measured:
         phases.append(WORKING + _measuring(plan))
     if "self" in texts(plan.recipe.calibration) and plan.fit_tokens + plan.held_tokens:
         phases.append(WORKING + _sampling(plan))

@@ -46,8 +46,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def plan_summary(plan: Plan) -> dict[str, Any]:
-    """A plan as plain values."""
+def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
+    """A plan as plain values; `measured` as `peak_bytes` takes it."""
     arch, geometry = plan.source.arch, plan.geometry
     return {
         "source": plan.source.label,
@@ -72,7 +72,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "bytes": plan.bytes,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(plan.device),
-        "peak_memory_estimate": peak_bytes(plan),
+        "peak_memory_estimate": peak_bytes(plan, measured=measured),
         "check_memory_estimate": plan.check_bytes(),
         "calibration_tokens": plan.fit_tokens,
         "check_tokens": plan.held_tokens,
@@ -86,7 +86,7 @@ def conversion_summary(conversion: Conversion) -> dict[str, Any]:
     check = conversion.check
     return {
         "out": str(conversion.out),
-        "plan": plan_summary(conversion.plan),
+        "plan": plan_summary(conversion.plan, measured=conversion.damage is not None),
         "check": None
         if check is None
         else asdict(check)
@@ -149,7 +149,6 @@ def model_card(conversion: Conversion) -> str:
         front=yaml.safe_dump(front, sort_keys=False),
         plan=plan,
         name=_public_name(plan.source.label),
-        summary=plan_summary(plan),
         check=conversion.check,
         text="+".join(_public_name(text) for text in texts(plan.recipe.calibration)),
         papers=papers(plan),
