@@ -344,7 +344,7 @@ def test_empty_folder(tmp_path):
 def test_folder_of_an_adapter(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
-    assert_refused(tmp_path / "model", "holds a low-rank adapter alone, no model")
+    assert_refused(tmp_path / "model", "holds a low-rank adapter, no model")
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not path.is_file():
         raise UpcycleError(
-            f"{folder} holds a low-rank adapter alone, no model: make it with `--merge`"
+            f"{folder} holds a low-rank adapter, no model: "
+            "`upcycle finetune --merge` writes a model instead"
         )
     if not path.is_file():
         raise UpcycleError(f"{folder} holds no config.json, so it is not a model folder")
