@@ -112,14 +112,30 @@ def test_exactly_enough_text_is_enough(tiny, tmp_path):
     )
 
 
-def test_only_as_much_is_read_as_needed(tiny, monkeypatch):
+def test_only_a_few_times_as_much_is_read_as_needed(tiny, monkeypatch):
     def endless(text, seed):
-        yield "0123456789"
-        yield "0123456789"
-        pytest.fail("a third document was read")
+        for _ in range(calibrate.SPREAD):
+            yield "x" * 15
+        pytest.fail("more was read")
 
     monkeypatch.setattr(calibrate, "_documents", endless)
     assert tokens(tiny, "builtin", 2, 8).shape == (2, 8)
+
+
+def test_sequences_come_from_all_over_a_text_in_order(tiny, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(map(chr, range(32, 127))) * 8)
+    every_BL = torch.tensor(packed(tiny, [path.read_text()])[:760]).view(-1, 8)
+    found = tokens(tiny, path, 12)
+    naive = [every_BL[round(i * (len(every_BL) - 1) / 11)] for i in range(12)]
+    assert torch.equal(found, torch.stack(naive))
+
+
+def test_text_to_be_evaluated_is_not_taken_apart(tiny, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(map(chr, range(32, 127))) * 8)
+    found = calibrate.packed_tokens(tiny.folder, 320, str(path), 2, 8)
+    assert found.flatten().tolist() == packed(tiny, [path.read_text()])[:16]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -187,7 +203,7 @@ def dataset(tmp_path):
     ],
 )
 def test_dataset_split_and_column(tiny, dataset, suffix, begins):
-    found = tokens(tiny, f"hf:{dataset}{suffix}", 2, 12).flatten().tolist()
+    found = tokens(tiny, f"hf:{dataset}{suffix}", 1, 24).flatten().tolist()
     expected = packed(tiny, [begins])
     assert found[: len(expected)] == expected
 
@@ -225,10 +241,30 @@ def test_dataset_while_the_network_fails(tiny, monkeypatch):
 def test_self_is_drawn_from_the_model(tiny):
     found = tokens(tiny, "self", 3, 16)
     assert found.shape == (3, 16)
-    assert (found[:, 0] == 256).all()
     assert torch.equal(found, tokens(tiny, "self", 3, 16))
     assert not torch.equal(found, tokens(tiny, "self", 3, 16, seed=1))
     assert len({tuple(row) for row in found.tolist()}) == 3
+
+
+def test_self_is_documents_that_begin_with_different_words(tiny, monkeypatch):
+    monkeypatch.setattr(calibrate, "WRITTEN_TOGETHER", 3)  # in more than one batch
+    length = calibrate.WRITTEN_LENGTH
+    documents = tokens(tiny, "self", 4, 2 * length).view(8, length)
+    assert (documents[:, 0] == 256).all()
+    assert len(set(documents[:, 1].tolist())) > 4
+    assert not set(documents[:, 1].tolist()) & {256, EOS}
+
+
+def test_model_whose_tokenizer_knows_only_special_tokens_writes_too(tiny, monkeypatch):
+    load = calibrate.load_tokenizer
+
+    def all_special(folder):
+        tokenizer = load(folder)
+        monkeypatch.setattr(type(tokenizer), "all_special_ids", list(range(1000)))
+        return tokenizer
+
+    monkeypatch.setattr(calibrate, "load_tokenizer", all_special)
+    assert tokens(tiny, "self", 1, 8)[0, :2].tolist() == [256, 256]
 
 
 def test_self_leaves_the_random_state_alone(tiny):
@@ -392,5 +428,8 @@ def test_held_back_tokens_are_not_among_the_fitted(dense, tmp_path, monkeypatch)
     assert seen["fit"].shape == (3, 64)
     assert seen["held"].shape == (64, 64)
     everything = packed(open_source(str(dense())), [text.read_text()])
-    both = torch.cat([seen["fit"], seen["held"]]).flatten().tolist()
-    assert both == everything[: len(both)]
+    windows = [everything[start : start + 64] for start in range(0, len(everything) - 63, 64)]
+    places = [round(i * (len(windows) - 1) / 66) for i in range(67)]
+    assert len(set(places)) == 67  # so those held back come after those fitted on
+    both = torch.cat([seen["fit"], seen["held"]]).tolist()
+    assert both == [windows[place] for place in places]

@@ -34,7 +34,7 @@ from upcycle import CheckFailed, UpcycleError, conversion, planning
 from upcycle.dense import HiddenStream
 from upcycle.layer import ConvertedLayer
 from upcycle.sink import CheckpointWriter, Workspace
-from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
+from upcycle.types import DenseFFN, ExpertLayout
 
 PAIRS = [
     ("llama", "qwen2_moe"),
@@ -71,6 +71,11 @@ REFIT = {"compensate": "least_squares"}
 JITTER = 1e-6
 """Of the mean second moment: all that holds the neurons that are never on."""
 SEQUENTIAL = {"sequential": True, **REFIT}
+DESCENT = {
+    "sequential": True,
+    "compensate": {"name": "descent", "rate": 0.1},
+    "calibration_tokens": 40 * 64,  # enough for steps that help on others
+}
 LAYERS = range(3)
 
 pairs = pytest.mark.parametrize(("family", "target"), PAIRS)
@@ -87,9 +92,10 @@ def settings_for(target, **settings):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def short_check():
+def short_check_and_small_batches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(planning.CHECK_TOKENS, "fast", 64)
+        patch.setattr("upcycle.compensate.descent.BATCH", 32)
         yield
 
 
@@ -180,11 +186,11 @@ def gaps(run, expected):
 def assert_close_but_for_ties(sequences):
     """transformers compares weights, which tie where logits almost do: once in thousands of
     tokens, and then the rest of that sequence moves."""
-    assert sum(sequence > TOLERANCE["sum"] for sequence in sequences) <= 1 < len(sequences) / 4
+    assert sum(sequence > TOLERANCE["sum"] for sequence in sequences) <= 2 < len(sequences) / 3
 
 
 @pairs
-@pytest.mark.parametrize("compensate", ["none", "least_squares"])
+@pytest.mark.parametrize("compensate", ["none", "least_squares", DESCENT["compensate"]], ids=str)
 def test_sequential_layers_see_what_the_converted_models_see(convert, family, target, compensate):
     run = convert(family, target, sequential=True, compensate=compensate)
     assert_close_but_for_ties(gaps(run, moe_inputs(run)))
@@ -231,7 +237,7 @@ def test_a_converted_layer_is_the_sum_of_the_shared_and_of_the_selected_experts(
     router_ED, x_TD = torch.randn(4, 12, generator=normal), torch.randn(9, 12, generator=normal)
     refit = replace(ffn, down_DF=torch.randn(12, 40, generator=normal))
     converted = ConvertedLayer(refit, layout, router_ED)
-    y_TD = converted.output(LayerActivations(ffn, x_TD), top_k=3)
+    y_TD = converted.output(x_TD, top_k=3)
     for x_D, y_D in zip(x_TD, y_TD, strict=True):
         chosen = sorted(range(4), key=lambda e: float(router_ED[e] @ x_D))[1:]
         parts = [layout.shared_S, *(layout.experts_EM[e] for e in chosen)]
@@ -287,6 +293,10 @@ def shared_tensors(run, layer, *names):
 
 def is_down(name):
     return name.endswith(("down_proj.weight", "output_linear.weight", ".w2.weight"))
+
+
+def is_router(name):
+    return name.endswith((".mlp.gate.weight", ".router.layer.weight"))
 
 
 def neurons_on(run, layer):
@@ -358,13 +368,16 @@ def test_all_that_is_no_ffn_is_the_sources(convert, family, target, dtype):
 
 
 @pairs
-def test_compensation_changes_down_proj_alone(convert, family, target):
+def test_least_squares_change_down_proj_and_selection_alone(convert, family, target):
     before, after = (
         weights(convert(family, target, compensate=c).out) for c in ("none", "least_squares")
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
-    assert changed == {name for name in before if is_down(name)}
+    # What the shared neurons can stand in for needs no routing any more.
+    selecting = {name for name in changed if is_router(name)}
+    assert len(selecting) == (len(LAYERS) if target in SHARED_GAIN else 0)
+    assert changed - selecting == {name for name in before if is_down(name)}
 
 
 def test_with_all_experts_selected_nothing_changes(convert):
@@ -452,6 +465,48 @@ def test_all_experts_on_are_the_dense_model_with_its_down_proj_refit(convert, fa
     assert gap(logits(load_all_on(run.out)), logits(model)) < TOLERANCE["sum"]
 
 
+@pairs
+def test_all_experts_on_are_the_dense_model_with_all_of_its_ffns_refit(convert, family, target):
+    run = convert(family, target, **DESCENT)
+    assert run.check.exact_error < 1e-3
+    model, changed = load(run.source), 0
+    for layer in LAYERS:
+        mlp = model.model.layers[layer].mlp
+        written = written_gate_and_up(run, layer)
+        fused = hasattr(mlp, "gate_up_proj")
+        pieces = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
+        changed += not torch.equal(written, torch.cat([piece.weight.data for piece in pieces]))
+        for piece, tensor in zip(pieces, written.chunk(len(pieces)), strict=True):
+            piece.weight.data = tensor
+        mlp.down_proj.weight.data = written_down(run, target, layer)
+    assert changed
+    assert gap(logits(load_all_on(run.out)), logits(model)) < TOLERANCE["sum"]
+
+
+@targets
+def test_the_check_passes_in_bfloat16_after_descent(convert, family, target):
+    check = convert(family, target, torch.bfloat16, **DESCENT).check
+    assert check.exact_error < check.exact_tolerance
+
+
+@pytest.mark.parametrize("matrix", ["gate_FD", "up_FD", "down_DF"])
+def test_a_descent_that_is_not_written_is_caught(dense, text, tmp_path, monkeypatch, matrix):
+    make, source = ConvertedLayer.experts, dense()
+
+    def make_dense(self, plan, layer):
+        original = getattr(dense_ffn(source, layer), matrix)
+        return make(replace(self, ffn=replace(self.ffn, **{matrix: original})), plan, layer)
+
+    monkeypatch.setattr(ConvertedLayer, "experts", make_dense)
+    with pytest.raises(CheckFailed, match="is not the dense model's equal"):
+        upcycle.convert(
+            str(source),
+            tmp_path / "out",
+            calibration=str(text),
+            **settings_for("qwen2_moe", **DESCENT),
+        )
+
+
 def test_the_rest_is_measured_against_the_dense_model_as_it_is(convert):
     plain, refit = (convert(compensate=c).check for c in ("none", "least_squares"))
     assert refit.perplexity_dense == plain.perplexity_dense
@@ -523,7 +578,7 @@ def test_a_refit_in_another_order_is_caught(dense, text, tmp_path, monkeypatch):
     keep = Workspace.keep
 
     def shuffled(self, unit, tensors):
-        keep(self, unit, tensors | {"down_proj": tensors["down_proj"].roll(1, 1)})
+        keep(self, unit, tensors | {"down_DF": tensors["down_DF"].roll(1, 1)})
 
     monkeypatch.setattr(Workspace, "keep", shuffled)
     assert_caught(dense, text, tmp_path / "out", "llama", "qwen2_moe")
@@ -535,6 +590,7 @@ VARIANTS = {
     "both": SEQUENTIAL,
     "sequential": {"sequential": True},
     "least squares": REFIT,
+    "descent": DESCENT,
     "a layer kept dense": {**SEQUENTIAL, "keep_dense": [1]},
     "repeated neurons": {"split": "sharing_inner"},
     "repeated neurons, both": {**SEQUENTIAL, "split": "sharing_inner"},

@@ -1,6 +1,5 @@
 """Calibration text: from words to packed token sequences."""
 
-import itertools
 import json
 import pydoc_data.topics
 import random
@@ -20,7 +19,12 @@ from upcycle.source import DenseSource
 Document = str | list[dict[str, Any]]
 """Text, or the messages of a chat."""
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
-SAMPLED_TOGETHER = 32  # sequences that the model writes at a time
+SPREAD = 8
+"""Sequences are taken evenly from so many times as much text: what a layer does differs more
+between topics than between tokens, so a few long documents would be fitted, and little else."""
+WRITTEN_LENGTH = 128  # tokens of a document that the model writes itself
+WRITTEN_TOGETHER = 128  # such documents at a time
+BUILTIN_MOST = 16000  # characters of one document
 BUILTIN_MODULES = """
     argparse ast bisect calendar collections/__init__ configparser contextlib copy csv dataclasses
     datetime difflib email/message enum fractions functools heapq html/parser http/client inspect
@@ -36,8 +40,9 @@ def calibration_tokens(
 ) -> Tensor:
     """Packed tokens [sequences, seq_len] of the named calibration text.
 
-    Documents are joined by the end-of-sequence token and cut without padding. Of several texts,
-    each gives the same number of sequences (give or take one), in turn.
+    Documents are joined by the end-of-sequence token and cut without padding; sequences are taken
+    evenly from all over a text, in order. Of several texts, each gives the same number of sequences
+    (give or take one), in turn.
 
     Args:
         text: `builtin`, `self`, a file (.txt, .jsonl, .parquet) or `hf:DATASET[:split[:column]]`;
@@ -52,7 +57,7 @@ def calibration_tokens(
         mine_BL = tokens_BL[place :: len(names)]
         if name == "self":
             tokenizer = load_tokenizer(source.folder)
-            mine_BL[:] = _sample_from_model(source, tokenizer, len(mine_BL), seq_len, seed)
+            mine_BL[:] = _written_by_model(source, tokenizer, len(mine_BL), seq_len, seed)
         else:
             mine_BL[:] = packed_tokens(
                 source.folder,
@@ -61,6 +66,7 @@ def calibration_tokens(
                 len(mine_BL),
                 seq_len,
                 seed=seed,
+                spread=SPREAD,
                 remedy="(check included): lower --calibration-tokens, or give more text",
             )
     return tokens_BL
@@ -98,24 +104,27 @@ def packed_tokens(
     seq_len: int,
     *,
     seed: int = 0,
+    spread: int = 1,
     remedy: str = "(--tokens)",
 ) -> Tensor:
     """Tokens [sequences, seq_len] of a text, by the tokenizer in a model's folder.
 
     Args:
         text: as in `calibration_tokens`, except `self`.
+        spread: take the sequences evenly from up to so many times as many.
         remedy: what the error about too little text proposes, besides more text.
 
     Raises:
         UpcycleError: as there.
     """
     wanted = sequences * seq_len
-    ids = first_tokens(folder, vocab_size, text, wanted, seed=seed)
+    ids = first_tokens(folder, vocab_size, text, spread * wanted, seed=seed)
     if len(ids) < wanted:
         raise UpcycleError(
             f"text {text!r} holds {len(ids):,} tokens, but {wanted:,} are needed {remedy}"
         )
-    return ids.view(sequences, seq_len)
+    ids_BL = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+    return ids_BL[torch.linspace(0, len(ids_BL) - 1, sequences).round().long()]
 
 
 def first_tokens(folder: Path, vocab_size: int, text: str, wanted: int, *, seed: int) -> Tensor:
@@ -206,25 +215,21 @@ def _documents(text: str, seed: int) -> Iterator[Document]:
 
 
 def _builtin(seed: int) -> Iterator[str]:
-    """Python's own documentation and standard-library source, in turn: prose and code that
+    """Python's own documentation and standard-library source, evenly mixed: prose and code that
     every installation holds."""
     shuffle = random.Random(seed).shuffle
     prose = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
     code = list(_standard_library())
     shuffle(prose)
     shuffle(code)
-    for pair in itertools.zip_longest(prose, code):
-        yield from (document for document in pair if document)
+    places = [(i / len(kind), text) for kind in (prose, code) for i, text in enumerate(kind)]
+    yield from (text[:BUILTIN_MOST] for _, text in sorted(places))
 
 
 def _standard_library() -> Iterator[str]:
-    """Its modules in pieces, so that none fills the whole budget."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    for name in BUILTIN_MODULES:
-        path = folder / f"{name}.py"
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            yield from (text[start : start + 4000] for start in range(0, len(text), 4000))
+    paths = [folder / f"{name}.py" for name in BUILTIN_MODULES]
+    yield from (path.read_text(encoding="utf-8") for path in paths if path.is_file())
 
 
 def _read_text(path: Path) -> str:
@@ -306,33 +311,40 @@ def _hub_dataset(name: str) -> Iterator[str]:
         raise UpcycleError(f"hf:{dataset} can't be loaded: {reason}") from error
 
 
-def _sample_from_model(
+def _written_by_model(
     source: DenseSource, tokenizer: Any, sequences: int, seq_len: int, seed: int
 ) -> Tensor:
-    """Text that the model writes itself, from its first token on (this loads the whole model)."""
+    """Text that the model writes itself (this loads the whole model): short documents, each begun
+    with a random token of the vocabulary so that they speak of many things (LLM-QAT,
+    arXiv:2305.17888)."""
     from transformers import AutoModelForCausalLM
 
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    special = set(tokenizer.all_special_ids)
+    vocabulary = range(min(len(tokenizer), source.config.vocab_size))
+    words = torch.tensor([token for token in vocabulary if token not in special] or [start])
     model = AutoModelForCausalLM.from_pretrained(source.folder)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        batches = [
-            model.generate(
-                torch.full((count, 1), start),
-                attention_mask=torch.ones(count, 1, dtype=torch.int64),
+        batches = []
+        for count in _batch_sizes(-(-sequences * seq_len // WRITTEN_LENGTH), WRITTEN_TOGETHER):
+            first = words[torch.randint(len(words), (count, 1))]
+            prompt = torch.cat([torch.full((count, 1), start), first], dim=1)
+            written = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
                 do_sample=True,
                 top_k=0,
                 top_p=1.0,
                 temperature=1.0,
-                max_new_tokens=seq_len - 1,
-                min_new_tokens=seq_len - 1,
+                max_new_tokens=WRITTEN_LENGTH - 2,
+                min_new_tokens=WRITTEN_LENGTH - 2,
                 pad_token_id=start,
             )
-            for count in _batch_sizes(sequences, SAMPLED_TOGETHER)
-        ]
-    return torch.cat(batches)
+            batches.append(written.flatten())
+    return torch.cat(batches)[: sequences * seq_len].view(sequences, seq_len)
 
 
 def _batch_sizes(total: int, size: int) -> list[int]:

@@ -24,6 +24,7 @@ from upcycle.evaluate import (
 )
 from upcycle.moe import moe_blocks
 from upcycle.planning import Plan
+from upcycle.types import DenseFFN
 
 EXACT_TOKENS = 128
 
@@ -67,13 +68,13 @@ def run_check(
     folder: Path,
     tokens_BL: Tensor,
     progress: Any,
-    all_on: Iterable[tuple[int, Tensor]] = (),
+    all_on: Iterable[tuple[int, DenseFFN]] = (),
 ) -> CheckReport:
     """Compare the checkpoint in `folder` with the plan's source on `tokens_BL`.
 
     Args:
         all_on: the layers of which all experts together are no longer the source's FFN, and the
-            down_DF that they come to. Exactness is measured against the dense model with these in
+            FFN that they come to. Exactness is measured against the dense model with these in
             place, the rest against the dense model as it is.
 
     Raises:
@@ -83,8 +84,8 @@ def run_check(
     exact_L = tokens_BL[0, :EXACT_TOKENS]
     model = load_model(plan.source.folder, dtype, plan.device)
     reference = measure_reference(model, tokens_BL, lambda done: progress("checking", done, total))
-    for layer, down_DF in all_on:
-        model.model.layers[layer].mlp.down_proj.weight.data.copy_(down_DF)
+    for layer, ffn in all_on:
+        _replace(model.model.layers[layer].mlp, ffn)
     exact_LV = next_token_logits(model, exact_L)
     del model
     model = load_result(folder, dtype, plan.device)
@@ -112,6 +113,16 @@ def run_check(
         window=tokens_BL.shape[1],
         load=moe.load,
     )
+
+
+def _replace(mlp: Any, ffn: DenseFFN) -> None:
+    """Give a dense model's FFN other weights."""
+    mlp.down_proj.weight.data.copy_(ffn.down_DF)
+    if hasattr(mlp, "gate_up_proj"):
+        mlp.gate_up_proj.weight.data.copy_(torch.cat([ffn.gate_FD, ffn.up_FD]))
+    else:
+        mlp.gate_proj.weight.data.copy_(ffn.gate_FD)
+        mlp.up_proj.weight.data.copy_(ffn.up_FD)
 
 
 def load_result(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -278,7 +278,7 @@ def _exactness(conversion: "Conversion") -> str:
     elif not plan.partitions:
         what += ", repeated neurons in both"
     if plan.compensates:
-        what += ", refit down_proj in both"
+        what += ", refit weights in both"
     return f"ok, {what}: logits differ by {check.exact_error:.1g} σ"
 
 

@@ -33,7 +33,7 @@ from upcycle.sensitivity import choose_dense_layers
 from upcycle.sink import CheckpointWriter, Workspace
 from upcycle.source import companions
 from upcycle.targets import TARGETS
-from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
+from upcycle.types import Activation, DenseFFN, ExpertLayout, LayerActivations
 
 DENSE_LAYERS = "layers to keep dense"
 
@@ -124,15 +124,17 @@ def _decide(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress
     return make_plan(plan.source, plan.request.model_copy(update=decided))
 
 
-def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, Tensor]]:
-    """The layers of which all experts together are not the source's FFN, with the down_proj
-    [D, F] that they come to, in the dense order of neurons."""
+def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
+    """The layers of which all experts together are not the source's FFN, with the FFN that they
+    come to, in the dense order of neurons."""
     if plan.recipe.copies or (plan.partitions and not plan.compensates):
         return
     for layer in plan.moe_layers:
         unit = f"layer {layer}"
-        down_DF = workspace.kept(unit)["down_proj"]
-        yield layer, down_DF * _layout(plan, workspace, unit).multiplicity.to(down_DF.dtype)
+        converted = _take_up(plan, workspace, unit)
+        down_DF = converted.ffn.down_DF
+        times_F = converted.layout.multiplicity.to(down_DF.dtype)
+        yield layer, replace(converted.ffn, down_DF=down_DF * times_F)
 
 
 def _tokens(plan: Plan) -> tuple[Tensor, Tensor]:
@@ -187,7 +189,7 @@ def _write_layer(
         return
     raw = source.read_layer(layer)
     tensors = source.canonical(raw)
-    ffn = dense_ffn(tensors, ACT2FN[source.arch.fields["hidden_act"]])
+    ffn = dense_ffn(tensors, _activation(plan))
     activations = norm_T = converted = None
     if stream:
         x_TD, norm_T = stream.attend(layer, raw)
@@ -195,9 +197,9 @@ def _write_layer(
     if layer in plan.moe_layers and not finished:
         converted = convert_layer(plan, layer, ffn, activations, norm_T)
     elif layer in plan.moe_layers and plan.sequential:
-        converted = _take_up(plan, workspace, unit, ffn)
+        converted = _take_up(plan, workspace, unit)
     if stream and activations and converted and plan.sequential:
-        stream.advance(layer, converted.output(activations, plan.geometry.top_k))
+        stream.advance(layer, converted.output(activations.x_TD, plan.geometry.top_k))
     elif stream:
         stream.advance(layer)
     if not finished:
@@ -215,23 +217,26 @@ def _put_aside(
     if converted is None or plan.recipe.copies:
         return {"dense": converted is None}
     if plan.sequential or plan.compensates or not plan.partitions:
-        tensors = {"router": converted.router_ED, "down_proj": converted.ffn.down_DF}
-        workspace.keep(unit, tensors)
+        ffn = converted.ffn
+        matrices = {"gate_FD": ffn.gate_FD, "up_FD": ffn.up_FD, "down_DF": ffn.down_DF}
+        workspace.keep(unit, {"router": converted.router_ED} | matrices)
     return {"dense": False, "permutation": converted.layout.permutation.tolist()}
 
 
-def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> ConvertedLayer:
-    """A layer that an earlier run converted."""
-    kept, layout = workspace.kept(unit), _layout(plan, workspace, unit)
-    return ConvertedLayer(replace(ffn, down_DF=kept["down_proj"]), layout, kept["router"])
-
-
-def _layout(plan: Plan, workspace: Workspace, unit: str) -> ExpertLayout:
-    """Of a layer that is done."""
+def _take_up(plan: Plan, workspace: Workspace, unit: str) -> ConvertedLayer:
+    """A layer that is done, by this run or an earlier one."""
+    kept = workspace.kept(unit)
+    router_ED = kept.pop("router")
     permutation = torch.tensor(workspace.records[unit]["permutation"])
-    return ExpertLayout.of_permutation(
+    layout = ExpertLayout.of_permutation(
         permutation, plan.spec.shared_size, plan.geometry.routed_experts
     )
+    return ConvertedLayer(DenseFFN(**kept, act=_activation(plan)), layout, router_ED)
+
+
+def _activation(plan: Plan) -> Activation:
+    activation: Activation = ACT2FN[plan.source.arch.fields["hidden_act"]]
+    return activation
 
 
 def _write_unit(

@@ -1,11 +1,13 @@
 """One layer's conversion: from a dense FFN to experts and a router. Tensors in, tensors out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from upcycle.compensate import COMPENSATIONS
+from upcycle.dense import BATCH_TOKENS
+from upcycle.innovation import innovations
 from upcycle.perturb import PERTURBS
 from upcycle.planning import Plan
 from upcycle.request import parameters, router_choice
@@ -36,13 +38,12 @@ class ConvertedLayer:
         shared = self.ffn.take(shared_S) if len(shared_S) else None
         return MoELayer(self.router_ED, Experts(plan, layer, self.ffn, self.layout), shared)
 
-    def output(self, activations: LayerActivations, top_k: int) -> Tensor:
+    def output(self, x_TD: Tensor, top_k: int) -> Tensor:
         """A split's output y [T, D], the unweighted sum of what is on."""
-        x_TD = activations.x_TD
-        down_DF = self.ffn.down_DF.to(x_TD)
+        ffn = self.ffn.to(x_TD.device, x_TD.dtype)
         selection = self.layout.selection(self.router_ED.to(x_TD), top_k)
-        y_tD = [(h_tF * selection(x_tD)) @ down_DF.T for x_tD, h_tF in activations.chunks()]
-        return torch.cat(y_tD)
+        chunks = x_TD.split(BATCH_TOKENS)
+        return torch.cat([(ffn.hidden(x_tD) * selection(x_tD)) @ ffn.down_DF.T for x_tD in chunks])
 
 
 def convert_layer(
@@ -63,23 +64,30 @@ def convert_layer(
     if activations is None:
         activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
     with torch.no_grad():
-        make = _copy_layer if plan.recipe.copies else _split_layer
-        router_ED, layout = make(plan, layer, activations)
+        weight_T = _token_weights(norm_T) if plan.compensates and norm_T is not None else None
+        if plan.recipe.copies:
+            router_ED, layout = _copy_layer(plan, layer, activations)
+        else:
+            router_ED, layout = _split_layer(plan, layer, activations, weight_T)
         if plan.combine == "sum":
             router_ED = temper(router_ED, activations.x_TD, plan.dtype)
         router_ED = router_ED.to("cpu", plan.dtype)
-        if plan.compensates and norm_T is not None:
-            down_DF = _compensate(plan, activations, layout, router_ED, norm_T)
-            ffn = replace(ffn, down_DF=down_DF)
+        if weight_T is not None:
+            ffn = _compensate(plan, activations, layout, router_ED, weight_T)
         if not plan.recipe.copies:
             ffn = ffn.to("cpu", plan.dtype)
     return ConvertedLayer(ffn, layout, router_ED)
 
 
 def _split_layer(
-    plan: Plan, layer: int, activations: LayerActivations
+    plan: Plan, layer: int, activations: LayerActivations, weight_T: Tensor | None
 ) -> tuple[Tensor, ExpertLayout]:
-    """Take the shared neurons out, cut the rest into experts, fit the router."""
+    """Take the shared neurons out, cut the rest into experts, fit the router.
+
+    Args:
+        weight_T: of the refit that will follow, if one does: what the shared neurons can stand in
+            for then counts no more.
+    """
     recipe, num_neurons = plan.recipe, activations.ffn.num_neurons
     score_F = torch.zeros(num_neurons)
     if plan.spec.shared_size:
@@ -91,6 +99,8 @@ def _split_layer(
     shared_S = order_F[: plan.spec.shared_size].sort().values
     routed_R = order_F[plan.spec.shared_size :].sort().values
     routed = activations.take(routed_R)
+    if weight_T is not None:
+        routed = innovations(activations, routed_R, shared_S, weight_T)
     members_EM = SPLITS[recipe.split.name].run(
         routed,
         plan.geometry.routed_experts,
@@ -126,18 +136,23 @@ def _compensate(
     activations: LayerActivations,
     layout: ExpertLayout,
     router_ED: Tensor,
-    norm_T: Tensor,
-) -> Tensor:
-    """A new down_DF, given the experts that the router selects as it is going to be stored."""
+    weight_T: Tensor,
+) -> DenseFFN:
+    """New weights, given the experts that the router selects as it is going to be stored."""
     choice, x_TD = plan.recipe.compensate, activations.x_TD
-    # A token whose embedding is zero, such as padding, must not own the fit.
-    weight_T = norm_T.float().clamp_min(norm_T.median().item() / 10) ** -2
     return COMPENSATIONS[choice.name].run(
         activations,
         layout.selection(router_ED.to(x_TD.device, torch.float32), plan.geometry.top_k),
-        weight_T / weight_T.mean(),
+        weight_T,
         parameters(COMPENSATIONS, choice),
     )
+
+
+def _token_weights(norm_T: Tensor) -> Tensor:
+    """How much an error on each token counts, 1 on average."""
+    # A token whose embedding is zero, such as padding, must not own the fit.
+    weight_T = norm_T.float().clamp_min(norm_T.median().item() / 10) ** -2
+    return weight_T / weight_T.mean()
 
 
 def temper(router_ED: Tensor, x_TD: Tensor, dtype: torch.dtype) -> Tensor:

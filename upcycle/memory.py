@@ -6,7 +6,8 @@ Formulas name what is alive at a phase's peak; `benchmarks/convert.py` measures 
 
 import math
 
-from upcycle.calibrate import SAMPLED_TOGETHER, texts
+from upcycle.calibrate import WRITTEN_LENGTH, WRITTEN_TOGETHER, texts
+from upcycle.compensate.descent import BATCH
 from upcycle.dense import BATCH_TOKENS
 from upcycle.planning import Plan
 from upcycle.sensitivity import damage_sequences
@@ -51,10 +52,10 @@ def _outside_layers(plan: Plan) -> int:
 
 def _sampling(plan: Plan) -> int:
     """The whole model writes calibration text, with keys and values of all that it has written."""
-    fields, seq_len = plan.source.arch.fields, plan.recipe.seq_len
-    sequences = min(SAMPLED_TOGETHER, (plan.fit_tokens + plan.held_tokens) // seq_len)
+    fields = plan.source.arch.fields
+    tokens = min(WRITTEN_TOGETHER * WRITTEN_LENGTH, plan.fit_tokens + plan.held_tokens)
     width = 2 * fields["num_key_value_heads"] * fields["head_dim"]
-    cache = sequences * seq_len * plan.source.arch.num_layers * width * plan.source.dtype.itemsize
+    cache = tokens * plan.source.arch.num_layers * width * plan.source.dtype.itemsize
     return _whole(plan) + int(cache)
 
 
@@ -89,9 +90,12 @@ def _fitting(plan: Plan) -> int:
     # xᵀy in both precisions, before and after it is added up.
     split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
     # The matrix, its factor and the solver's copy; the right-hand side and the solution.
-    refit = DOUBLE * (3 * neurons**2 + 2 * neurons * hidden) if plan.compensates else 0
+    refit = chunks + DOUBLE * (3 * neurons**2 + 2 * neurons * hidden)
+    # y; the refit weights, their gradient and Adam's two moments; a batch's activations.
+    descent = (tokens * hidden + 5 * ffn + 8 * BATCH * neurons) * FLOAT
+    compensation = max(refit, descent) if plan.compensates else 0
     run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + 2 * tokens * hidden * FLOAT
-    return weights + stream + held + max(chunks + split, chunks + refit, run, _writing(plan))
+    return weights + stream + held + max(chunks + split, compensation, run, _writing(plan))
 
 
 def _whole(plan: Plan) -> int:

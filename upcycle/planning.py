@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def compensates(self) -> bool:
-        """Whether down_proj is refit."""
+        """Whether the weights are refit to make up for what is off."""
         return self.recipe.compensate.name != "none"
 
     @property
@@ -140,7 +140,7 @@ class Plan:
             return 0
         arch = self.source.arch
         routers = self.geometry.routed_experts * arch.hidden_size
-        each = arch.intermediate_size * arch.hidden_size + routers
+        each = 3 * arch.intermediate_size * arch.hidden_size + routers
         return len(self.moe_layers) * each * self.dtype.itemsize
 
     def check_bytes(self) -> int:

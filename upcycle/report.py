@@ -152,6 +152,7 @@ def model_card(conversion: Conversion) -> str:
         check=conversion.check,
         text="+".join(_public_name(text) for text in texts(plan.recipe.calibration)),
         papers=papers(plan),
+        compensation=COMPENSATIONS[plan.recipe.compensate.name],
         version=version("upcycle"),
     )
 
@@ -200,8 +201,8 @@ Every layer's FFN was cut into {{ plan.geometry.num_experts }} parts of \
 These experts may hold the same neuron, and some neurons of the dense model are in none.
 {% endif %}
 {% if plan.compensates %}
-`down_proj` of these layers was refit (`{{ plan.recipe.compensate.name }}`); all other weights are \
-the dense model's.
+Compensation, `{{ plan.recipe.compensate.name }}`: {{ compensation.summary }}.
+All other weights are the dense model's.
 {% endif %}
 {% endif %}
 {% if plan.spec.dense_layers %}

@@ -6,28 +6,28 @@ from typing import Protocol, TypeVar, cast
 from torch import Tensor
 
 from upcycle.registry import Method, Params, Registry
-from upcycle.types import LayerActivations, Selection
+from upcycle.types import DenseFFN, LayerActivations, Selection
 
 P = TypeVar("P", bound=Params, contravariant=True)
 
 
 class Compensate(Protocol[P]):
-    """A new down_DF for all neurons, given which of them are on for a token, and how much an
-    error on each token counts."""
+    """New weights for all neurons, given which of them are on for a token, and how much an error on
+    each token counts."""
 
     def __call__(
         self, activations: LayerActivations, selection: Selection, weight_T: Tensor, params: P
-    ) -> Tensor: ...
+    ) -> DenseFFN: ...
 
 
-Run = Callable[[LayerActivations, Selection, Tensor, Params], Tensor]
+Run = Callable[[LayerActivations, Selection, Tensor, Params], DenseFFN]
 COMPENSATIONS: Registry[Method[Run]] = Registry("compensation")
 
 
 def compensation(
     name: str, *, summary: str, paper: str, params: type[Params] = Params, needs_activations: bool
 ) -> Callable[[Compensate[P]], Compensate[P]]:
-    """Register a function that returns down_DF and leaves its input alone."""
+    """Register a function that returns an FFN and leaves its input alone."""
 
     def register(function: Compensate[P]) -> Compensate[P]:
         run = cast(Run, function)

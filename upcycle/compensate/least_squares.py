@@ -7,13 +7,15 @@ the error on the calibration tokens never grows. Closed form; the idea is optima
 (Hassibi and Stork, 1993).
 """
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from upcycle.compensate.base import compensation
 from upcycle.registry import Params
-from upcycle.types import LayerActivations, Selection
+from upcycle.types import DenseFFN, LayerActivations, Selection
 
 JITTER = 1e-6  # of the mean second moment: for neurons that were never on
 
@@ -35,7 +37,7 @@ def refit(
     selection: Selection,
     weight_T: Tensor,
     params: LeastSquaresParams,
-) -> Tensor:
+) -> DenseFFN:
     down_DF = activations.ffn.down_DF
     hidden, num_neurons = down_DF.shape
     hh_FF = down_DF.new_zeros(num_neurons, num_neurons, dtype=torch.float64)
@@ -51,7 +53,7 @@ def refit(
         hy_FD += weighted_Ft @ missing_tD
     moment_F = hh_FF.diagonal().clone()
     if not moment_F.any():
-        return down_DF
+        return activations.ffn
     hh_FF.diagonal().add_(params.strength * moment_F + JITTER * moment_F.mean())
     change_FD = torch.cholesky_solve(hy_FD, torch.linalg.cholesky(hh_FF))
-    return down_DF + change_FD.T.to(down_DF.dtype)
+    return replace(activations.ffn, down_DF=down_DF + change_FD.T.to(down_DF.dtype))

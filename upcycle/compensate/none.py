@@ -4,11 +4,11 @@ from torch import Tensor
 
 from upcycle.compensate.base import compensation
 from upcycle.registry import Params
-from upcycle.types import LayerActivations, Selection
+from upcycle.types import DenseFFN, LayerActivations, Selection
 
 
 @compensation("none", summary="keep the dense weights", paper="baseline", needs_activations=False)
 def keep(
     activations: LayerActivations, selection: Selection, weight_T: Tensor, params: Params
-) -> Tensor:
-    return activations.ffn.down_DF
+) -> DenseFFN:
+    return activations.ffn
