@@ -29,7 +29,7 @@ def test_default_recipe_is_shipped_and_these_are_its_settings():
         "summary": written["summary"],
         "split": {"name": "predictability"},
         "router": {"name": "ridge"},
-        "compensate": {"name": "descent"},
+        "compensate": {"name": "least_squares"},
         "sequential": True,
         "keep_dense": "auto",
     }

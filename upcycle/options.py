@@ -82,7 +82,7 @@ Router = Annotated[
 ]
 Compensate = Annotated[
     str | None,
-    setting("What makes up for inactive neurons: descent | least_squares | none", "--compensate"),
+    setting("What makes up for inactive neurons: least_squares | descent | none", "--compensate"),
 ]
 Sequential = Annotated[
     bool | None,
