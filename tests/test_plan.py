@@ -325,6 +325,8 @@ ASIDE = {
     "sequential": {"sequential": True},
     "refit": {"compensate": "least_squares"},
     "both": {"sequential": True, "compensate": "least_squares", "keep_dense": [1]},
+    "all matrices refit": {"compensate": "descent"},
+    "repeated neurons": {"split": "sharing_inner"},
     "both in bfloat16": {
         "sequential": True, "compensate": "least_squares", "dtype": "bfloat16",
     },

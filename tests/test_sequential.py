@@ -34,7 +34,7 @@ from upcycle import CheckFailed, UpcycleError, conversion, planning
 from upcycle.dense import HiddenStream
 from upcycle.layer import ConvertedLayer
 from upcycle.sink import CheckpointWriter, Workspace
-from upcycle.types import DenseFFN, ExpertLayout
+from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
 
 PAIRS = [
     ("llama", "qwen2_moe"),
@@ -228,16 +228,20 @@ def test_copies_see_what_the_dense_model_sees(convert):
     assert max(gaps(run, dense_inputs(run))) < TOLERANCE["mean"]
 
 
-def test_a_converted_layer_is_the_sum_of_the_shared_and_of_the_selected_experts():
-    normal = torch.Generator().manual_seed(0)
-    gate_FD, up_FD = torch.randn(2, 40, 12, generator=normal)
-    ffn = DenseFFN(gate_FD, up_FD, torch.randn(12, 40, generator=normal), silu)
-    order_F = torch.randperm(40, generator=normal)
+@pytest.mark.parametrize("refits", [[], ["down_DF"], ["gate_FD"], ["up_FD"]])
+def test_a_converted_layer_is_the_sum_of_the_shared_and_of_the_selected_experts(refits):
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    ffn = DenseFFN(normal(40, 12), normal(40, 12), normal(12, 40), silu)
+    order_F = torch.randperm(40, generator=rng)
     layout = ExpertLayout(order_F[8:].view(4, 8), order_F[:8])
-    router_ED, x_TD = torch.randn(4, 12, generator=normal), torch.randn(9, 12, generator=normal)
-    refit = replace(ffn, down_DF=torch.randn(12, 40, generator=normal))
+    router_ED, x_TD = normal(4, 12), normal(9, 12)
+    refit = replace(ffn, **{name: normal(*getattr(ffn, name).shape) for name in refits})
     converted = ConvertedLayer(refit, layout, router_ED)
-    y_TD = converted.output(x_TD, top_k=3)
+    y_TD = converted.output(LayerActivations(ffn, x_TD), top_k=3)
     for x_D, y_D in zip(x_TD, y_TD, strict=True):
         chosen = sorted(range(4), key=lambda e: float(router_ED[e] @ x_D))[1:]
         parts = [layout.shared_S, *(layout.experts_EM[e] for e in chosen)]

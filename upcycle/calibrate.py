@@ -24,7 +24,8 @@ SPREAD = 8
 between topics than between tokens, so a few long documents would be fitted, and little else."""
 WRITTEN_LENGTH = 128  # tokens of a document that the model writes itself
 WRITTEN_TOGETHER = 128  # such documents at a time
-BUILTIN_MOST = 16000  # characters of one document
+MODULE_MOST = 8000
+"""Characters of one module of `builtin`: its code then weighs about as much as its prose."""
 BUILTIN_MODULES = """
     argparse ast bisect calendar collections/__init__ configparser contextlib copy csv dataclasses
     datetime difflib email/message enum fractions functools heapq html/parser http/client inspect
@@ -223,13 +224,14 @@ def _builtin(seed: int) -> Iterator[str]:
     shuffle(prose)
     shuffle(code)
     places = [(i / len(kind), text) for kind in (prose, code) for i, text in enumerate(kind)]
-    yield from (text[:BUILTIN_MOST] for _, text in sorted(places))
+    yield from (text for _, text in sorted(places))
 
 
 def _standard_library() -> Iterator[str]:
     folder = Path(sysconfig.get_paths()["stdlib"])
     paths = [folder / f"{name}.py" for name in BUILTIN_MODULES]
-    yield from (path.read_text(encoding="utf-8") for path in paths if path.is_file())
+    modules = (path.read_text(encoding="utf-8") for path in paths if path.is_file())
+    yield from (module[:MODULE_MOST] for module in modules)
 
 
 def _read_text(path: Path) -> str:

@@ -130,8 +130,8 @@ def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
     if plan.recipe.copies or (plan.partitions and not plan.compensates):
         return
     for layer in plan.moe_layers:
-        unit = f"layer {layer}"
-        converted = _take_up(plan, workspace, unit)
+        ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), _activation(plan))
+        converted = _take_up(plan, workspace, f"layer {layer}", ffn)
         down_DF = converted.ffn.down_DF
         times_F = converted.layout.multiplicity.to(down_DF.dtype)
         yield layer, replace(converted.ffn, down_DF=down_DF * times_F)
@@ -197,9 +197,9 @@ def _write_layer(
     if layer in plan.moe_layers and not finished:
         converted = convert_layer(plan, layer, ffn, activations, norm_T)
     elif layer in plan.moe_layers and plan.sequential:
-        converted = _take_up(plan, workspace, unit)
+        converted = _take_up(plan, workspace, unit, ffn)
     if stream and activations and converted and plan.sequential:
-        stream.advance(layer, converted.output(activations.x_TD, plan.geometry.top_k))
+        stream.advance(layer, converted.output(activations, plan.geometry.top_k))
     elif stream:
         stream.advance(layer)
     if not finished:
@@ -216,22 +216,20 @@ def _put_aside(
     the check need."""
     if converted is None or plan.recipe.copies:
         return {"dense": converted is None}
-    if plan.sequential or plan.compensates or not plan.partitions:
-        ffn = converted.ffn
-        matrices = {"gate_FD": ffn.gate_FD, "up_FD": ffn.up_FD, "down_DF": ffn.down_DF}
-        workspace.keep(unit, {"router": converted.router_ED} | matrices)
+    refit = {name: getattr(converted.ffn, name) for name in plan.refits}
+    workspace.keep(unit, {"router": converted.router_ED} | refit)
     return {"dense": False, "permutation": converted.layout.permutation.tolist()}
 
 
-def _take_up(plan: Plan, workspace: Workspace, unit: str) -> ConvertedLayer:
-    """A layer that is done, by this run or an earlier one."""
-    kept = workspace.kept(unit)
-    router_ED = kept.pop("router")
+def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> ConvertedLayer:
+    """A layer that is done, by this run or an earlier one; `ffn` is the source's."""
+    refit: dict[str, Any] = workspace.kept(unit)
+    router_ED = refit.pop("router")
     permutation = torch.tensor(workspace.records[unit]["permutation"])
     layout = ExpertLayout.of_permutation(
         permutation, plan.spec.shared_size, plan.geometry.routed_experts
     )
-    return ConvertedLayer(DenseFFN(**kept, act=_activation(plan)), layout, router_ED)
+    return ConvertedLayer(replace(ffn.to("cpu", plan.dtype), **refit), layout, router_ED)
 
 
 def _activation(plan: Plan) -> Activation:

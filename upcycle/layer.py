@@ -1,5 +1,6 @@
 """One layer's conversion: from a dense FFN to experts and a router. Tensors in, tensors out."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +39,16 @@ class ConvertedLayer:
         shared = self.ffn.take(shared_S) if len(shared_S) else None
         return MoELayer(self.router_ED, Experts(plan, layer, self.ffn, self.layout), shared)
 
-    def output(self, x_TD: Tensor, top_k: int) -> Tensor:
-        """A split's output y [T, D], the unweighted sum of what is on."""
+    def output(self, activations: LayerActivations, top_k: int) -> Tensor:
+        """A split's output y [T, D], the unweighted sum of what is on, for the inputs of the dense
+        FFN's activations."""
+        x_TD = activations.x_TD
         ffn = self.ffn.to(x_TD.device, x_TD.dtype)
         selection = self.layout.selection(self.router_ED.to(x_TD), top_k)
-        chunks = x_TD.split(BATCH_TOKENS)
-        return torch.cat([(ffn.hidden(x_tD) * selection(x_tD)) @ ffn.down_DF.T for x_tD in chunks])
+        pairs: Iterable[tuple[Tensor, Tensor]] = activations.chunks()
+        if not ffn.hides_as(activations.ffn):
+            pairs = ((x_tD, ffn.hidden(x_tD)) for x_tD in x_TD.split(BATCH_TOKENS))
+        return torch.cat([(h_tF * selection(x_tD)) @ ffn.down_DF.T for x_tD, h_tF in pairs])
 
 
 def convert_layer(

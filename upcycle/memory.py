@@ -93,7 +93,7 @@ def _fitting(plan: Plan) -> int:
     refit = chunks + DOUBLE * (3 * neurons**2 + 2 * neurons * hidden)
     # y; the refit weights, their gradient and Adam's two moments; a batch's activations.
     descent = (tokens * hidden + 5 * ffn + 8 * BATCH * neurons) * FLOAT
-    compensation = max(refit, descent) if plan.compensates else 0
+    compensation = max(refit * plan.compensates, descent * ("gate_FD" in plan.refits))
     run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + 2 * tokens * hidden * FLOAT
     return weights + stream + held + max(chunks + split, compensation, run, _writing(plan))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.budget import geometry_of
 from upcycle.calibrate import check_seq_len, load_tokenizer
+from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
@@ -103,9 +104,13 @@ class Plan:
         return self.geometry.routed_experts
 
     @property
+    def refits(self) -> tuple[str, ...]:
+        """The matrices of a `DenseFFN` that are refit to make up for what is off."""
+        return COMPENSATIONS[self.recipe.compensate.name].refits
+
+    @property
     def compensates(self) -> bool:
-        """Whether the weights are refit to make up for what is off."""
-        return self.recipe.compensate.name != "none"
+        return bool(self.refits)
 
     @property
     def partitions(self) -> bool:
@@ -136,12 +141,11 @@ class Plan:
 
     def aside_bytes(self) -> int:
         """Disk that only the run itself needs: what a resumed stream and the check read again."""
-        if not (self.sequential or self.compensates):
+        if self.recipe.copies:
             return 0
         arch = self.source.arch
-        routers = self.geometry.routed_experts * arch.hidden_size
-        each = 3 * arch.intermediate_size * arch.hidden_size + routers
-        return len(self.moe_layers) * each * self.dtype.itemsize
+        rows = self.geometry.routed_experts + len(self.refits) * arch.intermediate_size
+        return len(self.moe_layers) * rows * arch.hidden_size * self.dtype.itemsize
 
     def check_bytes(self) -> int:
         """Memory of the check, which holds one whole model at a time."""

@@ -33,6 +33,8 @@ class Method(Generic[F]):
     """For a router: whether its rows differ when all experts are equal."""
     partitions: bool = True
     """For a split: whether each neuron belongs to exactly one expert."""
+    refits: tuple[str, ...] = ()
+    """For a compensation: which matrices of a `DenseFFN` it changes."""
 
 
 class Registry(Mapping[str, T], Generic[T]):

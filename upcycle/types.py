@@ -51,6 +51,11 @@ class DenseFFN:
     def __call__(self, x_TD: Tensor) -> Tensor:
         return torch.nn.functional.linear(self.hidden(x_TD), self.down_DF)
 
+    def hides_as(self, other: "DenseFFN") -> bool:
+        """Whether the neurons' activations are another FFN's."""
+        gate_FD, up_FD = self.gate_FD, self.up_FD
+        return torch.equal(gate_FD, other.gate_FD) and torch.equal(up_FD, other.up_FD)
+
     def take(self, neurons: Tensor) -> "DenseFFN":
         """The FFN of these neurons [M] only, in this order."""
         return replace(

@@ -25,13 +25,23 @@ COMPENSATIONS: Registry[Method[Run]] = Registry("compensation")
 
 
 def compensation(
-    name: str, *, summary: str, paper: str, params: type[Params] = Params, needs_activations: bool
+    name: str,
+    *,
+    summary: str,
+    paper: str,
+    params: type[Params] = Params,
+    refits: tuple[str, ...] = (),
 ) -> Callable[[Compensate[P]], Compensate[P]]:
-    """Register a function that returns an FFN and leaves its input alone."""
+    """Register a function that returns an FFN and leaves its input alone.
+
+    Args:
+        refits: which matrices of the FFN it changes.
+    """
 
     def register(function: Compensate[P]) -> Compensate[P]:
         run = cast(Run, function)
-        COMPENSATIONS.add(name, Method(name, summary, paper, params, run, needs_activations))
+        method = Method(name, summary, paper, params, run, bool(refits), refits=refits)
+        COMPENSATIONS.add(name, method)
         return function
 
     return register

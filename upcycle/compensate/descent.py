@@ -39,7 +39,7 @@ class DescentParams(LeastSquaresParams):
     "gradient descent, to the dense FFN's output",
     paper="ours; local reconstruction as in BRECQ, arXiv:2102.05426",
     params=DescentParams,
-    needs_activations=True,
+    refits=MATRICES,
 )
 def descend(
     activations: LayerActivations,

@@ -30,7 +30,7 @@ class LeastSquaresParams(Params):
     summary="refit down_proj in closed form to the dense FFN's output",
     paper="ours",
     params=LeastSquaresParams,
-    needs_activations=True,
+    refits=("down_DF",),
 )
 def refit(
     activations: LayerActivations,

@@ -7,7 +7,7 @@ from upcycle.registry import Params
 from upcycle.types import DenseFFN, LayerActivations, Selection
 
 
-@compensation("none", summary="keep the dense weights", paper="baseline", needs_activations=False)
+@compensation("none", summary="keep the dense weights", paper="baseline")
 def keep(
     activations: LayerActivations, selection: Selection, weight_T: Tensor, params: Params
 ) -> DenseFFN:
