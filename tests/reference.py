@@ -144,7 +144,7 @@ def active_neurons(folder, permutation, selected_TK):
     plan = read_json(folder / "upcycle.json")["plan"]
     shared = plan["shared_experts"] * plan["expert_size"]
     experts_EM = torch.tensor(permutation[shared:]).view(-1, plan["expert_size"])
-    mask_TF = torch.zeros(len(selected_TK), len(permutation))
+    mask_TF = torch.zeros(len(selected_TK), plan["intermediate_size"])
     mask_TF[:, permutation[:shared]] = 1
     selected_TN = experts_EM[selected_TK].flatten(1)
     return mask_TF.scatter_add(1, selected_TN, torch.ones(selected_TN.shape))

@@ -50,6 +50,7 @@ SHARED = {"qwen2_moe", "glm4_moe", "granitemoeshared"}
 KEEPS_ANY_DENSE = {"qwen2_moe", "qwen3_moe"}
 SPLIT = {"experts": 8, "top_k": 3}
 COPY = {"method": "copy", "experts": 4, "top_k": 2}
+PRUNE = {"method": "prune", "experts": 4, "router": "kmeans"}
 
 
 def hosts(family):
@@ -105,6 +106,11 @@ class TestSplit:
         out = moe(dense(family), target=target, shared_experts=0, split="sharing_inner", **SPLIT)
         for layer in moe_layers(out):
             assert len(set(layer["permutation"])) < SIZES["intermediate_size"]
+        assert gap(*naive_sum(dense(family), out)) < TOLERANCE["sum"]
+
+    @pairs
+    def test_pruned_copy_is_the_sum_of_its_neurons(self, dense, moe, family, target):
+        out = moe(dense(family), target=target, **PRUNE)
         assert gap(*naive_sum(dense(family), out)) < TOLERANCE["sum"]
 
     @pytest.mark.parametrize("top_k", [1, 6])

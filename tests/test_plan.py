@@ -331,6 +331,9 @@ ASIDE = {
         "sequential": True, "compensate": "least_squares", "dtype": "bfloat16",
     },
     "copies": {"method": "copy", "sequential": True},
+    "pruned copies": {
+        "method": "prune", "router": "kmeans", "top_k": 1, "compensate": "least_squares",
+    },
 }  # fmt: skip
 
 

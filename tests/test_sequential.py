@@ -76,6 +76,13 @@ DESCENT = {
     "compensate": {"name": "descent", "rate": 0.1},
     "calibration_tokens": 40 * 64,  # enough for steps that help on others
 }
+PRUNED = {
+    "method": "prune",
+    "router": "kmeans",
+    "shared_experts": 0,
+    "experts": ROUTED,
+    "top_k": 1,
+}
 LAYERS = range(3)
 
 pairs = pytest.mark.parametrize(("family", "target"), PAIRS)
@@ -193,6 +200,13 @@ def assert_close_but_for_ties(sequences):
 @pytest.mark.parametrize("compensate", ["none", "least_squares", DESCENT["compensate"]], ids=str)
 def test_sequential_layers_see_what_the_converted_models_see(convert, family, target, compensate):
     run = convert(family, target, sequential=True, compensate=compensate)
+    assert_close_but_for_ties(gaps(run, moe_inputs(run)))
+
+
+@pairs
+@pytest.mark.parametrize("compensate", ["none", "least_squares"])
+def test_so_do_those_of_pruned_copies(convert, family, target, compensate):
+    run = convert(family, target, sequential=True, compensate=compensate, **PRUNED)
     assert_close_but_for_ties(gaps(run, moe_inputs(run)))
 
 
@@ -569,6 +583,19 @@ def test_the_check_passes_where_experts_repeat_neurons(convert, family, target, 
     assert check.exact_error < check.exact_tolerance
 
 
+@pytest.mark.parametrize("settings", [{}, REFIT, SEQUENTIAL], ids=["none", "refit", "sequential"])
+@pairs
+def test_the_check_passes_for_pruned_copies(convert, family, target, settings):
+    check = convert(family, target, **PRUNED, **settings).check
+    assert check.exact_error < 1e-3 < check.exact_tolerance
+
+
+@targets
+def test_the_check_passes_for_pruned_copies_in_bfloat16(convert, family, target):
+    check = convert(family, target, torch.bfloat16, **PRUNED, **SEQUENTIAL).check
+    assert check.exact_error < check.exact_tolerance
+
+
 @pytest.mark.parametrize("settings", [{}, SEQUENTIAL], ids=["none", "sequential"])
 def test_a_repeated_neuron_that_counts_once_is_caught(dense, text, tmp_path, monkeypatch, settings):
     once = property(lambda self: torch.ones(len(self.permutation), dtype=torch.int64))
@@ -598,6 +625,8 @@ VARIANTS = {
     "a layer kept dense": {**SEQUENTIAL, "keep_dense": [1]},
     "repeated neurons": {"split": "sharing_inner"},
     "repeated neurons, both": {**SEQUENTIAL, "split": "sharing_inner"},
+    "pruned copies": {**PRUNED, "sequential": True},
+    "pruned copies, both": {**PRUNED, **SEQUENTIAL},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 

@@ -11,6 +11,8 @@ FEWEST, MOST = 32, 64
 lose less and are slower to serve (benchmarks/granules.py)."""
 ACTIVE = 0.5
 COPIES, COPIES_PER_TOKEN = 8, 2
+GPU_ALIGNMENT = 64
+"""Of pruned copies, unless that is more than a sixteenth of the FFN."""
 
 
 def geometry_of(
@@ -31,6 +33,9 @@ def geometry_of(
         experts = recipe.experts or COPIES
         top_k = recipe.top_k or COPIES_PER_TOKEN * recipe.granularity
         geometry = Geometry(experts, top_k, 0, recipe.granularity, copies=True)
+    elif recipe.prunes:
+        kept = _kept(recipe, num_neurons, layers, num_dense)
+        geometry = Geometry(recipe.experts or COPIES, recipe.top_k or 1, kept=kept / num_neurons)
     else:
         experts = recipe.experts or default_granules(num_neurons)
         _check_cut(experts, "--experts", num_neurons)
@@ -78,6 +83,30 @@ def _within(
             + (" or lower --shared-experts" if recipe.shared_experts else "")
         )
     return Geometry(experts, on - shared, shared)
+
+
+def _kept(recipe: Recipe, num_neurons: int, layers: int, num_dense: int) -> int:
+    """As many neurons as the active share allows a pruned copy."""
+    active = recipe.active or ACTIVE
+    share = moe_share(active, layers, num_dense)
+    step = GPU_ALIGNMENT if num_neurons >= 16 * GPU_ALIGNMENT else ALIGNMENT
+    kept = int(share * num_neurons + 1e-9) // step * step
+    if kept <= 0:
+        dense = f", with {num_dense} of {layers} layers dense," if num_dense else ""
+        raise UpcycleError(
+            f"--active {active:g}{dense} leaves less than {step} of {num_neurons} neurons to a "
+            "token: raise --active"
+        )
+    return kept
+
+
+def least_share(recipe: Recipe, geometry: Geometry, num_neurons: int) -> float:
+    """What must remain active of the layers that are converted."""
+    if recipe.prunes:
+        return GPU_ALIGNMENT / num_neurons
+    if recipe.top_k is not None:
+        return 0.0
+    return ((recipe.shared_experts or 0) + 1) / geometry.num_experts
 
 
 def _eighth(experts: int, top_k: int, min_routed: int) -> int:

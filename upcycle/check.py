@@ -116,13 +116,13 @@ def run_check(
 
 
 def _replace(mlp: Any, ffn: DenseFFN) -> None:
-    """Give a dense model's FFN other weights."""
-    mlp.down_proj.weight.data.copy_(ffn.down_DF)
+    """Give a dense model's FFN other weights, and perhaps more or fewer neurons."""
+    matrices = {"gate_proj": ffn.gate_FD, "up_proj": ffn.up_FD, "down_proj": ffn.down_DF}
     if hasattr(mlp, "gate_up_proj"):
-        mlp.gate_up_proj.weight.data.copy_(torch.cat([ffn.gate_FD, ffn.up_FD]))
-    else:
-        mlp.gate_proj.weight.data.copy_(ffn.gate_FD)
-        mlp.up_proj.weight.data.copy_(ffn.up_FD)
+        matrices["gate_up_proj"] = torch.cat([matrices.pop("gate_proj"), matrices.pop("up_proj")])
+    for name, matrix in matrices.items():
+        linear = getattr(mlp, name)
+        linear.weight = torch.nn.Parameter(matrix.to(linear.weight), requires_grad=False)
 
 
 def load_result(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -137,7 +137,7 @@ def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> f
     """How far the logits are from the dense model's [L, V]; None where they need not be equal."""
     if plan.recipe.method.name == "copy":
         return relative_error(next_token_logits(model, exact_L), exact_LV)
-    if plan.recipe.method.name == "split":
+    if not plan.recipe.copies:
         with _all_experts_on(model, plan):
             return relative_error(next_token_logits(model, exact_L), exact_LV)
     return None

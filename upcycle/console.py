@@ -201,6 +201,8 @@ def _method(plan: "Plan") -> str:
     shared = f", shared by {recipe.shared_by.name}" if plan.geometry.shared_experts else ""
     refit = f", compensation {recipe.compensate.name}" if plan.compensates else ""
     order = ", layer by layer" if plan.sequential else ""
+    if recipe.prunes:
+        return f"pruned copies, router {router}{refit}{order}"
     return f"split by {recipe.split.name}{shared}, router {router}{refit}{order}"
 
 
@@ -216,7 +218,8 @@ def _chosen(plan: "Plan") -> str:
     if plan.request.experts is not None or plan.recipe.copies:
         return ""
     number = plan.geometry.num_experts
-    return f" (--experts {number} by default: more lose less, fewer are faster)"
+    less = "smaller" if plan.recipe.prunes else "faster"
+    return f" (--experts {number} by default: more lose less, fewer are {less})"
 
 
 def _layers(plan: "Plan") -> str:
@@ -292,11 +295,14 @@ def _verdict(conversion: "Conversion") -> str:
     if plan.recipe.copies:
         return f"Perplexity is {ratio:.2f} × the dense model's until the new neurons are trained."
     first = "" if 0 in plan.spec.dense_layers else ", keep layers dense (--keep-dense auto)"
+    what, more = "split", "cut finer with more --experts"
+    if plan.recipe.prunes:
+        what, more = "pruning", "give more --experts"
     if ratio <= 1.1:
-        return f"The split costs {100 * (ratio - 1):.1f} % of perplexity."
+        return f"The {what} costs {100 * (ratio - 1):.1f} % of perplexity."
     return (
-        f"[bold yellow]The split costs much: perplexity is {ratio:.2f} × the dense model's.[/] "
-        f"To lose less, raise --active, cut finer with more --experts{first}; "
+        f"[bold yellow]The {what} costs much: perplexity is {ratio:.2f} × the dense model's.[/] "
+        f"To lose less, raise --active, {more}{first}; "
         "or train the result further."
     )
 

@@ -126,7 +126,7 @@ def _decide(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress
 
 def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
     """The layers of which all experts together are not the source's FFN, with the FFN that they
-    come to, in the dense order of neurons."""
+    come to: for pruned copies, a wider one."""
     if plan.recipe.copies or (plan.partitions and not plan.compensates):
         return
     for layer in plan.moe_layers:
@@ -218,7 +218,7 @@ def _put_aside(
         return {"dense": converted is None}
     refit = {name: getattr(converted.ffn, name) for name in plan.refits}
     workspace.keep(unit, {"router": converted.router_ED} | refit)
-    return {"dense": False, "permutation": converted.layout.permutation.tolist()}
+    return {"dense": False, "permutation": converted.permutation.tolist()}
 
 
 def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> ConvertedLayer:
@@ -226,10 +226,15 @@ def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> Conv
     refit: dict[str, Any] = workspace.kept(unit)
     router_ED = refit.pop("router")
     permutation = torch.tensor(workspace.records[unit]["permutation"])
+    ffn = ffn.to("cpu", plan.dtype)
+    if plan.recipe.prunes:
+        ffn = replace(ffn.take(permutation), **refit)
+        return ConvertedLayer.of_pruned(ffn, permutation, router_ED)
     layout = ExpertLayout.of_permutation(
         permutation, plan.spec.shared_size, plan.geometry.routed_experts
     )
-    return ConvertedLayer(replace(ffn.to("cpu", plan.dtype), **refit), layout, router_ED)
+    origin_F = torch.arange(ffn.num_neurons)
+    return ConvertedLayer(replace(ffn, **refit), layout, router_ED, origin_F)
 
 
 def _activation(plan: Plan) -> Activation:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,12 +12,13 @@ from upcycle.dense import BATCH_TOKENS
 from upcycle.innovation import innovations
 from upcycle.perturb import PERTURBS
 from upcycle.planning import Plan
+from upcycle.prune import strongest_neurons
 from upcycle.request import parameters, router_choice
 from upcycle.rng import generator
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.split import SPLITS
-from upcycle.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer
+from upcycle.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer, Selection, always
 
 # Small enough that softmax weights are equal, large enough that no selection flips; float16 can't
 # hold smaller router weights (measured in tests/test_exactness.py).
@@ -29,9 +31,23 @@ class ConvertedLayer:
     """A dense FFN as experts: whose neurons go where, by which router they are selected."""
 
     ffn: DenseFFN
-    """All neurons in the dense order; a split's as they will be stored."""
+    """All neurons in the dense order, of pruned copies expert by expert; but for whole copies, as
+    they will be stored."""
     layout: ExpertLayout
     router_ED: Tensor
+    origin_F: Tensor
+    """Which neuron of the dense FFN each of `ffn`'s comes from."""
+
+    @classmethod
+    def of_pruned(cls, ffn: DenseFFN, origin_F: Tensor, router_ED: Tensor) -> Self:
+        """Pruned copies of equal size, one after the other."""
+        experts_EM = torch.arange(len(origin_F)).view(len(router_ED), -1)
+        return cls(ffn, ExpertLayout(experts_EM, origin_F[:0]), router_ED, origin_F)
+
+    @property
+    def permutation(self) -> Tensor:
+        """The dense FFN's neurons, shared first, then expert by expert."""
+        return self.origin_F[self.layout.permutation]
 
     def experts(self, plan: Plan, layer: int) -> MoELayer:
         """What a target writes."""
@@ -44,11 +60,22 @@ class ConvertedLayer:
         FFN's activations."""
         x_TD = activations.x_TD
         ffn = self.ffn.to(x_TD.device, x_TD.dtype)
+        if len(self.permutation) > activations.ffn.num_neurons:
+            return self._expert_by_expert(ffn, x_TD, top_k)
         selection = self.layout.selection(self.router_ED.to(x_TD), top_k)
         pairs: Iterable[tuple[Tensor, Tensor]] = activations.chunks()
         if not ffn.hides_as(activations.ffn):
             pairs = ((x_tD, ffn.hidden(x_tD)) for x_tD in x_TD.split(BATCH_TOKENS))
         return torch.cat([(h_tF * selection(x_tD)) @ ffn.down_DF.T for x_tD, h_tF in pairs])
+
+    def _expert_by_expert(self, ffn: DenseFFN, x_TD: Tensor, top_k: int) -> Tensor:
+        """The same, where all neurons of all experts on every token would be too many."""
+        chosen_TK = (x_TD @ self.router_ED.to(x_TD).T).topk(top_k, dim=-1).indices
+        y_TD = torch.zeros_like(x_TD)
+        for expert, neurons_M in enumerate(self.layout.experts_EM):
+            tokens = (chosen_TK == expert).any(1).nonzero()[:, 0]
+            y_TD[tokens] += ffn.take(neurons_M)(x_TD[tokens])
+        return y_TD
 
 
 def convert_layer(
@@ -70,18 +97,22 @@ def convert_layer(
         activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
     with torch.no_grad():
         weight_T = _token_weights(norm_T) if plan.compensates and norm_T is not None else None
-        if plan.recipe.copies:
+        if plan.recipe.copies or plan.recipe.prunes:
             router_ED, layout = _copy_layer(plan, layer, activations)
         else:
             router_ED, layout = _split_layer(plan, layer, activations, weight_T)
         if plan.combine == "sum":
             router_ED = temper(router_ED, activations.x_TD, plan.dtype)
         router_ED = router_ED.to("cpu", plan.dtype)
+        if plan.recipe.prunes:
+            ffn, origin_F = _prune_layer(plan, activations, router_ED, weight_T)
+            return ConvertedLayer.of_pruned(ffn, origin_F, router_ED)
         if weight_T is not None:
-            ffn = _compensate(plan, activations, layout, router_ED, weight_T)
+            selection = layout.selection(router_ED.to(activations.x_TD), plan.geometry.top_k)
+            ffn = _compensate(plan, activations, selection, weight_T)
         if not plan.recipe.copies:
             ffn = ffn.to("cpu", plan.dtype)
-    return ConvertedLayer(ffn, layout, router_ED)
+    return ConvertedLayer(ffn, layout, router_ED, torch.arange(ffn.num_neurons))
 
 
 def _split_layer(
@@ -136,21 +167,39 @@ def _route(plan: Plan, layer: int, activations: LayerActivations, experts_EM: Te
     return ROUTERS[choice.name].run(activations, experts_EM, parameters(ROUTERS, choice), rng)
 
 
-def _compensate(
-    plan: Plan,
-    activations: LayerActivations,
-    layout: ExpertLayout,
-    router_ED: Tensor,
-    weight_T: Tensor,
-) -> DenseFFN:
-    """New weights, given the experts that the router selects as it is going to be stored."""
-    choice, x_TD = plan.recipe.compensate, activations.x_TD
-    return COMPENSATIONS[choice.name].run(
+def _prune_layer(
+    plan: Plan, activations: LayerActivations, router_ED: Tensor, weight_T: Tensor | None
+) -> tuple[DenseFFN, Tensor]:
+    """The experts' neurons one after the other, as they will be stored, and where they come from.
+
+    Each expert is pruned and refit for the tokens that it gets by the router as it will be stored.
+    """
+    x_TD = activations.x_TD
+    chosen_T = (x_TD @ router_ED.to(x_TD).T).argmax(1)
+    experts_EM = strongest_neurons(
         activations,
-        layout.selection(router_ED.to(x_TD.device, torch.float32), plan.geometry.top_k),
-        weight_T,
-        parameters(COMPENSATIONS, choice),
+        chosen_T,
+        len(router_ED),
+        plan.spec.expert_size,
+        torch.ones_like(x_TD[:, 0]) if weight_T is None else weight_T,
     )
+    pruned = []
+    for expert, neurons_M in enumerate(experts_EM):
+        ffn, tokens = activations.ffn, (chosen_T == expert).nonzero()[:, 0]
+        if weight_T is not None:
+            own = LayerActivations(ffn, x_TD[tokens])
+            ffn = _compensate(plan, own, always(neurons_M, ffn.num_neurons), weight_T[tokens])
+        pruned.append(ffn.take(neurons_M).to("cpu", plan.dtype))
+    return DenseFFN.concatenate(pruned), experts_EM.flatten()
+
+
+def _compensate(
+    plan: Plan, activations: LayerActivations, selection: Selection, weight_T: Tensor
+) -> DenseFFN:
+    """New weights, given which neurons are on."""
+    choice = plan.recipe.compensate
+    params = parameters(COMPENSATIONS, choice)
+    return COMPENSATIONS[choice.name].run(activations, selection, weight_T, params)
 
 
 def _token_weights(norm_T: Tensor) -> Tensor:

@@ -29,23 +29,27 @@ RecipeName = Annotated[
     str, typer.Option("--recipe", envvar="UPCYCLE_RECIPE", help="A shipped recipe or a YAML file.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Method = Annotated[str | None, setting("split | copy | drop | noise", "--method")]
+Method = Annotated[str | None, setting("split | prune | copy | drop | noise", "--method")]
 Experts = Annotated[
     int | None,
     setting(
-        "Parts that a split cuts each FFN into, or copies of it. [default: 32 to 64, or 8 copies]",
+        "Parts that a split cuts each FFN into, or copies of it, pruned or whole. [default: 32 to "
+        "64 parts, or 8 copies]",
         "--experts",
     ),
 ]
 TopK = Annotated[
     int | None,
-    setting("Routed experts active per token. [default: by --active, or 2 copies]", "--top-k"),
+    setting(
+        "Routed experts active per token. [default: by --active, 1 pruned copy or 2 whole ones]",
+        "--top-k",
+    ),
 ]
 Active = Annotated[
     float | None,
     setting(
         "Share of all FFN neurons that a token uses, from which a split's top-k and shared "
-        "experts follow; layers kept dense count as 1. [default: 0.5]",
+        "experts follow, or what a pruned copy keeps; layers kept dense count as 1. [default: 0.5]",
         "--active",
     ),
 ]

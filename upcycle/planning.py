@@ -115,7 +115,7 @@ class Plan:
     @property
     def partitions(self) -> bool:
         """Whether each neuron of the dense FFN is in exactly one expert."""
-        return not self.recipe.copies and SPLITS[self.recipe.split.name].partitions
+        return self.recipe.method.name == "split" and SPLITS[self.recipe.split.name].partitions
 
     @property
     def sequential(self) -> bool:
@@ -143,8 +143,9 @@ class Plan:
         """Disk that only the run itself needs: what a resumed stream and the check read again."""
         if self.recipe.copies:
             return 0
-        arch = self.source.arch
-        rows = self.geometry.routed_experts + len(self.refits) * arch.intermediate_size
+        arch, experts = self.source.arch, self.geometry.routed_experts
+        neurons = experts * self.spec.expert_size if self.recipe.prunes else arch.intermediate_size
+        rows = experts + len(self.refits) * neurons
         return len(self.moe_layers) * rows * arch.hidden_size * self.dtype.itemsize
 
     def check_bytes(self) -> int:

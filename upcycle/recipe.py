@@ -28,6 +28,8 @@ SPLIT_ONLY = (
     *("summary", "paper", "departures"),
 )
 """What a recipe says of a split, which is void when another method takes its place."""
+LOSSY = ("active", "compensate", "sequential", "keep_dense")
+"""What of it pruned copies follow, too."""
 M = TypeVar("M", bound=BaseModel)
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
@@ -88,12 +90,13 @@ class Recipe(BaseModel):
     """Where the recipe can't or does not follow its paper."""
 
     method: PlugIn = Choice(name="split")
-    """`split`, `copy`, or a perturbation of copies: `drop`, `noise`."""
+    """`split`, `prune`, `copy`, or a perturbation of copies: `drop`, `noise`."""
     experts: PositiveInt | None = None
     """Granules that a split cuts the FFN into, or copies of the FFN."""
     top_k: PositiveInt | None = None
     active: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Active share of all layers' FFNs, from which a split's top_k is chosen."""
+    """Active share of all layers' FFNs, from which a split's top_k is chosen, or what a pruned copy
+    keeps."""
     shared_experts: NonNegativeInt | None = None
     granularity: PositiveInt = 1
     split: PlugIn = Choice(name="coactivation")
@@ -122,7 +125,13 @@ class Recipe(BaseModel):
 
     @property
     def copies(self) -> bool:
-        return self.method.name != "split"
+        """Whether experts are whole copies, changed or not."""
+        return self.method.name not in ("split", "prune")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether experts are pruned copies."""
+        return self.method.name == "prune"
 
     def settings(self) -> dict[str, Any]:
         """All fields as plain values that make the same recipe again."""
@@ -166,8 +175,10 @@ def load_recipe(
     path = find_recipe(recipe, shipped_recipes())
     fields = yaml_fields(path)
     given = dict(overrides or {})
-    if _is_split(fields.get("method")) and not _is_split(given.get("method")):
-        fields = {key: value for key, value in fields.items() if key not in SPLIT_ONLY}
+    method = _method_name(given.get("method"))
+    if _method_name(fields.get("method")) == "split" != method:
+        void = set(SPLIT_ONLY) - set(LOSSY if method == "prune" else ())
+        fields = {key: value for key, value in fields.items() if key not in void}
     if given.get("active") is not None:
         if given.get("top_k") is not None:
             raise UpcycleError("--active chooses --top-k: give one of them")
@@ -193,10 +204,10 @@ def yaml_fields(path: Path) -> dict[str, Any]:
     return {"name": path.stem} | fields
 
 
-def _is_split(method: Any) -> bool:
-    if isinstance(method, Mapping):
-        method = method.get("name")
-    return method in (None, "split", Choice(name="split"))
+def _method_name(method: Any) -> Any:
+    if isinstance(method, Choice):
+        return method.name
+    return method.get("name") if isinstance(method, Mapping) else method or "split"
 
 
 def find_recipe(recipe: str | Path, shipped: Mapping[str, Path]) -> Path:

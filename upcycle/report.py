@@ -124,7 +124,7 @@ def papers(plan: Plan) -> list[str]:
         used.append(PERTURBS[recipe.method.name])
     if plan.compensates:
         used.append(COMPENSATIONS[recipe.compensate.name])
-    if not recipe.copies:
+    if recipe.method.name == "split":
         used.append(SPLITS[recipe.split.name])
         if plan.geometry.shared_experts:
             used.append(SHARED[recipe.shared_by.name])
@@ -194,11 +194,17 @@ Every layer's FFN was copied into {{ plan.geometry.num_experts }} experts\
 then changed by `{{ plan.recipe.method.name }}`{% endif %};
 {{ plan.geometry.top_k }} are active per token. It is meant to be trained further.
 {% else %}
+{% if plan.recipe.prunes %}
+Every layer's FFN was copied into {{ plan.geometry.num_experts }} experts, each pruned to the \
+{{ plan.spec.expert_size }} of {{ plan.source.arch.intermediate_size }} neurons that put out most \
+on its own tokens; one is active per token.
+{% else %}
 Every layer's FFN was cut into {{ plan.geometry.num_experts }} parts of \
 {{ plan.spec.expert_size }} neurons: {{ plan.geometry.shared_experts }} always on, \
 {{ plan.geometry.top_k }} of the other {{ plan.geometry.routed_experts }} active per token.
 {% if not plan.partitions %}
 These experts may hold the same neuron, and some neurons of the dense model are in none.
+{% endif %}
 {% endif %}
 {% if plan.compensates %}
 Compensation, `{{ plan.recipe.compensate.name }}`: {{ compensation.summary }}.
@@ -231,11 +237,11 @@ Measured on {{ "{:,}".format(check.tokens) }} tokens of the calibration text \
 
 Recipe: `{{ plan.recipe.name }}`, method `{{ plan.recipe.method.name }}`, \
 router `{{ plan.recipe.router.name }}`\
-{% if not plan.recipe.copies %}, split `{{ plan.recipe.split.name }}`{% endif %}.
+{% if plan.recipe.method.name == "split" %}, split `{{ plan.recipe.split.name }}`{% endif %}.
 {% for departure in plan.recipe.departures %}
 - Departs from its paper: {{ departure }}
 {% endfor %}
-All settings, the permutation of neurons and the measurements are in `upcycle.json`.
+All settings, where each neuron comes from and the measurements are in `upcycle.json`.
 {% if papers %}
 
 Methods: {{ papers | join(", ") }}.

@@ -37,7 +37,9 @@ def parameters(registry: Registry[Method[Any]], choice: Choice) -> Params:
 
 def router_choice(recipe: Recipe) -> Choice:
     """The router that the recipe names, or the default one."""
-    return recipe.router or Choice(name="normal" if recipe.copies else "ridge")
+    if recipe.router is not None:
+        return recipe.router
+    return Choice(name="kmeans" if recipe.prunes else "normal" if recipe.copies else "ridge")
 
 
 def router_method(recipe: Recipe) -> Method[Any]:
@@ -50,9 +52,9 @@ def check_methods(recipe: Recipe) -> None:
     Raises:
         UpcycleError: one does not.
     """
-    if recipe.method.name not in ("split", "copy"):
+    if recipe.method.name not in ("split", "prune", "copy"):
         if recipe.method.name not in PERTURBS:
-            names = ["split", "copy", *PERTURBS]
+            names = ["split", "prune", "copy", *PERTURBS]
             raise UpcycleError(
                 f"unknown method {recipe.method.name!r}{suggest(recipe.method.name, names)}"
             )
@@ -61,15 +63,23 @@ def check_methods(recipe: Recipe) -> None:
     parameters(SHARED, recipe.shared_by)
     parameters(COMPENSATIONS, recipe.compensate)
     parameters(ROUTERS, router_choice(recipe))
+    if recipe.copies or recipe.prunes:
+        _check_alike(recipe)
     if recipe.copies:
         _check_copies(recipe)
     elif recipe.granularity != 1:
         raise UpcycleError(
             f"--granularity {recipe.granularity} goes with copies: for a split, raise --experts"
         )
+    if recipe.prunes and recipe.top_k not in (None, 1):
+        raise UpcycleError(
+            f"--top-k {recipe.top_k} goes with a split or copies: a token takes one pruned copy, "
+            "which stands for the whole FFN"
+        )
 
 
-def _check_copies(recipe: Recipe) -> None:
+def _check_alike(recipe: Recipe) -> None:
+    """Of experts that are all the same when the router is made."""
     if not router_method(recipe).tells_copies_apart:
         fitting = " or ".join(name for name, r in ROUTERS.items() if r.tells_copies_apart)
         raise UpcycleError(
@@ -80,6 +90,9 @@ def _check_copies(recipe: Recipe) -> None:
         raise UpcycleError(
             f"--shared-experts {recipe.shared_experts} goes with a split: copies have none"
         )
+
+
+def _check_copies(recipe: Recipe) -> None:
     if recipe.compensate.name != "none":
         raise UpcycleError(
             f"--compensate {recipe.compensate.name} goes with a split: copies lose nothing"
@@ -151,7 +164,7 @@ def check_tokens(recipe: Recipe, tokens: int, experts: int) -> None:
             f"{experts} experts: give thousands"
         )
     used: list[tuple[str, Params]] = [("router", parameters(ROUTERS, router_choice(recipe)))]
-    if not recipe.copies:
+    if not (recipe.copies or recipe.prunes):
         used.append(("split", parameters(SPLITS, recipe.split)))
         used.append(("shared_by", parameters(SHARED, recipe.shared_by)))
     for name, params in used:

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 from transformers.activations import ACT2FN
 
 from upcycle.assemble import EMBEDDINGS, dense_ffn
-from upcycle.budget import moe_share
+from upcycle.budget import least_share, moe_share
 from upcycle.dense import HiddenStream
 from upcycle.planning import Plan
 from upcycle.targets import TARGETS
@@ -36,9 +36,7 @@ def choose_dense_layers(
     """
     damage = measure_damage(plan, tokens_BL[: damage_sequences(tokens_BL.shape[1])], progress)
     kind = TARGETS[plan.target].dense_layers
-    least = 0.0
-    if plan.request.top_k is None:
-        least = ((plan.request.shared_experts or 0) + 1) / plan.geometry.num_experts
+    least = least_share(plan.request, plan.geometry, plan.source.arch.intermediate_size)
     return best_dense_layers(damage, plan.active_ffn_ratio, kind, least), damage
 
 

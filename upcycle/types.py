@@ -5,7 +5,7 @@ T tokens, D hidden_size, F neurons of the dense FFN, N granules or copies, E rou
 M neurons per routed expert, S shared neurons, K experts per token.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -64,6 +64,13 @@ class DenseFFN:
             up_FD=self.up_FD[neurons],
             down_DF=self.down_DF[:, neurons],
         )
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[DenseFFN]") -> Self:
+        """The FFN of all the parts' neurons, whose output is the parts' sum."""
+        gate_FD = torch.cat([part.gate_FD for part in parts])
+        up_FD = torch.cat([part.up_FD for part in parts])
+        return cls(gate_FD, up_FD, torch.cat([p.down_DF for p in parts], dim=1), parts[0].act)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "DenseFFN":
         return replace(
@@ -129,6 +136,12 @@ class LayerActivations:
         return LayerActivations(self.ffn, self.x_TD[:: _stride(len(self.x_TD), tokens)])
 
 
+def always(neurons_M: Tensor, num_neurons: int) -> Selection:
+    """These of F neurons are on for every token."""
+    on_F = torch.zeros(num_neurons).index_fill(0, neurons_M, 1)
+    return lambda x_TD: on_F.to(x_TD).expand(len(x_TD), -1)
+
+
 def sampled(tokens: int, wanted: int) -> int:
     """How many of `tokens` a sample of at most `wanted` holds."""
     return -(-tokens // _stride(tokens, wanted))
@@ -141,7 +154,8 @@ def _stride(tokens: int, wanted: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """How many of everything. For a split, N granules of F / N neurons, S of them shared and
-    E = N - S routed. For copies, N copies cut into `granularity` shards each."""
+    E = N - S routed. For copies, N copies cut into `granularity` shards each, or N copies of which
+    each keeps a share of the neurons."""
 
     num_experts: int
     """N: `--experts`"""
@@ -149,6 +163,8 @@ class Geometry:
     shared_experts: int = 0
     granularity: int = 1
     copies: bool = False
+    kept: float | None = None
+    """Share of the neurons that a pruned copy keeps."""
 
     @property
     def routed_experts(self) -> int:
@@ -156,6 +172,8 @@ class Geometry:
 
     def expert_size(self, num_neurons: int) -> int:
         """M, for a dense FFN of F neurons."""
+        if self.kept is not None:
+            return round(self.kept * num_neurons)
         return num_neurons // (self.granularity if self.copies else self.num_experts)
 
     def shared_size(self, num_neurons: int) -> int:
@@ -163,6 +181,8 @@ class Geometry:
 
     def active_ratio(self) -> float:
         """Active neurons per token, as a multiple of the dense FFN's."""
+        if self.kept is not None:
+            return self.kept * self.top_k
         total = self.granularity if self.copies else self.num_experts
         return (self.top_k + self.shared_experts) / total
 

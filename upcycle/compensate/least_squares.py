@@ -52,8 +52,12 @@ def refit(
         hh_FF += weighted_Ft @ on_tF
         hy_FD += weighted_Ft @ missing_tD
     moment_F = hh_FF.diagonal().clone()
-    if not moment_F.any():
+    # Neurons that are never on stay as they are; of a pruned copy these are many.
+    on_M = moment_F.nonzero()[:, 0]
+    if not len(on_M):
         return activations.ffn
-    hh_FF.diagonal().add_(params.strength * moment_F + JITTER * moment_F.mean())
-    change_FD = torch.cholesky_solve(hy_FD, torch.linalg.cholesky(hh_FF))
-    return replace(activations.ffn, down_DF=down_DF + change_FD.T.to(down_DF.dtype))
+    hh_FF = hh_FF[on_M[:, None], on_M]
+    hh_FF.diagonal().add_(params.strength * moment_F[on_M] + JITTER * moment_F.mean())
+    change_MD = torch.cholesky_solve(hy_FD[on_M], torch.linalg.cholesky(hh_FF))
+    down_DF = down_DF.index_add(1, on_M, change_MD.T.to(down_DF.dtype))
+    return replace(activations.ffn, down_DF=down_DF)

@@ -8,6 +8,8 @@ from upcycle.console import size
 from upcycle.page.section import Facts, Section
 from upcycle.page.words import digits, duration, listing, percent, public_name
 
+LOSSY_METHODS = {"split": "split", "prune": "pruned copies"}
+
 
 def conversion(made: Facts | None) -> Section:
     """What upcycle.json says of the conversion."""
@@ -51,13 +53,12 @@ def _methods(recipe: Facts) -> dict[str, str]:
         choice = recipe.get(key) or {}
         return str(choice.get("name", ""))
 
-    found = {"Method": name("method"), "Router": name("router")}
-    if name("method") != "split":
-        return found
-    order = ", each layer fitted on the converted layers before it"
+    method, order = name("method"), ", each layer fitted on the converted layers before it"
+    if method not in LOSSY_METHODS:
+        return {"Method": method, "Router": name("router")}
     return {
-        "Method": "split" + (order if recipe.get("sequential") else ""),
-        "Split by": name("split"),
+        "Method": LOSSY_METHODS[method] + (order if recipe.get("sequential") else ""),
+        "Split by": name("split") if method == "split" else "",
         "Shared by": name("shared_by") if recipe.get("shared_experts") else "",
         "Router": name("router"),
         "Compensation": name("compensate").replace("_", " "),
@@ -94,5 +95,5 @@ def _trained(run: Facts) -> str:
 def _exactness(plan: Facts, check: Facts | None) -> str:
     if not check or check["exact_error"] is None:
         return ""
-    beside = "with all experts on, " if plan["recipe"]["method"]["name"] == "split" else ""
+    beside = "with all experts on, " if plan["recipe"]["method"]["name"] in LOSSY_METHODS else ""
     return f"{beside}logits differ by {digits(check['exact_error'], 2)} σ from the dense model's"

@@ -64,7 +64,8 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _default_preset(record: dict[str, Any]) -> str:
-    return "heal" if record.get("plan", {}).get("method") == "split" else "specialise"
+    lossy = record.get("plan", {}).get("method") in ("split", "prune")
+    return "heal" if lossy else "specialise"
 
 
 def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path | None:
