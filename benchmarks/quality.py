@@ -32,6 +32,7 @@ RECIPES: dict[str, list[str]] = {
     "llama-moe": ["--recipe", "llama-moe"],
     "moefication": ["--recipe", "moefication"],
     "emoe": ["--recipe", "emoe"],
+    "pruned copies": ["--recipe", "pruned-copies"],
     "descent": ["--compensate", "descent"],
     "no compensation": ["--compensate", "none"],
     "not sequential": ["--no-sequential"],

@@ -94,7 +94,7 @@ def test_no_arguments_show_the_help():
 @pytest.mark.parametrize(
     ("option", "names"),
     [
-        ("--method", {"split", "copy", *PERTURBS}),
+        ("--method", {"split", "prune", "copy", *PERTURBS}),
         ("--split", {*SPLITS}),
         ("--router", {*ROUTERS}),
         ("--shared-by", {*SHARED}),

@@ -487,7 +487,7 @@ def test_active_ratio_is_that_of_the_loaded_model(written):
 # --- convert never fails after plan succeeded ------------------------------------------------
 
 CHOICES = {
-    "method": ["split", "copy", "drop", "noise"],
+    "method": ["split", "prune", "prune", "copy", "drop", "noise"],
     "experts": [None, 1, 2, 3, 4, 5, 8],
     "top_k": [None, None, 1, 2, 3, 4, 8],
     "active": [None, None, 0.3, 0.5, 0.8],

@@ -53,9 +53,10 @@ def convert(
 ) -> None:
     """Convert a dense checkpoint into a Mixture-of-Experts, and check the result.
 
-    A **split** cuts each FFN into experts: same size, less work per token, some loss. **copy**
-    makes every expert the whole FFN (sparse upcycling), **drop** re-draws half of each copy
-    (drop-upcycling): larger, to be trained further.
+    A **split** cuts each FFN into experts: same size, less work per token, some loss. **prune**
+    makes every expert a pruned copy of the FFN for tokens of its own: larger, less work per token,
+    some loss. **copy** makes every expert the whole FFN (sparse upcycling), **drop** re-draws half
+    of each copy (drop-upcycling): larger, to be trained further.
 
     Examples:
 
@@ -170,8 +171,8 @@ def finetune(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="heal | specialise | lora, or a YAML file. [default: heal for a split, specialise "
-            "for copies]",
+            help="heal | specialise | lora, or a YAML file. [default: heal for a split or "
+            "pruned copies, specialise for whole copies]",
             show_default=False,
         ),
     ] = None,

@@ -33,15 +33,15 @@ Method = Annotated[str | None, setting("split | prune | copy | drop | noise", "-
 Experts = Annotated[
     int | None,
     setting(
-        "Parts that a split cuts each FFN into, or copies of it, pruned or whole. [default: 32 to "
-        "64 parts, or 8 copies]",
+        "Parts that a split cuts each FFN into, or copies of it, pruned or whole. "
+        "[default: 32 to 64, or 8 copies]",
         "--experts",
     ),
 ]
 TopK = Annotated[
     int | None,
     setting(
-        "Routed experts active per token. [default: by --active, 1 pruned copy or 2 whole ones]",
+        "Routed experts active per token; of pruned copies 1. [default: by --active, or 2 copies]",
         "--top-k",
     ),
 ]

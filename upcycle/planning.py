@@ -336,7 +336,7 @@ def _warnings(geometry: Geometry, expert_size: int, recipe: Recipe) -> list[str]
             f"{expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, and "
             "tensor parallelism may not divide it"
         )
-    if not recipe.copies and geometry.top_k == geometry.routed_experts:
+    if recipe.method.name == "split" and geometry.top_k == geometry.routed_experts:
         warnings.append("top_k is all routed experts: nothing is switched off, nothing is saved")
     return warnings
 
