@@ -17,6 +17,10 @@ QUICK = {"calibration_tokens": 1024, "check": "none"}
 PHASES = {
     "damage": ({"vocab_size": 40000, "dtype": torch.bfloat16}, {"active": 0.5}),
     "refit": ({"intermediate_size": 5120, "num_hidden_layers": 1}, {"keep_dense": "none"}),
+    "pruned copies": (
+        {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 1},
+        {"method": "prune", "experts": 24, "keep_dense": "none"},
+    ),
     "embeddings": (
         {"hidden_size": 1024, "vocab_size": 60000},
         {"method": "copy", "experts": 2, "top_k": 2},

@@ -50,7 +50,7 @@ SHARED = {"qwen2_moe", "glm4_moe", "granitemoeshared"}
 KEEPS_ANY_DENSE = {"qwen2_moe", "qwen3_moe"}
 SPLIT = {"experts": 8, "top_k": 3}
 COPY = {"method": "copy", "experts": 4, "top_k": 2}
-PRUNE = {"method": "prune", "experts": 4, "router": "kmeans"}
+PRUNE = {"method": "prune", "experts": 4, "top_k": 1, "router": "kmeans"}
 
 
 def hosts(family):

@@ -18,10 +18,13 @@ from reference import (
     weights,
 )
 from torch.nn.functional import silu
+from typer.testing import CliRunner
 
 import upcycle
 from upcycle import CheckFailed, UpcycleError, conversion, planning
+from upcycle.cli import app
 from upcycle.layer import ConvertedLayer
+from upcycle.page import origin
 from upcycle.prune import ALL_TOKENS, strongest_neurons
 from upcycle.recipe import load_recipe
 from upcycle.types import DenseFFN, LayerActivations
@@ -306,3 +309,27 @@ def test_the_card_says_what_it_is(convert):
     assert "copied into 4 experts, each pruned to the" in card
     assert "refit down_proj in closed form" in card
     assert "split `" not in card
+
+
+def test_so_does_the_page(convert):
+    run = convert(compensate="least_squares", sequential=True)
+    made = json.loads((run.out / "upcycle.json").read_text()) | {"training": []}
+    told = dict(origin.conversion(made)["facts"])
+    assert told["Method"] == "pruned copies, each layer fitted on the converted layers before it"
+    assert told["Compensation"] == "least squares"
+    assert told["Exactness"].startswith("with all experts on")
+    assert "Split by" not in told
+
+
+def test_so_does_the_command(dense, text, tmp_path):
+    options = {"method": "prune", "experts": 4, "keep-dense": "none", "calibration": text}
+    sizes = {"calibration-tokens": 512, "seq-len": 64, "active": 0.5}
+    words = [str(word) for key, of in (options | sizes).items() for word in (f"--{key}", of)]
+    arguments = ["convert", str(dense()), "-o", str(tmp_path / "out"), *words]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    neurons = load(dense()).config.intermediate_size // 2
+    assert "pruned copies, router kmeans, compensation least_squares, layer by layer" in said
+    assert f"1 of 4 routed, {neurons} neurons each" in said
+    assert "The pruning costs" in said
