@@ -254,7 +254,7 @@ def test_a_converted_layer_is_the_sum_of_the_shared_and_of_the_selected_experts(
     layout = ExpertLayout(order_F[8:].view(4, 8), order_F[:8])
     router_ED, x_TD = normal(4, 12), normal(9, 12)
     refit = replace(ffn, **{name: normal(*getattr(ffn, name).shape) for name in refits})
-    converted = ConvertedLayer(refit, layout, router_ED)
+    converted = ConvertedLayer(refit, layout, router_ED, torch.arange(40))
     y_TD = converted.output(LayerActivations(ffn, x_TD), top_k=3)
     for x_D, y_D in zip(x_TD, y_TD, strict=True):
         chosen = sorted(range(4), key=lambda e: float(router_ED[e] @ x_D))[1:]
