@@ -260,8 +260,9 @@ def test_layers_kept_dense_are_paid_by_the_others(dense):
 
 
 def test_copies_of_wide_ffns_suit_gpus(dense):
-    made = plan(dense, sizes={"intermediate_size": 1536}, active=0.45, keep_dense=[])
-    assert made.spec.expert_size == 640
+    wide = {"intermediate_size": 4096}
+    assert plan(dense, sizes=wide, active=0.45, keep_dense=[]).spec.expert_size == 1792
+    assert plan(dense, sizes=wide, active=0.2, keep_dense=[]).spec.expert_size == 816
 
 
 def test_parameters_are_counted(convert):

@@ -12,7 +12,7 @@ lose less and are slower to serve (benchmarks/granules.py)."""
 ACTIVE = 0.5
 COPIES, COPIES_PER_TOKEN = 8, 2
 GPU_ALIGNMENT = 64
-"""Of pruned copies, unless that is more than a sixteenth of the FFN."""
+"""Of pruned copies, where that takes less than a sixteenth of them away."""
 
 
 def geometry_of(
@@ -89,8 +89,9 @@ def _kept(recipe: Recipe, num_neurons: int, layers: int, num_dense: int) -> int:
     """As many neurons as the active share allows a pruned copy."""
     active = recipe.active or ACTIVE
     share = moe_share(active, layers, num_dense)
-    step = GPU_ALIGNMENT if num_neurons >= 16 * GPU_ALIGNMENT else ALIGNMENT
-    kept = int(share * num_neurons + 1e-9) // step * step
+    wanted = int(share * num_neurons + 1e-9)
+    step = GPU_ALIGNMENT if wanted >= 16 * GPU_ALIGNMENT else ALIGNMENT
+    kept = wanted // step * step
     if kept <= 0:
         dense = f", with {num_dense} of {layers} layers dense," if num_dense else ""
         raise UpcycleError(
@@ -103,7 +104,7 @@ def _kept(recipe: Recipe, num_neurons: int, layers: int, num_dense: int) -> int:
 def least_share(recipe: Recipe, geometry: Geometry, num_neurons: int) -> float:
     """What must remain active of the layers that are converted."""
     if recipe.prunes:
-        return GPU_ALIGNMENT / num_neurons
+        return ALIGNMENT / num_neurons
     if recipe.top_k is not None:
         return 0.0
     return ((recipe.shared_experts or 0) + 1) / geometry.num_experts
