@@ -297,7 +297,7 @@ def _verdict(conversion: "Conversion") -> str:
     first = "" if 0 in plan.spec.dense_layers else ", keep layers dense (--keep-dense auto)"
     what, more = "split", "cut finer with more --experts"
     if plan.recipe.prunes:
-        what, more = "pruning", "give more --experts"
+        what, more = "pruning", "--calibration-tokens or --experts"
     if ratio <= 1.1:
         return f"The {what} costs {100 * (ratio - 1):.1f} % of perplexity."
     return (

@@ -97,10 +97,10 @@ def convert_layer(
         activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
     with torch.no_grad():
         weight_T = _token_weights(norm_T) if plan.compensates and norm_T is not None else None
-        if plan.recipe.copies or plan.recipe.prunes:
-            router_ED, layout = _copy_layer(plan, layer, activations)
-        else:
+        if plan.recipe.splits:
             router_ED, layout = _split_layer(plan, layer, activations, weight_T)
+        else:
+            router_ED, layout = _copy_layer(plan, layer, activations)
         if plan.combine == "sum":
             router_ED = temper(router_ED, activations.x_TD, plan.dtype)
         router_ED = router_ED.to("cpu", plan.dtype)

@@ -94,8 +94,8 @@ def _fitting(plan: Plan) -> int:
     # y; the refit weights, their gradient and Adam's two moments; a batch's activations.
     descent = (tokens * hidden + 5 * ffn + 8 * BATCH * neurons) * FLOAT
     # The experts that are done, in the dtype that is written, and the last ones while they join.
-    pruned = 2 * plan.geometry.num_experts * plan.spec.expert_size * hidden * 3
-    pruned *= plan.dtype.itemsize if plan.recipe.prunes else 0
+    copies = plan.geometry.num_experts * plan.spec.expert_size * 3 * hidden * plan.dtype.itemsize
+    pruned = 2 * copies * plan.recipe.prunes
     compensation = max(refit * plan.compensates, descent * ("gate_FD" in plan.refits))
     run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + 2 * tokens * hidden * FLOAT
     return weights + stream + held + max(chunks + split, compensation + pruned, run, _writing(plan))

@@ -115,7 +115,7 @@ class Plan:
     @property
     def partitions(self) -> bool:
         """Whether each neuron of the dense FFN is in exactly one expert."""
-        return self.recipe.method.name == "split" and SPLITS[self.recipe.split.name].partitions
+        return self.recipe.splits and SPLITS[self.recipe.split.name].partitions
 
     @property
     def sequential(self) -> bool:
@@ -336,7 +336,7 @@ def _warnings(geometry: Geometry, expert_size: int, recipe: Recipe) -> list[str]
             f"{expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, and "
             "tensor parallelism may not divide it"
         )
-    if recipe.method.name == "split" and geometry.top_k == geometry.routed_experts:
+    if recipe.splits and geometry.top_k == geometry.routed_experts:
         warnings.append("top_k is all routed experts: nothing is switched off, nothing is saved")
     return warnings
 

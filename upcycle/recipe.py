@@ -124,9 +124,14 @@ class Recipe(BaseModel):
     check: Literal["fast", "full", "none"] = "fast"
 
     @property
+    def splits(self) -> bool:
+        """Whether the FFN is cut up. If not, every expert is made from the whole of it."""
+        return self.method.name == "split"
+
+    @property
     def copies(self) -> bool:
         """Whether experts are whole copies, changed or not."""
-        return self.method.name not in ("split", "prune")
+        return not (self.splits or self.prunes)
 
     @property
     def prunes(self) -> bool:

@@ -124,7 +124,7 @@ def papers(plan: Plan) -> list[str]:
         used.append(PERTURBS[recipe.method.name])
     if plan.compensates:
         used.append(COMPENSATIONS[recipe.compensate.name])
-    if recipe.method.name == "split":
+    if recipe.splits:
         used.append(SPLITS[recipe.split.name])
         if plan.geometry.shared_experts:
             used.append(SHARED[recipe.shared_by.name])
@@ -237,7 +237,7 @@ Measured on {{ "{:,}".format(check.tokens) }} tokens of the calibration text \
 
 Recipe: `{{ plan.recipe.name }}`, method `{{ plan.recipe.method.name }}`, \
 router `{{ plan.recipe.router.name }}`\
-{% if plan.recipe.method.name == "split" %}, split `{{ plan.recipe.split.name }}`{% endif %}.
+{% if plan.recipe.splits %}, split `{{ plan.recipe.split.name }}`{% endif %}.
 {% for departure in plan.recipe.departures %}
 - Departs from its paper: {{ departure }}
 {% endfor %}

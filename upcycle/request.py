@@ -63,7 +63,7 @@ def check_methods(recipe: Recipe) -> None:
     parameters(SHARED, recipe.shared_by)
     parameters(COMPENSATIONS, recipe.compensate)
     parameters(ROUTERS, router_choice(recipe))
-    if recipe.copies or recipe.prunes:
+    if not recipe.splits:
         _check_alike(recipe)
     if recipe.copies:
         _check_copies(recipe)
@@ -164,7 +164,7 @@ def check_tokens(recipe: Recipe, tokens: int, experts: int) -> None:
             f"{experts} experts: give thousands"
         )
     used: list[tuple[str, Params]] = [("router", parameters(ROUTERS, router_choice(recipe)))]
-    if not (recipe.copies or recipe.prunes):
+    if recipe.splits:
         used.append(("split", parameters(SPLITS, recipe.split)))
         used.append(("shared_by", parameters(SHARED, recipe.shared_by)))
     for name, params in used:
