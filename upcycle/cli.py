@@ -61,6 +61,7 @@ def convert(
     Examples:
 
     * `upcycle convert meta-llama/Llama-3.2-1B --experts 8 --top-k 2 -o out`
+    * `upcycle convert ./my-llama --method prune --experts 8 --active 0.25 -o out`
     * `upcycle convert ./my-llama --method copy --experts 8 --top-k 2 -o out`
     * `upcycle convert ./my-llama --recipe moefication -o out`
     """
