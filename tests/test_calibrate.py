@@ -131,13 +131,6 @@ def test_sequences_come_from_all_over_a_text_in_order(tiny, tmp_path):
     assert torch.equal(found, torch.stack(naive))
 
 
-def test_text_to_be_evaluated_is_not_taken_apart(tiny, tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("".join(map(chr, range(32, 127))) * 8)
-    found = calibrate.packed_tokens(tiny.folder, 320, str(path), 2, 8)
-    assert found.flatten().tolist() == packed(tiny, [path.read_text()])[:16]
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_text_in_another_encoding(tiny, tmp_path, name):
     path = tmp_path / name

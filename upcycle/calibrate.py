@@ -21,7 +21,7 @@ Document = str | list[dict[str, Any]]
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 SPREAD = 8
 """Sequences are taken evenly from so many times as much text: what a layer does differs more
-between topics than between tokens, so a few long documents would be fitted, and little else."""
+between topics than between tokens, so a few long documents would say little about the others."""
 WRITTEN_LENGTH = 128  # tokens of a document that the model writes itself
 WRITTEN_TOGETHER = 128  # such documents at a time
 MODULE_MOST = 8000
@@ -67,7 +67,6 @@ def calibration_tokens(
                 len(mine_BL),
                 seq_len,
                 seed=seed,
-                spread=SPREAD,
                 remedy="(check included): lower --calibration-tokens, or give more text",
             )
     return tokens_BL
@@ -105,21 +104,19 @@ def packed_tokens(
     seq_len: int,
     *,
     seed: int = 0,
-    spread: int = 1,
     remedy: str = "(--tokens)",
 ) -> Tensor:
-    """Tokens [sequences, seq_len] of a text, by the tokenizer in a model's folder.
+    """Tokens [sequences, seq_len] from all over a text, by the tokenizer in a model's folder.
 
     Args:
         text: as in `calibration_tokens`, except `self`.
-        spread: take the sequences evenly from up to so many times as many.
         remedy: what the error about too little text proposes, besides more text.
 
     Raises:
         UpcycleError: as there.
     """
     wanted = sequences * seq_len
-    ids = first_tokens(folder, vocab_size, text, spread * wanted, seed=seed)
+    ids = first_tokens(folder, vocab_size, text, SPREAD * wanted, seed=seed)
     if len(ids) < wanted:
         raise UpcycleError(
             f"text {text!r} holds {len(ids):,} tokens, but {wanted:,} are needed {remedy}"

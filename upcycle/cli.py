@@ -228,7 +228,7 @@ def evaluate(
     model: Model,
     against: Against = None,
     text: Texts = None,
-    tokens: Annotated[int, typer.Option(min=8, help="Of each text, from its start.")] = 16384,
+    tokens: Annotated[int, typer.Option(min=8, help="Of each text, from all over it.")] = 16384,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
     speed: Speed = False,
     tasks: Tasks = None,
@@ -241,8 +241,8 @@ def evaluate(
     """Measure how good a model is on texts, how far it is from the dense model, how tokens spread
     over experts, what it costs, and perhaps how fast it is.
 
-    Each text is cut into windows of the same length, each read on its own; the first token of a
-    window is given.
+    Windows of the same length are taken evenly from all over a text, each read on its own; its
+    first token is given.
 
     Examples:
 
@@ -310,7 +310,7 @@ def report(
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=8, help="Of each text, from its start. [default: 4096]", show_default=False
+            min=8, help="Of each text, from all over it. [default: 4096]", show_default=False
         ),
     ] = None,
     evaluation: Annotated[

@@ -1,8 +1,9 @@
 """How good a model is on text, alone and against the dense model it was made from.
 
-Protocol: each text is cut into windows of the same length, each is read on its own, and the first
-token of a window is given. Perplexity is the exponential of the mean over windows. One model is in
-memory at a time, unless speed is measured, which takes both in turn.
+Protocol: windows of the same length are taken evenly from all over a text, each is read on its own,
+and its first token is given. (The first ones would be about one or two topics, and that is what the
+numbers would then differ by.) Perplexity is the exponential of the mean over windows. One model is
+in memory at a time, unless speed is measured, which takes both in turn.
 """
 
 import itertools
@@ -155,7 +156,7 @@ def evaluate(
     Args:
         model, against: folders, hub ids or GGUF files; both must share a tokenizer.
         texts: each a file, `builtin` or `hf:…`, as for calibration.
-        tokens: how many of each text, from its start.
+        tokens: how many of each text, in windows from all over it.
         speed: measure both models' too, with both in memory.
         tasks: of lm-eval, to be run as well.
         batch_size: sequences at once, for speed and tasks.
