@@ -332,7 +332,7 @@ ASIDE = {
     },
     "copies": {"method": "copy", "sequential": True},
     "pruned copies": {
-        "method": "prune", "router": "kmeans", "top_k": 1, "compensate": "least_squares",
+        "method": "prune", "router": "membership", "top_k": 1, "compensate": "least_squares",
     },
 }  # fmt: skip
 
@@ -494,7 +494,7 @@ CHOICES = {
     "shared_experts": [None, 0, 1, 2],
     "granularity": [1, 1, 1, 2, 4],
     "target": ["auto", "auto", "qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"],
-    "router": [None, None, "ridge", "centroid", "representative", "kmeans", "normal"],
+    "router": [None, None, "ridge", "centroid", "representative", "kmeans", "membership", "normal"],
     "split": ["coactivation", "random", "contiguous", "parameter_clustering", "sharing_inner"],
     "shared_by": ["energy", "rate", "consensus"],
     "compensate": ["none", "none", "least_squares"],
@@ -563,8 +563,8 @@ def test_what_is_refused_is_refused_by_convert_before_it_writes(dense, tmp_path)
 
 @pytest.mark.parametrize("router", ["ridge", "centroid", "representative"])
 def test_router_that_cannot_tell_copies_apart(dense, router):
-    words = f"--router {router} has nothing to tell copies apart by: use kmeans or normal"
-    with pytest.raises(UpcycleError, match=words):
+    words = "has nothing to tell copies apart by: use kmeans, membership or normal"
+    with pytest.raises(UpcycleError, match=f"--router {router} {words}"):
         upcycle.plan(str(dense()), method="copy", experts=4, router=router)
 
 

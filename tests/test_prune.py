@@ -331,6 +331,6 @@ def test_so_does_the_command(dense, text, tmp_path):
     assert result.exit_code == 0, result.stderr
     said = " ".join(result.stdout.split())
     neurons = load(dense()).config.intermediate_size // 2
-    assert "pruned copies, router kmeans, compensation least_squares, layer by layer" in said
+    assert "pruned copies, router membership, compensation least_squares, layer by layer" in said
     assert f"1 of 4 routed, {neurons} neurons each" in said
     assert "The pruning costs" in said

@@ -73,8 +73,9 @@ class ConvertedLayer:
         chosen_TK = (x_TD @ self.router_ED.to(x_TD).T).topk(top_k, dim=-1).indices
         y_TD = torch.zeros_like(x_TD)
         for expert, neurons_M in enumerate(self.layout.experts_EM):
-            tokens = (chosen_TK == expert).any(1).nonzero()[:, 0]
-            y_TD[tokens] += ffn.take(neurons_M)(x_TD[tokens])
+            own = ffn.take(neurons_M)
+            for tokens in (chosen_TK == expert).any(1).nonzero()[:, 0].split(BATCH_TOKENS):
+                y_TD[tokens] += own(x_TD[tokens])
         return y_TD
 
 

@@ -39,7 +39,7 @@ def router_choice(recipe: Recipe) -> Choice:
     """The router that the recipe names, or the default one."""
     if recipe.router is not None:
         return recipe.router
-    return Choice(name="kmeans" if recipe.prunes else "normal" if recipe.copies else "ridge")
+    return Choice(name="membership" if recipe.prunes else "normal" if recipe.copies else "ridge")
 
 
 def router_method(recipe: Recipe) -> Method[Any]:

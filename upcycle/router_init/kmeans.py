@@ -31,17 +31,28 @@ class KMeansParams(Params):
 def router(
     activations: LayerActivations, experts_EM: Tensor, params: KMeansParams, rng: torch.Generator
 ) -> Tensor:
+    return clusters(activations, experts_EM, params.tokens, rng).mean(1)
+
+
+def clusters(
+    activations: LayerActivations, experts_EM: Tensor, tokens: int, rng: torch.Generator
+) -> Tensor:
+    """The hidden states of each expert's cluster, [E, t, D].
+
+    Args:
+        tokens: how many are clustered at most.
+    """
     num_experts = len(experts_EM)
-    x_TD = activations.sample(params.tokens).x_TD
+    x_TD = activations.sample(tokens).x_TD
     x_TD = x_TD[: len(x_TD) // num_experts * num_experts]
-    members_CM, centroids_CD = balanced_kmeans(x_TD, num_experts, rng)
+    members_Ct, _ = balanced_kmeans(x_TD, num_experts, rng)
     power_F = activations.ffn.down_DF.square().sum(0)
     energy_CE = torch.stack(
         [
             (activations.ffn.hidden(x_TD[members]).square().mean(0) * power_F)[experts_EM].sum(1)
-            for members in members_CM
+            for members in members_Ct
         ]
     ).cpu()
     share_CE = energy_CE / energy_CE.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
-    clusters, experts = linear_sum_assignment(share_CE.numpy(), maximize=True)
-    return centroids_CD[torch.from_numpy(clusters[experts.argsort()])]
+    matched, experts = linear_sum_assignment(share_CE.numpy(), maximize=True)
+    return x_TD[members_Ct[torch.from_numpy(matched[experts.argsort()])]]
