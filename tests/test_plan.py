@@ -563,7 +563,7 @@ def test_what_is_refused_is_refused_by_convert_before_it_writes(dense, tmp_path)
 
 @pytest.mark.parametrize("router", ["ridge", "centroid", "representative"])
 def test_router_that_cannot_tell_copies_apart(dense, router):
-    words = "has nothing to tell copies apart by: use kmeans, membership or normal"
+    words = "has nothing to tell copies apart by: use kmeans or membership or normal"
     with pytest.raises(UpcycleError, match=f"--router {router} {words}"):
         upcycle.plan(str(dense()), method="copy", experts=4, router=router)
 

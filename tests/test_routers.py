@@ -100,7 +100,7 @@ def test_no_router_depends_on_chunking(name, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["centroid", "kmeans", "representative", "ridge", "static"])
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "normal"])
 def test_rows_follow_their_experts(name):
     """Experts in another order mean the same rows in that order."""
     order = torch.tensor([2, 0, 3, 1])
@@ -257,6 +257,31 @@ def test_kmeans_matches_one_to_one_at_the_largest_total_share():
 def test_kmeans_accepts_tokens_that_are_no_multiple_of_the_experts():
     activations = make_activations(tokens=E * 9 + 3)
     assert route("kmeans", activations, make_experts()).shape == (E, D)
+
+
+def test_membership_is_the_regression_of_whose_topic_a_token_is():
+    activations, experts_EM, _ = make_topics(torch.ones(E))
+    expert_of_topic = torch.tensor([2, 0, 3, 1]).argsort()
+    topic_T = torch.arange(len(activations.x_TD)) % E
+    member_TE = np.eye(E)[expert_of_topic[topic_T]]
+    for strength in (0.1, 2.0):
+        expected_ED = normal_equations(activations.x_TD, member_TE, strength)
+        router_ED = route("membership", activations, experts_EM, strength=strength)
+        torch.testing.assert_close(router_ED, expected_ED, rtol=1e-4, atol=1e-5)
+
+
+def test_membership_shares_out_tokens_that_centroids_give_to_the_longest():
+    """Topics in nearly one direction, some of them longer."""
+    length_E1 = torch.tensor([[4.0], [5.0], [6.0], [9.0]])
+    topics_ED = length_E1 * (torch.eye(E, D) + 3 * torch.eye(D)[-1])
+    x_TD = topics_ED.repeat(T, 1) + 0.1 * normal(E * T, D, seed=6)
+    activations = LayerActivations(make_activations().ffn, x_TD)
+    load = {}
+    for name in ("kmeans", "membership"):
+        chosen_T = (x_TD @ route(name, activations, make_experts()).T).argmax(1)
+        load[name] = chosen_T.bincount(minlength=E).tolist()
+    assert max(load["kmeans"]) == E * T
+    assert load["membership"] == [T] * E
 
 
 def make_predictable():

@@ -93,9 +93,12 @@ def _fitting(plan: Plan) -> int:
     refit = chunks + DOUBLE * (3 * neurons**2 + 2 * neurons * hidden)
     # y; the refit weights, their gradient and Adam's two moments; a batch's activations.
     descent = (tokens * hidden + 5 * ffn + 8 * BATCH * neurons) * FLOAT
-    # The experts that are done, in the dtype that is written, and the last ones while they join.
+    # The experts that are done, in the dtype that is written, and the last ones while they join;
+    # one expert's tokens and their activations, should it get twice its share.
     copies = plan.geometry.num_experts * plan.spec.expert_size * 3 * hidden * plan.dtype.itemsize
-    pruned = 2 * copies * plan.recipe.prunes
+    own = min(tokens, 2 * tokens // plan.geometry.num_experts)
+    own_bytes = (own * hidden + min(own * neurons, HELD_ELEMENTS)) * FLOAT
+    pruned = (2 * copies + own_bytes) * plan.recipe.prunes
     compensation = max(refit * plan.compensates, descent * ("gate_FD" in plan.refits))
     run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + 2 * tokens * hidden * FLOAT
     return weights + stream + held + max(chunks + split, compensation + pruned, run, _writing(plan))

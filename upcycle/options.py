@@ -79,8 +79,8 @@ SharedBy = Annotated[
 Router = Annotated[
     str | None,
     setting(
-        "ridge | centroid | representative | kmeans | static | normal [default: ridge for a "
-        "split, normal for copies]",
+        "ridge | centroid | representative | kmeans | membership | static | normal [default: ridge "
+        "for a split, membership for pruned copies, normal for copies]",
         "--router",
     ),
 ]
