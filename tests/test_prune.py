@@ -212,6 +212,22 @@ class Sum(torch.nn.Module):
         return total
 
 
+def test_tokens_reach_their_expert_a_batch_at_a_time(monkeypatch):
+    """Against each token alone, through the expert of its largest logit."""
+    tokens, hidden, neurons, experts = 40, 16, 8, 3
+    rng = torch.Generator().manual_seed(0)
+    x_TD, router_ED = (torch.randn(n, hidden, generator=rng) for n in (tokens, experts))
+    gate_FD, up_FD = torch.randn(2, experts * neurons, hidden, generator=rng)
+    ffn = DenseFFN(gate_FD, up_FD, torch.randn(hidden, experts * neurons, generator=rng), silu)
+    converted = ConvertedLayer.of_pruned(ffn, torch.arange(experts * neurons) % 12, router_ED)
+    monkeypatch.setattr("upcycle.layer.BATCH_TOKENS", 7)
+    y_TD = converted.output(LayerActivations(ffn.take(torch.arange(12)), x_TD), top_k=1)
+    for x_D, y_D in zip(x_TD, y_TD, strict=True):
+        expert = int((router_ED @ x_D).argmax())
+        own = ffn.take(torch.arange(expert * neurons, (expert + 1) * neurons))
+        torch.testing.assert_close(y_D, own(x_D), rtol=1e-4, atol=1e-5)
+
+
 # --- the check -------------------------------------------------------------------------------
 
 
