@@ -56,7 +56,8 @@ def all_on(x_TD):
 
 def compensate(name, activations, selection, weight_T, **params):
     checked = parameters(COMPENSATIONS, Choice(name=name, **params))
-    return COMPENSATIONS[name].run(activations, selection, weight_T, checked)
+    y_TD = activations.output()
+    return COMPENSATIONS[name].run(activations, selection, y_TD, weight_T, checked)
 
 
 def least_squares(activations, selection, weight_T, **params):

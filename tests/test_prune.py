@@ -152,8 +152,7 @@ def naive_refit(ffn, neurons_M, x_TD, norm_T, strength=0.3, jitter=1e-6):
     on_TM, old_DM = h_TF[:, neurons_M], down_DF[:, neurons_M]
     weighted_MT = on_TM.T / norm_T.double() ** 2
     moment_M = (weighted_MT @ on_TM).diagonal()
-    mean = moment_M.sum() / ffn.num_neurons
-    penalty_MM = (strength * moment_M + jitter * mean).diag()
+    penalty_MM = (strength * moment_M + jitter * moment_M.mean()).diag()
     wanted_MD = weighted_MT @ h_TF @ down_DF.T + penalty_MM @ old_DM.T
     return torch.linalg.solve(weighted_MT @ on_TM + penalty_MM, wanted_MD).T
 

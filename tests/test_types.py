@@ -256,6 +256,20 @@ def test_what_is_held_is_worked_out_once(monkeypatch, held, runs):
 @pytest.mark.parametrize("part", NEURONS)
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("chunk_elements", [3 * F, 2**24])
+def test_output_is_the_ffns_token_by_token(monkeypatch, held, part, chunk_elements):
+    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
+    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", chunk_elements)
+    ffn, x_TD = make_ffn(0), make_inputs()
+    down_DF = ffn.down_DF.double().numpy()
+    hidden = [naive_hidden(ffn, x_D) for x_D in x_TD.double().numpy()]
+    expected = np.array([sum(h[i] * down_DF[:, i] for i in NEURONS[part]) for h in hidden])
+    y_TD = PARTS[part](LayerActivations(ffn, x_TD)).output()
+    torch.testing.assert_close(y_TD, torch.from_numpy(expected).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", NEURONS)
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("chunk_elements", [3 * F, 2**24])
 def test_energy_is_the_sum_over_tokens_of_what_a_neuron_adds(
     monkeypatch, held, part, chunk_elements
 ):

@@ -18,7 +18,7 @@ from upcycle.rng import generator
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.split import SPLITS
-from upcycle.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer, Selection, always
+from upcycle.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer, Selection, all_on
 
 # Small enough that softmax weights are equal, large enough that no selection flips; float16 can't
 # hold smaller router weights (measured in tests/test_exactness.py).
@@ -110,7 +110,7 @@ def convert_layer(
             return ConvertedLayer.of_pruned(ffn, origin_F, router_ED)
         if weight_T is not None:
             selection = layout.selection(router_ED.to(activations.x_TD), plan.geometry.top_k)
-            ffn = _compensate(plan, activations, selection, weight_T)
+            ffn = _compensate(plan, activations, selection, activations.output(), weight_T)
         if not plan.recipe.copies:
             ffn = ffn.to("cpu", plan.dtype)
     return ConvertedLayer(ffn, layout, router_ED, torch.arange(ffn.num_neurons))
@@ -184,23 +184,30 @@ def _prune_layer(
         plan.spec.expert_size,
         torch.ones_like(x_TD[:, 0]) if weight_T is None else weight_T,
     )
+    origin_F = experts_EM.flatten()
+    if weight_T is None:
+        return activations.ffn.to("cpu", plan.dtype).take(origin_F), origin_F
+    y_TD = activations.output()
     pruned = []
     for expert, neurons_M in enumerate(experts_EM):
-        ffn, tokens = activations.ffn, (chosen_T == expert).nonzero()[:, 0]
-        if weight_T is not None:
-            own = LayerActivations(ffn, x_TD[tokens])
-            ffn = _compensate(plan, own, always(neurons_M, ffn.num_neurons), weight_T[tokens])
-        pruned.append(ffn.take(neurons_M).to("cpu", plan.dtype))
-    return DenseFFN.concatenate(pruned), experts_EM.flatten()
+        tokens = (chosen_T == expert).nonzero()[:, 0]
+        own = LayerActivations(activations.ffn.take(neurons_M), x_TD[tokens])
+        ffn = _compensate(plan, own, all_on, y_TD[tokens], weight_T[tokens])
+        pruned.append(ffn.to("cpu", plan.dtype))
+    return DenseFFN.concatenate(pruned), origin_F
 
 
 def _compensate(
-    plan: Plan, activations: LayerActivations, selection: Selection, weight_T: Tensor
+    plan: Plan,
+    activations: LayerActivations,
+    selection: Selection,
+    y_TD: Tensor,
+    weight_T: Tensor,
 ) -> DenseFFN:
     """New weights, given which neurons are on."""
     choice = plan.recipe.compensate
     params = parameters(COMPENSATIONS, choice)
-    return COMPENSATIONS[choice.name].run(activations, selection, weight_T, params)
+    return COMPENSATIONS[choice.name].run(activations, selection, y_TD, weight_T, params)
 
 
 def _token_weights(norm_T: Tensor) -> Tensor:

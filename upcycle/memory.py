@@ -89,17 +89,20 @@ def _fitting(plan: Plan) -> int:
     chunks = 3 * min(tokens * neurons, CHUNK_ELEMENTS) * FLOAT
     # xᵀy in both precisions, before and after it is added up.
     split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
+    # Of a pruned copy only its own neurons are refit.
+    on = plan.spec.expert_size if plan.recipe.prunes else neurons
     # The matrix, its factor and the solver's copy; the right-hand side and the solution.
-    refit = chunks + DOUBLE * (3 * neurons**2 + 2 * neurons * hidden)
-    # y; the refit weights, their gradient and Adam's two moments; a batch's activations.
-    descent = (tokens * hidden + 5 * ffn + 8 * BATCH * neurons) * FLOAT
+    refit = chunks + DOUBLE * (3 * on**2 + 2 * on * hidden)
+    # The refit weights, their gradient and Adam's two moments; a batch's activations.
+    descent = (5 * 3 * hidden * on + 8 * BATCH * on) * FLOAT
+    wanted = tokens * hidden * FLOAT  # y
     # The experts that are done, in the dtype that is written, and the last ones while they join;
     # one expert's tokens and their activations, should it get twice its share.
     copies = plan.geometry.num_experts * plan.spec.expert_size * 3 * hidden * plan.dtype.itemsize
     own = min(tokens, 2 * tokens // plan.geometry.num_experts)
-    own_bytes = (own * hidden + min(own * neurons, HELD_ELEMENTS)) * FLOAT
+    own_bytes = (2 * own * hidden + min(own * on, HELD_ELEMENTS)) * FLOAT
     pruned = (2 * copies + own_bytes) * plan.recipe.prunes
-    compensation = max(refit * plan.compensates, descent * ("gate_FD" in plan.refits))
+    compensation = (wanted + max(refit, descent * ("gate_FD" in plan.refits))) * plan.compensates
     run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + 2 * tokens * hidden * FLOAT
     return weights + stream + held + max(chunks + split, compensation + pruned, run, _writing(plan))
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
 Selection = Callable[[Tensor], Tensor]
-"""How often each neuron is on, [T, F], for inputs x [T, D]; more than once where experts that hold
-the same neuron are on together."""
+"""How often each neuron is on, [T, F] (or for all alike, [T, 1]), for inputs x [T, D]; more than
+once where experts that hold the same neuron are on together."""
 
 CHUNK_ELEMENTS = 2**24  # of an h_TF chunk: 64 MB in float32, whatever F is
 HELD_ELEMENTS = 2**28  # of h_TF that a layer may hold: 1 GB in float32
@@ -122,6 +122,10 @@ class LayerActivations:
         size = max(1, CHUNK_ELEMENTS // self.ffn.num_neurons)
         return [tensor.split(size) for tensor in tensors]
 
+    def output(self) -> Tensor:
+        """y [T, D]."""
+        return torch.cat([h_tF @ self.ffn.down_DF.T for _, h_tF in self.chunks()])
+
     def energy(self) -> Tensor:
         """How much each neuron puts out, Σ_t h² |down|², [F]."""
         power_F = torch.stack([h_tF.square().sum(0) for _, h_tF in self.chunks()]).sum(0)
@@ -136,10 +140,9 @@ class LayerActivations:
         return LayerActivations(self.ffn, self.x_TD[:: _stride(len(self.x_TD), tokens)])
 
 
-def always(neurons_M: Tensor, num_neurons: int) -> Selection:
-    """These of F neurons are on for every token."""
-    on_F = torch.zeros(num_neurons).index_fill(0, neurons_M, 1)
-    return lambda x_TD: on_F.to(x_TD).expand(len(x_TD), -1)
+def all_on(x_TD: Tensor) -> Tensor:
+    """The selection of every neuron for every token."""
+    return x_TD.new_ones(len(x_TD), 1)
 
 
 def sampled(tokens: int, wanted: int) -> int:

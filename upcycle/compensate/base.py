@@ -12,15 +12,20 @@ P = TypeVar("P", bound=Params, contravariant=True)
 
 
 class Compensate(Protocol[P]):
-    """New weights for all neurons, given which of them are on for a token, and how much an error on
-    each token counts."""
+    """New weights for all neurons, given which of them are on for a token, what they should put out
+    for it, and how much an error on it counts."""
 
     def __call__(
-        self, activations: LayerActivations, selection: Selection, weight_T: Tensor, params: P
+        self,
+        activations: LayerActivations,
+        selection: Selection,
+        y_TD: Tensor,
+        weight_T: Tensor,
+        params: P,
     ) -> DenseFFN: ...
 
 
-Run = Callable[[LayerActivations, Selection, Tensor, Params], DenseFFN]
+Run = Callable[[LayerActivations, Selection, Tensor, Tensor, Params], DenseFFN]
 COMPENSATIONS: Registry[Method[Run]] = Registry("compensation")
 
 

@@ -44,12 +44,12 @@ class DescentParams(LeastSquaresParams):
 def descend(
     activations: LayerActivations,
     selection: Selection,
+    y_TD: Tensor,
     weight_T: Tensor,
     params: DescentParams,
 ) -> DenseFFN:
-    start = refit(activations, selection, weight_T, params)
-    dense_DF, x_TD = activations.ffn.down_DF, activations.x_TD
-    y_TD = torch.cat([h_tF @ dense_DF.T for _, h_tF in activations.chunks()])
+    start = refit(activations, selection, y_TD, weight_T, params)
+    x_TD = activations.x_TD
 
     def error(ffn: DenseFFN, batch: slice) -> Tensor:
         x_tD = x_TD[batch]

@@ -35,6 +35,7 @@ class LeastSquaresParams(Params):
 def refit(
     activations: LayerActivations,
     selection: Selection,
+    y_TD: Tensor,
     weight_T: Tensor,
     params: LeastSquaresParams,
 ) -> DenseFFN:
@@ -44,20 +45,16 @@ def refit(
     hy_FD = down_DF.new_zeros(num_neurons, hidden, dtype=torch.float64)
     done = 0
     for x_tD, h_tF in activations.chunks():
-        weight_t1 = weight_T[done : done + len(x_tD), None]
+        token = slice(done, done + len(x_tD))
         done += len(x_tD)
         on_tF = h_tF * selection(x_tD)
-        missing_tD = (h_tF - on_tF) @ down_DF.T
-        weighted_Ft = (on_tF * weight_t1).T
+        missing_tD = y_TD[token] - on_tF @ down_DF.T
+        weighted_Ft = (on_tF * weight_T[token, None]).T
         hh_FF += weighted_Ft @ on_tF
         hy_FD += weighted_Ft @ missing_tD
     moment_F = hh_FF.diagonal().clone()
-    # Neurons that are never on stay as they are; of a pruned copy these are many.
-    on_M = moment_F.nonzero()[:, 0]
-    if not len(on_M):
+    if not moment_F.any():
         return activations.ffn
-    hh_FF = hh_FF[on_M[:, None], on_M]
-    hh_FF.diagonal().add_(params.strength * moment_F[on_M] + JITTER * moment_F.mean())
-    change_MD = torch.cholesky_solve(hy_FD[on_M], torch.linalg.cholesky(hh_FF))
-    down_DF = down_DF.index_add(1, on_M, change_MD.T.to(down_DF.dtype))
-    return replace(activations.ffn, down_DF=down_DF)
+    hh_FF.diagonal().add_(params.strength * moment_F + JITTER * moment_F.mean())
+    change_FD = torch.cholesky_solve(hy_FD, torch.linalg.cholesky(hh_FF))
+    return replace(activations.ffn, down_DF=down_DF + change_FD.T.to(down_DF.dtype))

@@ -9,6 +9,10 @@ from upcycle.types import DenseFFN, LayerActivations, Selection
 
 @compensation("none", summary="keep the dense weights", paper="baseline")
 def keep(
-    activations: LayerActivations, selection: Selection, weight_T: Tensor, params: Params
+    activations: LayerActivations,
+    selection: Selection,
+    y_TD: Tensor,
+    weight_T: Tensor,
+    params: Params,
 ) -> DenseFFN:
     return activations.ffn
