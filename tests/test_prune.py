@@ -25,7 +25,7 @@ from upcycle import CheckFailed, UpcycleError, conversion, planning
 from upcycle.cli import app
 from upcycle.layer import ConvertedLayer
 from upcycle.page import origin
-from upcycle.prune import ALL_TOKENS, strongest_neurons
+from upcycle.prune import ALL_TOKENS, overall_strength, strongest_neurons
 from upcycle.recipe import load_recipe
 from upcycle.types import DenseFFN, LayerActivations
 
@@ -82,30 +82,46 @@ def convert(dense, text, tmp_path_factory):
 # --- which neurons ---------------------------------------------------------------------------
 
 
+def random_ffn(rng):
+    return DenseFFN(*(torch.randn(s, generator=rng) for s in ((24, 8), (24, 8), (8, 24))), silu)
+
+
+def naive_strength(ffn, x_TD, weight_T):
+    """Neuron by neuron and token by token."""
+    h_TF, tokens, neurons = ffn.hidden(x_TD).double(), range(len(x_TD)), range(ffn.num_neurons)
+    length_F = [float(ffn.down_DF[:, i].double().square().sum()) for i in neurons]
+    return [
+        sum(float(weight_T[t] * h_TF[t, i] ** 2) * length_F[i] for t in tokens) / len(x_TD)
+        for i in neurons
+    ]
+
+
 def test_an_expert_keeps_what_puts_out_most_on_its_own_tokens():
     rng = torch.Generator().manual_seed(0)
-    ffn = DenseFFN(*(torch.randn(s, generator=rng) for s in ((24, 8), (24, 8), (8, 24))), silu)
+    ffn = random_ffn(rng)
     x_TD, weight_T = torch.randn(50, 8, generator=rng), torch.rand(50, generator=rng)
-    chosen_T = torch.randint(3, (50,), generator=rng)
-    kept = strongest_neurons(LayerActivations(ffn, x_TD), chosen_T, 3, 10, weight_T)
-    h_TF = ffn.hidden(x_TD).double()
-    for expert in range(3):
-        score = []
-        for neuron in range(24):
-            length = float(ffn.down_DF[:, neuron].double().square().sum())
-            each = [float(weight_T[t] * h_TF[t, neuron] ** 2) * length for t in range(50)]
-            own = [each[t] for t in range(50) if chosen_T[t] == expert]
-            score.append(sum(own) / len(own) + ALL_TOKENS * sum(each) / 50)
-        best = sorted(sorted(range(24), key=lambda i: -score[i])[:10])
-        assert kept[expert].tolist() == best
+    overall_F = torch.rand(24, generator=rng) / ALL_TOKENS
+    kept = strongest_neurons(LayerActivations(ffn, x_TD), weight_T, overall_F, 10)
+    score_F = torch.tensor(naive_strength(ffn, x_TD, weight_T)) + ALL_TOKENS * overall_F
+    assert kept.tolist() == sorted(sorted(range(24), key=lambda i: -score_F[i])[:10])
 
 
 def test_an_expert_without_tokens_keeps_what_is_strongest_overall():
     rng = torch.Generator().manual_seed(1)
-    ffn = DenseFFN(*(torch.randn(s, generator=rng) for s in ((24, 8), (24, 8), (8, 24))), silu)
-    activations = LayerActivations(ffn, torch.randn(50, 8, generator=rng))
-    kept = strongest_neurons(activations, torch.zeros(50, dtype=int), 2, 10, torch.ones(50))
-    assert torch.equal(kept[1], activations.energy().topk(10).indices.sort().values)
+    ffn, overall_F = random_ffn(rng), torch.rand(24, generator=rng)
+    nothing = LayerActivations(ffn, torch.empty(0, 8))
+    kept = strongest_neurons(nothing, torch.empty(0), overall_F, 10)
+    assert torch.equal(kept, overall_F.topk(10).indices.sort().values)
+
+
+def test_what_is_strongest_overall_is_seen_on_a_sample(monkeypatch):
+    monkeypatch.setattr("upcycle.prune.RANKING_TOKENS", 10)
+    rng = torch.Generator().manual_seed(2)
+    ffn, x_TD = random_ffn(rng), torch.randn(50, 8, generator=rng)
+    weight_T = torch.rand(50, generator=rng)
+    overall_F = overall_strength(LayerActivations(ffn, x_TD), weight_T)
+    expected_F = torch.tensor(naive_strength(ffn, x_TD[::5], weight_T[::5]))
+    torch.testing.assert_close(overall_F.double(), expected_F.double(), rtol=1e-4, atol=0)
 
 
 # --- what is written -------------------------------------------------------------------------

@@ -234,9 +234,12 @@ def test_chunks_of_any_size_cover_the_tokens_of_a_part(monkeypatch, held, part):
     monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
     monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 3 * F)
     activations = PARTS[part](LayerActivations(make_ffn(0), make_inputs()))
-    x_TD, h_TF = (torch.cat(each) for each in zip(*activations.chunks(), strict=True))
+    place_T = torch.arange(len(activations.x_TD))
+    chunks = activations.chunks(place_T, -place_T)
+    x_TD, h_TF, *beside = (torch.cat(each) for each in zip(*chunks, strict=True))
     assert torch.equal(x_TD, activations.x_TD)
     torch.testing.assert_close(h_TF, activations.ffn.hidden(x_TD))
+    assert torch.equal(torch.stack(beside), torch.stack([place_T, -place_T]))
 
 
 @pytest.mark.parametrize(("held", "runs"), [("held", 1), ("just held", 1), ("not held", 4)])

@@ -26,9 +26,10 @@ class Innovations(LayerActivations):
     others_S: Tensor
     foretold_SR: Tensor
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x_tD, h_tF in self.everything.chunks():
-            yield x_tD, h_tF[:, self.neurons_R] - h_tF[:, self.others_S] @ self.foretold_SR
+    def chunks(self, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        for x_tD, h_tF, *rows in self.everything.chunks(*beside):
+            rest_tR = h_tF[:, self.neurons_R] - h_tF[:, self.others_S] @ self.foretold_SR
+            yield x_tD, rest_tR, *rows
 
     def take(self, neurons: Tensor) -> "Innovations":
         return replace(
@@ -54,11 +55,9 @@ def innovations(
     if not len(others_S):
         return activations.take(neurons_R)
     moment_SS = moment_SR = torch.zeros((), dtype=torch.float64)
-    done = 0
-    for x_tD, h_tF in activations.chunks():
+    for _, h_tF, weight_t in activations.chunks(weight_T):
         h_tS, h_tR = h_tF[:, others_S], h_tF[:, neurons_R]
-        weighted_St = (h_tS * weight_T[done : done + len(x_tD), None]).T
-        done += len(x_tD)
+        weighted_St = (h_tS * weight_t[:, None]).T
         moment_SS = moment_SS + (weighted_St @ h_tS).double()
         moment_SR = moment_SR + (weighted_St @ h_tR).double()
     penalty = STRENGTH * moment_SS.diagonal().mean()

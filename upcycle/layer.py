@@ -12,7 +12,7 @@ from upcycle.dense import BATCH_TOKENS
 from upcycle.innovation import innovations
 from upcycle.perturb import PERTURBS
 from upcycle.planning import Plan
-from upcycle.prune import strongest_neurons
+from upcycle.prune import overall_strength, strongest_neurons
 from upcycle.request import parameters, router_choice
 from upcycle.rng import generator
 from upcycle.router_init import ROUTERS
@@ -63,10 +63,14 @@ class ConvertedLayer:
         if len(self.permutation) > activations.ffn.num_neurons:
             return self._expert_by_expert(ffn, x_TD, top_k)
         selection = self.layout.selection(self.router_ED.to(x_TD), top_k)
-        pairs: Iterable[tuple[Tensor, Tensor]] = activations.chunks()
+        y_TD = torch.empty_like(x_TD)
+        chunks: Iterable[tuple[Tensor, ...]] = activations.chunks(y_TD)
         if not ffn.hides_as(activations.ffn):
-            pairs = ((x_tD, ffn.hidden(x_tD)) for x_tD in x_TD.split(BATCH_TOKENS))
-        return torch.cat([(h_tF * selection(x_tD)) @ ffn.down_DF.T for x_tD, h_tF in pairs])
+            batches = zip(x_TD.split(BATCH_TOKENS), y_TD.split(BATCH_TOKENS), strict=True)
+            chunks = ((x_tD, ffn.hidden(x_tD), room_tD) for x_tD, room_tD in batches)
+        for x_tD, h_tF, room_tD in chunks:
+            torch.matmul(h_tF * selection(x_tD), ffn.down_DF.T, out=room_tD)
+        return y_TD
 
     def _expert_by_expert(self, ffn: DenseFFN, x_TD: Tensor, top_k: int) -> Tensor:
         """The same, where all neurons of all experts on every token would be too many."""
@@ -177,24 +181,20 @@ def _prune_layer(
     """
     x_TD = activations.x_TD
     chosen_T = (x_TD @ router_ED.to(x_TD).T).argmax(1)
-    experts_EM = strongest_neurons(
-        activations,
-        chosen_T,
-        len(router_ED),
-        plan.spec.expert_size,
-        torch.ones_like(x_TD[:, 0]) if weight_T is None else weight_T,
-    )
-    origin_F = experts_EM.flatten()
-    if weight_T is None:
-        return activations.ffn.to("cpu", plan.dtype).take(origin_F), origin_F
-    y_TD = activations.output()
-    pruned = []
-    for expert, neurons_M in enumerate(experts_EM):
+    count_T = torch.ones_like(x_TD[:, 0]) if weight_T is None else weight_T
+    overall_F = overall_strength(activations, count_T)
+    pruned, origins = [], []
+    for expert in range(len(router_ED)):
         tokens = (chosen_T == expert).nonzero()[:, 0]
-        own = LayerActivations(activations.ffn.take(neurons_M), x_TD[tokens])
-        ffn = _compensate(plan, own, all_on, y_TD[tokens], weight_T[tokens])
+        own = LayerActivations(activations.ffn, x_TD[tokens])
+        neurons_M = strongest_neurons(own, count_T[tokens], overall_F, plan.spec.expert_size)
+        kept = own.take(neurons_M)
+        ffn = kept.ffn
+        if weight_T is not None:
+            ffn = _compensate(plan, kept, all_on, own.output(), weight_T[tokens])
         pruned.append(ffn.to("cpu", plan.dtype))
-    return DenseFFN.concatenate(pruned), origin_F
+        origins.append(neurons_M.cpu())
+    return DenseFFN.concatenate(pruned), torch.cat(origins)
 
 
 def _compensate(

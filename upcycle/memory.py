@@ -10,9 +10,10 @@ from upcycle.calibrate import WRITTEN_LENGTH, WRITTEN_TOGETHER, texts
 from upcycle.compensate.descent import BATCH
 from upcycle.dense import BATCH_TOKENS
 from upcycle.planning import Plan
+from upcycle.prune import RANKING_TOKENS
 from upcycle.sensitivity import damage_sequences
 from upcycle.source import TensorInfo
-from upcycle.types import CHUNK_ELEMENTS, HELD_ELEMENTS
+from upcycle.types import CHUNK_ELEMENTS, HELD_ELEMENTS, sampled
 
 FLOAT, DOUBLE = 4, 8
 INTERPRETER = 420 * 10**6  # Python, torch and transformers
@@ -89,21 +90,23 @@ def _fitting(plan: Plan) -> int:
     chunks = 3 * min(tokens * neurons, CHUNK_ELEMENTS) * FLOAT
     # xᵀy in both precisions, before and after it is added up.
     split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
-    # Of a pruned copy only its own neurons are refit.
-    on = plan.spec.expert_size if plan.recipe.prunes else neurons
+    # Of a pruned copy only its own neurons are refit, on its own tokens: twice its share, perhaps.
+    on, own = neurons, tokens
+    if plan.recipe.prunes:
+        on, own = plan.spec.expert_size, min(tokens, 2 * tokens // plan.geometry.num_experts)
+        at_once = max(own, sampled(tokens, RANKING_TOKENS))
+        held = min(at_once * neurons, HELD_ELEMENTS) * FLOAT
     # The matrix, its factor and the solver's copy; the right-hand side and the solution.
     refit = chunks + DOUBLE * (3 * on**2 + 2 * on * hidden)
     # The refit weights, their gradient and Adam's two moments; a batch's activations.
     descent = (5 * 3 * hidden * on + 8 * BATCH * on) * FLOAT
-    wanted = tokens * hidden * FLOAT  # y
+    wanted = own * hidden * FLOAT  # y
     # The experts that are done, in the dtype that is written, and the last ones while they join;
-    # one expert's tokens and their activations, should it get twice its share.
+    # the inputs of one.
     copies = plan.geometry.num_experts * plan.spec.expert_size * 3 * hidden * plan.dtype.itemsize
-    own = min(tokens, 2 * tokens // plan.geometry.num_experts)
-    own_bytes = (2 * own * hidden + min(own * on, HELD_ELEMENTS)) * FLOAT
-    pruned = (2 * copies + own_bytes) * plan.recipe.prunes
+    pruned = (2 * copies + own * hidden * FLOAT) * plan.recipe.prunes
     compensation = (wanted + max(refit, descent * ("gate_FD" in plan.refits))) * plan.compensates
-    run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + 2 * tokens * hidden * FLOAT
+    run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + tokens * hidden * FLOAT
     return weights + stream + held + max(chunks + split, compensation + pruned, run, _writing(plan))
 
 

@@ -6,32 +6,45 @@ text are DIVE's (arXiv:2506.09351); there the text's domain tells experts apart,
 hidden states does, layer by layer.
 """
 
+import torch
 from torch import Tensor
 
-from upcycle.types import LayerActivations
+from upcycle.types import LayerActivations, evenly
 
 ALL_TOKENS = 1e-3
 """Weight of all tokens beside an expert's own: it ranks the neurons that those do not use."""
+RANKING_TOKENS = 16384
+"""How many of all tokens are looked at for that."""
 
 
-def strongest_neurons(
-    activations: LayerActivations, chosen_T: Tensor, num_experts: int, size: int, weight_T: Tensor
-) -> Tensor:
-    """The neurons that put out most on each expert's tokens, [E, M], ascending.
+def mean_strength(activations: LayerActivations, weight_T: Tensor) -> Tensor:
+    """How much each neuron puts out on average, h² |down|², [F]; zero without tokens.
 
     Args:
-        chosen_T: each token's expert.
-        size: M.
         weight_T: how much each token counts.
     """
     power_F = activations.ffn.down_DF.square().sum(0)
-    energy_EF = power_F.new_zeros(num_experts, len(power_F))
-    done = 0
-    for x_tD, h_tF in activations.chunks():
-        token = slice(done, done + len(x_tD))
-        done += len(x_tD)
-        energy_EF.index_add_(0, chosen_T[token], h_tF.square() * weight_T[token, None])
-    tokens_E = chosen_T.bincount(minlength=num_experts)
-    overall_F = energy_EF.sum(0) / max(1, len(chosen_T))
-    mean_EF = energy_EF / tokens_E.clamp_min(1)[:, None] + ALL_TOKENS * overall_F
-    return (mean_EF * power_F).topk(size).indices.sort(dim=1).values.cpu()
+    energy_F = torch.zeros_like(power_F)
+    for _, h_tF, weight_t in activations.chunks(weight_T):
+        energy_F += weight_t @ h_tF.square()
+    return energy_F * power_F / max(1, len(weight_T))
+
+
+def overall_strength(activations: LayerActivations, weight_T: Tensor) -> Tensor:
+    """The same on a sample of all tokens."""
+    sample = activations.sample(RANKING_TOKENS)
+    return mean_strength(sample, evenly(weight_T, RANKING_TOKENS))
+
+
+def strongest_neurons(
+    own: LayerActivations, weight_T: Tensor, overall_F: Tensor, size: int
+) -> Tensor:
+    """The neurons that put out most on an expert's own tokens, [M], ascending.
+
+    Args:
+        weight_T: how much each token counts.
+        overall_F: the neurons' mean strength on all tokens.
+        size: M.
+    """
+    strength_F = mean_strength(own, weight_T) + ALL_TOKENS * overall_F
+    return strength_F.topk(size).indices.sort().values

@@ -94,18 +94,18 @@ class LayerActivations:
     whole: "tuple[LayerActivations, Tensor] | None" = None
     """The activations of which these are some neurons', and which neurons."""
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs (x [t, D], h [t, F]) that together cover the tokens in order."""
+    def chunks(self, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Tuples (x [t, D], h [t, F]) that together cover the tokens in order, each with the same
+        tokens' rows of what is given beside."""
         if self.whole is not None and self.whole[0]._fits:
             activations, neurons_M = self.whole
-            for x_tD, h_tF in activations.chunks():
-                yield x_tD, h_tF[:, neurons_M]
-            return
-        if self._fits:
-            yield from zip(*self._split(self.x_TD, self._h_TF), strict=True)
-            return
-        for x_tD in self._split(self.x_TD)[0]:
-            yield x_tD, self.ffn.hidden(x_tD)
+            for x_tD, h_tF, *rows in activations.chunks(*beside):
+                yield x_tD, h_tF[:, neurons_M], *rows
+        elif self._fits:
+            yield from zip(*self._split(self.x_TD, self._h_TF, *beside), strict=True)
+        else:
+            for x_tD, *rows in zip(*self._split(self.x_TD, *beside), strict=True):
+                yield x_tD, self.ffn.hidden(x_tD), *rows
 
     @property
     def _fits(self) -> bool:
@@ -124,7 +124,10 @@ class LayerActivations:
 
     def output(self) -> Tensor:
         """y [T, D]."""
-        return torch.cat([h_tF @ self.ffn.down_DF.T for _, h_tF in self.chunks()])
+        y_TD = torch.empty_like(self.x_TD)
+        for _, h_tF, room_tD in self.chunks(y_TD):
+            torch.matmul(h_tF, self.ffn.down_DF.T, out=room_tD)
+        return y_TD
 
     def energy(self) -> Tensor:
         """How much each neuron puts out, Σ_t h² |down|², [F]."""
@@ -137,12 +140,17 @@ class LayerActivations:
 
     def sample(self, tokens: int) -> "LayerActivations":
         """At most this many tokens, evenly spread."""
-        return LayerActivations(self.ffn, self.x_TD[:: _stride(len(self.x_TD), tokens)])
+        return LayerActivations(self.ffn, evenly(self.x_TD, tokens))
 
 
 def all_on(x_TD: Tensor) -> Tensor:
     """The selection of every neuron for every token."""
     return x_TD.new_ones(len(x_TD), 1)
+
+
+def evenly(tensor: Tensor, wanted: int) -> Tensor:
+    """At most `wanted` of the rows, evenly spread."""
+    return tensor[:: _stride(len(tensor), wanted)]
 
 
 def sampled(tokens: int, wanted: int) -> int:

@@ -43,13 +43,10 @@ def refit(
     hidden, num_neurons = down_DF.shape
     hh_FF = down_DF.new_zeros(num_neurons, num_neurons, dtype=torch.float64)
     hy_FD = down_DF.new_zeros(num_neurons, hidden, dtype=torch.float64)
-    done = 0
-    for x_tD, h_tF in activations.chunks():
-        token = slice(done, done + len(x_tD))
-        done += len(x_tD)
+    for x_tD, h_tF, y_tD, weight_t in activations.chunks(y_TD, weight_T):
         on_tF = h_tF * selection(x_tD)
-        missing_tD = y_TD[token] - on_tF @ down_DF.T
-        weighted_Ft = (on_tF * weight_T[token, None]).T
+        missing_tD = y_tD - on_tF @ down_DF.T
+        weighted_Ft = (on_tF * weight_t[:, None]).T
         hh_FF += weighted_Ft @ on_tF
         hy_FD += weighted_Ft @ missing_tD
     moment_F = hh_FF.diagonal().clone()
