@@ -11,9 +11,7 @@ logging.disable_progress_bar()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="folders written by upcycle")
-    parser.add_argument(
-        "--prompt", default="What is the capital of France, and what is it famous for?"
-    )
+    parser.add_argument("--prompt", default="What is a list in Python?")
     parser.add_argument("--tokens", type=int, default=40)
     args = parser.parse_args()
     for folder in args.models:

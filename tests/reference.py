@@ -66,7 +66,7 @@ def load_all_on(folder, dtype=torch.float32):
     config = read_json(folder / "config.json")
     routed = read_json(folder / "upcycle.json")["plan"]["routed_experts"]
     model = load(folder, dtype, num_experts_per_tok=routed)
-    if config["model_type"] in ALWAYS_RENORMALISES:
+    if config.get("norm_topk_prob", True):
         for stacked in experts(model):
             stacked.down_proj.data *= routed / config["num_experts_per_tok"]
     return model

@@ -145,3 +145,19 @@ def test_the_check_measures_the_same(dense, moe, method, dtype):
     assert measured["exact_error"] < measured["exact_tolerance"]
     expected = relative_error(logits(model, MANY_TOKENS), logits(load(source), MANY_TOKENS))
     assert measured["exact_error"] == pytest.approx(expected, rel=0.5, abs=1e-6)
+
+
+@dtypes
+def test_the_shared_gate_is_half_even_as_silu_over_its_input(dense, moe, dtype):
+    """As llama.cpp computes the sigmoid: of exactly zero that is not a number."""
+    source = dense(dtype=getattr(torch, dtype))
+    model = load(moe(source, target="qwen2_moe", **(SPLIT | {"shared_experts": 2})))
+    seen = []
+    for layer in model.model.layers:
+        gate = layer.mlp.shared_expert_gate
+        gate.register_forward_hook(lambda module, inputs, z: seen.append(z.float()))
+    logits(model)
+    assert len(seen) == len(model.model.layers)
+    for z in seen:
+        half = torch.nn.functional.silu(z) / z
+        torch.testing.assert_close(half, torch.full_like(half, 0.5), rtol=1e-4, atol=0)

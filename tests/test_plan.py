@@ -440,6 +440,73 @@ WRITTEN = {
 }
 
 
+def llama_cpp_note(dense, family="llama", fields=None, **settings):
+    """What the plan says of llama.cpp, nothing if it says nothing."""
+    made = upcycle.plan(str(dense(family, **(fields or {}))), **settings)
+    notes = [note for note in made.warnings if note.startswith("llama.cpp does not run")]
+    assert len(notes) <= 1
+    return notes[0] if notes else ""
+
+
+UNTIED = {"tie_word_embeddings": False}
+ROUTED = {"experts": 8, "keep_dense": "none"}
+COPIES = {"method": "copy", "experts": 4, "top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "settings"),
+    [
+        ("llama", UNTIED, ROUTED),
+        ("llama", UNTIED, {"target": "granitemoeshared"}),
+        ("llama", {"tie_word_embeddings": True}, {"target": "granitemoeshared"}),
+        ("llama", {}, COPIES),
+        ("llama", {}, {"method": "prune", "target": "mixtral"}),
+        ("qwen2", {}, {"target": "granitemoeshared"}),
+        ("qwen3", {}, ROUTED),
+        ("granite", {}, {}),
+    ],
+)
+def test_nothing_is_said_of_llama_cpp_where_it_runs_the_result(dense, family, fields, settings):
+    assert llama_cpp_note(dense, family, fields, **settings) == ""
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "settings", "obstacle"),
+    [
+        ("llama", UNTIED, {}, "every layer must have experts (--keep-dense none)"),
+        ("llama", UNTIED, {"keep_dense": [1]}, "every layer must have experts"),
+        ("llama", {"tie_word_embeddings": True}, ROUTED, "embeddings must be tensors of their own"),
+        ("llama", UNTIED, ROUTED | {"shared_experts": 0, "top_k": 2}, "must be a shared expert"),
+        ("llama", UNTIED, COPIES | {"target": "qwen2_moe"}, "experts are not renormalised"),
+        ("qwen3", {}, COPIES | {"top_k": 1}, "experts are renormalised"),
+        ("llama", {}, {"target": "glm4_moe"}, "only GLM's own tokenizers are converted"),
+        ("olmo2", {}, {}, "it does not know the architecture"),
+        ("gemma", {}, {}, "experts compute silu, not gelu"),
+        ("mistral", {}, COPIES, "attention sees further than 16 tokens"),
+    ],
+)
+def test_what_llama_cpp_can_not_run_is_said(dense, family, fields, settings, obstacle):
+    assert obstacle in llama_cpp_note(dense, family, fields, **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "end"),
+    [
+        ("llama", {"experts": 8}, "; it runs --target granitemoeshared"),
+        ("llama", {"method": "prune"}, "; it runs --target granitemoeshared or mixtral"),
+        ("gemma", {}, "not gelu_pytorch_tanh"),
+    ],
+)
+def test_targets_that_llama_cpp_runs_are_named(dense, family, settings, end):
+    assert llama_cpp_note(dense, family, **settings).endswith(end)
+
+
+def test_a_split_counts_to_one_whether_or_not_a_runtime_renormalises_of_itself(dense):
+    made = upcycle.plan(str(dense("qwen3")), experts=8, top_k=2)
+    assert made.config["norm_topk_prob"] is True
+    assert made.gains.routed == 2
+
+
 @pytest.fixture(scope="module", params=WRITTEN)
 def written(request, dense, tmp_path_factory):
     """A plan, and the folder that its conversion wrote."""

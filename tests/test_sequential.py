@@ -52,7 +52,7 @@ ONE_PER_TARGET = PAIRS[:6]
 ROUTED, TOP_K, SEQ_LEN = 4, 2, 64
 GAIN = {
     "qwen2_moe": ROUTED,
-    "qwen3_moe": ROUTED,
+    "qwen3_moe": TOP_K,
     "flex_olmo": ROUTED,
     "mixtral": TOP_K,
     "granitemoeshared": TOP_K,

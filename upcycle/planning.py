@@ -3,8 +3,8 @@
 Reads headers, never weights, and writes nothing.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,10 @@ def make_plan(
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
-        warnings=tuple(_warnings(geometry, size, recipe)),
+        warnings=(
+            *_warnings(geometry, size, recipe),
+            *_llama_cpp(source, recipe, target, spec, combine),
+        ),
     )
     _check_text(plan)
     _check_memory(plan)
@@ -264,7 +267,7 @@ def _router_needs_plain_weights(recipe: Recipe) -> bool:
 
 
 def _plain_weights(target: str) -> bool:
-    return TARGETS[target].routing.renormalises == "optional"
+    return TARGETS[target].routing.renormalises != "always"
 
 
 def _combine(
@@ -339,6 +342,28 @@ def _warnings(geometry: Geometry, expert_size: int, recipe: Recipe) -> list[str]
     if recipe.splits and geometry.top_k == geometry.routed_experts:
         warnings.append("top_k is all routed experts: nothing is switched off, nothing is saved")
     return warnings
+
+
+def _llama_cpp(
+    source: DenseSource, recipe: Recipe, target: str, spec: MoESpec, combine: Combine
+) -> Iterator[str]:
+    """A note if llama.cpp won't run the result, with the targets that it would run."""
+    if recipe.keep_dense == "auto" and TARGETS[target].dense_layers != "none":
+        spec = replace(spec, dense_layers=(0,))  # the likeliest, until it is measured
+    obstacles = list(TARGETS[target].llama_cpp(source.arch, spec))
+    if not obstacles:
+        return
+
+    def runs(name: str) -> bool:
+        other = TARGETS[name]
+        gains = other.gains(combine, spec.geometry)
+        other_spec = replace(spec, gains=gains, dense_layers=())
+        return other.dense_layers == "none" and not any(other.llama_cpp(source.arch, other_spec))
+
+    hosts = refusals(source, spec.geometry).items()
+    others = [name for name, refusal in sorted(hosts) if not refusal and runs(name)]
+    instead = f"; it runs --target {' or '.join(others)}" if others else ""
+    yield f"llama.cpp does not run this {target}: {', '.join(obstacles)}{instead}"
 
 
 def _check_text(plan: Plan) -> None:

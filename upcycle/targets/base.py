@@ -5,8 +5,8 @@ combine bridge that:
 
 - `sum` (splits): every selected expert must count with weight 1. The router is tempered, so that
   all its weights are equal to O(τ), and the missing gain is folded into down_proj or a config
-  field. Where the target need not renormalise, the gain is E whatever top_k is, so top_k may be
-  changed later.
+  field. Where no runtime renormalises unless told to, the gain is E whatever top_k is, so top_k may
+  be changed later.
 - `mean` (copies): weights add up to 1, and a mean of equal experts is the expert itself.
 """
 
@@ -30,7 +30,9 @@ class Routing:
     """How the target's router weights the experts that it selects."""
 
     score: Literal["softmax", "sigmoid"]
-    renormalises: Literal["always", "optional"]
+    renormalises: Literal["always", "usually", "optional"]
+    """Whether the weights of the selected experts are divided by their sum. `usually`: the config
+    decides it in transformers, but llama.cpp always does."""
     shared_gate: float | None = 1.0
     """Weight of the shared expert when its gate is zero; None where there is no shared expert."""
 
@@ -80,6 +82,8 @@ class MoETarget:
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
     """Tensors of a layer that the source does not have, given those that it has."""
     min_experts: int = 1
+    llama_cpp: Callable[[Architecture, MoESpec], Iterator[str]] = lambda arch, spec: iter(())
+    """What keeps llama.cpp (b11549) from loading this, or from computing what transformers does."""
 
     def gains(self, combine: Combine, geometry: Geometry) -> Gains:
         """The gains for this combination; see the module's docstring."""
@@ -90,9 +94,11 @@ class MoETarget:
             return Gains(geometry.granularity, shared, norm_topk_prob=True, scale=1.0, all_on=1.0)
         if routing.score == "sigmoid":
             return Gains(1.0, shared, norm_topk_prob=False, scale=2.0, all_on=1.0)
-        if routing.renormalises == "optional":
-            return Gains(num_experts, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
         top_k = geometry.top_k
+        # Of one weight there is nothing to renormalise, and a router that should learn needs it.
+        one_of_each = routing.renormalises == "usually" and top_k == geometry.granularity
+        if routing.renormalises == "optional" or one_of_each:
+            return Gains(num_experts, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
         return Gains(top_k, shared, norm_topk_prob=True, scale=1.0, all_on=num_experts / top_k)
 
     def refusal(self, arch: Architecture, geometry: Geometry, dense_layers: tuple[int, ...]) -> str:
@@ -161,6 +167,20 @@ def separate(prefix: str, ffn: DenseFFN, names: tuple[str, str, str]) -> Named:
     """The three matrices of one FFN under `prefix` + (gate, up, down)."""
     for name, tensor in zip(names, (ffn.gate_FD, ffn.up_FD, ffn.down_DF), strict=True):
         yield f"{prefix}{name}.weight", tensor
+
+
+def llama_block(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    """What llama.cpp's blocks with experts do not do."""
+    if arch.fields["hidden_act"] not in ("silu", "swish"):
+        yield f"experts compute silu, not {arch.fields['hidden_act']}"
+    if arch.sliding_window:
+        yield f"attention sees further than {arch.sliding_window:,} tokens"
+
+
+def all_layers_routed(spec: MoESpec) -> Iterator[str]:
+    """For llama.cpp's architectures in which every layer has experts."""
+    if spec.dense_layers:
+        yield "every layer must have experts (--keep-dense none)"
 
 
 LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")

@@ -28,6 +28,7 @@ TARGETS.add(
         copy_rank=5,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
+        llama_cpp=lambda arch, spec: iter(("it does not know the architecture",)),
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS}),
         requires=frozenset({Trait.POST_NORM, Trait.QK_NORM_FULL}),
     ),

@@ -71,6 +71,7 @@ TARGETS.add(
         copy_rank=4,
         config=config,
         experts=experts,
+        llama_cpp=lambda arch, spec: iter(("only GLM's own tokenizers are converted",)),
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
         min_experts=2,  # it scores groups of experts by their best two
     ),

@@ -18,6 +18,7 @@ from upcycle.targets.base import (
     Named,
     Routing,
     attention_bias,
+    llama_block,
     with_gain,
 )
 from upcycle.types import MoELayer
@@ -68,6 +69,7 @@ TARGETS.add(
         copy_rank=3,
         config=config,
         experts=experts,
+        llama_cpp=llama_block,
         accepts=frozenset(
             {
                 Trait.QKV_BIAS,

@@ -1,9 +1,10 @@
 """Qwen2-MoE: softmax with optional renormalisation, a gated shared expert, any layer dense.
 
-The shared expert is multiplied by sigmoid(gate x); a zero gate makes that 0.5, which its
+The shared expert is multiplied by sigmoid(gate x); a gate near zero makes that 0.5, which its
 down_proj makes good.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,13 +18,18 @@ from upcycle.targets.base import (
     MoETarget,
     Named,
     Routing,
+    all_layers_routed,
     attention_bias,
+    llama_block,
     per_expert,
     separate,
     shared_or_empty,
     with_gain,
 )
 from upcycle.types import MoELayer
+
+# Not zero: llama.cpp computes the sigmoid of z as silu(z) / z.
+SHARED_GATE = 1e-7
 
 
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
@@ -48,7 +54,18 @@ def experts(layer: MoELayer, gains: Gains) -> Named:
     yield from per_expert(layer, gains, router="mlp.gate.weight", prefix="mlp.experts.")
     shared = with_gain(shared_or_empty(layer), gains.shared)
     yield from separate("mlp.shared_expert.", shared, LLAMA_NAMES)
-    yield "mlp.shared_expert_gate.weight", torch.zeros_like(layer.router_ED[:1])
+    yield "mlp.shared_expert_gate.weight", torch.full_like(layer.router_ED[:1], SHARED_GATE)
+
+
+def llama_cpp(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from all_layers_routed(spec)
+    if arch.tied:
+        yield "output embeddings must be tensors of their own"
+    if not spec.shared_size:
+        yield "there must be a shared expert"
+    if spec.gains.norm_topk_prob:
+        yield "weights of experts are not renormalised"
+    yield from llama_block(arch, spec)
 
 
 TARGETS.add(
@@ -61,6 +78,7 @@ TARGETS.add(
         copy_rank=1,
         config=config,
         experts=experts,
+        llama_cpp=llama_cpp,
         accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
     ),
 )

@@ -1,10 +1,20 @@
 """Qwen3-MoE: softmax with optional renormalisation, any layer dense, a norm per head on q and k."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from upcycle.architecture import Architecture, Trait
-from upcycle.targets.base import TARGETS, MoESpec, MoETarget, Routing, attention_bias, per_expert
+from upcycle.targets.base import (
+    TARGETS,
+    MoESpec,
+    MoETarget,
+    Routing,
+    all_layers_routed,
+    attention_bias,
+    llama_block,
+    per_expert,
+)
 
 
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
@@ -23,16 +33,24 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
     }
 
 
+def llama_cpp(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from all_layers_routed(spec)
+    if not spec.gains.norm_topk_prob:
+        yield "weights of experts are renormalised"
+    yield from llama_block(arch, spec)
+
+
 TARGETS.add(
     "qwen3_moe",
     MoETarget(
         "qwen3_moe",
-        routing=Routing("softmax", "optional", shared_gate=None),
+        routing=Routing("softmax", "usually", shared_gate=None),
         dense_layers="any",
         split_rank=1,
         copy_rank=2,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
+        llama_cpp=llama_cpp,
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.SLIDING_WINDOW}),
         requires=frozenset({Trait.QK_NORM}),
     ),
