@@ -34,7 +34,7 @@ class Routing:
     """Whether the weights of the selected experts are divided by their sum. `usually`: the config
     decides it in transformers, but llama.cpp always does."""
     shared_gate: float | None = 1.0
-    """Weight of the shared expert when its gate is zero; None where there is no shared expert."""
+    """Weight of the shared expert when its gate is near zero; None where there is no shared expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,13 @@ class MoETarget:
     """Config fields beside `common_fields`."""
     experts: Callable[[MoELayer, Gains], Named]
     """Names below `model.layers.N.` and tensors of a converted FFN, in the target's hub layout."""
+    llama_cpp: Callable[[Architecture, MoESpec], Iterator[str]]
+    """What keeps llama.cpp (b11549) from loading this, or from computing what transformers does."""
     accepts: frozenset[Trait] = frozenset()
     requires: frozenset[Trait] = frozenset()
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
     """Tensors of a layer that the source does not have, given those that it has."""
     min_experts: int = 1
-    llama_cpp: Callable[[Architecture, MoESpec], Iterator[str]] = lambda arch, spec: iter(())
-    """What keeps llama.cpp (b11549) from loading this, or from computing what transformers does."""
 
     def gains(self, combine: Combine, geometry: Geometry) -> Gains:
         """The gains for this combination; see the module's docstring."""
