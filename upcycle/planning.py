@@ -3,8 +3,8 @@
 Reads headers, never weights, and writes nothing.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from upcycle.calibrate import check_seq_len, load_tokenizer
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
+from upcycle.notes import llama_cpp, warnings
 from upcycle.recipe import Recipe
 from upcycle.registry import suggest
 from upcycle.request import (
@@ -33,7 +34,6 @@ from upcycle.split import SPLITS
 from upcycle.targets import TARGETS, Combine, Gains, MoESpec, common_fields
 from upcycle.types import DenseFFN, Geometry, MoELayer
 
-LLAMA_CPP_MAX_EXPERTS = 512
 CHECK_TOKENS = {"fast": 4096, "full": 16384, "none": 0}
 
 
@@ -209,8 +209,8 @@ def make_plan(
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
         warnings=(
-            *_warnings(geometry, size, recipe),
-            *_llama_cpp(source, recipe, target, spec, combine),
+            *warnings(recipe, spec),
+            *llama_cpp(recipe, source.arch, target, spec, combine, refusals(source, geometry)),
         ),
     )
     _check_text(plan)
@@ -326,44 +326,6 @@ def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
     router_ED = torch.empty(spec.geometry.routed_experts, hidden, dtype=dtype, device="meta")
     shared = ffn(spec.shared_size) if spec.shared_size else None
     return MoELayer(router_ED, lambda e: ffn(spec.expert_size), shared)
-
-
-def _warnings(geometry: Geometry, expert_size: int, recipe: Recipe) -> list[str]:
-    warnings = []
-    if geometry.routed_experts > LLAMA_CPP_MAX_EXPERTS:
-        warnings.append(
-            f"{geometry.routed_experts} experts: llama.cpp builds before 2026-07 allow 512"
-        )
-    if expert_size % 64:
-        warnings.append(
-            f"{expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, and "
-            "tensor parallelism may not divide it"
-        )
-    if recipe.splits and geometry.top_k == geometry.routed_experts:
-        warnings.append("top_k is all routed experts: nothing is switched off, nothing is saved")
-    return warnings
-
-
-def _llama_cpp(
-    source: DenseSource, recipe: Recipe, target: str, spec: MoESpec, combine: Combine
-) -> Iterator[str]:
-    """A note if llama.cpp won't run the result, with the targets that it would run."""
-    if recipe.keep_dense == "auto" and TARGETS[target].dense_layers != "none":
-        spec = replace(spec, dense_layers=(0,))  # the likeliest, until it is measured
-    obstacles = list(TARGETS[target].llama_cpp(source.arch, spec))
-    if not obstacles:
-        return
-
-    def runs(name: str) -> bool:
-        other = TARGETS[name]
-        gains = other.gains(combine, spec.geometry)
-        other_spec = replace(spec, gains=gains, dense_layers=())
-        return other.dense_layers == "none" and not any(other.llama_cpp(source.arch, other_spec))
-
-    hosts = refusals(source, spec.geometry).items()
-    others = [name for name, refusal in sorted(hosts) if not refusal and runs(name)]
-    instead = f"; it runs --target {' or '.join(others)}" if others else ""
-    yield f"llama.cpp does not run this {target}: {', '.join(obstacles)}{instead}"
 
 
 def _check_text(plan: Plan) -> None:

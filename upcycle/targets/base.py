@@ -34,7 +34,7 @@ class Routing:
     """Whether the weights of the selected experts are divided by their sum. `usually`: the config
     decides it in transformers, but llama.cpp always does."""
     shared_gate: float | None = 1.0
-    """Weight of the shared expert when its gate is near zero; None where there is no shared expert."""
+    """Weight of the shared expert when its gate is near zero; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
