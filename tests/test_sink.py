@@ -1,5 +1,6 @@
 """The only writer: shards written in place, an index, a journal, a folder that appears at once."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from upcycle import UpcycleError
-from upcycle.sink import JOURNAL, CheckpointWriter, TensorSpec, Workspace, partial_folder
+from upcycle.sink import JOURNAL, CheckpointWriter, TensorSpec, Workspace, check_out, partial_folder
 from upcycle.source import INDEX, SINGLE
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -170,6 +171,12 @@ def begin(out, fingerprint="a", *, resume=False) -> Workspace:
     return Workspace(out, fingerprint, resume=resume)
 
 
+def killed(workspace) -> Workspace:
+    """As it is once its process is gone."""
+    os.close(workspace._lock)
+    return workspace
+
+
 def publish(out, content, *, overwrite=False):
     workspace = begin(out)
     (workspace.folder / "content").write_text(content)
@@ -211,6 +218,7 @@ def test_publishing_spares_what_appeared_meanwhile(out):
     with pytest.raises(UpcycleError, match="out appeared while converting: pass --overwrite"):
         workspace.publish(overwrite=False)
     assert (out / "mine").read_text() == "x"
+    workspace.abandon()
     assert "layer 0" in begin(out, resume=True).records
 
 
@@ -247,6 +255,13 @@ def test_abandoned_folder_is_gone_unless_it_can_be_resumed(out):
     assert partial_folder(out).exists()
 
 
+def test_mount_point_is_no_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "volume")
+    with pytest.raises(UpcycleError, match=r"volume is a mount point, .* a folder inside it"):
+        check_out(tmp_path / "volume", tmp_path / "source", 1, overwrite=False)
+    check_out(tmp_path / "volume" / "out", tmp_path / "source", 1, overwrite=False)
+
+
 def test_place_below_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UpcycleError, match="can't write beside"):
@@ -260,6 +275,7 @@ def test_resumed_run_knows_the_finished_units(out):
     first = begin(out)
     first.done("embeddings", {})
     first.done("layer 0", {"permutation": [1, 0]})
+    killed(first)
     assert begin(out, resume=True).records == {
         "embeddings": {},
         "layer 0": {"permutation": [1, 0]},
@@ -270,9 +286,33 @@ def test_run_that_is_not_resumed_starts_anew(out):
     first = begin(out)
     first.done("embeddings", {})
     (first.folder / "left").write_text("x")
+    (first.folder / "aside").mkdir()
+    killed(first)
     second = begin(out)
     assert second.records == {}
     assert not (second.folder / "left").exists()
+    assert not (second.folder / "aside").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_second_run_leaves_one_that_is_at_work_alone(out, resume):
+    first = begin(out)
+    first.done("layer 0", {})
+    with pytest.raises(
+        UpcycleError, match=r"\.out\.partial belongs to a run that is still at work"
+    ):
+        begin(out, resume=resume)
+    first.publish(overwrite=False)
+    publish(out, "new", overwrite=True)
+
+
+def test_file_system_without_locks(out, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    publish(out, "new")
+    assert (out / "content").read_text() == "new"
 
 
 def test_resuming_nothing_starts_anew(out):
@@ -281,8 +321,10 @@ def test_resuming_nothing_starts_anew(out):
 
 
 def test_other_fingerprint_is_refused_and_left_alone(out):
-    begin(out, "a").done("layer 0", {})
-    with pytest.raises(UpcycleError, match="was begun with another source, recipe or version"):
+    first = begin(out, "a")
+    first.done("layer 0", {})
+    killed(first)
+    with pytest.raises(UpcycleError, match="was begun with another source, text, recipe or ver"):
         begin(out, "b", resume=True)
     assert "layer 0" in begin(out, "a", resume=True).records
 
@@ -291,6 +333,7 @@ def test_journal_is_right_wherever_a_kill_cuts_it(out):
     first = begin(out)
     first.done("embeddings", {})
     first.done("layer 0", {"layer": 0})
+    killed(first)
     whole = (first.folder / JOURNAL).read_text()
     units = ["embeddings", "layer 0"]
     for length in range(len(whole) + 1):
@@ -299,11 +342,14 @@ def test_journal_is_right_wherever_a_kill_cuts_it(out):
         finished = max(0, whole[:length].count("\n") - 1)
         assert list(resumed.records) == units[:finished]
         resumed.done("next", {})
-        assert list(begin(out, resume=True).records) == [*units[:finished], "next"]
+        killed(resumed)
+        assert list(killed(begin(out, resume=True)).records) == [*units[:finished], "next"]
 
 
 def test_run_that_is_killed_twice_before_its_first_unit(out):
-    begin(out)
-    begin(out, resume=True)
-    begin(out, resume=True).done("layer 0", {})
+    killed(begin(out))
+    killed(begin(out, resume=True))
+    third = begin(out, resume=True)
+    third.done("layer 0", {})
+    killed(third)
     assert list(begin(out, resume=True).records) == ["layer 0"]

@@ -5,6 +5,7 @@ the start. Tensors go straight there, in any order, without a shard ever lying i
 killed run had written is still right when it is resumed.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -135,7 +136,8 @@ class Workspace:
         resume: go on from what an earlier run left, and leave it again if this run stops.
 
     Raises:
-        UpcycleError: there is nothing to resume that fits, or the folder can't be made.
+        UpcycleError: there is nothing to resume that fits, another run is at work there, or the
+            folder can't be made.
     """
 
     def __init__(self, out: Path, fingerprint: str, *, resume: bool) -> None:
@@ -143,25 +145,40 @@ class Workspace:
         self.folder = partial_folder(out)
         self.resume = resume
         self.records: dict[str, dict[str, Any]] = {}
-        entries = self._read_journal() if resume else []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+        except OSError as error:
+            raise UpcycleError(f"can't write beside {out}: {error.strerror}") from error
+        try:
+            self._open(fingerprint)
+        except OSError as error:
+            self.abandon()
+            raise UpcycleError(f"can't write beside {out}: {error.strerror}") from error
+        except UpcycleError:
+            os.close(self._lock)
+            raise
+
+    def _open(self, fingerprint: str) -> None:
+        entries = self._read_journal() if self.resume else []
         if not entries:
-            self._begin(fingerprint)
+            self._empty()
+            self._append({"fingerprint": fingerprint})
         elif entries[0]["fingerprint"] != fingerprint:
             raise UpcycleError(
-                f"{self.folder} was begun with another source, recipe or version: repeat that "
-                "request, or drop --resume to start anew"
+                f"{self.folder} was begun with another source, text, recipe or version: repeat "
+                "that request, or drop --resume to start anew"
             )
         self.records |= {entry["unit"]: entry["record"] for entry in entries[1:]}
 
-    def _begin(self, fingerprint: str) -> None:
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        try:
-            self.folder.mkdir(parents=True)
-            self._append({"fingerprint": fingerprint})
-        except OSError as error:
-            self.abandon()
-            raise UpcycleError(f"can't write beside {self.out}: {error.strerror}") from error
+    def _empty(self) -> None:
+        """What is left of a run that nobody wants to resume goes; the folder stays, as its lock
+        does."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _read_journal(self) -> list[dict[str, Any]]:
         """The entries of an earlier run."""
@@ -212,11 +229,28 @@ class Workspace:
                 former.rename(self.out)
             raise
         shutil.rmtree(former, ignore_errors=True)
+        os.close(self._lock)
 
     def abandon(self) -> None:
         """Leave nothing behind, unless the run can be resumed."""
         if not self.resume:
             shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _lock(folder: Path) -> int:
+    """Take a folder for this process, until the descriptor is closed or the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UpcycleError(
+            f"{folder} belongs to a run that is still at work: wait for it, or give another -o"
+        ) from error
+    except OSError:
+        pass  # some network file systems have no locks
+    return descriptor
 
 
 def check_out(out: Path, source: Path, size: int, *, overwrite: bool) -> None:
@@ -228,6 +262,11 @@ def check_out(out: Path, source: Path, size: int, *, overwrite: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UpcycleError(f"-o {out} is a file: give a folder")
+    if out.is_mount():
+        raise UpcycleError(
+            f"-o {out} is a mount point, which the finished folder can't replace: give a folder "
+            "inside it"
+        )
     if source.resolve() == out or out in source.resolve().parents:
         raise UpcycleError(f"-o {out} holds the source: give another folder")
     if out.exists() and any(out.iterdir()):
