@@ -145,12 +145,26 @@ def test_text_in_another_encoding(tiny, tmp_path, name):
         ('{"content": "x"}', 'has neither a "text" string'),
         ('{"text": 5}', 'has neither a "text" string'),
         ('"text"', 'has neither a "text" string'),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_jsonl_line_that_is_wrong(tiny, tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     assert refusal(tiny, path).startswith(f"{path}, line 2, {words}")
+
+
+def test_half_of_a_character_is_a_question_mark(tiny, tmp_path):
+    """As scraped text holds that was cut inside an emoji."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "cut \\ud83d here \\ud83d\\ude00"}\n')
+    assert tokens(tiny, path).flatten().tolist() == packed(tiny, ["cut ? here 😀"])[:16]
+
+
+def test_mark_that_windows_begins_a_file_with(tiny, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a line of letters"}\n', encoding="utf-8-sig")
+    assert tokens(tiny, path).flatten().tolist() == packed(tiny, ["a line of letters"])[:16]
 
 
 def test_parquet_that_is_wrong(tiny, tmp_path):
@@ -310,7 +324,7 @@ def test_file_with_a_plus_in_its_name_is_one_text(tiny, tmp_path, monkeypatch):
     path = tmp_path / "c++.txt"
     path.write_text("int main" * 20)
     assert tokens(tiny, path).flatten().tolist() == packed(tiny, ["int main" * 20])[:16]
-    monkeypatch.setattr(calibrate.Path, "expanduser", lambda self: tmp_path / self.name)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert calibrate.texts("~/c++.txt") == ["~/c++.txt"]
 
 

@@ -1,11 +1,13 @@
 """The command line: what goes in, what comes out on which stream, and with which exit code."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 from models import PLAIN_SPLIT
 from reference import load
@@ -19,6 +21,7 @@ from upcycle.perturb import PERTURBS
 from upcycle.recipe import Recipe, shipped_recipes
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
+from upcycle.source import copy_companions
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
 
@@ -189,6 +192,48 @@ def test_plan_and_convert_take_the_same_options():
 
 def test_bad_input_leaves_with_2(dense):
     assert error("plan", dense(), "--experts", "5", "--json").endswith("nearest: 4 or 6")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "~nobody"],
+        ["plan", "MODEL", "--calibration", "~nobody.txt"],
+        ["plan", "MODEL", "--recipe", "~nobody.yaml"],
+        ["eval", "MODEL", "--text", "~nobody.txt"],
+    ],
+)
+def test_home_of_nobody_is_a_path_like_any_other(dense, arguments):
+    assert "~nobody" in error(*(str(dense()) if a == "MODEL" else a for a in arguments))
+
+
+def test_file_that_is_no_recipe(dense):
+    path = dense() / "model.safetensors"
+    assert error("recipes", path).startswith(f"{path} is not YAML")
+
+
+def test_output_of_another_encoding(dense):
+    done = subprocess.run(
+        [sys.executable, "-m", "upcycle", "inspect", str(dense())],
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("method", ["copy", "split"])
+def test_weights_too_large_for_float16(dense, tmp_path, method):
+    model = load(dense())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "big")
+    copy_companions(dense(), tmp_path / "big")
+    sentence = error(
+        "convert", tmp_path / "big", "-o", tmp_path / "out", "--method", method, "--dtype",
+        "float16", "--experts", 4, *QUICK[:-2],
+    )  # fmt: skip
+    assert "model.layers.1." in sentence
+    assert sentence.endswith("holds weights too large for float16: pass --dtype bfloat16")
+    assert [path.name for path in tmp_path.iterdir()] == ["big"]
 
 
 def test_convert_without_a_place(dense):

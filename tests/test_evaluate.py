@@ -21,9 +21,19 @@ from upcycle.evaluate import (
     evaluate,
     evaluation_summary,
 )
+from upcycle.moe import moe_blocks
 
 LENGTH = {"tokens": 192, "seq_len": 64}
 WINDOWS = LENGTH["tokens"] // LENGTH["seq_len"]
+
+
+def test_experts_without_a_known_router_are_no_dense_model():
+    layer = torch.nn.Module()
+    layer.gate = torch.nn.Linear(4, 2)
+    layer.experts = torch.nn.Module()
+    layer.experts.down_proj = torch.nn.Parameter(torch.zeros(2, 4, 3))
+    with pytest.raises(UpcycleError, match="layer 0 of ModuleList has experts, but no router"):
+        moe_blocks(torch.nn.ModuleList([layer]))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,11 +111,15 @@ def test_perplexity_that_is_no_number_is_said_plainly(dense, text, tmp_path):
         (["--speed", "--batch-size", 2], "--batch-size 2 needs as many windows of text"),
         (["--output", "nowhere/eval.json"], "--output nowhere/eval.json: nowhere is no folder"),
         (["--output", "."], "--output . is a folder: give a file"),
+        (["--output", "closed/eval.json"], "--output closed/eval.json can't be written"),
         (["--tasks", "toy"], "--tasks needs `pip install upcycle[eval]`"),
         (["--against", "./nowhere"], "./nowhere does not exist"),
     ],
 )
-def test_bad_flag(dense, monkeypatch, flags, sentence):
+def test_bad_flag(dense, tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     result = run(dense(), *flags)
     assert result.exit_code == 2

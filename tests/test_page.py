@@ -424,6 +424,13 @@ def test_page_of_a_model_evaluated_now(dense, model, text, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"model", "report.html"}
 
 
+def test_windows_of_another_length(dense, text, tmp_path):
+    short = dense(max_position_embeddings=64)
+    arguments = (short, "-o", tmp_path / "r.html", "--text", text, "--tokens", 128)
+    assert "give --seq-len 64" in error(*arguments)
+    assert run(*arguments, "--seq-len", 64).exit_code == 0
+
+
 def test_page_of_a_dense_model(dense, text, tmp_path):
     result = run(dense(), "-o", tmp_path / "r.html", "--text", text, "--tokens", 512)
     assert result.exit_code == 0, result.stderr

@@ -227,12 +227,22 @@ def test_without_resume_a_killed_run_is_begun_anew(dense, out, uninterrupted):
 def test_another_request_can_not_resume(dense, out, recipe):
     start_and_kill(dense, out, "before layer 1", **recipe)
     left = hashes(partial_folder(out))
-    with pytest.raises(UpcycleError, match="begun with another source, recipe or version"):
+    with pytest.raises(UpcycleError, match="begun with another source, text, recipe or version"):
         upcycle.convert(str(dense()), out, resume=True, **SETTINGS | recipe, seed=1)
     code, sentence = command(dense, out, "--resume", "--seed", "1")
     assert code == 2
     assert "repeat that request, or drop --resume to start anew" in sentence
     assert hashes(partial_folder(out)) == left
+
+
+def test_another_text_of_the_same_name_can_not_resume(dense, out, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("one thing and another\n" * 400)
+    request = {"calibration": str(text), "router": "centroid"}
+    start_and_kill(dense, out, "before layer 1", **request)
+    text.write_text("something else\n" * 400)
+    with pytest.raises(UpcycleError, match="begun with another source, text, recipe or version"):
+        upcycle.convert(str(dense()), out, resume=True, **SETTINGS | request)
 
 
 # --- interrupts and failures -----------------------------------------------------------------
@@ -374,6 +384,8 @@ def test_tokenizer_and_licence_files_are_copied_byte_for_byte(dense, tmp_path):
     for path in dense().iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     extra = {"LICENSE": b"mine\r\n", "merges.txt": b"\xff\x00", "chat_template.jinja": b"{{ x }}"}
+    extra["additional_chat_templates/tool_use.jinja"] = b"{{ y }}"
+    (source / "additional_chat_templates").mkdir()
     for name, content_ in extra.items():
         (source / name).write_bytes(content_)
     upcycle.convert(str(source), tmp_path / "out", check="none", **SETTINGS)

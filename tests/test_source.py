@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import upcycle
@@ -152,6 +152,14 @@ def test_norms_in_float32_beside_bfloat16_weights(copy):
 
     edit_weights(folder, widen_norms)
     upcycle.convert(str(folder), folder.parent / "out", **QUICK)
+
+
+def test_model_beside_an_older_index_is_what_transformers_loads(copy):
+    """Saving a model again, in one file, leaves the index of the former shards."""
+    folder = copy()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002"}}))
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert {info.file for info in open_source(str(folder)).tensors.values()} == {SINGLE}
 
 
 def test_companions_are_the_small_files_only(copy):

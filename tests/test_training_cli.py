@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import typer
@@ -103,6 +104,34 @@ def test_a_folder_for_the_result_and_a_model_are_needed(model, dense, tmp_path):
     assert "-o OUT" in error(model)
     assert "convert" in error(dense(), "-o", tmp_path / "out", *QUICK)
     assert "no-such-model" in error("./no-such-model", "-o", tmp_path / "out", *QUICK)
+
+
+def test_dense_model_of_that_name_is_another(model, dense, text, tmp_path):
+    """As when a relative path is read from another folder."""
+    other, copy = dense(rms_norm_eps=1e-3), shutil.copytree(model, tmp_path / "model")
+    record = json.loads((copy / "upcycle.json").read_text())
+    record["source"]["name"] = str(other)
+    (copy / "upcycle.json").write_text(json.dumps(record))
+    request = [copy, "--recipe", "heal", "--data", text, "-o", tmp_path / "out", *QUICK]
+    sentence = error(*request)
+    assert f"made from {other}, but what has that name now is another" in sentence
+    assert run(*request, "--teacher", other).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "record", ["[", "[]", '{"training": null}', '{"source": "x"}', '{"plan": {}}']
+)
+def test_damaged_record(model, text, tmp_path, record):
+    copy = shutil.copytree(model, tmp_path / "model")
+    (copy / "upcycle.json").write_text(record)
+    sentence = error(copy, "--data", text, "-o", tmp_path / "out", *QUICK)
+    assert sentence == f"{copy / 'upcycle.json'} is not what upcycle writes: restore or delete it"
+
+
+def test_tracker_that_is_not_installed(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    request = [model, "--data", text, "-o", tmp_path / "out", *QUICK, "--tracker", "wandb"]
+    assert error(*request) == "--tracker wandb is not installed: pip install wandb"
 
 
 def test_an_interrupt_says_how_to_go_on(model, text, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Calibration text: from words to packed token sequences."""
 
+import hashlib
 import json
 import pydoc_data.topics
 import random
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UpcycleError
-from upcycle.source import DenseSource
+from upcycle.paths import local_path
+from upcycle.source import DenseSource, companions
 
 Document = str | list[dict[str, Any]]
 """Text, or the messages of a chat."""
@@ -74,7 +76,7 @@ def calibration_tokens(
 
 def texts(text: str) -> list[str]:
     """The texts that are joined by +, unless a file has that name."""
-    if "+" not in text or Path(text).expanduser().is_file():
+    if "+" not in text or local_path(text).is_file():
         return [text]
     return text.split("+")
 
@@ -148,7 +150,7 @@ def first_tokens(folder: Path, vocab_size: int, text: str, wanted: int, *, seed:
 def _token_ids(tokenizer: Any, document: Document, folder: Path) -> list[int]:
     """A chat is rendered by the tokenizer's own template, which brings its special tokens."""
     if isinstance(document, str):
-        return list(tokenizer(document, verbose=False)["input_ids"])
+        return _ids_of(tokenizer, document)
     if tokenizer.chat_template is None:
         raise UpcycleError(
             f'the text holds chats ("messages"), but the tokenizer in {folder} has no chat '
@@ -160,7 +162,21 @@ def _token_ids(tokenizer: Any, document: Document, folder: Path) -> list[int]:
         raise UpcycleError(
             f"the chat template in {folder} refuses the messages {str(document)[:80]}: {error}"
         ) from error
-    return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+    return _ids_of(tokenizer, rendered, add_special_tokens=False)
+
+
+def _ids_of(tokenizer: Any, text: str, **settings: bool) -> list[int]:
+    """Half of a surrogate pair, as JSON that was cut inside an emoji holds, becomes a "?"."""
+    text = text.encode(errors="replace").decode()
+    return list(tokenizer(text, verbose=False, **settings)["input_ids"])
+
+
+def text_fingerprint(folder: Path, text: str) -> list[str]:
+    """SHA-256 of what tokens are made from, where it lies here: the text's files, and those that
+    travel with the model, its tokenizer's among them."""
+    named = (local_path(name) for name in texts(text))
+    files = [*companions(folder), *(path for path in named if path.is_file())]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -187,7 +203,7 @@ def check_text(text: str, flag: str = "--calibration") -> None:
         if not text.removeprefix("hf:").split(":")[0]:
             raise UpcycleError(f"{flag} {text!r} names no dataset: hf:DATASET")
         return
-    path = Path(text).expanduser()
+    path = local_path(text)
     if not path.is_file():
         raise UpcycleError(
             f"{flag} {text!r} is not a file: give {', '.join(names)}, "
@@ -204,7 +220,7 @@ def _documents(text: str, seed: int) -> Iterator[Document]:
         return _builtin(seed)
     if text.startswith("hf:"):
         return _hub_dataset(text.removeprefix("hf:"))
-    path = Path(text).expanduser()
+    path = local_path(text)
     if path.suffix == ".jsonl":
         return _jsonl(path)
     if path.suffix == ".parquet":
@@ -233,7 +249,7 @@ def _standard_library() -> Iterator[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
     except UnicodeDecodeError as error:
         raise UpcycleError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
@@ -246,7 +262,7 @@ def _jsonl(path: Path) -> Iterator[Document]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UpcycleError(f"{path}, line {number}, is not JSON: {error}") from error
         row = row if isinstance(row, dict) else {}
         if isinstance(row.get("text"), str):

@@ -1,5 +1,6 @@
 """The command line: parse, call, render. The only place that ends the process."""
 
+import io
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from upcycle.options import (
     Set,
     with_options,
 )
+from upcycle.paths import local_path
 
 if TYPE_CHECKING:
     from upcycle.planning import Plan
@@ -167,7 +169,7 @@ EvalDtype = Annotated[
 @with_options(TRAINING)
 def finetune(
     options: Options,
-    model: Model,
+    model: Annotated[str, typer.Argument(help="An MoE: a folder or a hub id.", metavar="MODEL")],
     out: Out = None,
     recipe: Annotated[
         str | None,
@@ -272,7 +274,7 @@ def evaluate(
             )
         summary = evaluation_summary(report)
         if output is not None:
-            output.expanduser().write_text(json.dumps(summary, indent=2) + "\n")
+            local_path(output).write_text(json.dumps(summary, indent=2) + "\n")
         if json_:
             _print_json(summary)
         else:
@@ -313,6 +315,10 @@ def report(
             min=8, help="Of each text, from all over it. [default: 4096]", show_default=False
         ),
     ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=8, help="Tokens per window. [default: 512]", show_default=False),
+    ] = None,
     evaluation: Annotated[
         Path | None,
         typer.Option(help="What `upcycle eval --json` printed, instead of evaluating now."),
@@ -333,20 +339,20 @@ def report(
 
         if out is None:
             raise UpcycleError("name the file for the page: -o report.html")
-        if evaluation is not None and (against or text or tokens):
+        if evaluation is not None and (against or text or tokens or seq_len):
             raise UpcycleError(
-                "--evaluation holds numbers already: drop --against, --text and --tokens"
+                "--evaluation holds numbers already: drop --against, --text, --tokens and --seq-len"
             )
-        out = out.expanduser()
+        out = local_path(out)
         facts.check_page(out, overwrite=overwrite)
         _quiet_model_loading()
         found = facts.gather(model)
         if evaluation is not None:
-            found["evaluation"] = facts.read_evaluation(evaluation.expanduser(), found)
+            found["evaluation"] = facts.read_evaluation(local_path(evaluation), found)
         else:
             with console.progress_bars(quiet=False) as progress:
                 found["evaluation"] = facts.evaluate_model(
-                    model, text or ["builtin"], against, tokens or 4096, progress
+                    model, text or ["builtin"], against, tokens or 4096, seq_len or 512, progress
                 )
         facts.write_page(out, render(found))
         sys.stdout.write(f"{out}\n")
@@ -392,10 +398,15 @@ def env(json_: Json = False) -> None:
 
 def _check_file(output: Path | None) -> None:
     """Raise before the work what would keep its result from being written."""
-    if output is not None and output.expanduser().is_dir():
+    if output is None:
+        return
+    path = local_path(output)
+    if path.is_dir():
         raise UpcycleError(f"--output {output} is a folder: give a file")
-    if output is not None and not output.expanduser().parent.is_dir():
+    if not path.parent.is_dir():
         raise UpcycleError(f"--output {output}: {output.parent} is no folder: make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UpcycleError(f"--output {output} can't be written: give another file")
 
 
 def _print_json(value: Any) -> None:
@@ -452,4 +463,7 @@ def _quiet_model_loading() -> None:
 
 def main() -> None:
     """Entry point of `upcycle`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # arrows and lines, where it is not UTF-8
     app()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -23,15 +22,16 @@ from upcycle.assemble import (
     assemble_layer,
     dense_ffn,
 )
-from upcycle.calibrate import calibration_tokens
+from upcycle.calibrate import calibration_tokens, text_fingerprint
 from upcycle.check import run_check
 from upcycle.dense import HiddenStream
+from upcycle.errors import UpcycleError
 from upcycle.layer import ConvertedLayer, convert_layer
 from upcycle.planning import Plan, make_plan
 from upcycle.report import Conversion, model_card, report_json, versions
 from upcycle.sensitivity import choose_dense_layers
 from upcycle.sink import CheckpointWriter, Workspace
-from upcycle.source import companions
+from upcycle.source import copy_companions
 from upcycle.targets import TARGETS
 from upcycle.types import Activation, DenseFFN, ExpertLayout, LayerActivations
 
@@ -79,6 +79,7 @@ def fingerprint(plan: Plan) -> str:
     """Of everything that the output's bytes depend on."""
     ingredients = {
         "source": plan.source.fingerprint(),
+        "text": text_fingerprint(plan.source.folder, plan.recipe.calibration),
         "recipe": plan.request.settings(),
         "versions": versions(),
     }
@@ -109,8 +110,8 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     damage = workspace.records.get(DENSE_LAYERS, {}).get("damage")
     conversion = Conversion(plan, out, check, seconds, peak, damage)
     records = [workspace.records[unit] for unit in plan.units if unit.startswith("layer ")]
-    (workspace.folder / "upcycle.json").write_text(report_json(conversion, records))
-    (workspace.folder / "README.md").write_text(model_card(conversion))
+    (workspace.folder / "upcycle.json").write_text(report_json(conversion, records), "utf-8")
+    (workspace.folder / "README.md").write_text(model_card(conversion), "utf-8")
     return conversion
 
 
@@ -153,8 +154,7 @@ def _tokens(plan: Plan) -> tuple[Tensor, Tensor]:
 def _write_small_files(plan: Plan, folder: Path) -> None:
     fields = {k: v for k, v in plan.config.items() if k != "model_type"}
     CONFIG_MAPPING[plan.target](**fields).save_pretrained(folder)
-    for path in companions(plan.source.folder):
-        shutil.copyfile(path, folder / path.name)
+    copy_companions(plan.source.folder, folder)
 
 
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
@@ -249,9 +249,16 @@ def _write_unit(
     named: Iterator[tuple[str, Tensor]],
     record: dict[str, Any],
 ) -> None:
-    """Write tensors in their planned dtypes, then note that the unit is done."""
+    """Write tensors in their planned dtypes, then note that the unit is done.
+
+    Raises:
+        UpcycleError: a weight is too large for float16, perhaps by its gain.
+    """
     for name, tensor in named:
-        writer.write(name, tensor.to(writer.places[name].spec.dtype))
+        stored = tensor.to(writer.places[name].spec.dtype)
+        if stored.dtype == torch.float16 and not stored.isfinite().all():
+            raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
+        writer.write(name, stored)
     workspace.done(unit, record)
 
 

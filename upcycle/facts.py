@@ -175,7 +175,12 @@ def _experts(numbers: set[int]) -> str:
 
 
 def evaluate_model(
-    model: str, texts: list[str], against: str | None, tokens: int, progress: Progress
+    model: str,
+    texts: list[str],
+    against: str | None,
+    tokens: int,
+    seq_len: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What `upcycle eval` would print.
 
@@ -183,7 +188,7 @@ def evaluate_model(
         UpcycleError: as `evaluate` does.
     """
     return evaluation_summary(
-        evaluate(model, texts, against=against, tokens=tokens, progress=progress)
+        evaluate(model, texts, against=against, tokens=tokens, seq_len=seq_len, progress=progress)
     )
 
 

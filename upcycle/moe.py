@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from upcycle.errors import UpcycleError
+
 
 @dataclass(frozen=True)
 class MoEBlock:
@@ -25,7 +27,11 @@ class MoEBlock:
 
 
 def moe_blocks(model: nn.Module) -> list[MoEBlock]:
-    """The model's MoE layers in their order; a dense model has none."""
+    """The model's MoE layers in their order; a dense model has none.
+
+    Raises:
+        UpcycleError: a layer has experts, but no router that looks like one of transformers' own.
+    """
     routers, experts = {}, {}
     for name, module in model.named_modules():
         layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
@@ -35,6 +41,10 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
             routers[layer] = module
         elif _is_stacked(module):
             experts[layer] = module
+    for layer in sorted(experts.keys() - routers.keys()):
+        raise UpcycleError(
+            f"layer {layer} of {type(model).__name__} has experts, but no router that upcycle knows"
+        )
     return [MoEBlock(layer, router, experts[layer]) for layer, router in routers.items()]
 
 

@@ -144,7 +144,9 @@ FrozenRouter = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any setting, such as split.rows=up. Repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting that `recipes NAME` shows. Repeatable.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a former result at OUT.")]

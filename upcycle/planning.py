@@ -18,6 +18,7 @@ from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
 from upcycle.notes import llama_cpp, warnings
+from upcycle.paths import local_path
 from upcycle.recipe import Recipe
 from upcycle.registry import suggest
 from upcycle.request import (
@@ -168,7 +169,7 @@ def make_plan(
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
-    out = None if out is None else out.expanduser().resolve()
+    out = None if out is None else local_path(out).resolve()
     check_methods(recipe)
     dense_layers = named_dense_layers(recipe, source)
     num_neurons, layers = source.arch.intermediate_size, source.arch.num_layers

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from upcycle.errors import UpcycleError
+from upcycle.paths import local_path
 from upcycle.registry import suggest
 
 PLUG_INS = ("method", "split", "shared_by", "router", "compensate")
@@ -162,6 +163,7 @@ def yaml_files(folder: str) -> dict[str, Path]:
 def recipe_text(recipe: str) -> str:
     """The YAML of a recipe or a preset."""
     path = find_recipe(recipe, shipped_recipes() | shipped_presets())
+    yaml_fields(path)  # raises what it is not
     return path.read_text(encoding="utf-8")
 
 
@@ -219,7 +221,7 @@ def find_recipe(recipe: str | Path, shipped: Mapping[str, Path]) -> Path:
     """A shipped recipe's file, or the file itself."""
     if str(recipe) in shipped:
         return shipped[str(recipe)]
-    path = Path(recipe).expanduser()
+    path = local_path(recipe)
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml"):

@@ -15,6 +15,7 @@ from upcycle.calibrate import texts
 from upcycle.check import CheckReport
 from upcycle.compensate import COMPENSATIONS
 from upcycle.memory import peak_bytes
+from upcycle.paths import local_path
 from upcycle.perturb import PERTURBS
 from upcycle.planning import Plan
 from upcycle.registry import Method
@@ -159,7 +160,7 @@ def model_card(conversion: Conversion) -> str:
 
 def _public_name(source: str) -> str:
     """A hub's name as it is; of a local path only the last part, which may be published."""
-    return Path(source).resolve().name if Path(source).expanduser().exists() else source
+    return Path(source).resolve().name if local_path(source).exists() else source
 
 
 def _licence(plan: Plan) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -22,6 +23,7 @@ from upcycle.architecture import Architecture
 from upcycle.dense import skeleton
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
+from upcycle.paths import local_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -132,8 +134,8 @@ def open_source(model: str, *, revision: str | None = None) -> DenseSource:
     """
     folder = model_folder(model, revision, accept=describe)
     if folder is None:
-        return _open_gguf(model, Path(model).expanduser())
-    local = Path(model).expanduser().is_dir()
+        return _open_gguf(model, local_path(model))
+    local = local_path(model).is_dir()
     return _open_folder(model, folder, revision=None if local else folder.name)
 
 
@@ -162,7 +164,7 @@ def model_folder(
 
     `accept` may raise on the config of a hub id before its weights are fetched.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     if revision is not None and path.exists():
         raise UpcycleError(f"--revision {revision} goes with a hub id, but {model} is a local path")
     if path.is_dir():
@@ -252,10 +254,10 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():
+        return [SINGLE]  # as transformers does, which leaves an older index beside it
     index = folder / INDEX
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return [SINGLE]
         pickles = any(folder.glob("*.bin"))
         hint = ": convert its .bin files to safetensors first" if pickles else ""
         raise UpcycleError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
@@ -361,11 +363,19 @@ def _open_gguf(label: str, path: Path) -> DenseSource:
     return _open_folder(label, Path(temporary.name), temporary=temporary)
 
 
+def copy_companions(folder: Path, place: Path) -> None:
+    for path in companions(folder):
+        copy = place / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
 def companions(folder: Path) -> Iterator[Path]:
     """Files that travel with a checkpoint as they are: tokenizer, generation config, licence."""
     patterns = (
         "tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
-        "added_tokens.json", "chat_template*", "generation_config.json", "LICENSE*",
+        "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
+        "generation_config.json", "LICENSE*",
     )  # fmt: skip
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     yield from sorted(found)

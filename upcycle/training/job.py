@@ -7,11 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.calibrate import check_seq_len, check_text, texts
+from pydantic import BaseModel
+
+from upcycle.calibrate import check_seq_len, check_text, text_fingerprint, texts
 from upcycle.errors import UpcycleError
 from upcycle.report import versions
-from upcycle.source import checkpoint_folder, fingerprint, read_config, read_headers
+from upcycle.source import checkpoint_folder, fingerprint, open_source, read_config, read_headers
 from upcycle.training.settings import Training, load_training
+
+
+class Origin(BaseModel, extra="allow"):
+    name: str
+    fingerprint: str | None = None
+
+
+class Made(BaseModel, extra="allow"):
+    method: str
+
+
+class Record(BaseModel, extra="allow"):
+    """What training reads of an upcycle.json; it hands on all of it."""
+
+    source: Origin | None = None
+    plan: Made | None = None
+    check: dict[str, Any] | None = None
+    training: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -20,7 +40,7 @@ class Job:
 
     label: str
     folder: Path
-    record: dict[str, Any]
+    record: Record
     """The model's upcycle.json, or nothing."""
     settings: Training
     teacher: Path | None
@@ -32,13 +52,16 @@ def open_job(
 ) -> Job:
     folder = stack.enter_context(checkpoint_folder(model))
     record = _record(folder)
-    origin = record.get("source", {}).get("name")
+    origin = None if record.source is None else record.source.name
     request = load_training(preset or _default_preset(record), settings, origin)
     for text in texts(request.data):
         check_text(text, "--data")
     check_seq_len(request.seq_len, read_config(folder))
     _check_dtypes(model, folder)
-    return Job(model, folder, record, request, _teacher_folder(request, folder, stack), out)
+    teacher = _teacher_folder(request, folder, stack)
+    if teacher is not None and record.source and settings.get("teacher") is None:
+        _check_origin(record.source, teacher, folder)
+    return Job(model, folder, record, request, teacher, out)
 
 
 def _check_dtypes(label: str, folder: Path) -> None:
@@ -51,20 +74,28 @@ def _check_dtypes(label: str, folder: Path) -> None:
         )
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    """upcycle.json, or nothing."""
+def _record(folder: Path) -> Record:
     path = folder / "upcycle.json"
     if not path.is_file():
-        return {}
+        return Record()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        # Not by pydantic, whose reader does not take the NaN of a run that diverged.
+        return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise UpcycleError(f"{path} is not what upcycle writes: restore or delete it") from error
-    return record if isinstance(record, dict) else {}
 
 
-def _default_preset(record: dict[str, Any]) -> str:
-    lossy = record.get("plan", {}).get("method") in ("split", "prune")
+def _check_origin(origin: Origin, teacher: Path, folder: Path) -> None:
+    """The name of the dense model may be a path that means another one by now, or from here."""
+    if origin.fingerprint not in (None, open_source(str(teacher)).fingerprint()):
+        raise UpcycleError(
+            f"{folder / 'upcycle.json'} says that the model was made from {origin.name}, but what "
+            "has that name now is another: name the dense model by --teacher, or give --distill 0"
+        )
+
+
+def _default_preset(record: Record) -> str:
+    lossy = record.plan is not None and record.plan.method in ("split", "prune")
     return "heal" if lossy else "specialise"
 
 
@@ -98,13 +129,12 @@ def _depth_and_width(folder: Path) -> tuple[int, int]:
 def job_fingerprint(job: Job, processes: int) -> str:
     """Of everything that the result depends on."""
     models = [folder for folder in (job.folder, job.teacher) if folder is not None]
-    files = [Path(name).expanduser() for name in texts(job.settings.data)]
     ingredients = {
         "models": [
             fingerprint(folder, {info.file for info in read_headers(folder).values()})
             for folder in models
         ],
-        "data": [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()],
+        "data": text_fingerprint(job.folder, job.settings.data),
         "request": job.settings.settings(),
         "processes": processes,
         "versions": versions(),

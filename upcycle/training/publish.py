@@ -15,8 +15,8 @@ from upcycle.check import TOLERANCE, load_result, relative_error
 from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
 from upcycle.sink import partial_folder
-from upcycle.source import companions, read_headers
-from upcycle.training.job import Job
+from upcycle.source import copy_companions, read_headers
+from upcycle.training.job import Job, Record
 from upcycle.training.settings import Training
 from upcycle.training.state import whole_model
 from upcycle.training.step import Row, Run
@@ -145,8 +145,7 @@ def _write_model(
     }
     model.save_pretrained(place, state_dict=kept)
     shutil.copyfile(folder / "config.json", place / "config.json")
-    for path in companions(folder):
-        shutil.copyfile(path, place / path.name)
+    copy_companions(folder, place)
     written = {name: (info.shape, info.dtype) for name, info in read_headers(place).items()}
     expected = {name: (info.shape, info.dtype) for name, info in headers.items()}
     if written != expected:
@@ -182,14 +181,14 @@ def _with_adapter(folder: Path, place: Path) -> Any:
     return PeftModel.from_pretrained(base, place).eval()
 
 
-def _write_history(done: Finetuning, folder: Path, place: Path, record: dict[str, Any]) -> None:
+def _write_history(done: Finetuning, folder: Path, place: Path, record: Record) -> None:
     """upcycle.json and the card, with this run added to what they said."""
     entry = finetuning_summary(done) | {"upcycle": version("upcycle")}
     # What the conversion measured is no longer true of these weights.
-    entry["check_before"] = record.get("check")
-    history = [*record.get("training", []), entry]
-    record = record | {"check": None, "training": history}
-    (place / "upcycle.json").write_text(json.dumps(record) + "\n")
+    entry["check_before"] = record.check
+    history = [*record.training, entry]
+    fields = record.model_dump(exclude_unset=True) | {"check": None, "training": history}
+    (place / "upcycle.json").write_text(json.dumps(fields) + "\n")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)

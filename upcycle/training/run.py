@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import load_model
 from upcycle.moe import moe_blocks
+from upcycle.paths import local_path
 from upcycle.sink import ASIDE, Workspace, check_out, partial_folder
 from upcycle.source import read_config, read_headers
 from upcycle.training.data import Data, training_data
@@ -80,7 +82,7 @@ def finetune(
     """
     watch = watch or Watch()
     with ExitStack() as stack:
-        job = open_job(model, Path(out).expanduser().resolve(), preset, settings, stack)
+        job = open_job(model, local_path(out).resolve(), preset, settings, stack)
         check_out(job.out, job.folder, _room(job), overwrite=overwrite)
         accelerator = stack.enter_context(_accelerator(job.settings))
         stack.enter_context(_workspace(job, accelerator, overwrite=overwrite, resume=resume))
@@ -122,6 +124,8 @@ def _workspace(
 
 @contextmanager
 def _accelerator(request: Training) -> Iterator[Accelerator]:
+    # Said again below, as an error.
+    warnings.filterwarnings("ignore", message=".*no supported trackers")
     try:
         accelerator = Accelerator(
             mixed_precision=request.precision,
@@ -133,6 +137,10 @@ def _accelerator(request: Training) -> Iterator[Accelerator]:
         reason = " ".join(str(error).split())
         raise UpcycleError(f"accelerate can't start: {reason}") from error
     try:
+        if request.tracker is not None and not accelerator.log_with:
+            raise UpcycleError(
+                f"--tracker {request.tracker} is not installed: pip install {request.tracker}"
+            )
         if request.device == "cuda" and accelerator.device.type != "cuda":
             raise UpcycleError("--device cuda: torch sees no CUDA device here")
         each = request.micro_batch * accelerator.num_processes
