@@ -10,9 +10,9 @@ from torch import nn
 
 from upcycle.anatomy import expert_similarity, flops, measure_size
 from upcycle.moe import moe_blocks
+from upcycle.targets import TARGETS
 
-TARGETS = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared"]
-FAMILIES = {"qwen3_moe": "qwen3", "granitemoeshared": "granite"}
+FAMILIES = {"qwen3_moe": "qwen3", "granitemoeshared": "granite", "flex_olmo": "olmo2"}
 
 
 def linear_weights(model):

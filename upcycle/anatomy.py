@@ -12,7 +12,7 @@ from upcycle.moe import MoEBlock, moe_blocks
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of parameters; `active` are those that one token uses."""
+    """Numbers of parameters, selection biases too; `active` are those that one token uses."""
 
     total: int
     active: int
@@ -25,7 +25,9 @@ class Size:
 def measure_size(model: Any) -> Size:
     """Count a model's parameters; of a layer's E routed experts, K are active."""
     idle = sum(idle_parameters(block) for block in moe_blocks(model))
-    total = sum(p.numel() for p in model.parameters())
+    stored = model.state_dict().keys()
+    buffers = [buffer for name, buffer in model.named_buffers() if name in stored]
+    total = sum(tensor.numel() for tensor in [*model.parameters(), *buffers])
     matmul = sum(
         parameter.numel()
         for module in model.modules()
