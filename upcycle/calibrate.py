@@ -176,7 +176,11 @@ def text_fingerprint(folder: Path, text: str) -> list[str]:
     travel with the model, its tokenizer's among them."""
     named = (local_path(name) for name in texts(text))
     files = [*companions(folder), *(path for path in named if path.is_file())]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
 
 
 def load_tokenizer(folder: Path) -> Any:

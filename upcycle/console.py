@@ -299,7 +299,8 @@ def _verdict(conversion: "Conversion") -> str:
     if plan.recipe.prunes:
         what, more = "pruning", "--calibration-tokens or --experts"
     if ratio <= 1.1:
-        return f"The {what} costs {100 * (ratio - 1):.1f} % of perplexity."
+        cost = round(100 * (ratio - 1), 1) + 0.0  # never -0.0
+        return f"The {what} costs {cost:.1f} % of perplexity."
     return (
         f"[bold yellow]The {what} costs much: perplexity is {ratio:.2f} × the dense model's.[/] "
         f"To lose less, raise --active, {more}{first}; "
