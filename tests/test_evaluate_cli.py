@@ -12,6 +12,7 @@ from reference import load, weights
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import upcycle
 from upcycle import evaluate as stage
 from upcycle import speed
 from upcycle.cli import app
@@ -43,6 +44,15 @@ def test_one_json_object(dense, split, text):
     report = json.loads(result.stdout)
     assert (report["model"], report["against"]) == (str(split), str(dense()))
     assert [row["text"] for row in report["texts"]] == [str(text), "builtin"]
+
+
+def test_text_that_the_model_was_fitted_on_is_noted(dense, tmp_path):
+    upcycle.convert(
+        str(dense()), tmp_path / "out", experts=4, calibration_tokens=64, seq_len=64, check="none"
+    )
+    result = run(tmp_path / "out")
+    note = "note: the model was fitted on builtin: on other text it may lose more"
+    assert note in " ".join(result.stderr.split())
 
 
 def test_the_text_is_builtin_by_default(dense):

@@ -57,7 +57,10 @@ def evaluation(layers=3, experts=8, top_k=2, against=True):
         "against": "org/dense" if against else None,
         "window": 512,
         "tokens": 4096,
-        "texts": [{"text": "builtin", "perplexity": 12.0} | (numbers if against else absent)],
+        "texts": [
+            {"text": "builtin", "perplexity": 12.0, "fitted": True}
+            | (numbers if against else absent)
+        ],
         "routing": routing(layers, experts, top_k) if experts else [],
         "similarity": [{"layer": n, "cosine": 0.4} for n in range(layers)] if experts else [],
         "params": {"total": 1000, "active": 600 if experts else 1000}
@@ -158,6 +161,7 @@ def test_everything_is_shown():
     assert "Perplexity is 1.200 × the dense model's, so train it further before use" in text
     assert "60 % of its 1 k parameters work on each token" in text
     assert "10.0 → 12.0" in text
+    assert "builtin (the model was fitted on it)" in text
     assert "held back by the conversion × 1.273" in text
     assert "layer 0 stayed dense" in text
     assert "1 always on, 2 of 8 chosen by the router; 24 neurons each" in text

@@ -95,6 +95,26 @@ def one_step(model, scaled: bool):
     return float(moved[0].float().mean()), sum(changes) / len(changes)
 
 
+def test_matrices_decay_by_the_same_share_and_routers_not_at_all(dense, moe):
+    model = split_model(dense, moe, "qwen2_moe")
+    blocks = moe_blocks(model)
+    scales = measure_scales(model, blocks, TOKENS_BL)
+    assert scales[0].down_proj > 2
+    known = members(model, blocks, scales)
+    freeze_all_but(model, known, "moe")
+    training = trained(model, known)
+    before = [(item, item.parameter.detach().clone()) for item in training]
+    settings = Training(train="moe", lr=1e-2, weight_decay=0.1, steps=1)
+    optimizer = make_optimizer(settings, training)
+    for item in training:
+        item.parameter.grad = torch.zeros_like(item.parameter)
+    optimizer.step()
+    for item, was in before:
+        stays = item.member.group == "router" or was.dim() == 1
+        share = 1 if stays else 1 - 1e-2 * 0.1
+        torch.testing.assert_close(item.parameter.detach(), share * was)
+
+
 def untemper(model):
     """The same selections by logits of ordinary spread, and experts without the gain."""
     blocks = moe_blocks(model)

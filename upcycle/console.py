@@ -323,6 +323,9 @@ def show_evaluation(report: "Evaluation") -> None:
         if not math.isfinite(result.perplexity):
             what = f"on {result.text} perplexity is {result.perplexity}: the logits overflow"
             err.print(f"[yellow]note[/]: {what}", highlight=False)
+        if result.fitted:
+            what = f"the model was fitted on {result.text}: on other text it may lose more"
+            err.print(f"[yellow]note[/]: {what}", highlight=False)
 
 
 def _show_texts(title: str, report: "Evaluation") -> None:

@@ -24,6 +24,7 @@ from upcycle.anatomy import Size, expert_similarity, flops, measure_size
 from upcycle.calibrate import check_seq_len, check_text, packed_tokens
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
+from upcycle.history import fitted_on, identity
 from upcycle.moe import moe_blocks, watch_selections
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
 from upcycle.source import checkpoint_folder, read_config
@@ -81,6 +82,8 @@ class TextResult:
     perplexity_ratio: PositiveFloat | None
     kl: float | None
     top1_agreement: float | None
+    fitted: bool = False
+    """Whether the model was calibrated or trained on this text, which flatters these numbers."""
 
 
 @dataclass(frozen=True)
@@ -244,13 +247,16 @@ def _measure(
         speed = measure_speed(
             model, dense, batch_BL, lambda done, rounds: progress("timing", done, rounds)
         )
-    size, blocks = measure_size(model), moe_blocks(model)
+    size, blocks, seen = measure_size(model), moe_blocks(model), fitted_on(pair.folder)
     return Evaluation(
         model=pair.model,
         against=pair.against,
         window=tokens_NBL.shape[2],
         tokens=tokens_NBL[0].numel(),
-        texts=[_text_result(*row) for row in zip(texts, compared, references, strict=True)],
+        texts=[
+            replace(_text_result(*row), fitted=identity(row[0]) in seen)
+            for row in zip(texts, compared, references, strict=True)
+        ],
         routing=[
             layer_routing(block.layer, sum_EE, tokens_NBL.numel())
             for block, sum_EE in zip(blocks, _sums([c.pairs for c in compared]), strict=True)

@@ -32,7 +32,7 @@ def overall(evaluation: Facts) -> dict[str, Any]:
 
 def texts(evaluation: Facts, made: Facts | None) -> Section:
     """Dense against MoE on each text, and on that which the conversion held back."""
-    rows = [dict(row, name=public_name(row["text"])) for row in evaluation["texts"]]
+    rows = [dict(row, name=_name(row)) for row in evaluation["texts"]]
     check = made and made["check"]
     if check:
         dense, moe = check["perplexity_dense"], check["perplexity_moe"]
@@ -47,6 +47,11 @@ def texts(evaluation: Facts, made: Facts | None) -> Section:
         note += f" The conversion's own check read {check['tokens']:,} tokens right after it."
     own = "MoE" if evaluation["routing"] else "this"
     return {"note": note, "rows": [_text_row(row, own, top) for row in rows]}
+
+
+def _name(row: Facts) -> str:
+    name = public_name(row["text"])
+    return f"{name} (the model was fitted on it)" if row["fitted"] else name
 
 
 def _text_row(row: Facts, own: str, top: float) -> dict[str, Any]:
