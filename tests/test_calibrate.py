@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -152,6 +153,28 @@ def test_jsonl_line_that_is_wrong(tiny, tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     assert refusal(tiny, path).startswith(f"{path}, line 2, {words}")
+
+
+@pytest.mark.parametrize("letters", ["abc de", "🙂"], ids=["short tokens", "several per letter"])
+@pytest.mark.parametrize("wanted", [1, 100, 1000])
+def test_long_text_is_read_as_far_as_needed(tiny, tmp_path, monkeypatch, letters, wanted):
+    path = tmp_path / "long.txt"
+    path.write_text("".join(random.Random(0).choices(letters + "\n", k=200_000)))
+    whole = packed(tiny, [path.read_text()])[:wanted]
+    lengths, ids_of = [], calibrate._ids_of
+    monkeypatch.setattr(
+        calibrate, "_ids_of", lambda tok, text: lengths.append(len(text)) or ids_of(tok, text)
+    )
+    first = calibrate.first_tokens(tiny.folder, 300, str(path), wanted, seed=0)
+    assert first.tolist() == whole
+    assert max(lengths) <= 16 * (wanted + calibrate.CUT_TOKENS)
+
+
+def test_long_text_of_few_tokens_is_read_whole(tiny, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("ab" * 50)
+    first = calibrate.first_tokens(tiny.folder, 300, str(path), 1000, seed=0)
+    assert first.tolist() == packed(tiny, ["ab" * 50])
 
 
 def test_half_of_a_character_is_a_question_mark(tiny, tmp_path):

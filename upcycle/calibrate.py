@@ -26,6 +26,8 @@ SPREAD = 8
 between topics than between tokens, so a few long documents would say little about the others."""
 WRITTEN_LENGTH = 128  # tokens of a document that the model writes itself
 WRITTEN_TOGETHER = 128  # such documents at a time
+LENGTH_OF_TOKEN = 8  # characters, more than most
+CUT_TOKENS = 64  # before a cut through a text, may be others than those of the whole
 MODULE_MOST = 8000
 """Characters of one module of `builtin`: its code then weighs about as much as its prose."""
 BUILTIN_MODULES = """
@@ -133,7 +135,7 @@ def first_tokens(folder: Path, vocab_size: int, text: str, wanted: int, *, seed:
     tokenizer = load_tokenizer(folder)
     tokens: list[int] = []
     for document in _documents(text, seed):
-        tokens += _token_ids(tokenizer, document, folder)
+        tokens += _token_ids(tokenizer, document, folder, wanted - len(tokens))
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
         if len(tokens) >= wanted:
@@ -147,10 +149,11 @@ def first_tokens(folder: Path, vocab_size: int, text: str, wanted: int, *, seed:
     return ids
 
 
-def _token_ids(tokenizer: Any, document: Document, folder: Path) -> list[int]:
-    """A chat is rendered by the tokenizer's own template, which brings its special tokens."""
+def _token_ids(tokenizer: Any, document: Document, folder: Path, wanted: int) -> list[int]:
+    """The tokens of a document, of a long one perhaps no more than are wanted. A chat is rendered
+    by the tokenizer's own template, which brings its special tokens."""
     if isinstance(document, str):
-        return _ids_of(tokenizer, document)
+        return _first_ids(tokenizer, document, wanted)
     if tokenizer.chat_template is None:
         raise UpcycleError(
             f'the text holds chats ("messages"), but the tokenizer in {folder} has no chat '
@@ -163,6 +166,17 @@ def _token_ids(tokenizer: Any, document: Document, folder: Path) -> list[int]:
             f"the chat template in {folder} refuses the messages {str(document)[:80]}: {error}"
         ) from error
     return _ids_of(tokenizer, rendered, add_special_tokens=False)
+
+
+def _first_ids(tokenizer: Any, text: str, wanted: int) -> list[int]:
+    """Tokens of so much of a text as holds those that are wanted: it may be gigabytes."""
+    length = LENGTH_OF_TOKEN * wanted
+    while len(text) > length:
+        ids = _ids_of(tokenizer, text[:length])
+        if len(ids) >= wanted + CUT_TOKENS:
+            return ids[:wanted]
+        length *= 2
+    return _ids_of(tokenizer, text)
 
 
 def _ids_of(tokenizer: Any, text: str, **settings: bool) -> list[int]:
