@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from reference import dense_logits, load, load_all_on, logits, read_json, routers, selected
+from reference import (
+    dense_logits,
+    load,
+    load_all_on,
+    logits,
+    read_json,
+    routers,
+    selected,
+    weights,
+)
 
 from upcycle.check import LOW_PRECISION_TOLERANCE
 from upcycle.check import TOLERANCE as CHECK_TOLERANCE
@@ -161,3 +170,28 @@ def test_the_shared_gate_is_half_even_as_silu_over_its_input(dense, moe, dtype):
     for z in seen:
         half = torch.nn.functional.silu(z) / z
         torch.testing.assert_close(half, torch.full_like(half, 0.5), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("settings", [SPLIT, COPY, SPLIT | {"keep_dense": "1"}])
+def test_qwen2_moe_has_all_tensors_that_vllm_always_reads(dense, moe, settings):
+    """Biases of q, k and v, which it leaves uninitialised where they are missing, and a shared
+    expert, which it can't load where it has no neurons."""
+    out = moe(dense(), target="qwen2_moe", **settings)
+    config, tensors = read_json(out / "config.json"), weights(out)
+    assert config["qkv_bias"] is True
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        biases = [tensors[f"{prefix}self_attn.{name}_proj.bias"] for name in "qkv"]
+        assert not torch.cat(biases).any()
+        if layer not in config["mlp_only_layers"]:
+            silent = [t for n, t in tensors.items() if n.startswith(f"{prefix}mlp.shared_expert.")]
+            assert len(silent) == 3
+            assert all(t.numel() and not t.any() for t in silent)
+
+
+def test_qwen2_moe_keeps_the_biases_of_the_source(dense, moe):
+    name = "model.layers.1.self_attn.k_proj.bias"
+    source = dense("qwen2")
+    stored = weights(moe(source, target="qwen2_moe", **SPLIT))[name]
+    assert stored.any()
+    torch.testing.assert_close(stored, weights(source)[name], rtol=0, atol=0)

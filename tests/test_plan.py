@@ -18,6 +18,7 @@ from upcycle import UpcycleError, planning, sensitivity
 from upcycle.inspection import is_routed
 from upcycle.sink import Workspace, partial_folder
 from upcycle.source import DTYPES, DenseSource
+from upcycle.targets import TARGETS
 
 QUICK = {"calibration_tokens": 64, "seq_len": 64, "check": "none"}
 
@@ -440,65 +441,96 @@ WRITTEN = {
 }
 
 
-def llama_cpp_note(dense, family="llama", fields=None, **settings):
-    """What the plan says of llama.cpp, nothing if it says nothing."""
+def runtime_note(runtime, dense, family="llama", fields=None, **settings):
+    """What the plan says of a runtime, nothing if it says nothing."""
     made = upcycle.plan(str(dense(family, **(fields or {}))), **settings)
-    notes = [note for note in made.warnings if note.startswith("llama.cpp does not run")]
+    notes = [note for note in made.warnings if note.startswith(f"{runtime} does not run")]
     assert len(notes) <= 1
     return notes[0] if notes else ""
 
 
 UNTIED = {"tie_word_embeddings": False}
+TIED = {"tie_word_embeddings": True}
 ROUTED = {"experts": 8, "keep_dense": "none"}
+MIXED_WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+NONE_SHARED = ROUTED | {"shared_experts": 0, "top_k": 2}
 COPIES = {"method": "copy", "experts": 4, "top_k": 2}
 
 
 @pytest.mark.parametrize(
-    ("family", "fields", "settings"),
+    ("runtime", "family", "fields", "settings"),
     [
-        ("llama", UNTIED, ROUTED),
-        ("llama", UNTIED, {"target": "granitemoeshared"}),
-        ("llama", {"tie_word_embeddings": True}, {"target": "granitemoeshared"}),
-        ("llama", {}, COPIES),
-        ("llama", {}, {"method": "prune", "target": "mixtral"}),
-        ("qwen2", {}, {"target": "granitemoeshared"}),
-        ("qwen3", {}, ROUTED),
-        ("granite", {}, {}),
+        ("llama.cpp", "llama", UNTIED, ROUTED),
+        ("llama.cpp", "llama", UNTIED, NONE_SHARED),
+        ("llama.cpp", "llama", UNTIED, {"target": "granitemoeshared"}),
+        ("llama.cpp", "llama", TIED, {"target": "granitemoeshared"}),
+        ("llama.cpp", "llama", {}, COPIES),
+        ("llama.cpp", "llama", {}, {"method": "prune", "target": "mixtral"}),
+        ("llama.cpp", "qwen2", {}, {"target": "granitemoeshared"}),
+        ("llama.cpp", "qwen3", {}, ROUTED),
+        ("llama.cpp", "granite", {}, {}),
+        ("vLLM", "llama", TIED, {}),
+        ("vLLM", "llama", UNTIED, {"keep_dense": [1]}),
+        ("vLLM", "llama", {}, COPIES),
+        ("vLLM", "llama", {}, {"method": "prune"}),
+        ("vLLM", "llama", {}, {"target": "granitemoeshared"}),
+        ("vLLM", "llama", {"head_dim": 32}, {"target": "glm4_moe"}),
+        ("vLLM", "mistral", {}, COPIES),
+        ("vLLM", "qwen2", {}, {}),
+        ("vLLM", "qwen2", {}, COPIES),
+        ("vLLM", "qwen3", {}, {}),
+        ("vLLM", "granite", {}, {}),
+        ("vLLM", "olmo2", {}, {}),
     ],
 )
-def test_nothing_is_said_of_llama_cpp_where_it_runs_the_result(dense, family, fields, settings):
-    assert llama_cpp_note(dense, family, fields, **settings) == ""
+def test_nothing_is_said_of_a_runtime_that_runs_the_result(
+    dense, runtime, family, fields, settings
+):
+    assert runtime_note(runtime, dense, family, fields, **settings) == ""
 
 
 @pytest.mark.parametrize(
-    ("family", "fields", "settings", "obstacle"),
+    ("runtime", "family", "fields", "settings", "obstacle"),
     [
-        ("llama", UNTIED, {}, "every layer must have experts (--keep-dense none)"),
-        ("llama", UNTIED, {"keep_dense": [1]}, "every layer must have experts"),
-        ("llama", {"tie_word_embeddings": True}, ROUTED, "embeddings must be tensors of their own"),
-        ("llama", UNTIED, ROUTED | {"shared_experts": 0, "top_k": 2}, "must be a shared expert"),
-        ("llama", UNTIED, COPIES | {"target": "qwen2_moe"}, "experts are not renormalised"),
-        ("qwen3", {}, COPIES | {"top_k": 1}, "experts are renormalised"),
-        ("llama", {}, {"target": "glm4_moe"}, "only GLM's own tokenizers are converted"),
-        ("olmo2", {}, {}, "it does not know the architecture"),
-        ("gemma", {}, {}, "experts compute silu, not gelu"),
-        ("mistral", {}, COPIES, "attention sees further than 16 tokens"),
+        ("llama.cpp", "llama", UNTIED, {}, "every layer must have experts (--keep-dense none)"),
+        ("llama.cpp", "llama", UNTIED, {"keep_dense": [1]}, "every layer must have experts"),
+        ("llama.cpp", "llama", TIED, ROUTED, "embeddings must be tensors of their own"),
+        ("llama.cpp", "llama", {}, COPIES | {"target": "qwen2_moe"}, "are not renormalised"),
+        ("llama.cpp", "qwen3", {}, COPIES | {"top_k": 1}, "experts are renormalised"),
+        ("llama.cpp", "llama", {}, {"target": "glm4_moe"}, "GLM's own tokenizers"),
+        ("llama.cpp", "olmo2", {}, {}, "it does not know the architecture"),
+        ("llama.cpp", "gemma", {}, {}, "experts compute silu, not gelu"),
+        ("llama.cpp", "mistral", {}, COPIES, "attention sees further than 16 tokens"),
+        ("vLLM", "gemma", {}, {}, "experts compute silu, not gelu_pytorch_tanh"),
+        ("vLLM", "qwen2", {}, {"target": "granitemoeshared"}, "attention has no biases"),
+        ("vLLM", "qwen3", {"attention_bias": True}, {}, "attention has no bias on its output"),
+        ("vLLM", "qwen2", MIXED_WINDOW, {}, "all layers must have the same sliding window"),
+        ("vLLM", "llama", {"head_dim": 32}, {}, "heads must be of 48 / 4 channels, not 32"),
+        ("vLLM", "llama", {}, COPIES | {"target": "glm4_moe"}, "must be a shared expert"),
     ],
 )
-def test_what_llama_cpp_can_not_run_is_said(dense, family, fields, settings, obstacle):
-    assert obstacle in llama_cpp_note(dense, family, fields, **settings)
+def test_what_a_runtime_can_not_run_is_said(dense, runtime, family, fields, settings, obstacle):
+    assert obstacle in runtime_note(runtime, dense, family, fields, **settings)
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "end"),
+    ("runtime", "family", "fields", "settings", "end"),
     [
-        ("llama", {"experts": 8}, "; it runs --target granitemoeshared"),
-        ("llama", {"method": "prune"}, "; it runs --target granitemoeshared or mixtral"),
-        ("gemma", {}, "not gelu_pytorch_tanh"),
+        ("llama.cpp", "llama", {}, {"experts": 8}, "; it runs --target granitemoeshared"),
+        ("llama.cpp", "llama", {}, {"method": "prune"}, "--target granitemoeshared or mixtral"),
+        ("llama.cpp", "llama", {}, {"keep_dense": [1]}, "; it runs --target granitemoeshared"),
+        ("llama.cpp", "gemma", {}, {}, "not gelu_pytorch_tanh"),
+        ("vLLM", "llama", {"head_dim": 32}, {}, "not 32; it runs --target glm4_moe"),
+        ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1]}, "not 32"),
+        ("vLLM", "gemma", {}, {}, "channels, not 16"),
     ],
 )
-def test_targets_that_llama_cpp_runs_are_named(dense, family, settings, end):
-    assert llama_cpp_note(dense, family, **settings).endswith(end)
+def test_targets_that_a_runtime_runs_are_named(dense, runtime, family, fields, settings, end):
+    assert runtime_note(runtime, dense, family, fields, **settings).endswith(end)
+
+
+def test_every_target_says_what_each_runtime_can_not_run():
+    assert {tuple(target.runtimes) for target in TARGETS.values()} == {("llama.cpp", "vLLM")}
 
 
 def test_a_split_counts_to_one_whether_or_not_a_runtime_renormalises_of_itself(dense):
@@ -545,9 +577,10 @@ def test_active_ratio_is_that_of_the_loaded_model(written):
     ffn = 3 * plan.source.arch.hidden_size * plan.source.arch.intermediate_size
     outside = plan.params_dense - ffn * plan.source.arch.num_layers
     tensors = weights(out)
-    gates = [t for n, t in tensors.items() if "router" in n or "gate.weight" in n or "e_score" in n]
-    routing = sum(gate.numel() for gate in gates)
-    active = (plan.params_active - outside - routing) / (ffn * plan.source.arch.num_layers)
+    beside = ("router", "gate.weight", "e_score", "proj.bias")
+    others = sum(t.numel() for n, t in tensors.items() if any(part in n for part in beside))
+    source = sum(t.numel() for n, t in weights(plan.source.folder).items() if "proj.bias" in n)
+    active = (plan.params_active - outside - others + source) / (ffn * plan.source.arch.num_layers)
     assert isclose(active, plan.active_ffn_ratio)
 
 

@@ -737,7 +737,7 @@ def test_resuming_fits_on_the_same_and_does_not_repeat_finished_layers(
 )
 def test_with_another_compensation_or_stream_it_can_not_be_resumed(attempt, other):
     start_and_kill(attempt, "both", "before layer 2")
-    with pytest.raises(UpcycleError, match="begun with another source, recipe or version"):
+    with pytest.raises(UpcycleError, match="begun with another source, text, recipe or version"):
         attempt("both", resume=True, **other)
 
 

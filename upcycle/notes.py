@@ -1,11 +1,11 @@
 """What a plan says beside its numbers, of conversions that work, but not all that well."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 from upcycle.architecture import Architecture
 from upcycle.recipe import Recipe
-from upcycle.targets import TARGETS, Combine, MoESpec
+from upcycle.targets import TARGETS, Combine, MoESpec, Runtime
 
 LLAMA_CPP_MAX_EXPERTS = 512
 
@@ -24,31 +24,41 @@ def warnings(recipe: Recipe, spec: MoESpec) -> Iterator[str]:
         yield "top_k is all routed experts: nothing is switched off, nothing is saved"
 
 
-def llama_cpp(
+def runtime_notes(
+    recipe: Recipe, arch: Architecture, target: str, spec: MoESpec, combine: Combine
+) -> Iterator[str]:
+    """For each runtime that won't run the result: why, and which targets of it would run."""
+    for runtime in TARGETS[target].runtimes:
+        reasons = _obstacles(runtime, recipe, arch, target, spec, combine)
+        if not reasons:
+            continue
+        others = [
+            name
+            for name in sorted(TARGETS)
+            if not _obstacles(runtime, recipe, arch, name, spec, combine)
+        ]
+        instead = f"; it runs --target {' or '.join(others)}" if others else ""
+        yield f"{runtime} does not run this {target}: {', '.join(reasons)}{instead}"
+
+
+def _obstacles(
+    runtime: Runtime,
     recipe: Recipe,
     arch: Architecture,
     target: str,
     spec: MoESpec,
     combine: Combine,
-    refusals: Mapping[str, str],
-) -> Iterator[str]:
-    """If llama.cpp won't run the result: why, and which targets of it would run.
-
-    Args:
-        refusals: of every target, without layers kept dense, why it can't host the model.
-    """
-    if recipe.keep_dense == "auto" and TARGETS[target].dense_layers != "none":
-        spec = replace(spec, dense_layers=(0,))  # the likeliest, until it is measured
-    obstacles = list(TARGETS[target].llama_cpp(arch, spec))
-    if not obstacles:
-        return
-
-    def runs(name: str) -> bool:
-        other = TARGETS[name]
-        gains = other.gains(combine, spec.geometry)
-        other_spec = replace(spec, gains=gains, dense_layers=())
-        return other.dense_layers == "none" and not any(other.llama_cpp(arch, other_spec))
-
-    others = [name for name, why in sorted(refusals.items()) if not why and runs(name)]
-    instead = f"; it runs --target {' or '.join(others)}" if others else ""
-    yield f"llama.cpp does not run this {target}: {', '.join(obstacles)}{instead}"
+) -> list[str]:
+    """What keeps the runtime from the target, or the model from being converted to it at all; of
+    dense layers, where the target has none."""
+    made = TARGETS[target]
+    dense_layers = spec.dense_layers
+    if recipe.keep_dense == "auto":
+        dense_layers = (0,)  # the likeliest, until it is measured
+    if made.dense_layers == "none":
+        dense_layers = ()
+    refusal = made.refusal(arch, spec.geometry, dense_layers)
+    if refusal:
+        return [refusal]
+    gains = made.gains(combine, spec.geometry)
+    return list(made.runtimes[runtime](arch, replace(spec, gains=gains, dense_layers=dense_layers)))

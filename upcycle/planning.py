@@ -17,7 +17,7 @@ from upcycle.calibrate import check_seq_len, load_tokenizer
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
-from upcycle.notes import llama_cpp, warnings
+from upcycle.notes import runtime_notes, warnings
 from upcycle.paths import local_path
 from upcycle.recipe import Recipe
 from upcycle.registry import suggest
@@ -211,7 +211,7 @@ def make_plan(
         params_active=params_total - idle * (layers - len(dense_layers)),
         warnings=(
             *warnings(recipe, spec),
-            *llama_cpp(recipe, source.arch, target, spec, combine, refusals(source, geometry)),
+            *runtime_notes(recipe, source.arch, target, spec, combine),
         ),
     )
     _check_text(plan)

@@ -6,6 +6,14 @@ import upcycle.targets.granitemoeshared
 import upcycle.targets.mixtral
 import upcycle.targets.qwen2_moe
 import upcycle.targets.qwen3_moe
-from upcycle.targets.base import TARGETS, Combine, Gains, MoESpec, MoETarget, common_fields
+from upcycle.targets.base import (
+    TARGETS,
+    Combine,
+    Gains,
+    MoESpec,
+    MoETarget,
+    Runtime,
+    common_fields,
+)
 
-__all__ = ["TARGETS", "Combine", "Gains", "MoESpec", "MoETarget", "common_fields"]
+__all__ = ["TARGETS", "Combine", "Gains", "MoESpec", "MoETarget", "Runtime", "common_fields"]

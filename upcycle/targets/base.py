@@ -23,6 +23,8 @@ from upcycle.types import DenseFFN, Geometry, MoELayer
 
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean"]
+Runtime = Literal["llama.cpp", "vLLM"]
+"""Compared with transformers at their versions b11549 and 0.32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class MoETarget:
     """Config fields beside `common_fields`."""
     experts: Callable[[MoELayer, Gains], Named]
     """Names below `model.layers.N.` and tensors of a converted FFN, in the target's hub layout."""
-    llama_cpp: Callable[[Architecture, MoESpec], Iterator[str]]
-    """What keeps llama.cpp (b11549) from loading this, or from computing what transformers does."""
+    runtimes: Mapping[Runtime, Callable[[Architecture, MoESpec], Iterator[str]]]
+    """What keeps each other runtime from loading this, or from computing what transformers does."""
     accepts: frozenset[Trait] = frozenset()
     requires: frozenset[Trait] = frozenset()
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
@@ -155,12 +157,13 @@ def with_gain(ffn: DenseFFN, gain: float) -> DenseFFN:
     return replace(ffn, down_DF=(down_DF.float() * gain).to(down_DF.dtype))
 
 
-def shared_or_empty(layer: MoELayer) -> DenseFFN:
-    """The shared expert; for a class that always has one, else one of no neurons."""
+def shared_or_silent(layer: MoELayer, neurons: int) -> DenseFFN:
+    """The shared expert; for a class that always has one, else one of so many neurons that put out
+    nothing."""
     if layer.shared is not None:
         return layer.shared
-    rows_0D = layer.router_ED[:0]
-    return DenseFFN(rows_0D, rows_0D, rows_0D.T, act=lambda x: x)
+    rows_SD = layer.router_ED.new_zeros(neurons, layer.router_ED.shape[1])
+    return DenseFFN(rows_SD, rows_SD, rows_SD.T, act=lambda x: x)
 
 
 def separate(prefix: str, ffn: DenseFFN, names: tuple[str, str, str]) -> Named:
@@ -169,10 +172,22 @@ def separate(prefix: str, ffn: DenseFFN, names: tuple[str, str, str]) -> Named:
         yield f"{prefix}{name}.weight", tensor
 
 
-def llama_block(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    """What llama.cpp's blocks with experts do not do."""
+def silu_experts(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    """Where a runtime's experts know one activation."""
     if arch.fields["hidden_act"] not in ("silu", "swish"):
         yield f"experts compute silu, not {arch.fields['hidden_act']}"
+
+
+def heads_fill_hidden(arch: Architecture) -> Iterator[str]:
+    """For vLLM's architectures that work the size of a head out."""
+    hidden, heads = arch.hidden_size, arch.fields["num_attention_heads"]
+    if arch.fields["head_dim"] * heads != hidden:
+        yield f"heads must be of {hidden} / {heads} channels, not {arch.fields['head_dim']}"
+
+
+def llama_block(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    """What llama.cpp's blocks with experts do not do."""
+    yield from silu_experts(arch, spec)
     if arch.sliding_window:
         yield f"attention sees further than {arch.sliding_window:,} tokens"
 

@@ -4,7 +4,15 @@ from functools import partial
 from typing import Any
 
 from upcycle.architecture import Architecture, Trait
-from upcycle.targets.base import TARGETS, MoESpec, MoETarget, Routing, attention_bias, per_expert
+from upcycle.targets.base import (
+    TARGETS,
+    MoESpec,
+    MoETarget,
+    Routing,
+    attention_bias,
+    per_expert,
+    silu_experts,
+)
 
 
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
@@ -28,7 +36,10 @@ TARGETS.add(
         copy_rank=5,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
-        llama_cpp=lambda arch, spec: iter(("it does not know the architecture",)),
+        runtimes={
+            "llama.cpp": lambda arch, spec: iter(("it does not know the architecture",)),
+            "vLLM": silu_experts,
+        },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS}),
         requires=frozenset({Trait.POST_NORM, Trait.QK_NORM_FULL}),
     ),

@@ -4,6 +4,7 @@ A tempered router scores 0.5 everywhere, so `routed_scaling_factor: 2` makes eve
 no weight needs a gain.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from upcycle.targets.base import (
     attention_bias,
     per_expert,
     separate,
-    shared_or_empty,
+    shared_or_silent,
+    silu_experts,
     with_gain,
 )
 from upcycle.types import MoELayer
@@ -57,8 +59,14 @@ def experts(layer: MoELayer, gains: Gains) -> Named:
         "mlp.gate.e_score_correction_bias",
         torch.zeros_like(layer.router_ED[:, 0], dtype=torch.float32),
     )
-    shared = with_gain(shared_or_empty(layer), gains.shared)
+    shared = with_gain(shared_or_silent(layer, 0), gains.shared)
     yield from separate("mlp.shared_experts.", shared, LLAMA_NAMES)
+
+
+def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from silu_experts(arch, spec)
+    if not spec.shared_size:
+        yield "there must be a shared expert"
 
 
 TARGETS.add(
@@ -71,7 +79,10 @@ TARGETS.add(
         copy_rank=4,
         config=config,
         experts=experts,
-        llama_cpp=lambda arch, spec: iter(("only GLM's own tokenizers are converted",)),
+        runtimes={
+            "llama.cpp": lambda arch, spec: iter(("only GLM's own tokenizers are converted",)),
+            "vLLM": vllm,
+        },
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
         min_experts=2,  # it scores groups of experts by their best two
     ),

@@ -3,7 +3,7 @@
 Its hub layout is fused: one tensor per layer holds all experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from upcycle.targets.base import (
     Named,
     Routing,
     attention_bias,
+    heads_fill_hidden,
     llama_block,
+    silu_experts,
     with_gain,
 )
 from upcycle.types import MoELayer
@@ -59,6 +61,13 @@ def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
         yield "self_attn.o_proj.bias", torch.zeros_like(layer["self_attn.o_proj.weight"][:, 0])
 
 
+def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from silu_experts(arch, spec)
+    yield from heads_fill_hidden(arch)
+    if attention_bias(arch):
+        yield "attention has no biases"
+
+
 TARGETS.add(
     "granitemoeshared",
     MoETarget(
@@ -69,7 +78,7 @@ TARGETS.add(
         copy_rank=3,
         config=config,
         experts=experts,
-        llama_cpp=llama_block,
+        runtimes={"llama.cpp": llama_block, "vLLM": vllm},
         accepts=frozenset(
             {
                 Trait.QKV_BIAS,

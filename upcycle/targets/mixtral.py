@@ -4,7 +4,15 @@ from functools import partial
 from typing import Any
 
 from upcycle.architecture import Architecture, Trait
-from upcycle.targets.base import TARGETS, MoESpec, MoETarget, Routing, llama_block, per_expert
+from upcycle.targets.base import (
+    TARGETS,
+    MoESpec,
+    MoETarget,
+    Routing,
+    llama_block,
+    per_expert,
+    silu_experts,
+)
 
 
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
@@ -33,7 +41,7 @@ TARGETS.add(
             prefix="block_sparse_moe.experts.",
             names=("w1", "w3", "w2"),
         ),
-        llama_cpp=llama_block,
+        runtimes={"llama.cpp": llama_block, "vLLM": silu_experts},
         accepts=frozenset({Trait.SLIDING_WINDOW}),
     ),
 )

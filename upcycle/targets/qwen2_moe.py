@@ -2,12 +2,17 @@
 
 The shared expert is multiplied by sigmoid(gate x); a gate near zero makes that 0.5, which its
 down_proj makes good.
+
+In transformers the class also does without biases and without a shared expert. Other runtimes do
+not: vLLM always adds biases to q, k and v, and has no name for a shared expert of no neurons. So
+both are always written, of zeros where the source has none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from upcycle.architecture import Architecture, Trait
 from upcycle.targets.base import (
@@ -20,16 +25,19 @@ from upcycle.targets.base import (
     Routing,
     all_layers_routed,
     attention_bias,
+    heads_fill_hidden,
     llama_block,
     per_expert,
     separate,
-    shared_or_empty,
+    shared_or_silent,
+    silu_experts,
     with_gain,
 )
 from upcycle.types import MoELayer
 
 # Not zero: llama.cpp computes the sigmoid of z as silu(z) / z.
 SHARED_GATE = 1e-7
+SILENT = 8  # neurons, all zero, of the shared expert of a layer that has none
 
 
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
@@ -37,13 +45,13 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "architectures": ["Qwen2MoeForCausalLM"],
         "intermediate_size": arch.intermediate_size,
         "moe_intermediate_size": spec.expert_size,
-        "shared_expert_intermediate_size": spec.shared_size,
+        "shared_expert_intermediate_size": spec.shared_size or SILENT,
         "num_experts": spec.geometry.routed_experts,
         "num_experts_per_tok": spec.geometry.top_k,
         "norm_topk_prob": spec.gains.norm_topk_prob,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(spec.dense_layers),
-        "qkv_bias": attention_bias(arch),
+        "qkv_bias": True,
         "use_sliding_window": arch.sliding_window is not None,
         "sliding_window": arch.sliding_window,
         "layer_types": arch.fields["layer_types"],
@@ -52,20 +60,33 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 
 def experts(layer: MoELayer, gains: Gains) -> Named:
     yield from per_expert(layer, gains, router="mlp.gate.weight", prefix="mlp.experts.")
-    shared = with_gain(shared_or_empty(layer), gains.shared)
+    shared = with_gain(shared_or_silent(layer, SILENT), gains.shared)
     yield from separate("mlp.shared_expert.", shared, LLAMA_NAMES)
     yield "mlp.shared_expert_gate.weight", torch.full_like(layer.router_ED[:1], SHARED_GATE)
+
+
+def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
+    """The biases of a source that has none."""
+    if not attention_bias(arch):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            rows = layer[f"self_attn.{name}.weight"]
+            yield f"self_attn.{name}.bias", torch.zeros_like(rows[:, 0])
 
 
 def llama_cpp(arch: Architecture, spec: MoESpec) -> Iterator[str]:
     yield from all_layers_routed(spec)
     if arch.tied:
         yield "output embeddings must be tensors of their own"
-    if not spec.shared_size:
-        yield "there must be a shared expert"
     if spec.gains.norm_topk_prob:
         yield "weights of experts are not renormalised"
     yield from llama_block(arch, spec)
+
+
+def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from silu_experts(arch, spec)
+    yield from heads_fill_hidden(arch)
+    if Trait.MIXED_WINDOW in arch.traits:
+        yield "all layers must have the same sliding window"
 
 
 TARGETS.add(
@@ -78,7 +99,8 @@ TARGETS.add(
         copy_rank=1,
         config=config,
         experts=experts,
-        llama_cpp=llama_cpp,
+        runtimes={"llama.cpp": llama_cpp, "vLLM": vllm},
         accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
+        extra=extra,
     ),
 )

@@ -14,6 +14,7 @@ from upcycle.targets.base import (
     attention_bias,
     llama_block,
     per_expert,
+    silu_experts,
 )
 
 
@@ -40,6 +41,12 @@ def llama_cpp(arch: Architecture, spec: MoESpec) -> Iterator[str]:
     yield from llama_block(arch, spec)
 
 
+def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from silu_experts(arch, spec)
+    if Trait.O_BIAS in arch.traits:
+        yield "attention has no bias on its output"
+
+
 TARGETS.add(
     "qwen3_moe",
     MoETarget(
@@ -50,7 +57,7 @@ TARGETS.add(
         copy_rank=2,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
-        llama_cpp=llama_cpp,
+        runtimes={"llama.cpp": llama_cpp, "vLLM": vllm},
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.SLIDING_WINDOW}),
         requires=frozenset({Trait.QK_NORM}),
     ),
