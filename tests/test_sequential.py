@@ -125,9 +125,11 @@ def convert(dense, text, tmp_path_factory):
 
 @contextmanager
 def watched_stream():
-    """Of the conversion in the context, the tokens that are fitted on [B, L], and by layer what
-    its FFN sees [T, D] with the norms of what its output is added to [T]."""
-    tokens, seen = [], {}
+    """Of the conversion in the context, the tokens that are fitted on [B, L]; by layer what its FFN
+    sees [T, D] with the norms of what its output is added to [T]; and the latter itself [T, D].
+
+    (Where there is a stream through the dense model, too, it is the first to pass a layer.)"""
+    tokens, seen, added_to = [], {}, {}
 
     class Watched(HiddenStream):
         def __init__(self, config, embed_VD, tokens_BL, device):
@@ -137,18 +139,20 @@ def watched_stream():
         def attend(self, layer, weights):
             x_TD, norm_T = super().attend(layer, weights)
             seen[layer] = x_TD.clone(), norm_T.clone()
+            added_to[layer] = torch.cat([hidden_bLD.flatten(0, 1) for hidden_bLD in self.hidden])
             return x_TD, norm_T
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conversion, "HiddenStream", Watched)
-        yield tokens, seen
+        yield tokens, seen, added_to
 
 
 def convert_and_watch(source, out, **settings):
     """The folders, the check's report, and what the stream gave."""
-    with watched_stream() as (tokens, seen):
+    with watched_stream() as (tokens, seen, added_to):
         check = upcycle.convert(str(source), out, **settings).check
-    return SimpleNamespace(source=source, out=out, check=check, tokens=tokens[0], seen=seen)
+    watched = {"tokens": tokens[0], "seen": seen, "added_to": added_to}
+    return SimpleNamespace(source=source, out=out, check=check, **watched)
 
 
 # --- what a layer is fitted on ---------------------------------------------------------------
@@ -324,7 +328,25 @@ def neurons_on(run, layer):
     return active_neurons(run.out, permutation(run, layer).tolist(), chosen_TK)
 
 
-def naive_refit(ffn, x_TD, norm_T, mask_TF, strength):
+@torch.no_grad()
+def wanted_outputs(run, family):
+    """By layer, the FFN's output [T, D] after which the hidden states would be the dense model's;
+    None where a norm comes between."""
+    if family == "olmo2":
+        return [None] * len(LAYERS)
+    model, states = load(run.source), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda _, args, out: states.append(
+                (out if torch.is_tensor(out) else out[0]).flatten(0, 1)
+            )
+        )
+    model(input_ids=run.tokens, use_cache=False)
+    scale = getattr(model.config, "residual_multiplier", 1.0)
+    return [(states[layer] - run.added_to[layer]) / scale for layer in LAYERS]
+
+
+def naive_refit(ffn, x_TD, norm_T, mask_TF, strength, wanted_TD=None, feedback=0.0):
     """The normal equations in float64; an error counts relative to its token's norm."""
     x_TD, gate_FD, up_FD, down_DF = (
         m.double() for m in (x_TD, ffn.gate_FD, ffn.up_FD, ffn.down_DF)
@@ -334,14 +356,20 @@ def naive_refit(ffn, x_TD, norm_T, mask_TF, strength):
     weighted_FT = on_TF.T / norm_T.double() ** 2
     moment_F = (weighted_FT @ on_TF).diagonal()
     penalty_FF = (strength * moment_F + JITTER * moment_F.mean()).diag()
-    wanted_FD = weighted_FT @ h_TF @ down_DF.T + penalty_FF @ down_DF.T
-    return torch.linalg.solve(weighted_FT @ on_TF + penalty_FF, wanted_FD).T
+    y_TD = h_TF @ down_DF.T
+    if wanted_TD is not None:
+        y_TD = (1 - feedback) * y_TD + feedback * wanted_TD.double()
+    right_FD = weighted_FT @ y_TD + penalty_FF @ down_DF.T
+    return torch.linalg.solve(weighted_FT @ on_TF + penalty_FF, right_FD).T
 
 
-def assert_refit(run, target, tolerance, strength=0.3):
+def assert_refit(run, target, tolerance, strength=0.3, family="llama", feedback=0.0):
+    wanted = wanted_outputs(run, family)
     for layer in LAYERS:
         ffn = dense_ffn(run.source, layer)
-        expected_DF = naive_refit(ffn, *run.seen[layer], neurons_on(run, layer), strength)
+        expected_DF = naive_refit(
+            ffn, *run.seen[layer], neurons_on(run, layer), strength, wanted[layer], feedback
+        )
         assert gap(written_down(run, target, layer), expected_DF) < tolerance
         assert gap(ffn.down_DF.float(), expected_DF) > 0.1
 
@@ -349,19 +377,26 @@ def assert_refit(run, target, tolerance, strength=0.3):
 @targets
 @streams
 def test_down_proj_is_what_least_squares_gives(convert, family, target, sequential):
-    assert_refit(convert(family, target, **REFIT, sequential=sequential), target, 1e-4)
+    run = convert(family, target, **REFIT, sequential=sequential)
+    assert_refit(run, target, 1e-4, family=family, feedback=0.5 if sequential else 0.0)
+
+
+@pytest.mark.parametrize("feedback", [0.0, 0.2, 1.0])
+def test_down_proj_makes_up_for_earlier_layers_as_much_as_asked(convert, feedback):
+    run = convert(compensate={"name": "least_squares", "feedback": feedback}, sequential=True)
+    assert_refit(run, "qwen2_moe", 1e-4, feedback=feedback)
 
 
 def test_down_proj_is_held_as_strongly_as_asked(convert):
     stronger = {"name": "least_squares", "strength": 2.0}
     run = convert(compensate=stronger, sequential=True)
-    assert_refit(run, "qwen2_moe", 1e-4, strength=2.0)
+    assert_refit(run, "qwen2_moe", 1e-4, strength=2.0, feedback=0.5)
 
 
 @streams
 def test_down_proj_in_bfloat16_is_rounded_once(convert, sequential):
     run = convert(dtype=torch.bfloat16, **REFIT, sequential=sequential)
-    assert_refit(run, "qwen2_moe", 0.03)
+    assert_refit(run, "qwen2_moe", 0.03, feedback=0.5 if sequential else 0.0)
     assert {tensor.dtype for tensor in weights(run.out).values()} == {torch.bfloat16}
 
 
@@ -726,7 +761,7 @@ def test_resuming_fits_on_the_same_and_does_not_repeat_finished_layers(
         "convert_layer",
         lambda plan, at, *rest: layers.append(at) or convert_layer(plan, at, *rest),
     )
-    with watched_stream() as (_, seen):
+    with watched_stream() as (_, seen, _):
         attempt("both", resume=True)
     assert layers == [2]
     assert all(torch.equal(*pair) for pair in zip(seen[2], expected[2], strict=True))

@@ -161,16 +161,17 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     source = plan.source
     writer = CheckpointWriter(workspace.folder, plan.specs, plan.recipe.max_shard_size)
     outer = source.canonical(source.read(source.outer_names()))
-    stream = None
-    if plan.streams:
-        stream = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
+    stream, dense = (
+        HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device) if wanted else None
+        for wanted in (plan.streams, plan.feedback > 0)
+    )
     _write_unit(workspace, writer, "embeddings", assemble_embeddings(outer), {})
     _write_unit(workspace, writer, "head", assemble_head(outer), {})
     del outer
     layers = source.arch.num_layers
     for layer in range(layers):
         progress("converting layers", layer, layers)
-        _write_layer(plan, workspace, writer, stream, layer)
+        _write_layer(plan, workspace, writer, stream, dense, layer)
     progress("converting layers", layers, layers)
 
 
@@ -179,10 +180,16 @@ def _write_layer(
     workspace: Workspace,
     writer: CheckpointWriter,
     stream: HiddenStream | None,
+    dense: HiddenStream | None,
     layer: int,
 ) -> None:
     """Convert a layer, unless an earlier run did. (A function of its own, so that its tensors are
-    gone before the next layer's are read.)"""
+    gone before the next layer's are read.)
+
+    Args:
+        stream: the tokens on their way through the converted layers, if any method looks at them.
+        dense: the same through the dense model, if the plan has feedback.
+    """
     source, unit = plan.source, f"layer {layer}"
     finished = unit in workspace.records
     if finished and stream is None:
@@ -190,12 +197,17 @@ def _write_layer(
     raw = source.read_layer(layer)
     tensors = source.canonical(raw)
     ffn = dense_ffn(tensors, _activation(plan))
-    activations = norm_T = converted = None
+    activations = norm_T = wanted_TD = converted = None
+    if dense:
+        dense.attend(layer, raw)
+        dense.advance(layer)
     if stream:
         x_TD, norm_T = stream.attend(layer, raw)
         activations = LayerActivations(ffn.to(x_TD.device, torch.float32), x_TD.float())
     if layer in plan.moe_layers and not finished:
-        converted = convert_layer(plan, layer, ffn, activations, norm_T)
+        if stream and dense:
+            wanted_TD = stream.lag(dense).div_(source.arch.fields["residual_multiplier"])
+        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD)
     elif layer in plan.moe_layers and plan.sequential:
         converted = _take_up(plan, workspace, unit, ffn)
     if stream and activations and converted and plan.sequential:

@@ -93,6 +93,16 @@ class HiddenStream:
             )
         return x_TD, torch.cat([h_bLD.norm(dim=-1).flatten() for h_bLD in self.hidden])
 
+    def lag(self, other: "HiddenStream") -> Tensor:
+        """What these hidden states lack of another stream's of the same tokens, [T, D] in float32.
+        Between `attend` and `advance` they are what the FFN's output is added to."""
+        tokens, hidden = self.tokens_BL.numel(), self.hidden[0].shape[-1]
+        lag_TD = torch.empty(tokens, hidden, device=self.device, dtype=torch.float32)
+        room = iter(lag_TD.split(self.hidden[0][..., 0].numel()))
+        for ours_bLD, theirs_bLD in zip(self.hidden, other.hidden, strict=True):
+            next(room).copy_(theirs_bLD.flatten(0, 1)).sub_(ours_bLD.flatten(0, 1))
+        return lag_TD
+
     @torch.no_grad()
     def branch(self, layer: int, y_TD: Tensor) -> None:
         """Between `attend` and `advance`: let the first batch also go on in another way, with

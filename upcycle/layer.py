@@ -89,6 +89,7 @@ def convert_layer(
     ffn: DenseFFN,
     activations: LayerActivations | None = None,
     norm_T: Tensor | None = None,
+    wanted_TD: Tensor | None = None,
 ) -> ConvertedLayer:
     """Turn one dense FFN into experts and a router.
 
@@ -97,6 +98,8 @@ def convert_layer(
         activations: the same FFN's in float32 on the calibration tokens, if the plan streams them.
         norm_T: of what its output is added to. An error counts relative to it, else a few tokens
             with massive activations would own every fit.
+        wanted_TD: the output that would bring the hidden states back to the dense model's, if the
+            plan has feedback.
     """
     if activations is None:
         activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
@@ -110,11 +113,13 @@ def convert_layer(
             router_ED = temper(router_ED, activations.x_TD, plan.dtype)
         router_ED = router_ED.to("cpu", plan.dtype)
         if plan.recipe.prunes:
-            ffn, origin_F = _prune_layer(plan, activations, router_ED, weight_T)
+            ffn, origin_F = _prune_layer(plan, activations, router_ED, weight_T, wanted_TD)
             return ConvertedLayer.of_pruned(ffn, origin_F, router_ED)
         if weight_T is not None:
             selection = layout.selection(router_ED.to(activations.x_TD), plan.geometry.top_k)
-            ffn = _compensate(plan, activations, selection, activations.output(), weight_T)
+            ffn = _compensate(
+                plan, activations, selection, activations.output(), weight_T, wanted_TD
+            )
         if not plan.recipe.copies:
             ffn = ffn.to("cpu", plan.dtype)
     return ConvertedLayer(ffn, layout, router_ED, torch.arange(ffn.num_neurons))
@@ -173,7 +178,11 @@ def _route(plan: Plan, layer: int, activations: LayerActivations, experts_EM: Te
 
 
 def _prune_layer(
-    plan: Plan, activations: LayerActivations, router_ED: Tensor, weight_T: Tensor | None
+    plan: Plan,
+    activations: LayerActivations,
+    router_ED: Tensor,
+    weight_T: Tensor | None,
+    wanted_TD: Tensor | None,
 ) -> tuple[DenseFFN, Tensor]:
     """The experts' neurons one after the other, as they will be stored, and where they come from.
 
@@ -191,7 +200,8 @@ def _prune_layer(
         kept = own.take(neurons_M)
         ffn = kept.ffn
         if weight_T is not None:
-            ffn = _compensate(plan, kept, all_on, own.output(), weight_T[tokens])
+            wanted = None if wanted_TD is None else wanted_TD[tokens]
+            ffn = _compensate(plan, kept, all_on, own.output(), weight_T[tokens], wanted)
         pruned.append(ffn.to("cpu", plan.dtype))
         origins.append(neurons_M.cpu())
     return DenseFFN.concatenate(pruned), torch.cat(origins)
@@ -203,8 +213,11 @@ def _compensate(
     selection: Selection,
     y_TD: Tensor,
     weight_T: Tensor,
+    wanted_TD: Tensor | None,
 ) -> DenseFFN:
-    """New weights, given which neurons are on."""
+    """New weights, given which neurons are on and what the dense FFN puts out, y."""
+    if wanted_TD is not None:
+        y_TD = y_TD.lerp_(wanted_TD, plan.feedback)
     choice = plan.recipe.compensate
     params = parameters(COMPENSATIONS, choice)
     return COMPENSATIONS[choice.name].run(activations, selection, y_TD, weight_T, params)

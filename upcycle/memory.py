@@ -100,7 +100,8 @@ def _fitting(plan: Plan) -> int:
     refit = chunks + DOUBLE * (3 * on**2 + 2 * on * hidden)
     # The refit weights, their gradient and Adam's two moments; a batch's activations.
     descent = (5 * 3 * hidden * on + 8 * BATCH * on) * FLOAT
-    wanted = own * hidden * FLOAT  # y
+    # y; with feedback the dense model's hidden states, and what the others lack of them.
+    wanted = (own + (2 * tokens + own) * (plan.feedback > 0)) * hidden * FLOAT
     # The experts that are done, in the dtype that is written, and the last ones while they join;
     # the inputs of one.
     copies = plan.geometry.num_experts * plan.spec.expert_size * 3 * hidden * plan.dtype.itemsize

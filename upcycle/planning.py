@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upcycle.architecture import Trait
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.budget import geometry_of
 from upcycle.calibrate import check_seq_len, load_tokenizer
@@ -26,6 +27,7 @@ from upcycle.request import (
     check_methods,
     check_tokens,
     named_dense_layers,
+    parameters,
     router_choice,
     router_method,
 )
@@ -122,6 +124,15 @@ class Plan:
     def sequential(self) -> bool:
         """Whether the stream goes through converted layers."""
         return self.recipe.sequential and not self.recipe.copies
+
+    @property
+    def feedback(self) -> float:
+        """How much of what the hidden states have come to lack a layer's refit makes up for; none
+        where the FFN's output is not what is added to them."""
+        if not (self.sequential and self.compensates) or Trait.POST_NORM in self.source.arch.traits:
+            return 0.0
+        params = parameters(COMPENSATIONS, self.recipe.compensate)
+        return float(getattr(params, "feedback", 0.0))
 
     @property
     def streams(self) -> bool:

@@ -23,6 +23,9 @@ JITTER = 1e-6  # of the mean second moment: for neurons that were never on
 class LeastSquaresParams(Params):
     strength: float = Field(default=0.3, ge=1e-3, allow_inf_nan=False)
     """λ, over each neuron's own second moment."""
+    feedback: float = Field(default=0.5, ge=0, le=1)
+    """How far the target is moved from the dense FFN's output to what would bring the hidden states
+    back to the dense model's."""
 
 
 @compensation(
