@@ -161,10 +161,11 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     source = plan.source
     writer = CheckpointWriter(workspace.folder, plan.specs, plan.recipe.max_shard_size)
     outer = source.canonical(source.read(source.outer_names()))
-    stream, dense = (
-        HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device) if wanted else None
-        for wanted in (plan.streams, plan.feedback > 0)
-    )
+    stream = dense = None
+    if plan.streams:
+        stream = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
+    if plan.feedback:
+        dense = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
     _write_unit(workspace, writer, "embeddings", assemble_embeddings(outer), {})
     _write_unit(workspace, writer, "head", assemble_head(outer), {})
     del outer

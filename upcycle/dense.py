@@ -62,6 +62,8 @@ class HiddenStream:
             for ids_bL in tokens_BL.to(device).split(max(1, BATCH_TOKENS // tokens_BL.shape[1])):
                 model.model(input_ids=ids_bL, use_cache=False)
                 self.hidden.append(self.recorders[0].hidden)
+        # It is not needed again before the end: a large vocabulary's may be gigabytes.
+        embed.weight = nn.Parameter(embed.weight.to("meta"), requires_grad=False)
 
     @torch.no_grad()
     def attend(self, layer: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -130,7 +132,7 @@ class HiddenStream:
         """
         self.model.model.norm = self.norm
         weights = {k: v.to(self.device, self.dtype) for k, v in outer.items()}
-        weights.setdefault("lm_head.weight", self.model.model.embed_tokens.weight)
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
         self.model.load_state_dict(weights, assign=True, strict=False)
         for hidden_bLD in self.hidden:
             self.model.model.layers = nn.ModuleList([_Constant(hidden_bLD)])

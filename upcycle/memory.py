@@ -32,7 +32,7 @@ def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
     """
     phases = [WORKING + _outside_layers(plan), _layer(plan) + _writing(plan)]
     if plan.streams:
-        phases.append(WORKING + _fitting(plan))
+        phases += [WORKING + _embedding(plan), WORKING + _fitting(plan)]
     if plan.undecided or measured:
         phases.append(WORKING + _measuring(plan))
     if "self" in texts(plan.recipe.calibration) and plan.fit_tokens + plan.held_tokens:
@@ -49,6 +49,14 @@ def _outside_layers(plan: Plan) -> int:
     outer = [plan.source.tensors[name] for name in plan.source.outer_names()]
     absolute = max(_numel(info) * (info.dtype.itemsize + 3) for info in outer)
     return sum(map(_stored, outer)) + absolute
+
+
+def _embedding(plan: Plan) -> int:
+    """The first hidden states, from embeddings in float32 beside all that is in no layer."""
+    hidden = plan.source.arch.hidden_size
+    outer = sum(_stored(plan.source.tensors[name]) for name in plan.source.outer_names())
+    widened = _widened(plan, _vocab(plan) * hidden * plan.source.dtype.itemsize)
+    return outer + widened + 2 * plan.fit_tokens * hidden * FLOAT
 
 
 def _sampling(plan: Plan) -> int:
@@ -85,7 +93,7 @@ def _fitting(plan: Plan) -> int:
     arch, tokens = plan.source.arch, plan.fit_tokens
     hidden, neurons, ffn = arch.hidden_size, arch.intermediate_size, _ffn(plan)
     weights = _layer(plan) + _widened(plan, _layer(plan) + ffn * plan.source.dtype.itemsize)
-    stream = _vocab(plan) * hidden * FLOAT + 2 * tokens * hidden * FLOAT
+    stream = 2 * tokens * hidden * FLOAT
     held = min(tokens * neurons, HELD_ELEMENTS) * FLOAT
     chunks = 3 * min(tokens * neurons, CHUNK_ELEMENTS) * FLOAT
     # xᵀy in both precisions, before and after it is added up.

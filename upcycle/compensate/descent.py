@@ -36,7 +36,7 @@ class DescentParams(LeastSquaresParams):
 @compensation(
     "descent",
     summary="refit down_proj in closed form, then gate_proj, up_proj and down_proj by one pass of "
-    "gradient descent, to the dense FFN's output",
+    "gradient descent, to keep the hidden states near the dense model's",
     paper="ours; local reconstruction as in BRECQ, arXiv:2102.05426",
     params=DescentParams,
     refits=MATRICES,

@@ -1,4 +1,5 @@
-"""Least squares: refit down_proj so that the active neurons give the whole FFN's output.
+"""Least squares: refit down_proj so that the active neurons give the output y that is wanted: the
+whole FFN's, or one that makes up for earlier layers, too.
 
 With h̃ the activations where the neurons that a token does not select are zero, W minimises
 Σ_t w_t |y_t - W h̃_t|² + λ Σ_i a_i |W_i - W⁰_i|², with a_i = Σ_t w_t h̃_ti²: each neuron's column is
@@ -24,13 +25,13 @@ class LeastSquaresParams(Params):
     strength: float = Field(default=0.3, ge=1e-3, allow_inf_nan=False)
     """λ, over each neuron's own second moment."""
     feedback: float = Field(default=0.5, ge=0, le=1)
-    """How far the target is moved from the dense FFN's output to what would bring the hidden states
-    back to the dense model's."""
+    """How far the wanted output is moved from the dense FFN's, on what the layer sees, to the one
+    that would bring the hidden states back to the dense model's."""
 
 
 @compensation(
     "least_squares",
-    summary="refit down_proj in closed form to the dense FFN's output",
+    summary="refit down_proj in closed form, to keep the hidden states near the dense model's",
     paper="ours",
     params=LeastSquaresParams,
     refits=("down_DF",),
