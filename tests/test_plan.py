@@ -32,6 +32,20 @@ def refusal(dense, family="llama", out=None, *, fields=None, **settings) -> str:
     return sentence
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "why"),
+    [
+        ("olmo2", {}, "olmo2 has a norm between its FFN and the hidden states, so give 0"),
+        ("llama", {"sequential": False}, "--no-sequential fits layers on the dense model's"),
+    ],
+)
+def test_feedback_that_would_have_no_effect(dense, family, settings, why):
+    sentence = refusal(dense, family, **settings, **{"compensate.feedback": 0.4})
+    assert "compensate.feedback=0.4 has no effect" in sentence
+    assert why in sentence
+    assert upcycle.plan(str(dense(family)), **settings, **{"compensate.feedback": 0})
+
+
 # --- numbers that do not fit -----------------------------------------------------------------
 
 

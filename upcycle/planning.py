@@ -225,6 +225,7 @@ def make_plan(
             *runtime_notes(recipe, source.arch, target, spec, combine),
         ),
     )
+    _check_feedback(plan)
     _check_text(plan)
     _check_memory(plan)
     if out is not None:
@@ -338,6 +339,14 @@ def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
     router_ED = torch.empty(spec.geometry.routed_experts, hidden, dtype=dtype, device="meta")
     shared = ffn(spec.shared_size) if spec.shared_size else None
     return MoELayer(router_ED, lambda e: ffn(spec.expert_size), shared)
+
+
+def _check_feedback(plan: Plan) -> None:
+    asked = plan.recipe.compensate.params.get("feedback")
+    if asked and not plan.feedback:
+        norm = f"{plan.source.arch.family} has a norm between its FFN and the hidden states"
+        why = norm if plan.sequential else "--no-sequential fits layers on the dense model's"
+        raise UpcycleError(f"compensate.feedback={asked} has no effect: {why}, so give 0")
 
 
 def _check_text(plan: Plan) -> None:
