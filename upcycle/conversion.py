@@ -32,7 +32,7 @@ from upcycle.report import Conversion, model_card, report_json, versions
 from upcycle.sensitivity import choose_dense_layers
 from upcycle.sink import CheckpointWriter, Workspace
 from upcycle.source import copy_companions
-from upcycle.targets import TARGETS
+from upcycle.targets import TARGETS, older_spellings
 from upcycle.types import Activation, DenseFFN, ExpertLayout, LayerActivations
 
 DENSE_LAYERS = "layers to keep dense"
@@ -154,6 +154,9 @@ def _tokens(plan: Plan) -> tuple[Tensor, Tensor]:
 def _write_small_files(plan: Plan, folder: Path) -> None:
     fields = {k: v for k, v in plan.config.items() if k != "model_type"}
     CONFIG_MAPPING[plan.target](**fields).save_pretrained(folder)
+    path = folder / "config.json"
+    config = older_spellings(plan.config) | json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     copy_companions(plan.source.folder, folder)
 
 

@@ -14,6 +14,16 @@ from upcycle.targets.base import (
     MoETarget,
     Runtime,
     common_fields,
+    older_spellings,
 )
 
-__all__ = ["TARGETS", "Combine", "Gains", "MoESpec", "MoETarget", "Runtime", "common_fields"]
+__all__ = [
+    "TARGETS",
+    "Combine",
+    "Gains",
+    "MoESpec",
+    "MoETarget",
+    "Runtime",
+    "common_fields",
+    "older_spellings",
+]

@@ -135,6 +135,22 @@ def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> 
     }
 
 
+def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as transformers 4 spells them, which other runtimes go on to read.
+
+    transformers 5 takes both, but writes its own only: what rotary embeddings need is all in
+    `rope_parameters`, where others do not look and silently take a default; and some fields have
+    new names.
+    """
+    rope = config["rope_parameters"]
+    plain = rope.get("rope_type", "default") == "default"
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    return dict(config) | {
+        "rope_theta": rope.get("rope_theta"),
+        "rope_scaling": None if plain else scaling,
+    }
+
+
 _PLACED_BY_TARGETS = {
     "sliding_window",
     "layer_types",
