@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from math import isclose
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from upcycle import UpcycleError, planning, sensitivity
 from upcycle.inspection import is_routed
 from upcycle.sink import Workspace, partial_folder
 from upcycle.source import DTYPES, DenseSource
-from upcycle.targets import TARGETS
+from upcycle.targets import TARGETS, Runtime
 
 QUICK = {"calibration_tokens": 64, "seq_len": 64, "check": "none"}
 
@@ -466,6 +467,7 @@ def runtime_note(runtime, dense, family="llama", fields=None, **settings):
 UNTIED = {"tie_word_embeddings": False}
 TIED = {"tie_word_embeddings": True}
 ROUTED = {"experts": 8, "keep_dense": "none"}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
 MIXED_WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 NONE_SHARED = ROUTED | {"shared_experts": 0, "top_k": 2}
 COPIES = {"method": "copy", "experts": 4, "top_k": 2}
@@ -483,6 +485,11 @@ COPIES = {"method": "copy", "experts": 4, "top_k": 2}
         ("llama.cpp", "qwen2", {}, {"target": "granitemoeshared"}),
         ("llama.cpp", "qwen3", {}, ROUTED),
         ("llama.cpp", "granite", {}, {}),
+        ("MLX", "llama", TIED, COPIES),
+        ("MLX", "llama", UNTIED, ROUTED),
+        ("MLX", "llama", UNTIED, {"target": "glm4_moe"}),
+        ("MLX", "qwen2", UNTIED, {"target": "glm4_moe"}),
+        ("MLX", "qwen3", TIED, {}),
         ("vLLM", "llama", TIED, {}),
         ("vLLM", "llama", UNTIED, {"keep_dense": [1]}),
         ("vLLM", "llama", {}, COPIES),
@@ -515,6 +522,16 @@ def test_nothing_is_said_of_a_runtime_that_runs_the_result(
         ("llama.cpp", "olmo2", {}, {}, "it does not know the architecture"),
         ("llama.cpp", "gemma", {}, {}, "experts compute silu, not gelu"),
         ("llama.cpp", "mistral", {}, COPIES, "attention sees further than 16 tokens"),
+        ("MLX", "llama", UNTIED, {}, "every layer must have experts (--keep-dense none)"),
+        ("MLX", "llama", TIED, ROUTED, "embeddings must be tensors of their own"),
+        ("MLX", "llama", TIED, {"target": "glm4_moe"}, "must be tensors of their own"),
+        ("MLX", "llama", UNTIED, COPIES | {"target": "glm4_moe"}, "must be a shared expert"),
+        ("MLX", "llama", {}, COPIES | {"target": "qwen2_moe"}, "are not renormalised"),
+        ("MLX", "llama", {"head_dim": 32}, COPIES, "heads must be of 48 / 4 channels, not 32"),
+        ("MLX", "llama", LINEAR, COPIES, "embeddings are not scaled (rope_type linear)"),
+        ("MLX", "qwen3", {"attention_bias": True}, {}, "attention has no biases"),
+        ("MLX", "mistral", {}, COPIES, "attention sees further than 16 tokens"),
+        ("MLX", "granite", {}, {}, "it does not know the architecture"),
         ("vLLM", "gemma", {}, {}, "experts compute silu, not gelu_pytorch_tanh"),
         ("vLLM", "qwen2", {}, {"target": "granitemoeshared"}, "attention has no biases"),
         ("vLLM", "qwen3", {"attention_bias": True}, {}, "attention has no bias on its output"),
@@ -536,6 +553,8 @@ def test_what_a_runtime_can_not_run_is_said(dense, runtime, family, fields, sett
         ("llama.cpp", "gemma", {}, {}, "not gelu_pytorch_tanh"),
         ("vLLM", "llama", {"head_dim": 32}, {}, "not 32; it runs --target glm4_moe"),
         ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1]}, "not 32"),
+        ("MLX", "llama", TIED, {}, "of their own"),
+        ("MLX", "llama", UNTIED, {}, "; it runs --target glm4_moe"),
         ("vLLM", "gemma", {}, {}, "channels, not 16"),
     ],
 )
@@ -544,7 +563,7 @@ def test_targets_that_a_runtime_runs_are_named(dense, runtime, family, fields, s
 
 
 def test_every_target_says_what_each_runtime_can_not_run():
-    assert {tuple(target.runtimes) for target in TARGETS.values()} == {("llama.cpp", "vLLM")}
+    assert {tuple(target.runtimes) for target in TARGETS.values()} == {get_args(Runtime)}
 
 
 def test_a_split_counts_to_one_whether_or_not_a_runtime_renormalises_of_itself(dense):

@@ -23,8 +23,8 @@ from upcycle.types import DenseFFN, Geometry, MoELayer
 
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean"]
-Runtime = Literal["llama.cpp", "vLLM"]
-"""Compared with transformers at their versions b11549 and 0.32."""
+Runtime = Literal["llama.cpp", "vLLM", "MLX"]
+"""Compared with transformers at their versions b11549, 0.32 and 0.32 (mlx-lm)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def silu_experts(arch: Architecture, spec: MoESpec) -> Iterator[str]:
 
 
 def heads_fill_hidden(arch: Architecture) -> Iterator[str]:
-    """For vLLM's architectures that work the size of a head out."""
+    """For architectures that work the size of a head out."""
     hidden, heads = arch.hidden_size, arch.fields["num_attention_heads"]
     if arch.fields["head_dim"] * heads != hidden:
         yield f"heads must be of {hidden} / {heads} channels, not {arch.fields['head_dim']}"
@@ -208,10 +208,28 @@ def llama_block(arch: Architecture, spec: MoESpec) -> Iterator[str]:
         yield f"attention sees further than {arch.sliding_window:,} tokens"
 
 
+def mlx_block(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    """What MLX's blocks with experts do not do."""
+    yield from llama_block(arch, spec)
+    kind = arch.fields["rope_parameters"].get("rope_type", "default")
+    if kind != "default":
+        yield f"rotary embeddings are not scaled (rope_type {kind})"
+
+
 def all_layers_routed(spec: MoESpec) -> Iterator[str]:
-    """For llama.cpp's architectures in which every layer has experts."""
+    """For architectures in which every layer has experts."""
     if spec.dense_layers:
         yield "every layer must have experts (--keep-dense none)"
+
+
+def untied(arch: Architecture) -> Iterator[str]:
+    """For architectures that do not know tied embeddings."""
+    if arch.tied:
+        yield "output embeddings must be tensors of their own"
+
+
+def unknown(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield "it does not know the architecture"
 
 
 LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")

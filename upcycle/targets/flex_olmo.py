@@ -12,6 +12,7 @@ from upcycle.targets.base import (
     attention_bias,
     per_expert,
     silu_experts,
+    unknown,
 )
 
 
@@ -36,10 +37,7 @@ TARGETS.add(
         copy_rank=5,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
-        runtimes={
-            "llama.cpp": lambda arch, spec: iter(("it does not know the architecture",)),
-            "vLLM": silu_experts,
-        },
+        runtimes={"llama.cpp": unknown, "vLLM": silu_experts, "MLX": unknown},
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS}),
         requires=frozenset({Trait.POST_NORM, Trait.QK_NORM_FULL}),
     ),

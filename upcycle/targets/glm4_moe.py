@@ -19,10 +19,12 @@ from upcycle.targets.base import (
     Named,
     Routing,
     attention_bias,
+    mlx_block,
     per_expert,
     separate,
     shared_or_silent,
     silu_experts,
+    untied,
     with_gain,
 )
 from upcycle.types import MoELayer
@@ -64,7 +66,17 @@ def experts(layer: MoELayer, gains: Gains) -> Named:
 
 
 def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from shared_needed(spec)
     yield from silu_experts(arch, spec)
+
+
+def mlx(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from shared_needed(spec)
+    yield from untied(arch)
+    yield from mlx_block(arch, spec)
+
+
+def shared_needed(spec: MoESpec) -> Iterator[str]:
     if not spec.shared_size:
         yield "there must be a shared expert"
 
@@ -82,6 +94,7 @@ TARGETS.add(
         runtimes={
             "llama.cpp": lambda arch, spec: iter(("only GLM's own tokenizers are converted",)),
             "vLLM": vllm,
+            "MLX": mlx,
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
         min_experts=2,  # it scores groups of experts by their best two

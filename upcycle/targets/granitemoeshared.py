@@ -21,6 +21,7 @@ from upcycle.targets.base import (
     heads_fill_hidden,
     llama_block,
     silu_experts,
+    unknown,
     with_gain,
 )
 from upcycle.types import MoELayer
@@ -78,7 +79,7 @@ TARGETS.add(
         copy_rank=3,
         config=config,
         experts=experts,
-        runtimes={"llama.cpp": llama_block, "vLLM": vllm},
+        runtimes={"llama.cpp": llama_block, "vLLM": vllm, "MLX": unknown},
         accepts=frozenset(
             {
                 Trait.QKV_BIAS,

@@ -1,5 +1,6 @@
 """Mixtral: top-k of softmax, always renormalised; the simplest home for copies."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,9 @@ from upcycle.targets.base import (
     MoESpec,
     MoETarget,
     Routing,
+    heads_fill_hidden,
     llama_block,
+    mlx_block,
     per_expert,
     silu_experts,
 )
@@ -24,6 +27,11 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "sliding_window": arch.sliding_window,
         "router_jitter_noise": 0.0,
     }
+
+
+def mlx(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from heads_fill_hidden(arch)
+    yield from mlx_block(arch, spec)
 
 
 TARGETS.add(
@@ -41,7 +49,7 @@ TARGETS.add(
             prefix="block_sparse_moe.experts.",
             names=("w1", "w3", "w2"),
         ),
-        runtimes={"llama.cpp": llama_block, "vLLM": silu_experts},
+        runtimes={"llama.cpp": llama_block, "vLLM": silu_experts, "MLX": mlx},
         accepts=frozenset({Trait.SLIDING_WINDOW}),
     ),
 )

@@ -27,10 +27,12 @@ from upcycle.targets.base import (
     attention_bias,
     heads_fill_hidden,
     llama_block,
+    mlx_block,
     per_expert,
     separate,
     shared_or_silent,
     silu_experts,
+    untied,
     with_gain,
 )
 from upcycle.types import MoELayer
@@ -75,11 +77,19 @@ def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
 
 def llama_cpp(arch: Architecture, spec: MoESpec) -> Iterator[str]:
     yield from all_layers_routed(spec)
-    if arch.tied:
-        yield "output embeddings must be tensors of their own"
+    yield from untied(arch)
     if spec.gains.norm_topk_prob:
         yield "weights of experts are not renormalised"
     yield from llama_block(arch, spec)
+
+
+def mlx(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    yield from all_layers_routed(spec)
+    yield from untied(arch)
+    if spec.gains.norm_topk_prob:
+        yield "weights of experts are not renormalised"
+    yield from heads_fill_hidden(arch)
+    yield from mlx_block(arch, spec)
 
 
 def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
@@ -99,7 +109,7 @@ TARGETS.add(
         copy_rank=1,
         config=config,
         experts=experts,
-        runtimes={"llama.cpp": llama_cpp, "vLLM": vllm},
+        runtimes={"llama.cpp": llama_cpp, "vLLM": vllm, "MLX": mlx},
         accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
         extra=extra,
     ),

@@ -13,6 +13,7 @@ from upcycle.targets.base import (
     all_layers_routed,
     attention_bias,
     llama_block,
+    mlx_block,
     per_expert,
     silu_experts,
 )
@@ -41,6 +42,12 @@ def llama_cpp(arch: Architecture, spec: MoESpec) -> Iterator[str]:
     yield from llama_block(arch, spec)
 
 
+def mlx(arch: Architecture, spec: MoESpec) -> Iterator[str]:
+    if attention_bias(arch):
+        yield "attention has no biases"
+    yield from mlx_block(arch, spec)
+
+
 def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
     yield from silu_experts(arch, spec)
     if Trait.O_BIAS in arch.traits:
@@ -57,7 +64,7 @@ TARGETS.add(
         copy_rank=2,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
-        runtimes={"llama.cpp": llama_cpp, "vLLM": vllm},
+        runtimes={"llama.cpp": llama_cpp, "vLLM": vllm, "MLX": mlx},
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.SLIDING_WINDOW}),
         requires=frozenset({Trait.QK_NORM}),
     ),
