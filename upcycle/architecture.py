@@ -40,6 +40,10 @@ class Architecture:
         return int(self.fields["hidden_size"])
 
     @property
+    def head_dim(self) -> int:
+        return int(self.fields["head_dim"])
+
+    @property
     def num_layers(self) -> int:
         return int(self.fields["num_hidden_layers"])
 

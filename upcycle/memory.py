@@ -63,7 +63,7 @@ def _sampling(plan: Plan) -> int:
     """The whole model writes calibration text, with keys and values of all that it has written."""
     fields = plan.source.arch.fields
     tokens = min(WRITTEN_TOGETHER * WRITTEN_LENGTH, plan.fit_tokens + plan.held_tokens)
-    width = 2 * fields["num_key_value_heads"] * fields["head_dim"]
+    width = 2 * fields["num_key_value_heads"] * plan.source.arch.head_dim
     cache = tokens * plan.source.arch.num_layers * width * plan.source.dtype.itemsize
     return _whole(plan) + int(cache)
 

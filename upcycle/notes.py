@@ -61,4 +61,6 @@ def _obstacles(
     if refusal:
         return [refusal]
     gains = made.gains(combine, spec.geometry)
-    return list(made.runtimes[runtime](arch, replace(spec, gains=gains, dense_layers=dense_layers)))
+    spec = replace(spec, gains=gains, dense_layers=dense_layers)
+    said = (limit(arch, spec) for limit in made.runtimes[runtime])
+    return [obstacle for obstacle in said if obstacle]

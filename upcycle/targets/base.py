@@ -24,7 +24,6 @@ from upcycle.types import DenseFFN, Geometry, MoELayer
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean"]
 Runtime = Literal["llama.cpp", "vLLM", "MLX"]
-"""Compared with transformers at their versions b11549, 0.32 and 0.32 (mlx-lm)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,10 @@ class MoESpec:
     dense_layers: tuple[int, ...]
 
 
+Limit = Callable[[Architecture, MoESpec], str]
+"""What a runtime can't do, if this model is beyond it; else nothing."""
+
+
 @dataclass(frozen=True)
 class MoETarget:
     """A native MoE architecture, by its `model_type`."""
@@ -79,8 +82,9 @@ class MoETarget:
     """Config fields beside `common_fields`."""
     experts: Callable[[MoELayer, Gains], Named]
     """Names below `model.layers.N.` and tensors of a converted FFN, in the target's hub layout."""
-    runtimes: Mapping[Runtime, Callable[[Architecture, MoESpec], Iterator[str]]]
-    """What keeps each other runtime from loading this, or from computing what transformers does."""
+    runtimes: Mapping[Runtime, tuple[Limit, ...]]
+    """What may keep each other runtime from loading this, or from computing what transformers
+    does."""
     accepts: frozenset[Trait] = frozenset()
     requires: frozenset[Trait] = frozenset()
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
@@ -186,50 +190,6 @@ def separate(prefix: str, ffn: DenseFFN, names: tuple[str, str, str]) -> Named:
     """The three matrices of one FFN under `prefix` + (gate, up, down)."""
     for name, tensor in zip(names, (ffn.gate_FD, ffn.up_FD, ffn.down_DF), strict=True):
         yield f"{prefix}{name}.weight", tensor
-
-
-def silu_experts(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    """Where a runtime's experts know one activation."""
-    if arch.fields["hidden_act"] not in ("silu", "swish"):
-        yield f"experts compute silu, not {arch.fields['hidden_act']}"
-
-
-def heads_fill_hidden(arch: Architecture) -> Iterator[str]:
-    """For architectures that work the size of a head out."""
-    hidden, heads = arch.hidden_size, arch.fields["num_attention_heads"]
-    if arch.fields["head_dim"] * heads != hidden:
-        yield f"heads must be of {hidden} / {heads} channels, not {arch.fields['head_dim']}"
-
-
-def llama_block(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    """What llama.cpp's blocks with experts do not do."""
-    yield from silu_experts(arch, spec)
-    if arch.sliding_window:
-        yield f"attention sees further than {arch.sliding_window:,} tokens"
-
-
-def mlx_block(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    """What MLX's blocks with experts do not do."""
-    yield from llama_block(arch, spec)
-    kind = arch.fields["rope_parameters"].get("rope_type", "default")
-    if kind != "default":
-        yield f"rotary embeddings are not scaled (rope_type {kind})"
-
-
-def all_layers_routed(spec: MoESpec) -> Iterator[str]:
-    """For architectures in which every layer has experts."""
-    if spec.dense_layers:
-        yield "every layer must have experts (--keep-dense none)"
-
-
-def untied(arch: Architecture) -> Iterator[str]:
-    """For architectures that do not know tied embeddings."""
-    if arch.tied:
-        yield "output embeddings must be tensors of their own"
-
-
-def unknown(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield "it does not know the architecture"
 
 
 LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")

@@ -4,16 +4,8 @@ from functools import partial
 from typing import Any
 
 from upcycle.architecture import Architecture, Trait
-from upcycle.targets.base import (
-    TARGETS,
-    MoESpec,
-    MoETarget,
-    Routing,
-    attention_bias,
-    per_expert,
-    silu_experts,
-    unknown,
-)
+from upcycle.targets.base import TARGETS, MoESpec, MoETarget, Routing, attention_bias, per_expert
+from upcycle.targets.limits import silu_only, unknown
 
 
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
@@ -37,7 +29,7 @@ TARGETS.add(
         copy_rank=5,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
-        runtimes={"llama.cpp": unknown, "vLLM": silu_experts, "MLX": unknown},
+        runtimes={"llama.cpp": (unknown,), "vLLM": (silu_only,), "MLX": (unknown,)},
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS}),
         requires=frozenset({Trait.POST_NORM, Trait.QK_NORM_FULL}),
     ),

@@ -4,7 +4,6 @@ A tempered router scores 0.5 everywhere, so `routed_scaling_factor: 2` makes eve
 no weight needs a gain.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,14 +18,12 @@ from upcycle.targets.base import (
     Named,
     Routing,
     attention_bias,
-    mlx_block,
     per_expert,
     separate,
     shared_or_silent,
-    silu_experts,
-    untied,
     with_gain,
 )
+from upcycle.targets.limits import no_window, shared_needed, silu_only, unscaled_rope, untied
 from upcycle.types import MoELayer
 
 
@@ -65,22 +62,6 @@ def experts(layer: MoELayer, gains: Gains) -> Named:
     yield from separate("mlp.shared_experts.", shared, LLAMA_NAMES)
 
 
-def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from shared_needed(spec)
-    yield from silu_experts(arch, spec)
-
-
-def mlx(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from shared_needed(spec)
-    yield from untied(arch)
-    yield from mlx_block(arch, spec)
-
-
-def shared_needed(spec: MoESpec) -> Iterator[str]:
-    if not spec.shared_size:
-        yield "there must be a shared expert"
-
-
 TARGETS.add(
     "glm4_moe",
     MoETarget(
@@ -92,9 +73,9 @@ TARGETS.add(
         config=config,
         experts=experts,
         runtimes={
-            "llama.cpp": lambda arch, spec: iter(("only GLM's own tokenizers are converted",)),
-            "vLLM": vllm,
-            "MLX": mlx,
+            "llama.cpp": (lambda arch, spec: "only GLM's own tokenizers are converted",),
+            "vLLM": (shared_needed, silu_only),
+            "MLX": (shared_needed, untied, silu_only, no_window, unscaled_rope),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
         min_experts=2,  # it scores groups of experts by their best two

@@ -3,7 +3,7 @@
 Its hub layout is fused: one tensor per layer holds all experts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,12 +18,9 @@ from upcycle.targets.base import (
     Named,
     Routing,
     attention_bias,
-    heads_fill_hidden,
-    llama_block,
-    silu_experts,
-    unknown,
     with_gain,
 )
+from upcycle.targets.limits import heads_fill_hidden, no_biases, no_window, silu_only, unknown
 from upcycle.types import MoELayer
 
 
@@ -37,7 +34,7 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "num_experts_per_tok": spec.geometry.top_k,
         "attention_bias": attention_bias(arch),
         # The class's default attention scale is 1, not 1 / sqrt(head_dim).
-        "attention_multiplier": fields["attention_multiplier"] or fields["head_dim"] ** -0.5,
+        "attention_multiplier": fields["attention_multiplier"] or arch.head_dim**-0.5,
         "embedding_multiplier": fields["embedding_multiplier"],
         "residual_multiplier": fields["residual_multiplier"],
         "logits_scaling": fields["logits_scaling"],
@@ -62,13 +59,6 @@ def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
         yield "self_attn.o_proj.bias", torch.zeros_like(layer["self_attn.o_proj.weight"][:, 0])
 
 
-def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from silu_experts(arch, spec)
-    yield from heads_fill_hidden(arch)
-    if attention_bias(arch):
-        yield "attention has no biases"
-
-
 TARGETS.add(
     "granitemoeshared",
     MoETarget(
@@ -79,7 +69,11 @@ TARGETS.add(
         copy_rank=3,
         config=config,
         experts=experts,
-        runtimes={"llama.cpp": llama_block, "vLLM": vllm, "MLX": unknown},
+        runtimes={
+            "llama.cpp": (silu_only, no_window),
+            "vLLM": (silu_only, heads_fill_hidden, no_biases),
+            "MLX": (unknown,),
+        },
         accepts=frozenset(
             {
                 Trait.QKV_BIAS,

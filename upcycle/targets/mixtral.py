@@ -1,21 +1,11 @@
 """Mixtral: top-k of softmax, always renormalised; the simplest home for copies."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from upcycle.architecture import Architecture, Trait
-from upcycle.targets.base import (
-    TARGETS,
-    MoESpec,
-    MoETarget,
-    Routing,
-    heads_fill_hidden,
-    llama_block,
-    mlx_block,
-    per_expert,
-    silu_experts,
-)
+from upcycle.targets.base import TARGETS, MoESpec, MoETarget, Routing, per_expert
+from upcycle.targets.limits import heads_fill_hidden, no_window, silu_only, unscaled_rope
 
 
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
@@ -27,11 +17,6 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "sliding_window": arch.sliding_window,
         "router_jitter_noise": 0.0,
     }
-
-
-def mlx(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from heads_fill_hidden(arch)
-    yield from mlx_block(arch, spec)
 
 
 TARGETS.add(
@@ -49,7 +34,11 @@ TARGETS.add(
             prefix="block_sparse_moe.experts.",
             names=("w1", "w3", "w2"),
         ),
-        runtimes={"llama.cpp": llama_block, "vLLM": silu_experts, "MLX": mlx},
+        runtimes={
+            "llama.cpp": (silu_only, no_window),
+            "vLLM": (silu_only,),
+            "MLX": (silu_only, no_window, heads_fill_hidden, unscaled_rope),
+        },
         accepts=frozenset({Trait.SLIDING_WINDOW}),
     ),
 )

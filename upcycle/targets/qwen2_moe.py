@@ -8,7 +8,7 @@ not: vLLM always adds biases to q, k and v, and has no name for a shared expert 
 both are always written, of zeros where the source has none.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,17 +23,21 @@ from upcycle.targets.base import (
     MoETarget,
     Named,
     Routing,
-    all_layers_routed,
     attention_bias,
-    heads_fill_hidden,
-    llama_block,
-    mlx_block,
     per_expert,
     separate,
     shared_or_silent,
-    silu_experts,
-    untied,
     with_gain,
+)
+from upcycle.targets.limits import (
+    all_layers_routed,
+    heads_fill_hidden,
+    never_renormalises,
+    no_window,
+    one_window,
+    silu_only,
+    unscaled_rope,
+    untied,
 )
 from upcycle.types import MoELayer
 
@@ -75,30 +79,6 @@ def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
             yield f"self_attn.{name}.bias", torch.zeros_like(rows[:, 0])
 
 
-def llama_cpp(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from all_layers_routed(spec)
-    yield from untied(arch)
-    if spec.gains.norm_topk_prob:
-        yield "weights of experts are not renormalised"
-    yield from llama_block(arch, spec)
-
-
-def mlx(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from all_layers_routed(spec)
-    yield from untied(arch)
-    if spec.gains.norm_topk_prob:
-        yield "weights of experts are not renormalised"
-    yield from heads_fill_hidden(arch)
-    yield from mlx_block(arch, spec)
-
-
-def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from silu_experts(arch, spec)
-    yield from heads_fill_hidden(arch)
-    if Trait.MIXED_WINDOW in arch.traits:
-        yield "all layers must have the same sliding window"
-
-
 TARGETS.add(
     "qwen2_moe",
     MoETarget(
@@ -109,7 +89,14 @@ TARGETS.add(
         copy_rank=1,
         config=config,
         experts=experts,
-        runtimes={"llama.cpp": llama_cpp, "vLLM": vllm, "MLX": mlx},
+        runtimes={
+            "llama.cpp": (all_layers_routed, untied, never_renormalises, silu_only, no_window),
+            "vLLM": (silu_only, heads_fill_hidden, one_window),
+            "MLX": (
+                *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
+                *(heads_fill_hidden, unscaled_rope),
+            ),
+        },
         accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
         extra=extra,
     ),

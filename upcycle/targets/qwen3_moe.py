@@ -1,6 +1,5 @@
 """Qwen3-MoE: softmax with optional renormalisation, any layer dense, a norm per head on q and k."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,12 +9,17 @@ from upcycle.targets.base import (
     MoESpec,
     MoETarget,
     Routing,
-    all_layers_routed,
     attention_bias,
-    llama_block,
-    mlx_block,
     per_expert,
-    silu_experts,
+)
+from upcycle.targets.limits import (
+    all_layers_routed,
+    always_renormalises,
+    no_biases,
+    no_output_bias,
+    no_window,
+    silu_only,
+    unscaled_rope,
 )
 
 
@@ -35,25 +39,6 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
     }
 
 
-def llama_cpp(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from all_layers_routed(spec)
-    if not spec.gains.norm_topk_prob:
-        yield "weights of experts are renormalised"
-    yield from llama_block(arch, spec)
-
-
-def mlx(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    if attention_bias(arch):
-        yield "attention has no biases"
-    yield from mlx_block(arch, spec)
-
-
-def vllm(arch: Architecture, spec: MoESpec) -> Iterator[str]:
-    yield from silu_experts(arch, spec)
-    if Trait.O_BIAS in arch.traits:
-        yield "attention has no bias on its output"
-
-
 TARGETS.add(
     "qwen3_moe",
     MoETarget(
@@ -64,7 +49,11 @@ TARGETS.add(
         copy_rank=2,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
-        runtimes={"llama.cpp": llama_cpp, "vLLM": vllm, "MLX": mlx},
+        runtimes={
+            "llama.cpp": (all_layers_routed, always_renormalises, silu_only, no_window),
+            "vLLM": (silu_only, no_output_bias),
+            "MLX": (silu_only, no_biases, no_window, unscaled_rope),
+        },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.SLIDING_WINDOW}),
         requires=frozenset({Trait.QK_NORM}),
     ),
