@@ -34,6 +34,23 @@ def refusal(dense, family="llama", out=None, *, fields=None, **settings) -> str:
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"experts": 8, "top_k": 4, "shared_experts": 2}, 0.5),
+        ({"experts": 8, "top_k": 2, "shared_experts": 0, "keep_dense": [1]}, 0.5),
+        ({"experts": 8, "top_k": 2, "shared_experts": 0}, 0.25),
+        ({"experts": 8, "top_k": 2, "shared_experts": 0, "compensate.feedback": 0.9}, 0.9),
+        ({"method": "prune", "active": 0.25}, 0.25),
+        ({"compensate": "none"}, 0),
+        ({"sequential": False}, 0),
+    ],
+)
+def test_feedback_is_half_or_the_active_share(dense, settings, expected):
+    settings = {"keep_dense": "none"} | settings
+    assert upcycle.plan(str(dense()), **settings).feedback == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     ("family", "settings", "why"),
     [
         ("olmo2", {}, "olmo2 has a norm between its FFN and the hidden states, so give 0"),

@@ -40,7 +40,7 @@ MAX_LINES_OF_MOST = 40
 
 def plug_ins(folder):
     names = {path.stem for path in (PACKAGE / folder).glob("*.py")}
-    return sorted(names - {"__init__", "base"})
+    return sorted(names - {"__init__", "base", "limits"})
 
 
 def imported_by(folder):

@@ -37,6 +37,7 @@ from upcycle.split import SPLITS
 from upcycle.targets import TARGETS, Combine, Gains, MoESpec, common_fields
 from upcycle.types import DenseFFN, Geometry, MoELayer
 
+MOST_FEEDBACK = 0.5  # unless more is asked for
 CHECK_TOKENS = {"fast": 4096, "full": 16384, "none": 0}
 
 
@@ -131,8 +132,8 @@ class Plan:
         where the FFN's output is not what is added to them."""
         if not (self.sequential and self.compensates) or Trait.POST_NORM in self.source.arch.traits:
             return 0.0
-        params = parameters(COMPENSATIONS, self.recipe.compensate)
-        return float(getattr(params, "feedback", 0.0))
+        feedback = getattr(parameters(COMPENSATIONS, self.recipe.compensate), "feedback", 0.0)
+        return min(MOST_FEEDBACK, self.active_ffn_ratio) if feedback is None else float(feedback)
 
     @property
     def streams(self) -> bool:

@@ -24,9 +24,11 @@ JITTER = 1e-6  # of the mean second moment: for neurons that were never on
 class LeastSquaresParams(Params):
     strength: float = Field(default=0.3, ge=1e-3, allow_inf_nan=False)
     """λ, over each neuron's own second moment."""
-    feedback: float = Field(default=0.5, ge=0, le=1)
+    feedback: float | None = Field(default=None, ge=0, le=1)
     """How far the wanted output is moved from the dense FFN's, on what the layer sees, to the one
-    that would bring the hidden states back to the dense model's."""
+    that would bring the hidden states back to the dense model's. By default half the way, or the
+    active share if that is less: what few neurons make up for on these tokens, they make worse on
+    others."""
 
 
 @compensation(
