@@ -40,7 +40,7 @@ def refusal(dense, family="llama", out=None, *, fields=None, **settings) -> str:
         ({"experts": 8, "top_k": 2, "shared_experts": 0, "keep_dense": [1]}, 0.5),
         ({"experts": 8, "top_k": 2, "shared_experts": 0}, 0.25),
         ({"experts": 8, "top_k": 2, "shared_experts": 0, "compensate.feedback": 0.9}, 0.9),
-        ({"method": "prune", "active": 0.25}, 0.25),
+        ({"method": "prune", "active": 0.25}, 0),
         ({"compensate": "none"}, 0),
         ({"sequential": False}, 0),
     ],
@@ -54,6 +54,7 @@ def test_feedback_is_half_or_the_active_share(dense, settings, expected):
     ("family", "settings", "why"),
     [
         ("olmo2", {}, "olmo2 has a norm between its FFN and the hidden states, so give 0"),
+        ("llama", {"method": "prune"}, "pruned copies are fitted to the dense FFN's output"),
         ("llama", {"sequential": False}, "--no-sequential fits layers on the dense model's"),
     ],
 )

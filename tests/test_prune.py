@@ -59,13 +59,13 @@ def convert(dense, text, tmp_path_factory):
     def run(family="llama", target="qwen2_moe", **settings):
         key = json.dumps([family, target, settings], sort_keys=True)
         if key not in made:
-            out, seen, wanted = tmp_path_factory.mktemp("prune") / "out", {}, {}
+            out, seen = tmp_path_factory.mktemp("prune") / "out", {}
             original = conversion.convert_layer
 
             def watch(plan, layer, ffn, activations, norm_T, wanted_TD):
+                assert wanted_TD is None
                 seen[layer] = activations.x_TD.clone(), norm_T.clone()
-                wanted[layer] = wanted_TD
-                return original(plan, layer, ffn, activations, norm_T, wanted_TD)
+                return original(plan, layer, ffn, activations, norm_T)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(conversion, "convert_layer", watch)
@@ -74,8 +74,7 @@ def convert(dense, text, tmp_path_factory):
                     out,
                     **(PRUNE | {"target": target, "calibration": str(text)} | settings),
                 )
-            watched = {"seen": seen, "wanted": wanted}
-            made[key] = SimpleNamespace(source=dense(family), out=out, done=done, **watched)
+            made[key] = SimpleNamespace(source=dense(family), out=out, seen=seen, done=done)
         return made[key]
 
     return run
@@ -163,20 +162,16 @@ def test_experts_hold_the_sources_neurons(convert, family, target, active):
             assert torch.equal(down_DM, ffn.down_DF[:, neurons_M])
 
 
-def naive_refit(ffn, neurons_M, x_TD, norm_T, wanted_TD=None, strength=0.3, jitter=1e-6):
-    """The normal equations of one expert's neurons on its own tokens, in float64; halfway between
-    the dense FFN's output and what is wanted of it, if that is given."""
+def naive_refit(ffn, neurons_M, x_TD, norm_T, strength=0.3, jitter=1e-6):
+    """The normal equations of one expert's neurons on its own tokens, in float64."""
     gate_FD, up_FD, down_DF = (m.double() for m in (ffn.gate_FD, ffn.up_FD, ffn.down_DF))
     h_TF = silu(x_TD.double() @ gate_FD.T) * (x_TD.double() @ up_FD.T)
     on_TM, old_DM = h_TF[:, neurons_M], down_DF[:, neurons_M]
     weighted_MT = on_TM.T / norm_T.double() ** 2
     moment_M = (weighted_MT @ on_TM).diagonal()
     penalty_MM = (strength * moment_M + jitter * moment_M.mean()).diag()
-    y_TD = h_TF @ down_DF.T
-    if wanted_TD is not None:
-        y_TD = (y_TD + wanted_TD.double()) / 2
-    right_MD = weighted_MT @ y_TD + penalty_MM @ old_DM.T
-    return torch.linalg.solve(weighted_MT @ on_TM + penalty_MM, right_MD).T
+    wanted_MD = weighted_MT @ h_TF @ down_DF.T + penalty_MM @ old_DM.T
+    return torch.linalg.solve(weighted_MT @ on_TM + penalty_MM, wanted_MD).T
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -184,14 +179,12 @@ def naive_refit(ffn, neurons_M, x_TD, norm_T, wanted_TD=None, strength=0.3, jitt
 def test_each_expert_is_refit_on_its_own_tokens(convert, family, target, sequential):
     run = convert(family, target, compensate="least_squares", sequential=sequential)
     for layer in range(3):
-        ffn, (x_TD, norm_T), wanted_TD = source_ffn(run, layer), run.seen[layer], run.wanted[layer]
-        assert (wanted_TD is not None) == sequential
+        ffn, (x_TD, norm_T) = source_ffn(run, layer), run.seen[layer]
         written_EDM = experts(load(run.out))[layer].down_proj.data / GAIN[target]
         chosen_T = chosen(run, layer)
         for expert, neurons_M in enumerate(kept_neurons(run, layer)):
             own = chosen_T == expert
-            wanted_tD = wanted_TD[own] if sequential else None
-            expected_DM = naive_refit(ffn, neurons_M, x_TD[own], norm_T[own], wanted_tD)
+            expected_DM = naive_refit(ffn, neurons_M, x_TD[own], norm_T[own])
             assert gap(written_EDM[expert], expected_DM) < 1e-4
             assert gap(ffn.down_DF[:, neurons_M], expected_DM) > 0.1
 

@@ -113,13 +113,14 @@ def convert_layer(
             router_ED = temper(router_ED, activations.x_TD, plan.dtype)
         router_ED = router_ED.to("cpu", plan.dtype)
         if plan.recipe.prunes:
-            ffn, origin_F = _prune_layer(plan, activations, router_ED, weight_T, wanted_TD)
+            ffn, origin_F = _prune_layer(plan, activations, router_ED, weight_T)
             return ConvertedLayer.of_pruned(ffn, origin_F, router_ED)
         if weight_T is not None:
             selection = layout.selection(router_ED.to(activations.x_TD), plan.geometry.top_k)
-            ffn = _compensate(
-                plan, activations, selection, activations.output(), weight_T, wanted_TD
-            )
+            y_TD = activations.output()
+            if wanted_TD is not None:
+                y_TD.lerp_(wanted_TD, plan.feedback)
+            ffn = _compensate(plan, activations, selection, y_TD, weight_T)
         if not plan.recipe.copies:
             ffn = ffn.to("cpu", plan.dtype)
     return ConvertedLayer(ffn, layout, router_ED, torch.arange(ffn.num_neurons))
@@ -178,11 +179,7 @@ def _route(plan: Plan, layer: int, activations: LayerActivations, experts_EM: Te
 
 
 def _prune_layer(
-    plan: Plan,
-    activations: LayerActivations,
-    router_ED: Tensor,
-    weight_T: Tensor | None,
-    wanted_TD: Tensor | None,
+    plan: Plan, activations: LayerActivations, router_ED: Tensor, weight_T: Tensor | None
 ) -> tuple[DenseFFN, Tensor]:
     """The experts' neurons one after the other, as they will be stored, and where they come from.
 
@@ -200,8 +197,7 @@ def _prune_layer(
         kept = own.take(neurons_M)
         ffn = kept.ffn
         if weight_T is not None:
-            wanted = None if wanted_TD is None else wanted_TD[tokens]
-            ffn = _compensate(plan, kept, all_on, own.output(), weight_T[tokens], wanted)
+            ffn = _compensate(plan, kept, all_on, own.output(), weight_T[tokens])
         pruned.append(ffn.to("cpu", plan.dtype))
         origins.append(neurons_M.cpu())
     return DenseFFN.concatenate(pruned), torch.cat(origins)
@@ -213,11 +209,8 @@ def _compensate(
     selection: Selection,
     y_TD: Tensor,
     weight_T: Tensor,
-    wanted_TD: Tensor | None,
 ) -> DenseFFN:
-    """New weights, given which neurons are on and what the dense FFN puts out, y."""
-    if wanted_TD is not None:
-        y_TD = y_TD.lerp_(wanted_TD, plan.feedback)
+    """New weights, given which neurons are on and what they should put out, y."""
     choice = plan.recipe.compensate
     params = parameters(COMPENSATIONS, choice)
     return COMPENSATIONS[choice.name].run(activations, selection, y_TD, weight_T, params)

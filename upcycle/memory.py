@@ -109,7 +109,7 @@ def _fitting(plan: Plan) -> int:
     # The refit weights, their gradient and Adam's two moments; a batch's activations.
     descent = (5 * 3 * hidden * on + 8 * BATCH * on) * FLOAT
     # y; with feedback the dense model's hidden states, and what the others lack of them.
-    wanted = (own + (2 * tokens + own) * (plan.feedback > 0)) * hidden * FLOAT
+    wanted = (own + 2 * tokens * (plan.feedback > 0)) * hidden * FLOAT
     # The experts that are done, in the dtype that is written, and the last ones while they join;
     # the inputs of one.
     copies = plan.geometry.num_experts * plan.spec.expert_size * 3 * hidden * plan.dtype.itemsize

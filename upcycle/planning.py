@@ -129,8 +129,10 @@ class Plan:
     @property
     def feedback(self) -> float:
         """How much of what the hidden states have come to lack a layer's refit makes up for; none
-        where the FFN's output is not what is added to them."""
-        if not (self.sequential and self.compensates) or Trait.POST_NORM in self.source.arch.traits:
+        where the FFN's output is not what is added to them, or where experts are pruned copies,
+        which it helps no more than it harms."""
+        follows = self.recipe.splits and self.sequential and self.compensates
+        if not follows or Trait.POST_NORM in self.source.arch.traits:
             return 0.0
         feedback = getattr(parameters(COMPENSATIONS, self.recipe.compensate), "feedback", 0.0)
         return min(MOST_FEEDBACK, self.active_ffn_ratio) if feedback is None else float(feedback)
@@ -345,8 +347,11 @@ def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
 def _check_feedback(plan: Plan) -> None:
     asked = plan.recipe.compensate.params.get("feedback")
     if asked and not plan.feedback:
-        norm = f"{plan.source.arch.family} has a norm between its FFN and the hidden states"
-        why = norm if plan.sequential else "--no-sequential fits layers on the dense model's"
+        why = f"{plan.source.arch.family} has a norm between its FFN and the hidden states"
+        if not plan.sequential:
+            why = "--no-sequential fits layers on the dense model's hidden states"
+        if plan.recipe.prunes:
+            why = "pruned copies are fitted to the dense FFN's output"
         raise UpcycleError(f"compensate.feedback={asked} has no effect: {why}, so give 0")
 
 
