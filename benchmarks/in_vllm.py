@@ -3,7 +3,6 @@
 Both give the log-probability of every token of a text, in windows. vLLM lives in an environment of
 its own, because it pins other versions; this script runs itself there.
 
-    python -m venv VLLM && VLLM/bin/pip install vllm
     python benchmarks/in_vllm.py --python VLLM/bin/python --text TEXT CHECKPOINT [CHECKPOINT …]
 """
 

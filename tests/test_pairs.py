@@ -277,7 +277,7 @@ SCALED_ROPE = {
     },
 }
 ALL_FAMILIES = sorted(set(FAMILIES))
-COPY_ON_ALL = {"method": "copy", "experts": 4, "top_k": 2}
+TWO_OF_FOUR = {"method": "copy", "experts": 4, "top_k": 2}
 
 
 class TestPositions:
@@ -303,21 +303,20 @@ class TestPositions:
 
     @pytest.mark.parametrize("kind", [None, *sorted(SCALED_ROPE)])
     @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe", "glm4_moe", "granitemoeshared"])
-    def test_transformers_4_finds_them_too(self, dense, moe, target, kind):
+    def test_the_fields_of_transformers_4_are_there_too(self, dense, moe, target, kind):
         """It reads `rope_theta` and `rope_scaling`, and takes a default where they are missing."""
         scaling = {"rope_type": kind, **SCALED_ROPE[kind]} if kind else {"rope_type": "default"}
         source = dense(rope_parameters=scaling | {"rope_theta": 300.0})
-        config = read_json(moe(source, target=target, **COPY_ON_ALL) / "config.json")
+        config = read_json(moe(source, target=target, **TWO_OF_FOUR) / "config.json")
         assert config["rope_theta"] == 300.0
         assert config["rope_scaling"] == (scaling if kind else None)
         assert config.get("partial_rotary_factor", 1.0) == 1.0
         assert ("partial_rotary_factor" in config) == (target == "glm4_moe")  # 0.5 by default
 
 
-def test_transformers_4_finds_the_number_of_experts(dense, moe):
-    """By its name of then."""
-    config = read_json(moe(dense("qwen3"), target="qwen3_moe", **COPY_ON_ALL) / "config.json")
-    assert config["num_experts"] == COPY_ON_ALL["experts"]
+def test_the_number_of_experts_has_its_name_of_transformers_4_too(dense, moe):
+    config = read_json(moe(dense("qwen3"), target="qwen3_moe", **TWO_OF_FOUR) / "config.json")
+    assert config["num_experts"] == TWO_OF_FOUR["experts"]
 
 
 def long_rope(rotary):

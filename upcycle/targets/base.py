@@ -150,7 +150,7 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = rope.get("rope_type", "default") == "default"
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     return dict(config) | {
-        "rope_theta": rope.get("rope_theta"),
+        "rope_theta": rope["rope_theta"],
         "rope_scaling": None if plain else scaling,
     }
 
