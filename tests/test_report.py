@@ -262,6 +262,22 @@ def test_card_says_that_experts_repeat_neurons(dense, tmp_path):
     assert words not in card(tmp_path / "plain")[1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [({"shared_experts": 2}, "50 %"), ({"compensate.feedback": 0.25}, "25 %")],
+)
+def test_card_says_how_far_the_refit_makes_up_for_earlier_layers(dense, tmp_path, settings, share):
+    convert(dense(), tmp_path / "out", compensate="least_squares", sequential=True, **settings)
+    assert f"make up for {share} of what the layers before" in card(tmp_path / "out")[1]
+    assert report(tmp_path / "out")["plan"]["feedback"] == float(share.rstrip(" %")) / 100
+
+
+def test_card_of_a_refit_to_the_dense_output_alone(dense, tmp_path):
+    convert(dense(), tmp_path / "out", compensate="least_squares", sequential=False)
+    assert "make up for" not in card(tmp_path / "out")[1]
+    assert report(tmp_path / "out")["plan"]["feedback"] == 0
+
+
 def test_card_of_copies(dense, tmp_path):
     settings = {"method": "drop", "experts": 2, "granularity": 2, "top_k": 4}
     convert(dense(), tmp_path / "out", **settings)

@@ -233,6 +233,11 @@ def test_a_layer_kept_dense_is_passed_by_its_own_ffn(convert):
     assert_close_but_for_ties(gaps(run, moe_inputs(run)))
 
 
+def test_no_stream_passes_layers_that_nothing_comes_after(convert):
+    run = convert(keep_dense=[2], **SEQUENTIAL)
+    assert sorted(run.seen) == [0, 1]
+
+
 @pytest.mark.parametrize(("family", "target"), [("olmo2", "flex_olmo"), ("llama", "qwen2_moe")])
 @pytest.mark.parametrize(("sequential", "look"), [(False, dense_inputs), (True, moe_inputs)])
 def test_so_it_is_with_sources_in_bfloat16(convert, family, target, sequential, look):

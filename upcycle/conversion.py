@@ -175,6 +175,8 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     layers = source.arch.num_layers
     for layer in range(layers):
         progress("converting layers", layer, layers)
+        if layer > max(plan.moe_layers):
+            stream = dense = None  # nobody looks at what comes after
         _write_layer(plan, workspace, writer, stream, dense, layer)
     progress("converting layers", layers, layers)
 

@@ -77,6 +77,7 @@ def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
         "check_memory_estimate": plan.check_bytes(),
         "calibration_tokens": plan.fit_tokens,
         "check_tokens": plan.held_tokens,
+        "feedback": plan.feedback,
         "warnings": list(plan.warnings),
         "recipe": plan.recipe.settings(),
     }
@@ -208,7 +209,9 @@ These experts may hold the same neuron, and some neurons of the dense model are 
 {% endif %}
 {% endif %}
 {% if plan.compensates %}
-Compensation, `{{ plan.recipe.compensate.name }}`: {{ compensation.summary }}.
+Compensation, `{{ plan.recipe.compensate.name }}`: {{ compensation.summary }}\
+{% if plan.feedback %}, and to make up for {{ "%.0f" | format(100 * plan.feedback) }} % of what \
+the layers before have lost{% endif %}.
 All other weights are the dense model's.
 {% endif %}
 {% endif %}
