@@ -170,13 +170,18 @@ def test_convert_for_people_names_the_result(dense, tmp_path, monkeypatch):
     assert "out loads with AutoModelForCausalLM" in " ".join(result.stdout.split())
     assert "perplexity" in result.stdout
     assert "converting layers …" in result.stderr
+    assert "note: MLX does not run this qwen2_moe: every layer" in " ".join(result.stderr.split())
+    assert "note: vLLM" not in result.stderr
 
 
-def test_plan_for_people_lists_targets_and_notes(dense):
+def test_plan_for_people_lists_targets_runtimes_and_notes(dense):
     result = run("plan", dense())
     assert result.exit_code == 0
     assert all(target in result.stdout for target in TARGETS)
+    assert "MLX" in result.stdout
+    assert re.search(r"vLLM +│ ok ", result.stdout)
     assert "note: 8 neurons per expert is no multiple of 64" in result.stderr
+    assert "MLX" not in result.stderr
 
 
 def test_dry_run_is_plan(dense, tmp_path):

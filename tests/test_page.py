@@ -83,6 +83,7 @@ MADE = {
         "active_ffn_ratio": 0.375,
         "calibration_tokens": 512,
         "warnings": ["24 neurons are few"],
+        "runtimes": {"vLLM": "ok", "MLX": "every layer must have experts"},
         "recipe": {
             "name": "moefication",
             "paper": "arXiv:2110.01786",
@@ -166,6 +167,7 @@ def test_everything_is_shown():
     assert "layer 0 stayed dense" in text
     assert "1 always on, 2 of 8 chosen by the router; 24 neurons each" in text
     assert "org/dense at abc123" in text
+    assert "vLLM: ok; MLX: every layer must have experts" in text
     assert "512 tokens of notes.txt+builtin" in text
     assert "preset heal: 200 steps on 409,600 tokens of more.txt in 2 min 5 s" in text
     assert 'href="https://arxiv.org/abs/2110.01786"' in page
@@ -276,7 +278,7 @@ def test_nothing_from_outside_is_markup():
     found["model"] = found["made"]["source"]["name"] = EVIL
     found["evaluation"]["texts"][0]["text"] = EVIL
     found["evaluation"]["tasks"] = {EVIL: {EVIL: [1.0, 1.0]}}
-    found["made"]["plan"]["warnings"] = [EVIL]
+    found["made"]["plan"] |= {"warnings": [EVIL], "runtimes": {EVIL: EVIL}}
     found["made"]["plan"]["recipe"] |= {"name": EVIL, "paper": f"arXiv:{EVIL}", "calibration": EVIL}
     found["made"]["versions"] = {EVIL: EVIL}
     page = render(found)

@@ -254,6 +254,14 @@ def test_card_has_the_numbers(dense, tmp_path):
     assert "Layers 0 were kept dense." in text or "Layer 0 was kept dense." in text
 
 
+def test_card_says_which_runtimes_run_it(dense, tmp_path):
+    convert(dense(), tmp_path / "out", keep_dense=[0])
+    text = card(tmp_path / "out")[1]
+    assert "- vLLM: ok\n" in text
+    assert "- MLX: every layer must have experts (--keep-dense none)" in text
+    assert report(tmp_path / "out")["plan"]["runtimes"]["vLLM"] == "ok"
+
+
 def test_card_says_that_experts_repeat_neurons(dense, tmp_path):
     convert(dense(), tmp_path / "plain")
     convert(dense(), tmp_path / "out", split="sharing_inner")

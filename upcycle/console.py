@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -185,12 +185,20 @@ def show_plan(plan: "Plan") -> None:
         },
     )
     table("targets", {name: why or "ok" for name, why in plan.targets.items()})
-    show_warnings(plan)
+    table("runtimes", {name: why or "ok" for name, why in plan.runtimes.items()})
+    _show_notes(plan.warnings)
 
 
 def show_warnings(plan: "Plan") -> None:
-    for warning in plan.warnings:
-        err.print(f"[yellow]note[/]: {warning}", highlight=False)
+    """What is to be known before a conversion begins."""
+    refusals = ((name, why) for name, why in plan.runtimes.items() if why)
+    _show_notes(plan.warnings)
+    _show_notes(f"{name} does not run this {plan.target}: {why}" for name, why in refusals)
+
+
+def _show_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        err.print(f"[yellow]note[/]: {note}", highlight=False)
 
 
 def _method(plan: "Plan") -> str:

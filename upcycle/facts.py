@@ -52,6 +52,7 @@ class PlanFacts(BaseModel):
     active_ffn_ratio: float
     calibration_tokens: int
     warnings: list[str]
+    runtimes: dict[str, str] = {}
     recipe: RecipeFacts
 
 

@@ -24,21 +24,25 @@ def warnings(recipe: Recipe, spec: MoESpec) -> Iterator[str]:
         yield "top_k is all routed experts: nothing is switched off, nothing is saved"
 
 
-def runtime_notes(
-    recipe: Recipe, arch: Architecture, target: str, spec: MoESpec, combine: Combine
-) -> Iterator[str]:
-    """For each runtime that won't run the result: why, and which targets of it would run."""
-    for runtime in TARGETS[target].runtimes:
-        reasons = _obstacles(runtime, recipe, arch, target, spec, combine)
-        if not reasons:
-            continue
-        others = [
-            name
-            for name in sorted(TARGETS)
-            if not _obstacles(runtime, recipe, arch, name, spec, combine)
-        ]
-        instead = f"; it runs --target {' or '.join(others)}" if others else ""
-        yield f"{runtime} does not run this {target}: {', '.join(reasons)}{instead}"
+def runtime_refusal(
+    runtime: Runtime,
+    recipe: Recipe,
+    arch: Architecture,
+    target: str,
+    spec: MoESpec,
+    combine: Combine,
+) -> str:
+    """Why a runtime won't run the result, and which targets of it would run; empty if it does."""
+    reasons = _obstacles(runtime, recipe, arch, target, spec, combine)
+    if not reasons:
+        return ""
+    others = [
+        name
+        for name in sorted(TARGETS)
+        if not _obstacles(runtime, recipe, arch, name, spec, combine)
+    ]
+    instead = f"; it runs --target {' or '.join(others)}" if others else ""
+    return f"{', '.join(reasons)}{instead}"
 
 
 def _obstacles(

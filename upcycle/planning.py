@@ -18,7 +18,7 @@ from upcycle.calibrate import check_seq_len, load_tokenizer
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
-from upcycle.notes import runtime_notes, warnings
+from upcycle.notes import runtime_refusal, warnings
 from upcycle.paths import local_path
 from upcycle.recipe import Recipe
 from upcycle.registry import suggest
@@ -64,6 +64,9 @@ class Plan:
     params_dense: int
     params_active: int
     warnings: tuple[str, ...]
+    runtimes: Mapping[str, str]
+    """Every runtime beside transformers, with the reason that it does not run the result, or an
+    empty string."""
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -223,10 +226,11 @@ def make_plan(
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
-        warnings=(
-            *warnings(recipe, spec),
-            *runtime_notes(recipe, source.arch, target, spec, combine),
-        ),
+        warnings=tuple(warnings(recipe, spec)),
+        runtimes={
+            runtime: runtime_refusal(runtime, recipe, source.arch, target, spec, combine)
+            for runtime in TARGETS[target].runtimes
+        },
     )
     _check_feedback(plan)
     _check_text(plan)

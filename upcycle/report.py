@@ -55,6 +55,7 @@ def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
         "family": arch.family,
         "target": plan.target,
         "targets": {name: why or "ok" for name, why in plan.targets.items()},
+        "runtimes": {name: why or "ok" for name, why in plan.runtimes.items()},
         "method": plan.recipe.method.name,
         "layers": arch.num_layers,
         "dense_layers": list(plan.spec.dense_layers),
@@ -246,6 +247,12 @@ router `{{ plan.recipe.router.name }}`\
 - Departs from its paper: {{ departure }}
 {% endfor %}
 All settings, where each neuron comes from and the measurements are in `upcycle.json`.
+
+Runtimes beside transformers, as upcycle {{ version }} knows them:
+
+{% for runtime, why in plan.runtimes.items() %}
+- {{ runtime }}: {{ why or "ok" }}
+{% endfor %}
 {% if papers %}
 
 Methods: {{ papers | join(", ") }}.

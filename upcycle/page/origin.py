@@ -27,6 +27,7 @@ def conversion(made: Facts | None) -> Section:
         "Training": "; ".join(map(_trained, made["training"])),
         "Exactness": _exactness(made["plan"], made["check"]),
         "Notes": "; ".join(made["plan"]["warnings"]),
+        "Runtimes": "; ".join(f"{name}: {why}" for name, why in made["plan"]["runtimes"].items()),
         "Time": ", ".join(f"{stage} {duration(s)}" for stage, s in made["seconds"].items()),
         "Peak memory": size(made["peak_memory"]),
         "Versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
