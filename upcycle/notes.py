@@ -24,25 +24,24 @@ def warnings(recipe: Recipe, spec: MoESpec) -> Iterator[str]:
         yield "top_k is all routed experts: nothing is switched off, nothing is saved"
 
 
-def runtime_refusal(
-    runtime: Runtime,
-    recipe: Recipe,
-    arch: Architecture,
-    target: str,
-    spec: MoESpec,
-    combine: Combine,
-) -> str:
-    """Why a runtime won't run the result, and which targets of it would run; empty if it does."""
-    reasons = _obstacles(runtime, recipe, arch, target, spec, combine)
-    if not reasons:
-        return ""
-    others = [
-        name
-        for name in sorted(TARGETS)
-        if not _obstacles(runtime, recipe, arch, name, spec, combine)
-    ]
-    instead = f"; it runs --target {' or '.join(others)}" if others else ""
-    return f"{', '.join(reasons)}{instead}"
+def runtime_refusals(
+    recipe: Recipe, arch: Architecture, target: str, spec: MoESpec, combine: Combine
+) -> dict[Runtime, str]:
+    """Every runtime, with why it won't run the result and which targets of it would run; empty if
+    it does."""
+    refusals = dict.fromkeys(TARGETS[target].runtimes, "")
+    for runtime in refusals:
+        reasons = _obstacles(runtime, recipe, arch, target, spec, combine)
+        if not reasons:
+            continue
+        others = [
+            name
+            for name in sorted(TARGETS)
+            if not _obstacles(runtime, recipe, arch, name, spec, combine)
+        ]
+        instead = f"; it runs --target {' or '.join(others)}" if others else ""
+        refusals[runtime] = f"{', '.join(reasons)}{instead}"
+    return refusals
 
 
 def _obstacles(

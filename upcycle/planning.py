@@ -18,7 +18,7 @@ from upcycle.calibrate import check_seq_len, load_tokenizer
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
-from upcycle.notes import runtime_refusal, warnings
+from upcycle.notes import runtime_refusals, warnings
 from upcycle.paths import local_path
 from upcycle.recipe import Recipe
 from upcycle.registry import suggest
@@ -34,7 +34,7 @@ from upcycle.request import (
 from upcycle.sink import TensorSpec, check_out
 from upcycle.source import DenseSource
 from upcycle.split import SPLITS
-from upcycle.targets import TARGETS, Combine, Gains, MoESpec, common_fields
+from upcycle.targets import TARGETS, Combine, Gains, MoESpec, Runtime, common_fields
 from upcycle.types import DenseFFN, Geometry, MoELayer
 
 MOST_FEEDBACK = 0.5  # unless more is asked for
@@ -64,7 +64,7 @@ class Plan:
     params_dense: int
     params_active: int
     warnings: tuple[str, ...]
-    runtimes: Mapping[str, str]
+    runtimes: Mapping[Runtime, str]
     """Every runtime beside transformers, with the reason that it does not run the result, or an
     empty string."""
 
@@ -227,10 +227,7 @@ def make_plan(
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
         warnings=tuple(warnings(recipe, spec)),
-        runtimes={
-            runtime: runtime_refusal(runtime, recipe, source.arch, target, spec, combine)
-            for runtime in TARGETS[target].runtimes
-        },
+        runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
     )
     _check_feedback(plan)
     _check_text(plan)
