@@ -217,7 +217,8 @@ All other weights are the dense model's.
 {% endif %}
 {% endif %}
 {% if plan.spec.dense_layers %}
-Layers {{ plan.spec.dense_layers | join(", ") }} were kept dense.
+Kept dense: layer{{ "s" if plan.spec.dense_layers | length > 1 }} \
+{{ plan.spec.dense_layers | join(", ") }}.
 {% endif %}
 
 | | dense | this model |
