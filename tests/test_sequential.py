@@ -233,7 +233,7 @@ def test_a_layer_kept_dense_is_passed_by_its_own_ffn(convert):
     assert_close_but_for_ties(gaps(run, moe_inputs(run)))
 
 
-def test_no_stream_passes_layers_that_nothing_comes_after(convert):
+def test_streams_end_with_the_last_converted_layer(convert):
     run = convert(keep_dense=[2], **SEQUENTIAL)
     assert sorted(run.seen) == [0, 1]
 
