@@ -229,11 +229,7 @@ def make_plan(
         warnings=tuple(warnings(recipe, spec)),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
     )
-    _check_feedback(plan)
-    _check_text(plan)
-    _check_memory(plan)
-    if out is not None:
-        check_out(out, plan.source.folder, plan.bytes + plan.aside_bytes(), overwrite=overwrite)
+    _check(plan, overwrite=overwrite)
     return plan
 
 
@@ -343,6 +339,16 @@ def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
     router_ED = torch.empty(spec.geometry.routed_experts, hidden, dtype=dtype, device="meta")
     shared = ffn(spec.shared_size) if spec.shared_size else None
     return MoELayer(router_ED, lambda e: ffn(spec.expert_size), shared)
+
+
+def _check(plan: Plan, *, overwrite: bool) -> None:
+    """What a plan that is whole may still come to grief on."""
+    _check_feedback(plan)
+    _check_text(plan)
+    _check_memory(plan)
+    if plan.out is not None:
+        room = plan.bytes + plan.aside_bytes()
+        check_out(plan.out, plan.source.folder, room, overwrite=overwrite)
 
 
 def _check_feedback(plan: Plan) -> None:
