@@ -159,7 +159,7 @@ def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
     """Select every expert, each with weight 1, for the time of the context."""
     blocks = moe_blocks(model)
     for block in blocks:
-        block.router.top_k = plan.geometry.routed_experts
+        block.router.top_k = plan.geometry.num_experts
         block.experts.down_proj.data.mul_(plan.gains.all_on)
     yield
     for block in blocks:

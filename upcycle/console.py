@@ -164,8 +164,10 @@ def count(number: int) -> str:
 def show_plan(plan: "Plan") -> None:
     """What would be built, and what each target says."""
     from upcycle.memory import peak_bytes
+    from upcycle.notes import usage
 
     recipe = plan.recipe
+    out.print(usage(plan.recipe, plan.geometry), highlight=False)
     table(
         f"{plan.source.label} → {plan.target}",
         {
@@ -206,7 +208,7 @@ def _method(plan: "Plan") -> str:
     router = recipe.router.name if recipe.router else ""
     if recipe.copies:
         return f"{recipe.method.name}, router {router}"
-    shared = f", shared by {recipe.shared_by.name}" if plan.geometry.shared_experts else ""
+    shared = f", shared by {recipe.shared_by.name}" if plan.geometry.shared_size else ""
     refit = f", compensation {recipe.compensate.name}" if plan.compensates else ""
     order = ", layer by layer" if plan.sequential else ""
     if recipe.prunes:
@@ -215,10 +217,12 @@ def _method(plan: "Plan") -> str:
 
 
 def _experts(plan: "Plan") -> str:
-    geometry, expert_size = plan.geometry, plan.spec.expert_size
-    shared = f"{geometry.shared_experts} shared + " if geometry.shared_experts else ""
+    geometry = plan.geometry
+    copies = f" ({geometry.copies} copies)" if geometry.granularity > 1 else ""
+    shared = f", and {geometry.shared_size} always on" if geometry.shared_size else ""
     return (
-        f"{shared}{geometry.top_k} of {geometry.routed_experts} routed, {expert_size} neurons each"
+        f"{geometry.top_k} of {geometry.num_experts}{copies} per token, {geometry.expert_size} "
+        f"neurons each{shared}"
     )
 
 
@@ -240,6 +244,8 @@ def _layers(plan: "Plan") -> str:
 
 def show_conversion(conversion: "Conversion") -> None:
     """What changed and what it cost."""
+    from upcycle.notes import usage
+
     plan, check = conversion.plan, conversion.check
     rows: dict[str, Any] = {
         "parameters": (count(plan.params_dense), count(plan.params_total)),
@@ -262,6 +268,7 @@ def show_conversion(conversion: "Conversion") -> None:
         "time": ("", ", ".join(f"{name} {s:.0f} s" for name, s in conversion.seconds.items())),
         "peak memory": ("", size(conversion.peak_bytes)),
     }
+    out.print(usage(plan.recipe, plan.geometry), highlight=False)
     title = f"{plan.source.label} → {plan.target}: {_method(plan)}; {_experts(plan)}"
     table(title, rows, "dense", "MoE")
     if check is not None:

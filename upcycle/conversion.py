@@ -249,7 +249,7 @@ def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> Conv
         ffn = replace(ffn.take(permutation), **refit)
         return ConvertedLayer.of_pruned(ffn, permutation, router_ED)
     layout = ExpertLayout.of_permutation(
-        permutation, plan.spec.shared_size, plan.geometry.routed_experts
+        permutation, plan.geometry.shared_size, plan.geometry.num_experts
     )
     origin_F = torch.arange(ffn.num_neurons)
     return ConvertedLayer(replace(ffn, **refit), layout, router_ED, origin_F)

@@ -45,10 +45,10 @@ class RecipeFacts(BaseModel, extra="allow"):
 class PlanFacts(BaseModel):
     layers: int
     dense_layers: list[int]
-    shared_experts: int
-    routed_experts: int
+    experts: int
     top_k: int
     expert_size: int
+    shared_size: int
     active_ffn_ratio: float
     calibration_tokens: int
     warnings: list[str]

@@ -9,19 +9,18 @@ from typing import Any
 import psutil
 import torch
 
-from upcycle.budget import legal_granules
+from upcycle.budget import legal_parts
 from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
 from upcycle.planning import refusals
-from upcycle.recipe import load_recipe, shipped_presets, shipped_recipes, yaml_fields
+from upcycle.recipe import Recipe, load_recipe, shipped_presets, shipped_recipes, yaml_fields
 from upcycle.report import versions
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.source import DenseSource, model_folder, open_source, read_config, read_headers
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
-from upcycle.types import Geometry
 
 
 def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -39,10 +38,10 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 def _inspect_dense(source: DenseSource) -> dict[str, Any]:
     arch = source.arch
     neurons = arch.intermediate_size
-    divisors = [n for n in legal_granules(neurons) if n > 1]
+    divisors = [n for n in legal_parts(neurons) if n > 1]
     params = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
     ffn = 3 * arch.hidden_size * neurons * arch.num_layers
-    targets = refusals(source, Geometry(8, 2))
+    targets = refusals(arch, Recipe())
     return {
         "model": source.label,
         "kind": "dense",

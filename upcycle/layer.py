@@ -137,20 +137,20 @@ def _split_layer(
     """
     recipe, num_neurons = plan.recipe, activations.ffn.num_neurons
     score_F = torch.zeros(num_neurons)
-    if plan.spec.shared_size:
+    if plan.geometry.shared_size:
         params = parameters(SHARED, recipe.shared_by)
         # The split's own randomness: both find the same clusters of tokens.
         rng = generator(recipe.seed, "split", layer)
         score_F = SHARED[recipe.shared_by.name].run(activations, plan.geometry, params, rng).cpu()
     order_F = score_F.argsort(descending=True, stable=True)
-    shared_S = order_F[: plan.spec.shared_size].sort().values
-    routed_R = order_F[plan.spec.shared_size :].sort().values
+    shared_S = order_F[: plan.geometry.shared_size].sort().values
+    routed_R = order_F[plan.geometry.shared_size :].sort().values
     routed = activations.take(routed_R)
     if weight_T is not None:
         routed = innovations(activations, routed_R, shared_S, weight_T)
     members_EM = SPLITS[recipe.split.name].run(
         routed,
-        plan.geometry.routed_experts,
+        plan.geometry.num_experts,
         parameters(SPLITS, recipe.split),
         generator(recipe.seed, "split", layer),
     )
@@ -165,10 +165,10 @@ def _copy_layer(
     (NVIDIA's virtual groups, arXiv:2410.07524)."""
     geometry = plan.geometry
     neurons_F = torch.arange(activations.ffn.num_neurons)
-    copies_NF = neurons_F.expand(geometry.num_experts, -1)
+    copies_NF = neurons_F.expand(geometry.copies, -1)
     router_ND = _route(plan, layer, activations, copies_NF)
     shards_GM = neurons_F.view(geometry.granularity, -1)
-    layout = ExpertLayout(shards_GM.repeat(geometry.num_experts, 1), neurons_F[:0])
+    layout = ExpertLayout(shards_GM.repeat(geometry.copies, 1), neurons_F[:0])
     return router_ND.repeat_interleave(geometry.granularity, dim=0), layout
 
 
@@ -193,7 +193,7 @@ def _prune_layer(
     for expert in range(len(router_ED)):
         tokens = (chosen_T == expert).nonzero()[:, 0]
         own = LayerActivations(activations.ffn, x_TD[tokens])
-        neurons_M = strongest_neurons(own, count_T[tokens], overall_F, plan.spec.expert_size)
+        neurons_M = strongest_neurons(own, count_T[tokens], overall_F, plan.geometry.expert_size)
         kept = own.take(neurons_M)
         ffn = kept.ffn
         if weight_T is not None:

@@ -101,7 +101,7 @@ def _fitting(plan: Plan) -> int:
     # Of a pruned copy only its own neurons are refit, on its own tokens: twice its share, perhaps.
     on, own = neurons, tokens
     if plan.recipe.prunes:
-        on, own = plan.spec.expert_size, min(tokens, 2 * tokens // plan.geometry.num_experts)
+        on, own = plan.geometry.expert_size, min(tokens, 2 * tokens // plan.geometry.num_experts)
         at_once = max(own, sampled(tokens, RANKING_TOKENS))
         held = min(at_once * neurons, HELD_ELEMENTS) * FLOAT
     # The matrix, its factor and the solver's copy; the right-hand side and the solution.
@@ -112,7 +112,9 @@ def _fitting(plan: Plan) -> int:
     wanted = (own + 2 * tokens * (plan.feedback > 0)) * hidden * FLOAT
     # The experts that are done, in the dtype that is written, and the last ones while they join;
     # the inputs of one.
-    copies = plan.geometry.num_experts * plan.spec.expert_size * 3 * hidden * plan.dtype.itemsize
+    copies = (
+        plan.geometry.num_experts * plan.geometry.expert_size * 3 * hidden * plan.dtype.itemsize
+    )
     pruned = (2 * copies + own * hidden * FLOAT) * plan.recipe.prunes
     compensation = (wanted + max(refit, descent * ("gate_FD" in plan.refits))) * plan.compensates
     run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + tokens * hidden * FLOAT

@@ -1,4 +1,4 @@
-"""What a plan says beside its numbers, of conversions that work, but not all that well."""
+"""What a plan says in words: what a token uses, and what works, but not all that well."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,22 +6,43 @@ from dataclasses import replace
 from upcycle.architecture import Architecture
 from upcycle.recipe import Recipe
 from upcycle.targets import TARGETS, Combine, MoESpec, Runtime
+from upcycle.types import Geometry
 
 LLAMA_CPP_MAX_EXPERTS = 512
+
+
+def usage(recipe: Recipe, geometry: Geometry) -> str:
+    """What a token uses of each converted FFN, in a sentence."""
+    chosen = f"{geometry.top_k} of {geometry.num_experts}"
+    if recipe.copies:
+        shards = f" shards, of {geometry.copies} copies" if geometry.granularity > 1 else " copies"
+        return f"A token uses {chosen}{shards} of each FFN."
+    active = f"{100 * geometry.active_ratio:.0f} %"
+    if recipe.prunes:
+        return f"A token uses {active} of each FFN: {chosen} pruned copies."
+    each = f"{100 * geometry.expert_size / geometry.num_neurons:.1f}"
+    shared = f" and the {100 * geometry.shared_ratio:.0f} % that are always on"
+    return (
+        f"A token uses {active} of each FFN: {chosen} experts, {each} % each"
+        f"{shared if geometry.shared_size else ''}."
+    )
 
 
 def warnings(recipe: Recipe, spec: MoESpec) -> Iterator[str]:
     """Of sizes that some runtimes or kernels do not like, or that save nothing."""
     geometry = spec.geometry
-    if geometry.routed_experts > LLAMA_CPP_MAX_EXPERTS:
-        yield f"{geometry.routed_experts} experts: llama.cpp builds before 2026-07 allow 512"
-    if spec.expert_size % 64:
+    if geometry.num_experts > LLAMA_CPP_MAX_EXPERTS:
+        yield f"{geometry.num_experts} experts: llama.cpp builds before 2026-07 allow 512"
+    if geometry.expert_size % 64:
         yield (
-            f"{spec.expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, and "
+            f"{geometry.expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, and "
             "tensor parallelism may not divide it"
         )
-    if recipe.splits and geometry.top_k == geometry.routed_experts:
-        yield "top_k is all routed experts: nothing is switched off, nothing is saved"
+    asked, got = recipe.shared, geometry.shared_ratio
+    if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
+        yield f"--shared {asked:g} became {got:.3g}, so that all experts have the same width"
+    if recipe.splits and geometry.top_k == geometry.num_experts:
+        yield "top_k is all experts: nothing is switched off, nothing is saved"
 
 
 def runtime_refusals(
@@ -60,7 +81,9 @@ def _obstacles(
         dense_layers = (0,)  # the likeliest, until it is measured
     if made.dense_layers == "none":
         dense_layers = ()
-    refusal = made.refusal(arch, spec.geometry, dense_layers)
+    refusal = made.refusal(
+        arch, dense_layers=dense_layers, shared=recipe.shared, experts=spec.geometry.num_experts
+    )
     if refusal:
         return [refusal]
     gains = made.gains(combine, spec.geometry)

@@ -33,15 +33,15 @@ Method = Annotated[str | None, setting("split | prune | copy | drop | noise", "-
 Experts = Annotated[
     int | None,
     setting(
-        "Parts that a split cuts each FFN into, or copies of it, pruned or whole. "
-        "[default: 32 to 64, or 8 copies]",
+        "Experts that the router chooses from: parts of each FFN, or copies of it, pruned or whole. "
+        "[default: parts of about 256 neurons, 24 to 64 of them; or 8 copies]",
         "--experts",
     ),
 ]
 TopK = Annotated[
     int | None,
     setting(
-        "Routed experts active per token; of pruned copies 1. [default: by --active, or 2 copies]",
+        "Of these, active per token; of pruned copies 1. [default: by --active, or 2 copies]",
         "--top-k",
     ),
 ]
@@ -49,18 +49,19 @@ Active = Annotated[
     float | None,
     setting(
         "Share of all FFN neurons that a token uses, from which a split's top-k and shared "
-        "experts follow, or what a pruned copy keeps; layers kept dense count as 1. [default: 0.5]",
+        "neurons follow, or what a pruned copy keeps; layers kept dense count as 1. [default: 0.5]",
         "--active",
     ),
 ]
-SharedExperts = Annotated[
-    int | None,
+Shared = Annotated[
+    float | None,
     setting(
-        "Of a split's parts, those that are always on. [default: up to a quarter where the target "
-        "has a shared expert]",
-        "--shared-experts",
+        "Share of each FFN's neurons that is always on, beside a split's experts. [default: 0.25 "
+        "with --top-k, else up to that, where the target has a shared expert]",
+        "--shared",
     ),
 ]
+SharedExperts = Annotated[int | None, typer.Option("--shared-experts", hidden=True)]
 Granularity = Annotated[
     int | None, setting("Shards that each copy is cut into. [default: 1]", "--granularity")
 ]
@@ -167,6 +168,7 @@ REQUEST: Options = {
     "experts": (Experts, None),
     "top_k": (TopK, None),
     "active": (Active, None),
+    "shared": (Shared, None),
     "shared_experts": (SharedExperts, None),
     "granularity": (Granularity, None),
     "split": (Split, None),

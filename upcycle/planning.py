@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle.architecture import Trait
+from upcycle.architecture import Architecture, Trait
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.budget import geometry_of
 from upcycle.calibrate import check_seq_len, load_tokenizer
@@ -94,7 +94,7 @@ class Plan:
         """Active FFN neurons over the dense model's; layers kept dense count as 1."""
         layers = self.source.arch.num_layers
         dense = len(self.spec.dense_layers)
-        return (dense + (layers - dense) * self.geometry.active_ratio()) / layers
+        return (dense + (layers - dense) * self.geometry.active_ratio) / layers
 
     @property
     def undecided(self) -> bool:
@@ -104,11 +104,11 @@ class Plan:
     @property
     def most_routed(self) -> int:
         """The most experts that can come to be routed: what stays dense is taken from the others'
-        active share, and so from their shared experts, unless the request fixes these."""
-        fixed = self.request.shared_experts is not None or self.request.top_k is not None
+        active share, and so from their shared neurons, unless the request fixes these."""
+        fixed = self.request.shared is not None or self.request.experts is not None
         if self.undecided and not fixed:
-            return self.geometry.num_experts
-        return self.geometry.routed_experts
+            return self.geometry.num_neurons // self.geometry.expert_size
+        return self.geometry.num_experts
 
     @property
     def refits(self) -> tuple[str, ...]:
@@ -161,8 +161,10 @@ class Plan:
         """Disk that only the run itself needs: what a resumed stream and the check read again."""
         if self.recipe.copies:
             return 0
-        arch, experts = self.source.arch, self.geometry.routed_experts
-        neurons = experts * self.spec.expert_size if self.recipe.prunes else arch.intermediate_size
+        arch, experts = self.source.arch, self.geometry.num_experts
+        neurons = (
+            experts * self.geometry.expert_size if self.recipe.prunes else arch.intermediate_size
+        )
         rows = experts + len(self.refits) * neurons
         return len(self.moe_layers) * rows * arch.hidden_size * self.dtype.itemsize
 
@@ -190,26 +192,24 @@ def make_plan(
     check_methods(recipe)
     dense_layers = named_dense_layers(recipe, source)
     num_neurons, layers = source.arch.intermediate_size, source.arch.num_layers
-    geometry = geometry_of(recipe, num_neurons, layers, len(dense_layers))
-    targets = refusals(source, geometry, dense_layers)
+    targets = refusals(source.arch, recipe, dense_layers)
     target = _choose_target(recipe, targets)
-    if TARGETS[target].routing.shared_gate is not None:
-        least = TARGETS[target].min_experts
-        geometry = geometry_of(recipe, num_neurons, layers, len(dense_layers), min_routed=least)
-    combine = _combine(recipe, geometry, target, targets)
-    size = geometry.expert_size(num_neurons)
-    spec = MoESpec(
-        geometry=geometry,
-        gains=TARGETS[target].gains(combine, geometry),
-        expert_size=size,
-        shared_size=geometry.shared_size(num_neurons),
-        dense_layers=dense_layers,
+    geometry = geometry_of(
+        recipe,
+        num_neurons,
+        layers,
+        len(dense_layers),
+        shared_width=TARGETS[target].shared_width,
+        min_experts=TARGETS[target].min_experts,
     )
+    combine = _combine(recipe, geometry, target, targets)
+    spec = MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     fields = common_fields(source.arch, TARGETS[target], dtype)
     units = _units(source, target, spec, dtype)
     params_total = sum(s.numel for unit in units.values() for s in unit)
-    idle = (geometry.routed_experts - geometry.top_k) * 3 * size * source.arch.hidden_size
+    idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
+    idle = idle_neurons * 3 * source.arch.hidden_size
     plan = Plan(
         source=source,
         request=recipe,
@@ -237,19 +237,23 @@ def _resolved(recipe: Recipe, target: str, geometry: Geometry) -> Recipe:
     """The recipe with what it left open."""
     decided = {
         "target": target,
-        "experts": geometry.num_experts,
+        "experts": geometry.copies,
         "top_k": geometry.top_k,
-        "shared_experts": geometry.shared_experts,
+        "shared": geometry.shared_ratio,
         "router": router_choice(recipe),
     }
     return recipe.model_copy(update=decided)
 
 
 def refusals(
-    source: DenseSource, geometry: Geometry, dense_layers: tuple[int, ...] = ()
+    arch: Architecture, recipe: Recipe, dense_layers: tuple[int, ...] = ()
 ) -> dict[str, str]:
     """Every target, with why it can't host this model; empty if it can."""
-    return {name: t.refusal(source.arch, geometry, dense_layers) for name, t in TARGETS.items()}
+    experts = None if recipe.experts is None else recipe.experts * recipe.granularity
+    return {
+        name: target.refusal(arch, dense_layers=dense_layers, shared=recipe.shared, experts=experts)
+        for name, target in TARGETS.items()
+    }
 
 
 def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
@@ -336,9 +340,9 @@ def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
         rows = torch.empty(size, hidden, dtype=dtype, device="meta")
         return DenseFFN(rows, rows, rows.T, act=lambda x: x)
 
-    router_ED = torch.empty(spec.geometry.routed_experts, hidden, dtype=dtype, device="meta")
-    shared = ffn(spec.shared_size) if spec.shared_size else None
-    return MoELayer(router_ED, lambda e: ffn(spec.expert_size), shared)
+    router_ED = torch.empty(spec.geometry.num_experts, hidden, dtype=dtype, device="meta")
+    shared = ffn(spec.geometry.shared_size) if spec.geometry.shared_size else None
+    return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
 
 
 def _check(plan: Plan, *, overwrite: bool) -> None:

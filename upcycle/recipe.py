@@ -24,13 +24,18 @@ from upcycle.registry import suggest
 PLUG_INS = ("method", "split", "shared_by", "router", "compensate")
 """The fields that are a `Choice`."""
 SPLIT_ONLY = (
-    *("experts", "top_k", "active", "shared_experts", "split", "shared_by", "router"),
+    *("experts", "top_k", "active", "shared", "split", "shared_by", "router"),
     *("compensate", "sequential", "keep_dense"),
     *("summary", "paper", "departures"),
 )
 """What a recipe says of a split, which is void when another method takes its place."""
 LOSSY = ("active", "compensate", "sequential", "keep_dense")
 """What of it pruned copies follow, too."""
+SHARED_EXPERTS = (
+    "--shared-experts counted parts of the FFN; now --shared is the share of it that is always on and "
+    "--experts counts the routed experts alone: --experts 16 --shared-experts 2 is "
+    "--experts 14 --shared 0.125"
+)
 M = TypeVar("M", bound=BaseModel)
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
@@ -93,12 +98,13 @@ class Recipe(BaseModel):
     method: PlugIn = Choice(name="split")
     """`split`, `prune`, `copy`, or a perturbation of copies: `drop`, `noise`."""
     experts: PositiveInt | None = None
-    """Granules that a split cuts the FFN into, or copies of the FFN."""
+    """Routed experts that a split cuts the FFN into, or copies of the FFN."""
     top_k: PositiveInt | None = None
     active: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Active share of all layers' FFNs, from which a split's top_k is chosen, or what a pruned copy
     keeps."""
-    shared_experts: NonNegativeInt | None = None
+    shared: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the FFN's neurons that a split keeps always on."""
     granularity: PositiveInt = 1
     split: PlugIn = Choice(name="coactivation")
     shared_by: PlugIn = Choice(name="energy")
@@ -250,6 +256,8 @@ def validated(kind: type[M], fields: Mapping[str, Any], where: str) -> M:
         UpcycleError: a field is unknown or out of range; `where` says whose it is.
     """
     for key in fields:
+        if key == "shared_experts":
+            raise UpcycleError(SHARED_EXPERTS)
         if key not in kind.model_fields:
             raise UpcycleError(
                 f"{where} has an unknown setting {key!r}{suggest(str(key), kind.model_fields)}"

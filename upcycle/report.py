@@ -62,11 +62,10 @@ def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.intermediate_size,
         "experts": geometry.num_experts,
-        "routed_experts": geometry.routed_experts,
-        "shared_experts": geometry.shared_experts,
         "top_k": geometry.top_k,
         "granularity": geometry.granularity,
-        "expert_size": plan.spec.expert_size,
+        "expert_size": geometry.expert_size,
+        "shared_size": geometry.shared_size,
         "active_ffn_ratio": plan.active_ffn_ratio,
         "params_dense": plan.params_dense,
         "params_total": plan.params_total,
@@ -129,7 +128,7 @@ def papers(plan: Plan) -> list[str]:
         used.append(COMPENSATIONS[recipe.compensate.name])
     if recipe.splits:
         used.append(SPLITS[recipe.split.name])
-        if plan.geometry.shared_experts:
+        if plan.geometry.shared_size:
             used.append(SHARED[recipe.shared_by.name])
     listed = [recipe.paper, *(method.paper for method in used)]
     return sorted({paper for paper in listed if paper.startswith("arXiv")})
@@ -191,20 +190,21 @@ Made from `{{ name }}` by upcycle {{ version }}:
 a native `{{ plan.target }}` checkpoint, which plain transformers loads.
 
 {% if plan.recipe.copies %}
-Every layer's FFN was copied into {{ plan.geometry.num_experts }} experts\
-{% if plan.geometry.granularity > 1 %} of {{ plan.geometry.granularity }} shards each{% endif %}
+Every layer's FFN was copied {{ plan.geometry.copies }} times, into {{ plan.geometry.num_experts }} experts\
+{% if plan.geometry.granularity > 1 %}, {{ plan.geometry.granularity }} shards a copy{% endif %}
 {% if plan.recipe.method.name != "copy" %}, \
 then changed by `{{ plan.recipe.method.name }}`{% endif %};
 {{ plan.geometry.top_k }} are active per token. It is meant to be trained further.
 {% else %}
 {% if plan.recipe.prunes %}
 Every layer's FFN was copied into {{ plan.geometry.num_experts }} experts, each pruned to the \
-{{ plan.spec.expert_size }} of {{ plan.source.arch.intermediate_size }} neurons that put out most \
+{{ plan.geometry.expert_size }} of {{ plan.source.arch.intermediate_size }} neurons that put out most \
 on its own tokens; one is active per token.
 {% else %}
-Every layer's FFN was cut into {{ plan.geometry.num_experts }} parts of \
-{{ plan.spec.expert_size }} neurons: {{ plan.geometry.shared_experts }} always on, \
-{{ plan.geometry.top_k }} of the other {{ plan.geometry.routed_experts }} active per token.
+Every layer's FFN was cut into {{ plan.geometry.num_experts }} experts of \
+{{ plan.geometry.expert_size }} neurons, of which {{ plan.geometry.top_k }} are active per token\
+{% if plan.geometry.shared_size %}, beside a shared expert of \
+{{ plan.geometry.shared_size }} that are always on{% endif %}.
 {% if not plan.partitions %}
 These experts may hold the same neuron, and some neurons of the dense model are in none.
 {% endif %}

@@ -86,10 +86,8 @@ def _check_alike(recipe: Recipe) -> None:
             f"--router {router_method(recipe).name} has nothing to tell copies apart by: "
             f"use {fitting}"
         )
-    if recipe.shared_experts:
-        raise UpcycleError(
-            f"--shared-experts {recipe.shared_experts} goes with a split: copies have none"
-        )
+    if recipe.shared:
+        raise UpcycleError(f"--shared {recipe.shared:g} goes with a split: copies have none")
 
 
 def _check_copies(recipe: Recipe) -> None:

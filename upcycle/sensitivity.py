@@ -36,7 +36,7 @@ def choose_dense_layers(
     """
     damage = measure_damage(plan, tokens_BL[: damage_sequences(tokens_BL.shape[1])], progress)
     kind = TARGETS[plan.target].dense_layers
-    least = least_share(plan.request, plan.geometry, plan.source.arch.intermediate_size)
+    least = least_share(plan.request, plan.geometry)
     return best_dense_layers(damage, plan.active_ffn_ratio, kind, least), damage
 
 
@@ -82,7 +82,7 @@ def measure_damage(
     embed_VD = source.canonical(outer)[EMBEDDINGS]
     stream = HiddenStream(source.config, embed_VD, tokens_BL, plan.device)
     layers = source.arch.num_layers
-    kept = round(plan.geometry.active_ratio() * source.arch.intermediate_size)
+    kept = round(plan.geometry.active_ratio * source.arch.intermediate_size)
     for layer in range(layers):
         progress("measuring layers", layer, layers)
         raw = source.read_layer(layer)

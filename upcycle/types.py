@@ -1,8 +1,8 @@
 """The values that flow through a conversion.
 
 Shape letters, used as suffixes of tensor names everywhere:
-T tokens, D hidden_size, F neurons of the dense FFN, N granules or copies, E routed experts,
-M neurons per routed expert, S shared neurons, K experts per token.
+T tokens, D hidden_size, F neurons of the dense FFN, N copies, E routed experts, M neurons per
+routed expert, S shared neurons, K experts per token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -164,38 +164,38 @@ def _stride(tokens: int, wanted: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How many of everything. For a split, N granules of F / N neurons, S of them shared and
-    E = N - S routed. For copies, N copies cut into `granularity` shards each, or N copies of which
-    each keeps a share of the neurons."""
+    """How many of everything: E routed experts of M neurons each, K of them per token, beside a
+    shared expert of S neurons.
 
+    Of a split, S + E M = F. Of copies cut into `granularity` shards, E is copies times shards.
+    """
+
+    num_neurons: int
+    """F, of the dense FFN."""
     num_experts: int
-    """N: `--experts`"""
+    """E, as config.json says it."""
     top_k: int
-    shared_experts: int = 0
+    """K"""
+    expert_size: int
+    """M"""
+    shared_size: int = 0
+    """S"""
     granularity: int = 1
-    copies: bool = False
-    kept: float | None = None
-    """Share of the neurons that a pruned copy keeps."""
 
     @property
-    def routed_experts(self) -> int:
-        return self.num_experts * self.granularity - self.shared_experts
+    def copies(self) -> int:
+        """Whole copies, of copies."""
+        return self.num_experts // self.granularity
 
-    def expert_size(self, num_neurons: int) -> int:
-        """M, for a dense FFN of F neurons."""
-        if self.kept is not None:
-            return round(self.kept * num_neurons)
-        return num_neurons // (self.granularity if self.copies else self.num_experts)
+    @property
+    def shared_ratio(self) -> float:
+        """Neurons that are always on, as a share of the dense FFN's."""
+        return self.shared_size / self.num_neurons
 
-    def shared_size(self, num_neurons: int) -> int:
-        return self.shared_experts * self.expert_size(num_neurons)
-
+    @property
     def active_ratio(self) -> float:
         """Active neurons per token, as a multiple of the dense FFN's."""
-        if self.kept is not None:
-            return self.kept * self.top_k
-        total = self.granularity if self.copies else self.num_experts
-        return (self.top_k + self.shared_experts) / total
+        return (self.shared_size + self.top_k * self.expert_size) / self.num_neurons
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The head of the page: the model in one line, in one sentence, and in its key numbers."""
 
+import math
 from typing import Any
 
 from upcycle.console import count
@@ -39,14 +40,10 @@ def shape(facts: Facts) -> Section:
     inspection, plan = facts["inspection"], (facts["made"] or {}).get("plan", {})
     if inspection["kind"] == "dense":
         return None
-    shared, top_k, routed = (
-        plan.get("shared_experts", 0),
-        inspection["top_k"],
-        inspection["experts"],
-    )
-    always = f"{shared} always on, " if shared else ""
+    shared, top_k, routed = plan.get("shared_size", 0), inspection["top_k"], inspection["experts"]
+    always = f"a shared one of {shared} neurons, " if shared else ""
     return {
-        "shared": shared,
+        "shared": math.ceil(shared / inspection["expert_size"]),
         "active": top_k,
         "idle": routed - top_k,
         "caption": f"A layer's experts for one token: {always}{top_k} of {routed} chosen by the "

@@ -60,17 +60,17 @@ def _methods(recipe: Facts) -> dict[str, str]:
     return {
         "Method": LOSSY_METHODS[method] + (order if recipe.get("sequential") else ""),
         "Split by": name("split") if method == "split" else "",
-        "Shared by": name("shared_by") if recipe.get("shared_experts") else "",
+        "Shared by": name("shared_by") if recipe.get("shared") else "",
         "Router": name("router"),
         "Compensation": name("compensate").replace("_", " "),
     }
 
 
 def _geometry(plan: Facts) -> str:
-    shared = f"{plan['shared_experts']} shared + " if plan["shared_experts"] else ""
+    shared = f", and {plan['shared_size']} always on" if plan["shared_size"] else ""
     return (
-        f"{shared}{plan['top_k']} of {plan['routed_experts']} routed, "
-        f"{plan['expert_size']} neurons each; {percent(plan['active_ffn_ratio'])} of the dense "
+        f"{plan['top_k']} of {plan['experts']} per token, "
+        f"{plan['expert_size']} neurons each{shared}; {percent(plan['active_ffn_ratio'])} of the dense "
         "model's FFN active, all layers together"
     )
 

@@ -36,10 +36,8 @@ def score(
     rng: torch.Generator,
 ) -> Tensor:
     sample = activations.sample(params.tokens)
-    importance_EF = importance_by_cluster(sample, geometry.routed_experts, rng)
-    num_neurons = activations.ffn.num_neurons
-    size, room = geometry.expert_size(num_neurons), geometry.shared_size(num_neurons)
-    return seniority(importance_EF, size, room)
+    importance_EF = importance_by_cluster(sample, geometry.num_experts, rng)
+    return seniority(importance_EF, geometry.expert_size, geometry.shared_size)
 
 
 def seniority(importance_EF: Tensor, size: int, room: int) -> Tensor:

@@ -13,6 +13,7 @@ from upcycle.targets.base import (
     MoESpec,
     MoETarget,
     Runtime,
+    SharedWidth,
     common_fields,
     older_spellings,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "MoESpec",
     "MoETarget",
     "Runtime",
+    "SharedWidth",
     "common_fields",
     "older_spellings",
 ]

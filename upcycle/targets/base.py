@@ -24,6 +24,8 @@ from upcycle.types import DenseFFN, Geometry, MoELayer
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean"]
 Runtime = Literal["llama.cpp", "vLLM", "MLX"]
+SharedWidth = Literal["any", "multiple", "none"]
+"""Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,6 @@ class MoESpec:
 
     geometry: Geometry
     gains: Gains
-    expert_size: int
-    shared_size: int
     dense_layers: tuple[int, ...]
 
 
@@ -90,10 +90,18 @@ class MoETarget:
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
     """Tensors of a layer that the source does not have, given those that it has."""
     min_experts: int = 1
+    shared_in_experts: bool = False
+    """Whether the shared expert's width is given as a number of routed experts'."""
+
+    @property
+    def shared_width(self) -> SharedWidth:
+        if self.routing.shared_gate is None:
+            return "none"
+        return "multiple" if self.shared_in_experts else "any"
 
     def gains(self, combine: Combine, geometry: Geometry) -> Gains:
         """The gains for this combination; see the module's docstring."""
-        routing, num_experts = self.routing, geometry.routed_experts
+        routing, num_experts = self.routing, geometry.num_experts
         shared = 1 / (routing.shared_gate or 1.0)
         if combine == "mean":
             # Each selected shard weighs 1 / G of what a whole copy does.
@@ -107,22 +115,34 @@ class MoETarget:
             return Gains(num_experts, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
         return Gains(top_k, shared, norm_topk_prob=True, scale=1.0, all_on=num_experts / top_k)
 
-    def refusal(self, arch: Architecture, geometry: Geometry, dense_layers: tuple[int, ...]) -> str:
-        """Why this target can't host the model, as the end of a sentence; empty if it can."""
+    def refusal(
+        self,
+        arch: Architecture,
+        *,
+        dense_layers: tuple[int, ...] = (),
+        shared: float | None = None,
+        experts: int | None = None,
+    ) -> str:
+        """Why this target can't host the model, as the end of a sentence; empty if it can.
+
+        Args:
+            shared: the share of the neurons that is asked to be always on.
+            experts: as many as are asked for.
+        """
         for trait in sorted(set(arch.traits) - self.accepts - self.requires):
             return (
                 f"the source has {trait} ({arch.traits[trait]}), which {self.name} has no place for"
             )
         for trait in sorted(self.requires - set(arch.traits)):
             return f"{self.name} always has {trait}, which the source has not"
-        if geometry.shared_experts and self.routing.shared_gate is None:
-            return f"{self.name} has no shared expert (--shared-experts {geometry.shared_experts})"
+        if shared and self.shared_width == "none":
+            return f"{self.name} has no shared expert (--shared {shared:g})"
         if dense_layers and self.dense_layers == "none":
             return f"{self.name} can't keep layers dense (--keep-dense)"
         if self.dense_layers == "prefix" and dense_layers != tuple(range(len(dense_layers))):
             return f"{self.name} can keep only the first layers dense (--keep-dense 0,1,…)"
-        if geometry.routed_experts < self.min_experts:
-            return f"{self.name} needs at least {self.min_experts} routed experts"
+        if experts is not None and experts < self.min_experts:
+            return f"{self.name} needs at least {self.min_experts} experts"
         return ""
 
 

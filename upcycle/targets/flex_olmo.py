@@ -11,8 +11,8 @@ from upcycle.targets.limits import silu_only, unknown
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
     return {
         "architectures": ["FlexOlmoForCausalLM"],
-        "intermediate_size": spec.expert_size,
-        "num_experts": spec.geometry.routed_experts,
+        "intermediate_size": spec.geometry.expert_size,
+        "num_experts": spec.geometry.num_experts,
         "num_experts_per_tok": spec.geometry.top_k,
         "norm_topk_prob": spec.gains.norm_topk_prob,
         "attention_bias": attention_bias(arch),

@@ -34,9 +34,9 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
     return {
         "architectures": ["Glm4MoeForCausalLM"],
         "intermediate_size": arch.intermediate_size,
-        "moe_intermediate_size": spec.expert_size,
-        "n_routed_experts": geometry.routed_experts,
-        "n_shared_experts": geometry.shared_experts,
+        "moe_intermediate_size": spec.geometry.expert_size,
+        "n_routed_experts": geometry.num_experts,
+        "n_shared_experts": geometry.shared_size // geometry.expert_size,
         "num_experts_per_tok": geometry.top_k,
         "norm_topk_prob": spec.gains.norm_topk_prob,
         "routed_scaling_factor": spec.gains.scale,
@@ -78,6 +78,7 @@ TARGETS.add(
             "MLX": (shared_needed, untied, silu_only, no_window, unscaled_rope),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
+        shared_in_experts=True,
         min_experts=2,  # it scores groups of experts by their best two
     ),
 )

@@ -28,9 +28,9 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
     fields = arch.fields
     return {
         "architectures": ["GraniteMoeSharedForCausalLM"],
-        "intermediate_size": spec.expert_size,
-        "shared_intermediate_size": spec.shared_size,
-        "num_local_experts": spec.geometry.routed_experts,
+        "intermediate_size": spec.geometry.expert_size,
+        "shared_intermediate_size": spec.geometry.shared_size,
+        "num_local_experts": spec.geometry.num_experts,
         "num_experts_per_tok": spec.geometry.top_k,
         "attention_bias": attention_bias(arch),
         # The class's default attention scale is 1, not 1 / sqrt(head_dim).

@@ -23,7 +23,7 @@ def all_layers_routed(arch: Architecture, spec: MoESpec) -> str:
 
 
 def shared_needed(arch: Architecture, spec: MoESpec) -> str:
-    return "" if spec.shared_size else "there must be a shared expert"
+    return "" if spec.geometry.shared_size else "there must be a shared expert"
 
 
 def never_renormalises(arch: Architecture, spec: MoESpec) -> str:

@@ -11,8 +11,8 @@ from upcycle.targets.limits import heads_fill_hidden, no_window, silu_only, unsc
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
     return {
         "architectures": ["MixtralForCausalLM"],
-        "intermediate_size": spec.expert_size,
-        "num_local_experts": spec.geometry.routed_experts,
+        "intermediate_size": spec.geometry.expert_size,
+        "num_local_experts": spec.geometry.num_experts,
         "num_experts_per_tok": spec.geometry.top_k,
         "sliding_window": arch.sliding_window,
         "router_jitter_noise": 0.0,

@@ -50,9 +50,9 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2MoeForCausalLM"],
         "intermediate_size": arch.intermediate_size,
-        "moe_intermediate_size": spec.expert_size,
-        "shared_expert_intermediate_size": spec.shared_size or SILENT,
-        "num_experts": spec.geometry.routed_experts,
+        "moe_intermediate_size": spec.geometry.expert_size,
+        "shared_expert_intermediate_size": spec.geometry.shared_size or SILENT,
+        "num_experts": spec.geometry.num_experts,
         "num_experts_per_tok": spec.geometry.top_k,
         "norm_topk_prob": spec.gains.norm_topk_prob,
         "decoder_sparse_step": 1,

@@ -27,8 +27,8 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "intermediate_size": arch.intermediate_size,
-        "moe_intermediate_size": spec.expert_size,
-        "num_experts": spec.geometry.routed_experts,
+        "moe_intermediate_size": spec.geometry.expert_size,
+        "num_experts": spec.geometry.num_experts,
         "num_experts_per_tok": spec.geometry.top_k,
         "norm_topk_prob": spec.gains.norm_topk_prob,
         "decoder_sparse_step": 1,
