@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from models import PLAIN_SPLIT
+from models import PLAIN_SPLIT, SIZES
 from reference import load, routers, selections
 from typer.testing import CliRunner
 
@@ -276,3 +276,26 @@ def test_too_little_memory_says_what_to_do_and_leaves_nothing(dense, out, monkey
     with pytest.raises(UpcycleError, match=r"0\.0 GB of memory are free: pass --check none"):
         upcycle.convert(str(dense()), out, **SETTINGS)
     assert list(out.parent.iterdir()) == []
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary(dense):
+    def needed(*dtype, **settings):
+        return upcycle.plan(str(dense()), seq_len=64, **settings).check_bytes(*dtype)
+
+    assert needed(check="none") == 0
+    more_tokens = planning.CHECK_TOKENS["full"] - TOKENS
+    assert needed(check="full") - needed(check="fast") == more_tokens * SIZES["hidden_size"] * 4
+    plan = upcycle.plan(str(dense()), seq_len=64)
+    head = SIZES["vocab_size"] * SIZES["hidden_size"] * 4
+    hidden = TOKENS * SIZES["hidden_size"] * 4
+    assert needed() == plan.bytes + head + hidden + 600 * 2**20
+    stored = needed(dtype="bfloat16")
+    assert needed(torch.float32, dtype="bfloat16") - 600 * 2**20 == 2 * (stored - 600 * 2**20)
+
+
+@pytest.mark.parametrize(("spare", "dtype"), [(0, torch.bfloat16), (1, torch.float32)])
+def test_models_are_compared_in_what_fits(dense, monkeypatch, spare, dtype):
+    plan = upcycle.plan(str(dense(dtype=torch.bfloat16)), dtype="bfloat16")
+    free = SimpleNamespace(available=plan.check_bytes(torch.float32) + spare)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert check._dtype_that_fits(plan) == dtype

@@ -71,7 +71,7 @@ def test_table(dense, split, text, tmp_path):
     result = run(split, "--against", dense(), *arguments)
     assert result.exit_code == 0
     for word in (
-        *("perplexity", "KL, nats", "same next token", "builtin"),
+        *("perplexity", "worst", "window", "KL, nats", "same next", "builtin"),
         *("MoE layers", "expert load", "load entropy", "dead experts", "expert similarity"),
         *("parameters", "active per token", "FLOPs per token", "(dense"),
         *("prefill", "decode", "tokens/s", "float32", "experts by"),

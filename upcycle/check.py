@@ -16,12 +16,8 @@ from torch import Tensor
 
 from upcycle.device import free_memory
 from upcycle.errors import CheckFailed, UpcycleError
-from upcycle.evaluate import (
-    compare,
-    load_model,
-    measure_reference,
-    next_token_logits,
-)
+from upcycle.evaluate import compare, decode_windows, load_model, next_token_logits
+from upcycle.head import drop_layers
 from upcycle.moe import moe_blocks
 from upcycle.planning import Plan
 from upcycle.types import DenseFFN
@@ -83,11 +79,11 @@ def run_check(
     dtype, total = _dtype_that_fits(plan), 2 * len(tokens_BL)
     exact_L = tokens_BL[0, :EXACT_TOKENS]
     model = load_model(plan.source.folder, dtype, plan.device)
-    reference = measure_reference(model, tokens_BL, lambda done: progress("checking", done, total))
+    reference = decode_windows(model, tokens_BL, lambda done: progress("checking", done, total))
     for layer, ffn in all_on:
         _replace(model.model.layers[layer].mlp, ffn)
     exact_LV = next_token_logits(model, exact_L)
-    del model
+    drop_layers(model)
     model = load_result(folder, dtype, plan.device)
     low_precision = plan.dtype != torch.float32 or dtype != torch.float32
     tolerance = LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE[plan.combine]
@@ -105,7 +101,7 @@ def run_check(
     return CheckReport(
         exact_error=exact_error,
         exact_tolerance=tolerance,
-        perplexity_dense=reference.perplexity,
+        perplexity_dense=moe.perplexity_against,
         perplexity_moe=moe.perplexity,
         kl=moe.kl,
         top1_agreement=moe.top1_agreement,
@@ -150,8 +146,8 @@ def relative_error(logits: Tensor, reference: Tensor) -> float:
 
 def _dtype_that_fits(plan: Plan) -> torch.dtype:
     """float32 where one model at a time fits in memory, else the checkpoint's own dtype."""
-    wider = plan.params_total * (torch.float32.itemsize - plan.dtype.itemsize)
-    return torch.float32 if plan.check_bytes() + wider < free_memory(plan.device) else plan.dtype
+    fits = plan.check_bytes(torch.float32) < free_memory(plan.device)
+    return torch.float32 if fits else plan.dtype
 
 
 @contextmanager

@@ -135,9 +135,12 @@ def _print_stage_once() -> "OnProgress":
 def table(title: str, rows: Mapping[str, Any], *headings: str) -> None:
     """Rows of a name and one or more values."""
     grid = Table(title=title, title_justify="left", show_header=bool(headings), title_style="bold")
-    grid.add_column("")
+    grid.add_column("", overflow="fold")
     for heading in headings or ("",):
-        grid.add_column(heading, justify="right" if headings else "left", overflow="fold")
+        one_word = bool(heading) and " " not in heading  # which a narrow terminal must not cut
+        grid.add_column(
+            heading, justify="right" if headings else "left", overflow="fold", no_wrap=one_word
+        )
     for name, values in rows.items():
         cells = values if isinstance(values, tuple) else (values,)
         grid.add_row(name, *(str(cell) for cell in cells))
@@ -346,7 +349,7 @@ def show_evaluation(report: "Evaluation") -> None:
 def _show_texts(title: str, report: "Evaluation") -> None:
     headings = ["perplexity"]
     if report.against is not None:
-        headings += ["dense", "ratio", "KL, nats", "same next token"]
+        headings += ["dense", "ratio", "worst window", "KL, nats", "same next token"]
     rows = {}
     for result in report.texts:
         numbers = [f"{result.perplexity:.3f}"]
@@ -354,6 +357,7 @@ def _show_texts(title: str, report: "Evaluation") -> None:
             numbers += [
                 f"{result.perplexity_against:.3f}",
                 f"{result.perplexity_ratio:.4f}",
+                f"{result.worst_window_ratio:.4f}",
                 f"{result.kl:.4f}",
                 f"{100 * (result.top1_agreement or 0):.1f} %",
             ]

@@ -2,12 +2,12 @@
 
 Protocol: windows of the same length are taken evenly from all over a text, each is read on its own,
 and its first token is given. (The first ones would be about one or two topics, and that is what the
-numbers would then differ by.) Perplexity is the exponential of the mean over windows. One model is
-in memory at a time, unless speed is measured, which takes both in turn.
+numbers would then differ by.) Perplexity is the exponential of the mean over windows. One model's
+layers are in memory at a time, unless speed is measured, which takes both in turn: what is kept of
+the dense model are its hidden states and its head.
 """
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from upcycle.anatomy import Size, expert_similarity, flops, measure_size
 from upcycle.calibrate import check_seq_len, check_text, packed_tokens
-from upcycle.device import choose_device, free_memory
+from upcycle.device import choose_device
 from upcycle.errors import UpcycleError
+from upcycle.head import Decoded, decode, drop_layers
 from upcycle.history import fitted_on, identity
 from upcycle.moe import moe_blocks, watch_selections
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
@@ -37,26 +38,20 @@ Progress = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much there is."""
 
 DTYPES = ("float32", "bfloat16", "float16")
+CHUNK = 2**24
+"""Logits that are computed at once; of some windows and vocabularies all would take gigabytes."""
 BUILTIN_SEED = 1
 """Another order of the builtin text than the one that conversions calibrate on."""
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the dense model says of each window."""
-
-    perplexity: float
-    log_probs: list[Tensor]
-    """Per window [L, V], in float16, which halves the memory but makes ties; hence also: """
-    top: list[Tensor]
-    """Per window, the most likely next token [L]."""
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """A model beside its reference."""
+    """A model's numbers on a text, beside those of a reference if there is one."""
 
-    perplexity: float
+    losses: list[float]
+    """Per window, the mean negative log-likelihood of its tokens, in nats."""
+    losses_against: list[float]
+    """The reference's."""
     kl: float
     """Mean KL(reference ‖ model) per token, in nats."""
     top1_agreement: float
@@ -65,6 +60,19 @@ class Comparison:
     """Per MoE layer, how many tokens selected both of two experts [E, E]."""
     router_weights: list[float]
     """Per call of a router, the mean over tokens of the selected experts' weights, added up."""
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(_doubles(self.losses).mean())
+
+    @property
+    def perplexity_against(self) -> float:
+        return _exp(_doubles(self.losses_against).mean())
+
+    @property
+    def worst_window_ratio(self) -> float:
+        """The largest ratio of perplexities, model over reference, of any window."""
+        return _exp((_doubles(self.losses) - _doubles(self.losses_against)).max())
 
     @property
     def load(self) -> list[list[float]]:
@@ -82,6 +90,8 @@ class TextResult:
     perplexity_ratio: PositiveFloat | None
     kl: float | None
     top1_agreement: float | None
+    worst_window_ratio: float | None = None
+    """The largest ratio of perplexities of any window."""
     fitted: bool = False
     """Whether the model was calibrated or trained on this text, which flatters these numbers."""
 
@@ -190,8 +200,6 @@ def evaluate(
                 for text in texts
             ]
         )
-        if dense_folder is not None:
-            _check_memory(tokens_NBL.numel() * vocab_size * torch.float16.itemsize)
         pair = _Pair(model, folder, against, dense_folder, kind, place)
         measured = _measure(pair, texts, tokens_NBL, batch_size if speed else 0, progress)
         if suite is None:
@@ -227,14 +235,15 @@ def _measure(
     """
     total = tokens_NBL.shape[:2].numel() * (1 if pair.dense_folder is None else 2)
     step = _counter(progress, total)
-    references: list[Reference | None] = [None] * len(texts)
+    references: list[list[Decoded] | None] = [None] * len(texts)
     dense, dense_size = None, None
     if pair.dense_folder is not None:
         dense = load_model(pair.dense_folder, pair.dtype, pair.device)
-        references = [measure_reference(dense, tokens_BL, step) for tokens_BL in tokens_NBL]
+        references = [decode_windows(dense, tokens_BL, step) for tokens_BL in tokens_NBL]
         dense_size = measure_size(dense)
         if not batch_size:
-            dense = None  # one model in memory at a time
+            drop_layers(dense)  # one model's are in memory at a time
+            dense = None
     model = load_model(pair.folder, pair.dtype, pair.device)
     compared = [
         compare(model, tokens_BL, reference, step)
@@ -254,8 +263,8 @@ def _measure(
         window=tokens_NBL.shape[2],
         tokens=tokens_NBL[0].numel(),
         texts=[
-            replace(_text_result(*row), fitted=identity(row[0]) in seen)
-            for row in zip(texts, compared, references, strict=True)
+            replace(_text_result(text, numbers), fitted=identity(text) in seen)
+            for text, numbers in zip(texts, compared, strict=True)
         ],
         routing=[
             layer_routing(block.layer, sum_EE, tokens_NBL.numel())
@@ -282,17 +291,17 @@ def _sums(rows: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(column).sum(0) for column in zip(*rows, strict=True)]
 
 
-def _text_result(text: str, measured: Comparison, reference: Reference | None) -> TextResult:
-    if reference is None:
+def _text_result(text: str, measured: Comparison) -> TextResult:
+    if not measured.losses_against:
         return TextResult(text, measured.perplexity, None, None, None, None)
-    ratio = measured.perplexity / reference.perplexity
     return TextResult(
         text,
         measured.perplexity,
-        reference.perplexity,
-        ratio,
+        measured.perplexity_against,
+        measured.perplexity / measured.perplexity_against,
         measured.kl,
         measured.top1_agreement,
+        measured.worst_window_ratio,
     )
 
 
@@ -317,16 +326,6 @@ def _vocab_size(folder: Path, dense_folder: Path | None) -> int:
                 f"of {vocab_size:,}: give the dense model that it was made from"
             )
     return vocab_size
-
-
-def _check_memory(needed: int) -> None:
-    """For what the dense model predicts, which is kept until the other model is loaded."""
-    free = free_memory(torch.device("cpu"))
-    if needed > free:
-        raise UpcycleError(
-            f"--against keeps {needed / 1e9:.1f} GB of the dense model's predictions, but "
-            f"{free / 1e9:.1f} GB of memory are free: lower --tokens, or give fewer texts at once"
-        )
 
 
 def choose_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
@@ -371,25 +370,24 @@ def next_token_logits(model: Any, window_L: Tensor) -> Tensor:
     return logits
 
 
-def measure_reference(model: Any, tokens_BL: Tensor, step: Step) -> Reference:
-    """Run the dense model over the windows [B, L]."""
-    loss, log_probs, top = 0.0, [], []
+def decode_windows(model: Any, tokens_BL: Tensor, step: Step) -> list[Decoded]:
+    """Run a dense model's decoder over the windows [B, L], to be the reference of `compare`."""
+    decoded = []
     for i, window_L in enumerate(tokens_BL):
         step(i)
-        log_probs_LV = next_token_logits(model, window_L).log_softmax(-1)
-        loss += _loss(log_probs_LV, window_L)
-        log_probs.append(log_probs_LV.to("cpu", torch.float16))
-        top.append(log_probs_LV.argmax(-1).cpu())
-    return Reference(_perplexity(loss / len(tokens_BL)), log_probs, top)
+        decoded.append(decode(model, window_L))
+    return decoded
 
 
-def compare(model: Any, tokens_BL: Tensor, reference: Reference | None, step: Step) -> Comparison:
+def compare(
+    model: Any, tokens_BL: Tensor, reference: list[Decoded] | None, step: Step
+) -> Comparison:
     """Run a model over the windows [B, L] that its reference has seen; without a reference, KL and
-    agreement stay 0."""
-    loss = kl = agreement = 0.0
+    agreement stay 0, and there are no losses of one."""
     blocks = moe_blocks(model)
     pairs = [torch.zeros((b.num_experts,) * 2, dtype=torch.float64) for b in blocks]
     weights: list[float] = []
+    windows: list[list[float]] = []
 
     def see(place: int, chosen_TK: Tensor, weights_TK: Tensor) -> None:
         pairs[place] += count_pairs(chosen_TK, len(pairs[place]))
@@ -398,32 +396,56 @@ def compare(model: Any, tokens_BL: Tensor, reference: Reference | None, step: St
     with watch_selections(blocks, see):
         for i, window_L in enumerate(tokens_BL):
             step(i)
-            log_probs_LV = next_token_logits(model, window_L).log_softmax(-1)
-            loss += _loss(log_probs_LV, window_L)
-            if reference is None:
-                continue
-            expected_LV = reference.log_probs[i].to(log_probs_LV.device).float().log_softmax(-1)
-            gap_LV = expected_LV.exp() * (expected_LV - log_probs_LV)
-            kl += gap_LV.sum(-1).mean().item()
-            agreement += (log_probs_LV.argmax(-1).cpu() == reference.top[i]).float().mean().item()
-    windows = len(tokens_BL)
+            dense = None if reference is None else reference[i]
+            windows.append(_compare_window(decode(model, window_L), dense, window_L))
+    losses, losses_against, kl, agreement = zip(*windows, strict=True)
     return Comparison(
-        perplexity=_perplexity(loss / windows),
-        kl=kl / windows,
-        top1_agreement=agreement / windows,
+        losses=list(losses),
+        losses_against=[] if reference is None else list(losses_against),
+        kl=sum(kl) / len(kl),
+        top1_agreement=sum(agreement) / len(agreement),
         pairs=pairs,
         router_weights=weights,
     )
 
 
-def _loss(log_probs_LV: Tensor, window_L: Tensor) -> float:
-    """Mean negative log-likelihood of a window's tokens, the first one given."""
-    targets = window_L[1:, None].to(log_probs_LV.device)
-    return float(-log_probs_LV[:-1].gather(1, targets).mean())
+def _compare_window(own: Decoded, dense: Decoded | None, window_L: Tensor) -> list[float]:
+    """A window's loss, the dense model's, KL and agreement, each the mean over its tokens."""
+    length, sums = len(window_L), torch.zeros(4, dtype=torch.float64)
+    rows = max(1, CHUNK // own.model.config.vocab_size)
+    for start in range(0, length, rows):
+        some = slice(start, start + rows)
+        targets_T = window_L[start + 1 : start + rows + 1]
+        own_TV = own.logits(some)
+        own_top_T, own_TV = own_TV.argmax(-1), own_TV.log_softmax(-1)
+        sums[0] += _loss(own_TV, targets_T)
+        if dense is None:
+            continue
+        dense_TV = dense.logits(some)
+        sums[3] += (dense_TV.argmax(-1) == own_top_T).sum()
+        dense_TV = dense_TV.log_softmax(-1)
+        sums[1] += _loss(dense_TV, targets_T)
+        sums[2] += _divergence(dense_TV, own_TV)
+    return (sums / torch.tensor([length - 1, length - 1, length, length])).tolist()
 
 
-def _perplexity(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+def _loss(log_probs_TV: Tensor, targets_T: Tensor) -> float:
+    """The negative log-likelihoods of the next tokens, added up; the last row may have none."""
+    targets_T1 = targets_T[:, None].to(log_probs_TV.device)
+    return -float(log_probs_TV[: len(targets_T)].gather(1, targets_T1).double().sum())
+
+
+def _divergence(dense_TV: Tensor, own_TV: Tensor) -> float:
+    """KL(dense ‖ own) of log-probabilities, added up over tokens. Overwrites both: a temporary of
+    this size costs as much as what is done with it."""
+    gap_TV = torch.sub(dense_TV, own_TV, out=own_TV)
+    return float(gap_TV.mul_(dense_TV.exp_()).sum(-1).double().sum())
+
+
+def _doubles(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _exp(loss: Tensor) -> float:
+    """Infinite where a float is too small for it."""
+    return float(loss.exp())

@@ -168,12 +168,14 @@ class Plan:
         rows = experts + len(self.refits) * neurons
         return len(self.moe_layers) * rows * arch.hidden_size * self.dtype.itemsize
 
-    def check_bytes(self) -> int:
-        """Memory of the check, which holds one whole model at a time."""
+    def check_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Memory of the check in a dtype, by default the result's: one whole model at a time, and
+        of the dense one its head and the hidden states of the tokens held back."""
         if self.recipe.check == "none":
             return 0
-        logits = self.held_tokens * int(self.source.arch.fields["vocab_size"]) * 2
-        return self.bytes + logits + 600 * 2**20
+        kept = self.held_tokens + int(self.source.arch.fields["vocab_size"])
+        values = self.params_total + kept * self.source.arch.hidden_size
+        return values * (dtype or self.dtype).itemsize + 600 * 2**20
 
 
 def make_plan(
