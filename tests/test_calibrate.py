@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 import upcycle
@@ -130,6 +131,111 @@ def test_sequences_come_from_all_over_a_text_in_order(tiny, tmp_path):
     found = tokens(tiny, path, 12)
     naive = [every_BL[round(i * (len(every_BL) - 1) / 11)] for i in range(12)]
     assert torch.equal(found, torch.stack(naive))
+
+
+def numbered(count):
+    """Words that tell their place."""
+    return [f"word{i:06}" for i in range(count)]
+
+
+def write_documents(path, documents):
+    """Returns the path and the text that it is packed to, with ends of sequence as NUL."""
+    if path.suffix == ".parquet":
+        write_parquet(path, text=documents)
+    elif path.suffix == ".jsonl":
+        write_jsonl(path, [{"text": text} for text in documents])
+    else:
+        documents = [" ".join(documents)]
+        path.write_text(documents[0])
+    return path, "".join(document + "\0" for document in documents)
+
+
+def decoded(source, tokens_BL):
+    """Of printable letters, a token each; the end of sequence is NUL."""
+    letters = AutoTokenizer.from_pretrained(source.folder).convert_ids_to_tokens
+    rows = ("".join(letters(row)) for row in tokens_BL.tolist())
+    return [row.replace("Ġ", " ").replace("</s>", "\0") for row in rows]
+
+
+@pytest.fixture
+def own(dense, tmp_path):
+    """A copy of the model's folder, to be changed."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in dense().iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_windows_begin_evenly_over_a_long_file(tiny, tmp_path, name):
+    words = numbered(2000)
+    path, text = write_documents(tmp_path / name, words)
+    found = decoded(tiny, tokens(tiny, path, sequences=7, seq_len=16))
+    length = len(path.read_text()) if name == "a.txt" else sum(map(len, words))
+    for place, window in enumerate(found):
+        start = place * length // 7
+        if name == "a.txt":
+            start = text.find(" ", start) if place else 0
+        else:
+            start += start // len(words[0])  # an end of sequence after each word before
+        assert window == text[start : start + 16]
+
+
+def test_no_more_of_a_long_file_is_tokenised_than_is_wanted(tiny, tmp_path, monkeypatch):
+    lengths, ids_of = [], calibrate._ids_of
+
+    def watched(tokenizer, text, **settings):
+        lengths.append(len(text))
+        return ids_of(tokenizer, text, **settings)
+
+    monkeypatch.setattr(calibrate, "_ids_of", watched)
+    path, _ = write_documents(tmp_path / "a.txt", numbered(50_000))
+    assert tokens(tiny, path, sequences=4, seq_len=16).shape == (4, 16)
+    assert len(lengths) == 4
+    assert sum(lengths) <= 4 * 2 * calibrate.LENGTH_OF_TOKEN * 16
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_windows_of_a_short_file_reach_to_its_end(tiny, tmp_path, name):
+    path, text = write_documents(tmp_path / name, numbered(100))
+    assert calibrate.SPREAD * 64 < len(text) < calibrate.SPREAD * 64 * calibrate.LENGTH_OF_TOKEN
+    found = decoded(tiny, tokens(tiny, path, sequences=4, seq_len=16))
+    last = len(text) // 16 * 16
+    assert (found[0], found[3]) == (text[:16], text[last - 16 : last])
+
+
+def test_file_whose_windows_would_run_into_each_other_is_tokenised_whole(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(calibrate, "LENGTH_OF_TOKEN", 1)
+    monkeypatch.setattr(calibrate, "SPREAD", 1)
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 14 + " yyy")
+    whole = packed(tiny, [path.read_text()])
+    assert tokens(tiny, path, sequences=2, seq_len=8).flatten().tolist() == whole[:16]
+
+
+def test_windows_that_begin_in_a_chat_take_it_from_its_beginning(own, tmp_path):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (own / "chat_template.jinja").write_text(template)
+    source = open_source(str(own))
+    chats = [{"messages": [{"role": "user", "content": word}]} for word in numbered(400)]
+    path = write_jsonl(tmp_path / "a.jsonl", chats)
+    found = decoded(source, tokens(source, path, sequences=4, seq_len=16))
+    assert found == [f"word{i:06}\0word{i + 1:06}"[:16] for i in (0, 100, 200, 300)]
+
+
+def test_special_tokens_begin_documents_not_windows(own, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    (own / "tokenizer.json").unlink()
+    tokenizer.backend_tokenizer.save(str(own / "tokenizer.json"))
+    path, _ = write_documents(tmp_path / "a.txt", numbered(2000))
+    found = tokens(open_source(str(own)), path, sequences=4, seq_len=16)
+    assert (found == 256).nonzero().tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

@@ -4,6 +4,8 @@ import hashlib
 import json
 import pydoc_data.topics
 import random
+import re
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +24,14 @@ Document = str | list[dict[str, Any]]
 """Text, or the messages of a chat."""
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 SPREAD = 8
-"""Sequences are taken evenly from so many times as much text: what a layer does differs more
-between topics than between tokens, so a few long documents would say little about the others."""
+"""Sequences are taken evenly from all of a file, else from so many times as much text: what a layer
+does differs more between topics than between tokens, so a few long documents would say little about
+the others."""
 WRITTEN_LENGTH = 128  # tokens of a document that the model writes itself
 WRITTEN_TOGETHER = 128  # such documents at a time
 LENGTH_OF_TOKEN = 8  # characters, more than most
 CUT_TOKENS = 64  # before a cut through a text, may be others than those of the whole
+LONGEST_WORD = 512  # characters in which a cut looks for white space
 MODULE_MOST = 8000
 """Characters of one module of `builtin`: its code then weighs about as much as its prose."""
 BUILTIN_MODULES = """
@@ -46,8 +50,8 @@ def calibration_tokens(
     """Packed tokens [sequences, seq_len] of the named calibration text.
 
     Documents are joined by the end-of-sequence token and cut without padding; sequences are taken
-    evenly from all over a text, in order. Of several texts, each gives the same number of sequences
-    (give or take one), in turn.
+    evenly from all over a file, or the first part of any other text, in order. Of several texts,
+    each gives the same number of sequences (give or take one), in turn.
 
     Args:
         text: `builtin`, `self`, a file (.txt, .jsonl, .parquet) or `hf:DATASET[:split[:column]]`;
@@ -119,8 +123,14 @@ def packed_tokens(
     Raises:
         UpcycleError: as there.
     """
-    wanted = sequences * seq_len
-    ids = first_tokens(folder, vocab_size, text, SPREAD * wanted, seed=seed)
+    wanted, most = sequences * seq_len, SPREAD * sequences * seq_len
+    if local_path(text).is_file():
+        length, most = sum(map(_length, _documents(text, seed))), sys.maxsize
+        if length > SPREAD * LENGTH_OF_TOKEN * wanted:
+            found = _spaced_windows(folder, text, length, sequences, seq_len, seed)
+            if all(len(window) == seq_len for window in found):
+                return _token_tensor(found, folder, vocab_size)
+    ids = first_tokens(folder, vocab_size, text, most, seed=seed)
     if len(ids) < wanted:
         raise UpcycleError(
             f"text {text!r} holds {len(ids):,} tokens, but {wanted:,} are needed {remedy}"
@@ -129,19 +139,60 @@ def packed_tokens(
     return ids_BL[torch.linspace(0, len(ids_BL) - 1, sequences).round().long()]
 
 
+def _spaced_windows(
+    folder: Path, text: str, length: int, sequences: int, seq_len: int, seed: int
+) -> list[list[int]]:
+    """Windows of tokens that begin at evenly spaced characters of all documents put together, so
+    that no more of a long text is tokenised than is wanted.
+
+    Each goes on into the documents that follow. One is short where the text ends, or where a token
+    has so many characters that the next window begins before it is full.
+
+    Args:
+        length: of the text, as `_length` counts.
+    """
+    tokenizer = load_tokenizer(folder)
+    starts = [place * length // sequences for place in range(sequences)]
+    windows: list[list[int]] = []
+    begin = 0
+    for document in _documents(text, seed):
+        end = begin + _length(document)
+        if windows and len(windows[-1]) < seq_len:
+            windows[-1] += _ended(tokenizer, _token_ids(tokenizer, document, folder, seq_len))
+        while len(windows) < sequences and starts[len(windows)] < end:
+            start = starts[len(windows)] - begin
+            ids = _token_ids(tokenizer, document, folder, seq_len, start)
+            windows.append(_ended(tokenizer, ids))
+        begin = end
+    return [window[:seq_len] for window in windows]
+
+
+def _length(document: Document) -> int:
+    """Characters, of a chat roughly."""
+    return len(document if isinstance(document, str) else str(document))
+
+
 def first_tokens(folder: Path, vocab_size: int, text: str, wanted: int, *, seed: int) -> Tensor:
     """The first `wanted` tokens of a text's documents, or all of them if there are fewer; each
     document is followed by the end-of-sequence token."""
     tokenizer = load_tokenizer(folder)
     tokens: list[int] = []
     for document in _documents(text, seed):
-        tokens += _token_ids(tokenizer, document, folder, wanted - len(tokens))
-        if tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
+        ids = _token_ids(tokenizer, document, folder, wanted - len(tokens))
+        tokens += _ended(tokenizer, ids)
         if len(tokens) >= wanted:
             break
-    ids = torch.tensor(tokens[:wanted], dtype=torch.int64)
-    if len(ids) and int(ids.max()) >= vocab_size:
+    return _token_tensor(tokens[:wanted], folder, vocab_size)
+
+
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """A document's tokens and the end of sequence, if the tokenizer has one."""
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def _token_tensor(tokens: list[int] | list[list[int]], folder: Path, vocab_size: int) -> Tensor:
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    if ids.numel() and int(ids.max()) >= vocab_size:
         raise UpcycleError(
             f"the tokenizer in {folder} makes token {int(ids.max())}, but vocab_size is "
             f"{vocab_size}: it belongs to another model"
@@ -149,11 +200,17 @@ def first_tokens(folder: Path, vocab_size: int, text: str, wanted: int, *, seed:
     return ids
 
 
-def _token_ids(tokenizer: Any, document: Document, folder: Path, wanted: int) -> list[int]:
+def _token_ids(
+    tokenizer: Any, document: Document, folder: Path, wanted: int, start: int = 0
+) -> list[int]:
     """The tokens of a document, of a long one perhaps no more than are wanted. A chat is rendered
-    by the tokenizer's own template, which brings its special tokens."""
+    by the tokenizer's own template, which brings its special tokens.
+
+    Args:
+        start: the character from which on, or the white space after it; a chat always is whole.
+    """
     if isinstance(document, str):
-        return _first_ids(tokenizer, document, wanted)
+        return _first_ids(tokenizer, document, wanted, start)
     if tokenizer.chat_template is None:
         raise UpcycleError(
             f'the text holds chats ("messages"), but the tokenizer in {folder} has no chat '
@@ -168,15 +225,20 @@ def _token_ids(tokenizer: Any, document: Document, folder: Path, wanted: int) ->
     return _ids_of(tokenizer, rendered, add_special_tokens=False)
 
 
-def _first_ids(tokenizer: Any, text: str, wanted: int) -> list[int]:
+def _first_ids(tokenizer: Any, text: str, wanted: int, start: int = 0) -> list[int]:
     """Tokens of so much of a text as holds those that are wanted: it may be gigabytes."""
+    settings = {}
+    if start:  # inside the text, where nothing begins a document
+        settings = {"add_special_tokens": False}
+        space = re.compile(r"\s").search(text, start, start + LONGEST_WORD)
+        start = start if space is None else space.start()
     length = LENGTH_OF_TOKEN * wanted
-    while len(text) > length:
-        ids = _ids_of(tokenizer, text[:length])
+    while len(text) > start + length:
+        ids = _ids_of(tokenizer, text[start : start + length], **settings)
         if len(ids) >= wanted + CUT_TOKENS:
             return ids[:wanted]
         length *= 2
-    return _ids_of(tokenizer, text)
+    return _ids_of(tokenizer, text[start:], **settings)
 
 
 def _ids_of(tokenizer: Any, text: str, **settings: bool) -> list[int]:
