@@ -242,7 +242,7 @@ def test_summary_is_the_contract(dense, split, text, quick):
     assert [*summary["flops"]] == ["active", "total", "active_against"]
     assert [*summary["speed"]] == [
         "batch_size", "threads", "dtype", "experts_implementation",
-        "prefill", "decode", "prefill_against", "decode_against",
+        "prefill", "decode", "prefill_against", "decode_against", "machine",
     ]  # fmt: skip
     assert summary["tasks"] is None
     assert (summary["window"], summary["tokens"]) == (64, 192)

@@ -5,6 +5,7 @@ import torch
 from reference import load
 
 from upcycle import speed
+from upcycle.device import device_name
 from upcycle.speed import measure_speed, tokens_per_second
 
 WINDOWS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -48,6 +49,7 @@ def test_conditions_are_reported(dense, moe, quick):
     assert measured.threads == torch.get_num_threads()
     assert measured.dtype == "float32"
     assert measured.experts_implementation == "eager"
+    assert measured.machine == device_name(torch.device("cpu")) != ""
     rates = (measured.prefill, measured.decode, measured.prefill_against, measured.decode_against)
     assert all(rate > 0 for rate in rates)
 

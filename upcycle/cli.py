@@ -26,7 +26,7 @@ from upcycle.options import (
     Set,
     with_options,
 )
-from upcycle.paths import local_path
+from upcycle.paths import local_path, write_whole
 
 if TYPE_CHECKING:
     from upcycle.planning import Plan
@@ -149,6 +149,12 @@ Texts = Annotated[
 Speed = Annotated[
     bool, typer.Option("--speed", help="Time both models in turn; this holds both in memory.")
 ]
+Card = Annotated[
+    bool,
+    typer.Option(
+        "--card", help="Write the speed to MODEL's README.md, in place of an earlier one."
+    ),
+]
 Tasks = Annotated[
     str | None,
     typer.Option(
@@ -233,6 +239,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option(min=8, help="Of each text, from all over it.")] = 16384,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
     speed: Speed = False,
+    card: Card = False,
     tasks: Tasks = None,
     batch_size: BatchSize = 1,
     dtype: EvalDtype = "auto",
@@ -250,13 +257,17 @@ def evaluate(
 
     * `upcycle eval out --against MODEL --text notes.txt --text code.txt`
     * `upcycle eval out --against MODEL --speed --output eval.json`
+    * `upcycle eval out --against MODEL --speed --card`
     """
     with _errors():
         from upcycle import console
         from upcycle.evaluate import evaluate as measure
         from upcycle.evaluate import evaluation_summary
+        from upcycle.speed_card import check_card, write_speed
 
         _check_file(output)
+        if card:
+            check_card(model, speed=speed)
         _quiet_model_loading()
         with console.progress_bars(quiet=json_) as progress:
             report = measure(
@@ -275,6 +286,8 @@ def evaluate(
         summary = evaluation_summary(report)
         if output is not None:
             local_path(output).write_text(json.dumps(summary, indent=2) + "\n")
+        if card:
+            write_speed(report)
         if json_:
             _print_json(summary)
         else:
@@ -354,7 +367,7 @@ def report(
                 found["evaluation"] = facts.evaluate_model(
                     model, text or ["builtin"], against, tokens or 4096, seq_len or 512, progress
                 )
-        facts.write_page(out, render(found))
+        write_whole(out, render(found))
         sys.stdout.write(f"{out}\n")
 
 

@@ -418,7 +418,7 @@ def _speed(report: "Evaluation") -> dict[str, str]:
         "prefill": cell(speed.prefill, speed.prefill_against),
         "decode": cell(speed.decode, speed.decode_against),
         "timed with": f"batch {speed.batch_size}, {speed.threads} threads, {speed.dtype}, "
-        f"experts by {speed.experts_implementation}",
+        f"experts by {speed.experts_implementation}, {speed.machine}",
     }
 
 

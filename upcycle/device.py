@@ -1,5 +1,8 @@
 """Where to compute, as people name it."""
 
+import platform
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -32,3 +35,13 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def device_name(device: torch.device) -> str:
+    """What its maker calls the GPU or the CPU, where the system says so."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())

@@ -7,7 +7,6 @@ field, never half a page.
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -251,26 +250,3 @@ def check_page(out: Path, *, overwrite: bool) -> None:
         raise UpcycleError(f"-o {out}: the folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK):
         raise UpcycleError(f"-o {out}: {out.parent} is not writable")
-
-
-def write_page(out: Path, html: str) -> None:
-    """The page whole or not at all, in place of a former one."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=out.parent, prefix=f".{out.name}.", delete=False
-    ) as file:
-        part = Path(file.name)
-        try:
-            file.write(html)
-            file.close()
-            part.chmod(0o666 & ~_umask())
-            part.replace(out)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    """What open() would have left out; temporary files are for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

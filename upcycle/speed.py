@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upcycle.device import device_name
 from upcycle.moe import moe_blocks
 
 ROUNDS = 5
@@ -36,6 +37,8 @@ class Speed:
     decode: float
     prefill_against: float | None
     decode_against: float | None
+    machine: str = ""
+    """The CPU's or the GPU's name."""
 
 
 def measure_speed(
@@ -69,6 +72,7 @@ def measure_speed(
         decode=decode,
         prefill_against=prefill_against,
         decode_against=decode_against,
+        machine=device_name(model.device),
     )
 
 
