@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from reference import gap, load, logits, weights
 from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
@@ -25,10 +28,11 @@ SETTINGS = {
     "preset": "heal", "steps": 3, "seq_len": 32, "batch_size": 4, "micro_batch": 1,
     "validation_tokens": 160, "lr": 1e-3, "balance": 0.1, "next_token": 0.5, "seed": 3,
 }  # fmt: skip
-FLAGS = [
+DEVICE_LEFT_OPEN = [
     *"--recipe heal --steps 3 --seq-len 32 --batch-size 4 --micro-batch 1 --lr 1e-3".split(),
-    *"--balance 0.1 --next-token 0.5 --seed 3 --set validation_tokens=160 --device cpu".split(),
+    *"--balance 0.1 --next-token 0.5 --seed 3 --set validation_tokens=160".split(),
 ]
+FLAGS = [*DEVICE_LEFT_OPEN, "--device", "cpu"]
 CONFIGS = Path(upcycle.__file__).parent / "recipes" / "accelerate"
 
 
@@ -40,6 +44,7 @@ def free_port():
 
 def launch(*arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # the CPU by itself
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=300,
@@ -55,7 +60,7 @@ def ddp(*arguments):
 
 @pytest.fixture(scope="module")
 def model(dense, moe):
-    return moe(dense(), target="qwen2_moe", shared_experts=2)
+    return moe(dense(), target="qwen2_moe", experts=6, shared=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def check_log(alone, out, part=slice(None), tolerance=1e-4):
 
 def test_data_parallel_processes_learn_the_same(model, text, alone, tmp_path):
     out = tmp_path / "out"
-    done = ddp(model, "--data", text, "-o", out, *FLAGS, "--json")
+    done = ddp(model, "--data", text, "-o", out, *DEVICE_LEFT_OPEN, "--json")
     check_same(alone, done.returncode, done.stdout, done.stderr, out)
 
 
@@ -227,6 +232,45 @@ def test_an_interrupt_of_one_process_stops_all_and_all_go_on(model, text, alone,
     assert second == [0, "", ""]
     assert json.loads(first[1])["steps"] == 3
     check_log(alone, out)
+
+
+def as_launched(monkeypatch, *flags):
+    """Give this process the environment of `accelerate launch` without several GPUs."""
+    arguments = launch_command_parser().parse_args([*flags, "-m", "upcycle", "finetune"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    _, environment = prepare_simple_launcher_cmd_env(arguments)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("cpu", [[], ["--cpu"]])
+def test_one_process_of_several_that_were_asked_for_is_refused(
+    model, text, tmp_path, monkeypatch, cpu
+):
+    as_launched(monkeypatch, "--num_processes", "2", *cpu)
+    code, _, error = command(model, "--data", text, "-o", tmp_path / "out", *DEVICE_LEFT_OPEN)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "torchrun --nproc_per_node N -m upcycle finetune … --device cpu" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_that_was_asked_for_trains(model, text, alone, tmp_path, monkeypatch):
+    as_launched(monkeypatch, "--num_processes", "1")
+    out = tmp_path / "out"
+    code, _, error = command(model, "--data", text, "-o", out, *DEVICE_LEFT_OPEN)
+    assert code == 0, error
+    check_log(alone, out)
+
+
+def test_more_processes_than_gpus_are_refused(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    code, _, error = command(model, "--data", text, "-o", tmp_path / "out", *DEVICE_LEFT_OPEN)
+    assert code == 2
+    assert "2 processes were started, but torch sees 1 GPUs here" in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

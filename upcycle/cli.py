@@ -194,8 +194,9 @@ def finetune(
 ) -> None:
     """Train a Mixture-of-Experts further: heal a split, or let copies come to differ.
 
-    Runs alone, or on several devices by `accelerate launch -m upcycle finetune …`. Ctrl-C saves
-    the state, from which --resume goes on. The result is a checkpoint like MODEL.
+    Runs alone, or as several processes, on GPUs or CPUs, by `torchrun --nproc_per_node 2 -m
+    upcycle finetune …`. Ctrl-C saves the state, from which --resume goes on. The result is a
+    checkpoint like MODEL.
 
     Examples:
 
@@ -427,7 +428,7 @@ def _print_json(value: Any) -> None:
 
 
 def _first_process() -> bool:
-    """Under `accelerate launch`, only one process speaks."""
+    """Of several that train together, only one process speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 

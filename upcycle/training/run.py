@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
 
 from upcycle.errors import UpcycleError
@@ -24,6 +21,7 @@ from upcycle.source import read_config, read_headers
 from upcycle.training.data import Data, training_data
 from upcycle.training.job import Job, job_fingerprint, open_job
 from upcycle.training.loop import make_optimizer, train
+from upcycle.training.processes import accelerator_for
 from upcycle.training.publish import LOG, Finetuning, publish
 from upcycle.training.routers import RouterTap, correction_bias, keep_float32, measure_scales
 from upcycle.training.settings import Training
@@ -62,7 +60,7 @@ def finetune(
     watch: Watch | None = None,
     **settings: Any,
 ) -> Finetuning:
-    """Train a Mixture-of-Experts further, alone or as one process of `accelerate launch`.
+    """Train a Mixture-of-Experts further, alone or as one of the processes of `torchrun`.
 
     Args:
         model: a folder or hub id, such as what `convert` wrote.
@@ -84,7 +82,7 @@ def finetune(
     with ExitStack() as stack:
         job = open_job(model, local_path(out).resolve(), preset, settings, stack)
         check_out(job.out, job.folder, _room(job), overwrite=overwrite)
-        accelerator = stack.enter_context(_accelerator(job.settings))
+        accelerator = stack.enter_context(accelerator_for(job.settings))
         stack.enter_context(_workspace(job, accelerator, overwrite=overwrite, resume=resume))
         run, groups = _prepare(job, accelerator, watch)
         if accelerator.is_main_process:
@@ -120,53 +118,6 @@ def _workspace(
             workspace.resume |= isinstance(error, KeyboardInterrupt)
             workspace.abandon()
         raise
-
-
-@contextmanager
-def _accelerator(request: Training) -> Iterator[Accelerator]:
-    # Said again below, as an error.
-    warnings.filterwarnings("ignore", message=".*no supported trackers")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=request.precision,
-            cpu=True if request.device == "cpu" else None,
-            log_with=request.tracker,
-            project_dir=".",
-        )
-    except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UpcycleError(f"accelerate can't start: {reason}") from error
-    try:
-        if request.tracker is not None and not accelerator.log_with:
-            raise UpcycleError(
-                f"--tracker {request.tracker} is not installed: pip install {request.tracker}"
-            )
-        if request.device == "cuda" and accelerator.device.type != "cuda":
-            raise UpcycleError("--device cuda: torch sees no CUDA device here")
-        each = request.micro_batch * accelerator.num_processes
-        if request.batch_size % each:
-            raise UpcycleError(
-                f"--batch-size {request.batch_size} is not a multiple of {each}, which is "
-                f"--micro-batch {request.micro_batch} on {accelerator.num_processes} processes: "
-                f"give --batch-size {-(-request.batch_size // each) * each}"
-            )
-        if accelerator.distributed_type == DistributedType.FSDP:
-            _shard_in_float32(accelerator, request)
-        yield accelerator
-    finally:
-        accelerator.end_training()
-        AcceleratorState._reset_state()  # else the next run in this process gets our precision
-
-
-def _shard_in_float32(accelerator: Accelerator, request: Training) -> None:
-    """Let FSDP gather weights as they are, so that routers stay in float32; autocast rounds the
-    others where they are used, as without FSDP."""
-    if request.dtype not in ("auto", "float32") and not request.lora:
-        raise UpcycleError(
-            f"dtype={request.dtype} with FSDP, which shards weights of one dtype, while routers "
-            "stay in float32: use --precision"
-        )
-    accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
 def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Groups]:
