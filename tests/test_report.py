@@ -221,8 +221,20 @@ def test_licence_comes_from_the_source_card_alone(source, tmp_path, source_card,
     assert {key: value for key, value in front.items() if key.startswith("license")} == licence
 
 
+def test_card_hands_on_the_base_model_and_the_language_that_the_source_card_states(
+    source, tmp_path
+):
+    (source / "README.md").write_text("---\nbase_model: org/tiny\nlanguage: [en]\nname: x\n---\n")
+    convert(source, tmp_path / "out", check="none")
+    front, _ = card(tmp_path / "out")
+    assert (front["base_model"], front["language"]) == ("org/tiny", ["en"])
+    assert "name" not in front
+
+
 def test_local_source_is_no_base_model(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
+    config = read_json(source / "config.json") | {"_name_or_path": "checkpoints/last"}
+    (source / "config.json").write_text(json.dumps(config))  # may be a hub id, or not
     for number, label in enumerate((source, f"{tmp_path.name}/source")):
         convert(label, tmp_path / str(number), check="none")
         assert "base_model" not in card(tmp_path / str(number))[0]

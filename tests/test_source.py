@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -189,10 +190,17 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path: Path, folder: Path) -> Path:
-    """A tiny llama as llama.cpp stores it, in float32."""
+def write_gguf(path: Path, folder: Path, **general) -> Path:
+    """A tiny llama as llama.cpp stores it, in float32.
+
+    Args:
+        general: what its metadata says of the model, with `__` for a dot.
+    """
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(str(path), "llama")
+    for key, value in general.items():
+        add = writer.add_array if isinstance(value, list) else writer.add_string
+        add("general." + key.replace("__", "."), value)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -248,6 +256,40 @@ def test_gguf_converts_and_leaves_no_temporary_folder(dense, tmp_path, monkeypat
     assert list(temporary.iterdir()) == [conversion.plan.source.folder]
     del conversion
     assert list(temporary.iterdir()) == []
+
+
+LICENCE = {"license": "other", "license__name": "mine", "license__link": "https://l.org/mine"}
+HUB = "https://huggingface.co/"
+
+
+@pytest.mark.parametrize(
+    ("general", "expected"),
+    [
+        (
+            LICENCE | {"languages": ["en", "no"]},
+            {
+                "license": "other", "license_name": "mine", "license_link": "https://l.org/mine",
+                "language": ["en", "no"],
+            },
+        ),
+        (
+            {"base_model__1__repo_url": HUB + "org/b", "base_model__0__repo_url": HUB + "org/a"},
+            {"base_model": ["org/a", "org/b"]},
+        ),
+        (
+            {"base_model__0__repo_url": HUB + "org/parent", "source__url": HUB + "org/itself"},
+            {"base_model": ["org/itself"]},
+        ),
+        ({"source__huggingface__repository": "org/itself"}, {"base_model": ["org/itself"]}),
+        ({"url": "https://example.org/a/b", "repo_url": "a/b", "name": "a/b"}, {}),
+    ],
+)  # fmt: skip
+def test_card_of_a_gguf_hands_on_what_its_metadata_states(dense, tmp_path, general, expected):
+    path = write_gguf(tmp_path / "tiny.gguf", dense(num_hidden_layers=1), **general)
+    upcycle.convert(str(path), tmp_path / "out", **QUICK)
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    made = ("library_name", "pipeline_tag", "tags")
+    assert {key: value for key, value in front.items() if key not in made} == expected
 
 
 @pytest.mark.parametrize(

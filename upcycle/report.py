@@ -14,6 +14,7 @@ import yaml
 from upcycle.calibrate import texts
 from upcycle.check import CheckReport
 from upcycle.compensate import COMPENSATIONS
+from upcycle.frontmatter import read_card
 from upcycle.memory import peak_bytes
 from upcycle.paths import local_path
 from upcycle.perturb import PERTURBS
@@ -137,10 +138,9 @@ def papers(plan: Plan) -> list[str]:
 def model_card(conversion: Conversion) -> str:
     """README.md of the output, with front matter for the hub."""
     plan = conversion.plan
-    front: dict[str, Any] = {}
+    front = read_card(plan.source.folder)
     if plan.source.revision is not None:
         front["base_model"] = [plan.source.label]
-    front |= _licence(plan)
     front |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -162,22 +162,6 @@ def model_card(conversion: Conversion) -> str:
 def _public_name(source: str) -> str:
     """A hub's name as it is; of a local path only the last part, which may be published."""
     return Path(source).resolve().name if local_path(source).exists() else source
-
-
-def _licence(plan: Plan) -> dict[str, Any]:
-    """The source card's licence fields, never guessed."""
-    card = plan.source.folder / "README.md"
-    if not card.is_file():
-        return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n")
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    keys = ("license", "license_name", "license_link")
-    return {k: front[k] for k in keys if isinstance(front, dict) and k in front}
 
 
 CARD = """\

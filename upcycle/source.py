@@ -23,6 +23,7 @@ from upcycle.architecture import Architecture
 from upcycle.dense import skeleton
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
+from upcycle.frontmatter import write_gguf_card
 from upcycle.paths import local_path
 
 INDEX = "model.safetensors.index.json"
@@ -353,6 +354,7 @@ def _open_gguf(label: str, path: Path) -> DenseSource:
             state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
             save_file(state, Path(temporary.name) / SINGLE, metadata={"format": "pt"})
             AutoTokenizer.from_pretrained(**place).save_pretrained(temporary.name)
+            write_gguf_card(path, Path(temporary.name))
     except UpcycleError:
         raise
     except Exception as error:  # readers of corrupt files raise anything
