@@ -23,6 +23,7 @@ from upcycle.registry import Method
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.split import SPLITS
+from upcycle.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,17 @@ def model_card(conversion: Conversion) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["moe", "mixture-of-experts", "upcycle", plan.target, plan.recipe.method.name],
     }
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    return environment.from_string(CARD).render(
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("upcycle"),
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("card.md.jinja").render(
         front=yaml.safe_dump(front, sort_keys=False),
         plan=plan,
+        target=TARGETS[plan.target],
         name=_public_name(plan.source.label),
         check=conversion.check,
         text="+".join(_public_name(text) for text in texts(plan.recipe.calibration)),
@@ -162,91 +170,3 @@ def model_card(conversion: Conversion) -> str:
 def _public_name(source: str) -> str:
     """A hub's name as it is; of a local path only the last part, which may be published."""
     return Path(source).resolve().name if local_path(source).exists() else source
-
-
-CARD = """\
----
-{{ front }}---
-
-# {{ name.split("/")[-1] }} as a Mixture-of-Experts
-
-Made from `{{ name }}` by upcycle {{ version }}:
-a native `{{ plan.target }}` checkpoint, which plain transformers loads.
-
-{% if plan.recipe.copies %}
-Every layer's FFN was copied {{ plan.geometry.copies }} times, into {{ plan.geometry.num_experts }} experts\
-{% if plan.geometry.granularity > 1 %}, {{ plan.geometry.granularity }} shards a copy{% endif %}
-{% if plan.recipe.method.name != "copy" %}, \
-then changed by `{{ plan.recipe.method.name }}`{% endif %};
-{{ plan.geometry.top_k }} are active per token. It is meant to be trained further.
-{% else %}
-{% if plan.recipe.prunes %}
-Every layer's FFN was copied into {{ plan.geometry.num_experts }} experts, each pruned to the \
-{{ plan.geometry.expert_size }} of {{ plan.source.arch.intermediate_size }} neurons that put out most \
-on its own tokens; one is active per token.
-{% else %}
-Every layer's FFN was cut into {{ plan.geometry.num_experts }} experts of \
-{{ plan.geometry.expert_size }} neurons, of which {{ plan.geometry.top_k }} are active per token\
-{% if plan.geometry.shared_size %}, beside a shared expert of \
-{{ plan.geometry.shared_size }} that are always on{% endif %}.
-{% if not plan.partitions %}
-These experts may hold the same neuron, and some neurons of the dense model are in none.
-{% endif %}
-{% endif %}
-{% if plan.compensates %}
-Compensation, `{{ plan.recipe.compensate.name }}`: {{ compensation.summary }}\
-{% if plan.feedback %}, and to make up for {{ "%.0f" | format(100 * plan.feedback) }} % of what \
-the layers before have lost{% endif %}.
-All other weights are the dense model's.
-{% endif %}
-{% endif %}
-{% if plan.spec.dense_layers %}
-Kept dense: layer{{ "s" if plan.spec.dense_layers | length > 1 }} \
-{{ plan.spec.dense_layers | join(", ") }}.
-{% endif %}
-
-| | dense | this model |
-|---|---|---|
-| parameters | {{ "{:,}".format(plan.params_dense) }} | {{ "{:,}".format(plan.params_total) }} |
-| active per token | {{ "{:,}".format(plan.params_dense) }} \
-| {{ "{:,}".format(plan.params_active) }} |
-| active FFN | 100 % | {{ "%.0f" | format(100 * plan.active_ffn_ratio) }} % |
-{% if check %}
-| perplexity | {{ "%.2f" | format(check.perplexity_dense) }} \
-| {{ "%.2f" | format(check.perplexity_moe) }} |
-| KL to the dense model | 0 | {{ "%.4f" | format(check.kl) }} nats |
-| same next token | 100 % | {{ "%.1f" | format(100 * check.top1_agreement) }} % |
-
-Measured on {{ "{:,}".format(check.tokens) }} tokens of the calibration text \
-(`{{ text }}`) that were held back, in windows of {{ check.window }}.
-{% if check.perplexity_ratio > 1.1 %}
-
-**This model has lost quality and needs further training before use.**
-{% endif %}
-{% endif %}
-
-Recipe: `{{ plan.recipe.name }}`, method `{{ plan.recipe.method.name }}`, \
-router `{{ plan.recipe.router.name }}`\
-{% if plan.recipe.splits %}, split `{{ plan.recipe.split.name }}`{% endif %}.
-{% for departure in plan.recipe.departures %}
-- Departs from its paper: {{ departure }}
-{% endfor %}
-All settings, where each neuron comes from and the measurements are in `upcycle.json`.
-
-Runtimes beside transformers, as upcycle {{ version }} knows them:
-
-{% for runtime, why in plan.runtimes.items() %}
-- {{ runtime }}: {{ why or "ok" }}
-{% endfor %}
-{% if papers %}
-
-Methods: {{ papers | join(", ") }}.
-{% endif %}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-"""

@@ -92,6 +92,13 @@ class MoETarget:
     min_experts: int = 1
     shared_in_experts: bool = False
     """Whether the shared expert's width is given as a number of routed experts'."""
+    lora: tuple[str, ...] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    """Names of the experts' parameters below a layer of the loaded model, where they are stacked
+    whatever the hub layout."""
+    router: str = "mlp.gate.weight"
+    """The router's name there."""
+    shared_gate: str | None = None
+    """The name there of the linear layer whose one row weighs the shared expert."""
 
     @property
     def shared_width(self) -> SharedWidth:

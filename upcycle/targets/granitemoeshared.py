@@ -85,5 +85,7 @@ TARGETS.add(
             }
         ),
         extra=extra,
+        lora=("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+        router="block_sparse_moe.router.weight",
     ),
 )

@@ -99,5 +99,6 @@ TARGETS.add(
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
         extra=extra,
+        shared_gate="mlp.shared_expert_gate",
     ),
 )
