@@ -10,7 +10,7 @@ from upcycle.types import Geometry
 
 ALIGNMENT = 8  # grouped_mm wants strides of 16 bytes
 WIDTH_STEPS = (64, 16)
-"""Widths that kernels like, the better first; of them a shared expert makes good what is cut off."""
+"""Widths that kernels like, the better first; the shared expert takes what they cut off."""
 EXPERT_SIZE = 256
 FEWEST, MOST = 32, 64
 """A split's default experts hold about 256 neurons, but 32 to 64 of them would fill the FFN. Finer

@@ -35,8 +35,8 @@ def warnings(recipe: Recipe, spec: MoESpec) -> Iterator[str]:
         yield f"{geometry.num_experts} experts: llama.cpp builds before 2026-07 allow 512"
     if geometry.expert_size % 64:
         yield (
-            f"{geometry.expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, and "
-            "tensor parallelism may not divide it"
+            f"{geometry.expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, "
+            "and tensor parallelism may not divide it"
         )
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:

@@ -33,8 +33,8 @@ Method = Annotated[str | None, setting("split | prune | copy | drop | noise", "-
 Experts = Annotated[
     int | None,
     setting(
-        "Experts that the router chooses from: parts of each FFN, or copies of it, pruned or whole. "
-        "[default: parts of about 256 neurons, 24 to 64 of them; or 8 copies]",
+        "Experts that the router chooses from: parts of each FFN, or copies of it, pruned or "
+        "whole. [default: parts of about 256 neurons, 24 to 64 of them; or 8 copies]",
         "--experts",
     ),
 ]

@@ -32,8 +32,8 @@ SPLIT_ONLY = (
 LOSSY = ("active", "compensate", "sequential", "keep_dense")
 """What of it pruned copies follow, too."""
 SHARED_EXPERTS = (
-    "--shared-experts counted parts of the FFN; now --shared is the share of it that is always on and "
-    "--experts counts the routed experts alone: --experts 16 --shared-experts 2 is "
+    "--shared-experts counted parts of the FFN; now --shared is the share of it that is always on "
+    "and --experts counts the routed experts alone: --experts 16 --shared-experts 2 is "
     "--experts 14 --shared 0.125"
 )
 M = TypeVar("M", bound=BaseModel)

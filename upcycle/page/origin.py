@@ -70,8 +70,8 @@ def _geometry(plan: Facts) -> str:
     shared = f", and {plan['shared_size']} always on" if plan["shared_size"] else ""
     return (
         f"{plan['top_k']} of {plan['experts']} per token, "
-        f"{plan['expert_size']} neurons each{shared}; {percent(plan['active_ffn_ratio'])} of the dense "
-        "model's FFN active, all layers together"
+        f"{plan['expert_size']} neurons each{shared}; {percent(plan['active_ffn_ratio'])} of the "
+        "dense model's FFN active, all layers together"
     )
 
 
