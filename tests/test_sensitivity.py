@@ -32,7 +32,7 @@ PLAIN = {
 }
 ACTIVE = 0.3
 """Of six layers one can stay dense: two are more than this share."""
-AUTO = PLAIN | {"experts": 24, "active": ACTIVE, "keep_dense": "auto"}
+AUTO = PLAIN | {"active": ACTIVE, "keep_dense": "auto"}
 
 
 def quiet(stage, done, total):
@@ -86,27 +86,27 @@ def naive_damage(folder, tokens_BL, kept):
 @pytest.mark.parametrize("family", ["llama", "gemma", "granite", "olmo2", "phi3"])
 def test_damage_is_that_of_the_whole_model_with_one_ffn_cut(dense, family, tied):
     folder = dense(family, tie_word_embeddings=tied)
-    plan = planned(folder, experts=8, top_k=3, shared_experts=0)
+    plan = planned(folder, experts=8, top_k=3, shared=0)
     expected = naive_damage(folder, TOKENS_BL, kept=3 * F // 8)
     assert min(expected) > 1e-3
     assert measure_damage(plan, TOKENS_BL, quiet) == pytest.approx(expected, rel=1e-3)
 
 
-def test_shared_experts_count_as_kept(dense):
-    plan = planned(dense(), experts=8, top_k=2, shared_experts=3)
+def test_shared_neurons_count_as_kept(dense):
+    plan = planned(dense(), experts=5, top_k=2, shared=0.375)
     expected = naive_damage(dense(), TOKENS_BL, kept=5 * F // 8)
     assert measure_damage(plan, TOKENS_BL, quiet) == pytest.approx(expected, rel=1e-3)
 
 
 def test_weights_below_float32_are_measured_too(dense):
     folder = dense("olmo2", dtype=torch.bfloat16)  # a family of exact rotary angles
-    plan = planned(folder, experts=8, top_k=3, shared_experts=0)
+    plan = planned(folder, experts=8, top_k=3, shared=0)
     expected = naive_damage(folder, TOKENS_BL, kept=3 * F // 8)
     assert measure_damage(plan, TOKENS_BL, quiet) == pytest.approx(expected, rel=0.02)
 
 
 def test_no_neuron_cut_is_no_damage(dense):
-    plan = planned(dense(), experts=8, top_k=8, shared_experts=0)
+    plan = planned(dense(), experts=8, top_k=8, shared=0)
     assert measure_damage(plan, TOKENS_BL, quiet) == pytest.approx([0] * LAYERS, abs=1e-5)
 
 
@@ -202,6 +202,13 @@ def test_layers_stay_dense_if_that_pays(damage, active, kind, expected):
     assert best_dense_layers(damage, active, kind) == expected
 
 
+@pytest.mark.parametrize(
+    ("most", "expected"), [(None, (1, 5)), (5, (1, 5)), (2, (1, 5)), (1, (5,)), (0, ())]
+)
+def test_no_more_layers_stay_dense_than_can(most, expected):
+    assert best_dense_layers([1, 40, 1, 1, 1, 50], 0.5, "any", most) == expected
+
+
 @pytest.mark.parametrize("kind", ["any", "prefix"])
 def test_no_layer_need_stay_dense_where_nothing_is_cut(kind):
     assert best_dense_layers([0.0, 0.0, 0.0], 1.0, kind) == ()
@@ -236,7 +243,7 @@ def test_a_sensitive_layer_stays_dense_and_the_share_is_kept(
     settings = AUTO | {"calibration": str(text)}
     done = upcycle.convert(str(sensitive(layer, family)), tmp_path / "out", **settings)
     assert done.plan.spec.dense_layers == (layer,)
-    assert done.plan.geometry.num_experts == 24
+    assert done.plan.geometry.expert_size == F // 24
     assert ACTIVE - 1 / 24 < done.plan.active_ffn_ratio <= ACTIVE
     report = read_json(tmp_path / "out" / "upcycle.json")
     assert [each["dense"] for each in report["layers"]] == [i == layer for i in range(DEEP)]
@@ -277,11 +284,35 @@ def test_auto_with_all_experts_on_keeps_none(dense, text, tmp_path):
 
 
 def test_auto_never_keeps_more_than_leaves_experts_to_route(dense, text, tmp_path, monkeypatch):
-    """With one layer dense, a token has two parts in the other two, and both are shared."""
+    """With one layer dense, a token has a quarter of the other two, and that is shared."""
     monkeypatch.setattr(sensitivity, "measure_damage", lambda *_: [9.0, 0.1, 0.1])
-    settings = AUTO | {"calibration": str(text), "experts": 8, "shared_experts": 2, "active": 0.5}
+    settings = AUTO | {"calibration": str(text), "experts": 6, "shared": 0.25, "active": 0.5}
     plan = upcycle.convert(str(dense()), tmp_path / "out", **settings).plan
-    assert plan.active_ffn_ratio <= 0.5
+    assert plan.spec.dense_layers == ()
+    assert plan.active_ffn_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"experts": 8, "active": 0.5}, (0,)),  # two of eight in the others, if nothing is shared
+        ({"experts": 8, "active": 0.4}, ()),  # a tenth would be left
+        ({"active": 0.36}, ()),  # as would be a 25th
+        ({"active": 0.38}, (0,)),
+        ({"experts": 6, "active": 0.5, "shared": 0.25}, ()),
+        ({"experts": 8, "top_k": 3, "shared": 0}, (0,)),  # three of eight as ever
+    ],
+)
+@pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
+def test_auto_keeps_as_many_as_leave_an_expert(
+    dense, text, tmp_path, monkeypatch, asked, expected, target
+):
+    monkeypatch.setattr(sensitivity, "measure_damage", lambda *_: [1e9, 0.1, 0.1])
+    settings = PLAIN | {"keep_dense": "auto", "calibration": str(text), "target": target} | asked
+    plan = upcycle.convert(str(dense()), tmp_path / "out", **settings).plan
+    assert plan.spec.dense_layers == expected
+    if "active" in asked:
+        assert plan.active_ffn_ratio <= asked["active"]
 
 
 def test_named_layers_are_not_measured(dense, text, tmp_path, monkeypatch):

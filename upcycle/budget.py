@@ -58,6 +58,27 @@ def geometry_of(
     return geometry
 
 
+def geometries(
+    recipe: Recipe, num_neurons: int, layers: int, *, shared_width: SharedWidth, min_experts: int
+) -> list[Geometry]:
+    """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
+    found = []
+    for num_dense in range(layers):
+        try:
+            geometry = geometry_of(
+                recipe,
+                num_neurons,
+                layers,
+                num_dense,
+                shared_width=shared_width,
+                min_experts=min_experts,
+            )
+        except UpcycleError:
+            break
+        found.append(geometry)
+    return found
+
+
 def moe_share(active: float, layers: int, num_dense: int) -> float:
     """The active share of the converted layers that makes `active` over all layers; those kept
     dense count as 1."""
@@ -78,19 +99,21 @@ def _split(
     recipe: Recipe, num_neurons: int, share: float, shared_width: SharedWidth, min_experts: int
 ) -> Geometry:
     """As many experts on as the active share allows, beside shared neurons that take half of it,
-    but no more than a quarter of all."""
-    shared = recipe.shared
-    if shared_width == "none":
-        shared = 0.0
-    elif shared is None:
-        shared = SHARED if recipe.top_k else max(0.0, min(SHARED, share / 2))
-    if not shared or shared_width == "multiple":
-        experts, size = _equal_parts(recipe.experts, num_neurons, shared, min_experts)
-    else:
-        experts, size = _parts_beside_shared(recipe, num_neurons, shared, min_experts)
-    rest = num_neurons - experts * size
-    # What is a whole number of experts is not to be cut by rounding.
-    top_k = recipe.top_k or int((share * num_neurons - rest) / size + 1e-9)
+    but no more than a quarter of all, or next to none if that leaves nothing to route."""
+    asked = 0.0 if shared_width == "none" else recipe.shared
+    default = SHARED if recipe.top_k else max(0.0, min(SHARED, share / 2))
+    if asked == 0 and recipe.experts:
+        _check_cut(recipe.experts, "--experts", num_neurons)
+    for shared in (default, 0.0) if asked is None else (asked,):
+        if asked == 0 or shared_width == "multiple":
+            experts, size = _equal_parts(recipe.experts, num_neurons, shared, min_experts)
+        else:
+            experts, size = _parts_beside_shared(recipe, num_neurons, shared, min_experts)
+        rest = num_neurons - experts * size
+        # What is a whole number of experts is not to be cut by rounding.
+        top_k = recipe.top_k or int((share * num_neurons - rest) / size + 1e-9)
+        if top_k >= 1:
+            break
     return Geometry(num_neurons, experts, top_k, size, rest)
 
 
@@ -101,11 +124,9 @@ def _equal_parts(
     shared expert holds some."""
     if experts is None:
         parts = default_parts(num_neurons)
+        _check_cut(parts, "--experts", num_neurons)
         experts = max(min(min_experts, parts), parts - round(shared * parts))
         return experts, num_neurons // parts
-    if not shared:
-        _check_cut(experts, "--experts", num_neurons)
-        return experts, num_neurons // experts
     parts = min(
         (n for n in legal_parts(num_neurons) if n >= experts),
         key=lambda n: abs((n - experts) / n - shared),
@@ -126,16 +147,18 @@ def _parts_beside_shared(
         experts = min(math.ceil(routed / size - 1e-9), num_neurons // size)
         return max(min_experts, 1, experts), size
     wanted = routed / recipe.experts
-    named = recipe.shared is not None and abs(wanted - round(wanted)) < 1e-6
+    named = (recipe.shared is not None or not shared) and abs(wanted - round(wanted)) < 1e-6
     if named and round(wanted) % ALIGNMENT == 0:
         return recipe.experts, round(wanted)
     for step in (*WIDTH_STEPS, ALIGNMENT):
         size = int(wanted + 1e-9) // step * step
         if size and (step == ALIGNMENT or wanted - size <= CUT_OFF * wanted):
             return recipe.experts, size
+    most = int(routed + 1e-9) // ALIGNMENT
     raise UpcycleError(
         f"--experts {recipe.experts} leaves less than {ALIGNMENT} of {num_neurons} neurons to an "
-        f"expert, which grouped matrix products need: give at most {int(routed) // ALIGNMENT}"
+        "expert, which grouped matrix products need: "
+        + (f"give at most {most}" if most else "lower --shared")
     )
 
 
@@ -188,9 +211,10 @@ def _nothing_to_route(
 ) -> UpcycleError:
     active = recipe.active or ACTIVE
     on = max(0, int(moe_share(active, layers, num_dense) * geometry.num_neurons + 1e-9))
+    shared = f", {geometry.shared_size} of them shared" if geometry.shared_size else ""
     return UpcycleError(
         f"--active {active:g}{_dense(layers, num_dense)} leaves {on} of {geometry.num_neurons} "
-        f"neurons to a token, {geometry.shared_size} of them shared, so none of the experts of "
+        f"neurons to a token{shared}, so none of the experts of "
         f"{geometry.expert_size}: raise --active" + (" or lower --shared" if recipe.shared else "")
     )
 
@@ -199,17 +223,10 @@ def _dense(layers: int, num_dense: int) -> str:
     return f", with {num_dense} of {layers} layers dense," if num_dense else ""
 
 
-def least_share(recipe: Recipe, geometry: Geometry) -> float:
-    """What must remain active of the layers that are converted."""
-    if recipe.prunes:
-        return ALIGNMENT / geometry.num_neurons
-    return (recipe.shared or 0.0) + geometry.expert_size / geometry.num_neurons
-
-
 def legal_parts(num_neurons: int, step: int = ALIGNMENT) -> list[int]:
     """Numbers of equal parts whose width is a multiple of `step`: of 8, grouped matrix products
     can take them."""
-    return [n for n in range(1, num_neurons + 1) if num_neurons % (n * step) == 0]
+    return [n for n in range(1, num_neurons // step + 1) if num_neurons % (n * step) == 0]
 
 
 def _check_cut(parts: int, flag: str, num_neurons: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upcycle.architecture import Architecture, Trait
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
-from upcycle.budget import geometry_of
+from upcycle.budget import geometries, geometry_of
 from upcycle.calibrate import check_seq_len, load_tokenizer
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
@@ -101,14 +101,23 @@ class Plan:
         """Whether the layers to keep dense are yet to be measured; until then there are none."""
         return self.request.keep_dense == "auto"
 
+    def geometries(self) -> list[Geometry]:
+        """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
+        arch, target = self.source.arch, TARGETS[self.target]
+        return geometries(
+            self.request,
+            arch.intermediate_size,
+            arch.num_layers,
+            shared_width=target.shared_width,
+            min_experts=target.min_experts,
+        )
+
     @property
     def most_routed(self) -> int:
         """The most experts that can come to be routed: what stays dense is taken from the others'
         active share, and so from their shared neurons, unless the request fixes these."""
-        fixed = self.request.shared is not None or self.request.experts is not None
-        if self.undecided and not fixed:
-            return self.geometry.num_neurons // self.geometry.expert_size
-        return self.geometry.num_experts
+        possible = self.geometries() if self.undecided else [self.geometry]
+        return max(geometry.num_experts for geometry in possible)
 
     @property
     def refits(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 from transformers.activations import ACT2FN
 
 from upcycle.assemble import EMBEDDINGS, dense_ffn
-from upcycle.budget import least_share, moe_share
+from upcycle.budget import moe_share
 from upcycle.dense import HiddenStream
 from upcycle.planning import Plan
 from upcycle.targets import TARGETS
@@ -36,8 +36,8 @@ def choose_dense_layers(
     """
     damage = measure_damage(plan, tokens_BL[: damage_sequences(tokens_BL.shape[1])], progress)
     kind = TARGETS[plan.target].dense_layers
-    least = least_share(plan.request, plan.geometry)
-    return best_dense_layers(damage, plan.active_ffn_ratio, kind, least), damage
+    most = len(plan.geometries()) - 1
+    return best_dense_layers(damage, plan.active_ffn_ratio, kind, most), damage
 
 
 def damage_sequences(seq_len: int) -> int:
@@ -46,7 +46,7 @@ def damage_sequences(seq_len: int) -> int:
 
 
 def best_dense_layers(
-    damage: list[float], active: float, kind: str, least_share: float = 0.0
+    damage: list[float], active: float, kind: str, most: int | None = None
 ) -> tuple[int, ...]:
     """The layers without which the damage is least, if the others must get by with fewer neurons
     so that the active share stays the same.
@@ -54,16 +54,17 @@ def best_dense_layers(
     Args:
         damage: per layer, when this layer alone is cut to the active share.
         kind: which layers a target can keep dense: `any`, `prefix` or `none`.
-        least_share: what must remain active of the layers that are converted.
+        most: how many layers can stay dense and leave the others experts to route; by default
+            all but one.
     """
     if active >= 1 or kind == "none":
         return ()
     layers = range(len(damage))
     order = list(layers) if kind == "prefix" else sorted(layers, key=lambda i: -damage[i])
     best, least = 0, sum(damage)
-    for count in layers:
+    for count in layers if most is None else layers[: most + 1]:
         share = moe_share(active, len(damage), count)
-        if share <= 0 or share < least_share:
+        if share <= 0:
             break
         growth = ((1 - share) / (1 - active)) ** DAMAGE_EXPONENT
         total = growth * sum(damage[i] for i in order[count:])
