@@ -428,7 +428,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     rows = {name.replace("_", " "): _fact(v) for name, v in report.items() if name not in hidden}
     rows |= {f"has {trait}": why for trait, why in report.get("traits", {}).items()}
     if "experts_possible" in report:
-        rows["--experts that fit"] = ", ".join(map(str, report["experts_possible"]))
+        rows["--experts with --shared 0"] = ", ".join(map(str, report["experts_possible"]))
     if report.get("check"):
         rows["perplexity over dense"] = f"{report['check']['perplexity_ratio']:.3f}"
     table(str(report["model"]), rows)

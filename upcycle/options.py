@@ -34,7 +34,7 @@ Experts = Annotated[
     int | None,
     setting(
         "Experts that the router chooses from: parts of each FFN, or copies of it, pruned or "
-        "whole. [default: parts of about 256 neurons, 24 to 64 of them; or 8 copies]",
+        "whole. [default: about 24 to 64, or 8 copies]",
         "--experts",
     ),
 ]
@@ -61,7 +61,11 @@ Shared = Annotated[
         "--shared",
     ),
 ]
-SharedExperts = Annotated[int | None, typer.Option("--shared-experts", hidden=True)]
+SharedExperts = Annotated[
+    int | None,
+    typer.Option("--shared-experts", hidden=True, envvar="UPCYCLE_SHARED_EXPERTS"),
+]
+"""No setting any more: who gives it is told the new spelling."""
 Granularity = Annotated[
     int | None, setting("Shards that each copy is cut into. [default: 1]", "--granularity")
 ]
