@@ -64,7 +64,7 @@ def noise(folder, dtype):
 def load_all_on(folder, dtype=torch.float32):
     """The split in the folder with all its routed experts selected, each with weight 1."""
     config = read_json(folder / "config.json")
-    routed = read_json(folder / "upcycle.json")["plan"]["routed_experts"]
+    routed = read_json(folder / "upcycle.json")["plan"]["experts"]
     model = load(folder, dtype, num_experts_per_tok=routed)
     if config.get("norm_topk_prob", True):
         for stacked in experts(model):
@@ -142,7 +142,7 @@ def naive_hidden(ffn, x_TD):
 def active_neurons(folder, permutation, selected_TK):
     """How often each neuron counts, [T, F]."""
     plan = read_json(folder / "upcycle.json")["plan"]
-    shared = plan["shared_experts"] * plan["expert_size"]
+    shared = plan["shared_size"]
     experts_EM = torch.tensor(permutation[shared:]).view(-1, plan["expert_size"])
     mask_TF = torch.zeros(len(selected_TK), plan["intermediate_size"])
     mask_TF[:, permutation[:shared]] = 1

@@ -65,7 +65,7 @@ def test_gain_that_is_wrong_for_this_top_k_only_is_caught(dense, out, monkeypatc
         base.MoETarget, "gains", lambda *args: replace(gains(*args), norm_topk_prob=True)
     )
     words = "the selected experts count 7 times instead of 2"
-    assert_caught(dense, out, words, target="qwen2_moe", shared_experts=1)
+    assert_caught(dense, out, words, target="qwen2_moe", experts=7)
 
 
 @pytest.mark.parametrize("method", ["split", "copy"])
@@ -134,7 +134,7 @@ def test_command_line_asks_to_report_it(dense, out, monkeypatch):
 @pytest.fixture(
     scope="module",
     params=[
-        ("llama", {"shared_experts": 2, "top_k": 3}),
+        ("llama", {"shared": 0.25, "top_k": 3}),
         ("granite", {"experts": 4, "top_k": 2}),
         ("llama", {"target": "glm4_moe", "keep_dense": [0]}),
         ("qwen3", {"method": "drop", "experts": 3}),
@@ -193,14 +193,14 @@ def test_agreement_is_that_of_a_plain_loop(checked):
 
 def test_load_is_that_of_a_plain_count(checked):
     report, geometry = checked.done.check, checked.done.plan.geometry
-    counts = [[0] * geometry.routed_experts for _ in checked.done.plan.moe_layers]
+    counts = [[0] * geometry.num_experts for _ in checked.done.plan.moe_layers]
     for window in checked.tokens:
         with selections(checked.moe) as selected:
             probabilities(checked.moe, window)
         for layer, chosen_TK in enumerate(selected):
             for expert in chosen_TK.flatten().tolist():
                 counts[layer][expert] += 1
-    fair = checked.tokens.numel() * geometry.top_k / geometry.routed_experts
+    fair = checked.tokens.numel() * geometry.top_k / geometry.num_experts
     assert report.load == [[pytest.approx(n / fair, abs=1e-4) for n in layer] for layer in counts]
     assert report.dead_experts == sum(n == 0 for layer in counts for n in layer)
 

@@ -18,7 +18,7 @@ from upcycle import CheckFailed, budget, conversion, planning
 from upcycle.cli import app
 from upcycle.compensate import COMPENSATIONS
 from upcycle.perturb import PERTURBS
-from upcycle.recipe import Recipe, shipped_recipes
+from upcycle.recipe import SHARED_EXPERTS, Recipe, shipped_recipes
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.source import copy_companions
@@ -132,7 +132,7 @@ def test_default_in_the_help_is_the_recipes(option):
 @pytest.mark.parametrize(
     ("option", "default"),
     [
-        ("experts", f"{budget.FEWEST} to {budget.MOST}, or {budget.COPIES} copies"),
+        ("experts", f"about {3 * budget.FEWEST // 4} to {budget.MOST}, or {budget.COPIES} copies"),
         ("top-k", f"by --active, or {budget.COPIES_PER_TOKEN} copies"),
         ("active", f"{budget.ACTIVE}"),
     ],
@@ -196,7 +196,8 @@ def test_plan_and_convert_take_the_same_options():
 
 
 def test_bad_input_leaves_with_2(dense):
-    assert error("plan", dense(), "--experts", "5", "--json").endswith("nearest: 4 or 6")
+    request = ["plan", dense(), "--experts", "5", "--shared", "0", "--json"]
+    assert error(*request).endswith("nearest: 4 or 6")
 
 
 @pytest.mark.parametrize(
@@ -362,6 +363,37 @@ def test_underscores_in_options(dense):
     assert (made["top_k"], made["dense_layers"]) == (3, [1])
 
 
+@pytest.mark.parametrize("command", ["plan", "convert"])
+@pytest.mark.parametrize(
+    ("flags", "env"),
+    [
+        (["--experts", "16", "--shared-experts", "2"], {}),
+        (["--shared_experts=0"], {}),
+        (["--set", "shared_experts=2"], {}),
+        ([], {"UPCYCLE_SHARED_EXPERTS": "2"}),
+    ],
+)
+def test_a_number_of_shared_experts_is_told_the_new_spelling(dense, tmp_path, command, flags, env):
+    sentence = error(command, dense(), "-o", tmp_path / "out", *flags, env=env)
+    assert sentence == SHARED_EXPERTS
+    assert "--shared-experts" not in run(command, "--help").stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_token_uses_is_said_before_and_after(dense, tmp_path):
+    words = "A token uses 50 % of each FFN: 2 of 6 experts, 12.5 % each and the 25 % that are"
+    request = [dense(), "-o", tmp_path / "out", "--experts", "6", "--top-k", "2"]
+    for arguments in (["plan", *request], ["convert", *request, *QUICK]):
+        assert words in " ".join(run(*arguments).stdout.split())
+
+
+def test_shared_is_a_share(dense):
+    made = report("plan", dense(), "--experts", "12", "--shared", "0.5", "--top-k", "1")
+    assert (made["experts"], made["expert_size"], made["shared_size"]) == (12, 8, 96)
+    sentence = error("plan", dense(), "--shared", "2")
+    assert sentence == "the request: shared=2.0: input should be less than 1"
+
+
 def test_typo_in_a_recipe_names_the_nearest_setting(dense, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("expert: 4\n")
@@ -390,7 +422,7 @@ def test_inspect_a_moe(dense, tmp_path, target):
     made = upcycle.convert(str(dense(TARGET_OF[target])), tmp_path / "moe", **settings).plan
     facts = report("inspect", tmp_path / "moe")
     assert (facts["kind"], facts["architecture"], facts["top_k"]) == ("moe", target, 2)
-    assert (facts["experts"], facts["expert_size"]) == (made.geometry.routed_experts, 24)
+    assert (facts["experts"], facts["expert_size"]) == (8, made.geometry.expert_size)
     assert facts["params_total"] == made.params_total
     assert facts["params_active"] == made.params_active
     assert facts["made_from"] == made.source.label
@@ -409,7 +441,7 @@ def test_inspect_a_moe_whose_record_is_spoilt(dense, tmp_path):
 
 def test_inspect_for_people_names_divisors_and_targets(dense):
     shown = run("inspect", dense()).stdout
-    assert "2, 3, 4, 6, 8, 12, 24" in shown
+    assert re.search(r"--experts with --shared 0 +│ 2, 3, 4, 6, 8, 12, 24 ", shown)
     assert "mixtral" in shown
 
 

@@ -174,7 +174,7 @@ def test_routing_is_over_all_texts(dense, split, text, other_text):
         for count, chosen in zip(counts, seen, strict=True):
             count.update(chosen.flatten().tolist())
     plan = read_json(split / "upcycle.json")["plan"]
-    routed, fair = plan["routed_experts"], 2 * LENGTH["tokens"] * 2 / plan["routed_experts"]
+    routed, fair = plan["experts"], 2 * LENGTH["tokens"] * 2 / plan["experts"]
     assert [layer.layer for layer in report.routing] == [0, 1, 2]
     for layer, count in zip(report.routing, counts, strict=True):
         assert layer.load == pytest.approx([count[e] / fair for e in range(routed)], abs=1e-4)

@@ -19,7 +19,7 @@ from upcycle.layer import temper
 
 DTYPES = ["float32", "bfloat16", "float16"]
 TARGETS = ["qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"]
-SPLIT = {"experts": 8, "top_k": 3, "shared_experts": 0}
+SPLIT = {"experts": 8, "top_k": 3, "shared": 0}
 COPY = {"method": "copy", "experts": 4, "top_k": 2}
 MANY_TOKENS = torch.randint(0, 256, (32, 128), generator=torch.Generator().manual_seed(2))
 SAME_SELECTION = 0.98
@@ -160,7 +160,7 @@ def test_the_check_measures_the_same(dense, moe, method, dtype):
 def test_the_shared_gate_is_half_even_as_silu_over_its_input(dense, moe, dtype):
     """As llama.cpp computes the sigmoid: of exactly zero that is not a number."""
     source = dense(dtype=getattr(torch, dtype))
-    model = load(moe(source, target="qwen2_moe", **(SPLIT | {"shared_experts": 2})))
+    model = load(moe(source, target="qwen2_moe", **(SPLIT | {"shared": 0.25})))
     seen = []
     for layer in model.model.layers:
         gate = layer.mlp.shared_expert_gate

@@ -76,10 +76,10 @@ MADE = {
     "plan": {
         "layers": 3,
         "dense_layers": [0],
-        "shared_experts": 1,
-        "routed_experts": 8,
+        "experts": 8,
         "top_k": 2,
         "expert_size": 24,
+        "shared_size": 40,
         "active_ffn_ratio": 0.375,
         "calibration_tokens": 512,
         "warnings": ["24 neurons are few"],
@@ -93,7 +93,7 @@ MADE = {
             "router": {"name": "ridge"},
             "compensate": {"name": "least_squares"},
             "sequential": True,
-            "shared_experts": 1,
+            "shared": 0.172,
             "calibration": "/home/me/notes.txt+builtin",
         },
     },
@@ -165,7 +165,10 @@ def test_everything_is_shown():
     assert "builtin (the model was fitted on it)" in text
     assert "held back by the conversion × 1.273" in text
     assert "layer 0 stayed dense" in text
-    assert "1 always on, 2 of 8 chosen by the router; 24 neurons each" in text
+    assert "a shared one of 40 neurons, 2 of 8 chosen by the router; 24 neurons each" in text
+    assert (
+        "2 of 8 per token, 24 neurons each, and 40 always on; 37.5 % of the dense model's" in text
+    )
     assert "org/dense at abc123" in text
     assert "vLLM: ok; MLX: every layer must have experts" in text
     assert "512 tokens of notes.txt+builtin" in text
@@ -184,7 +187,7 @@ def test_dense_model_shows_its_perplexity_only():
 def test_moe_that_upcycle_did_not_make():
     page = render(all_facts() | {"made": None, "log": []})
     assert ids(page) == SECTIONS - {"damage", "made", "training"}
-    assert "always on" not in words(page)
+    assert "a shared one" not in words(page)
 
 
 def test_without_a_dense_model_nothing_is_compared():
@@ -404,7 +407,7 @@ def error(*arguments):
 @pytest.fixture
 def model(dense, moe, tmp_path):
     """A folder with an MoE of 7 experts that may be written to, but no finetune log yet."""
-    source = moe(dense(), experts=8, shared_experts=1)
+    source = moe(dense(), experts=7)
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
     return folder

@@ -33,7 +33,6 @@ import upcycle
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
 from upcycle.targets import TARGETS
-from upcycle.types import Geometry
 
 LLAMA_LIKE = {"qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"}
 HOSTS = {
@@ -57,7 +56,7 @@ PRUNE = {"method": "prune", "experts": 4, "top_k": 1, "router": "kmeans"}
 def hosts(family):
     config = CONFIG_MAPPING[family](**(SIZES | FAMILY_FIELDS[family]))
     arch = describe(config)
-    return {name for name, t in TARGETS.items() if not t.refusal(arch, Geometry(8, 3), ())}
+    return {name for name, t in TARGETS.items() if not t.refusal(arch, experts=8)}
 
 
 PAIRS = [(family, target) for family in sorted(FAMILIES) for target in sorted(hosts(family))]
@@ -68,8 +67,9 @@ LOW_PRECISION = [torch.bfloat16, torch.float16]
 pairs = pytest.mark.parametrize(("family", "target"), PAIRS)
 shared_pairs = pytest.mark.parametrize(
     ("family", "target", "shared"),
-    [(f, t, s) for f, t in PAIRS for s in ((0, 2) if t in SHARED else (0,))],
+    [(f, t, s) for f, t in PAIRS for s in ((0, 0.25) if t in SHARED else (0,))],
 )
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 targets = pytest.mark.parametrize("target", sorted(TARGETS))
 
 
@@ -77,34 +77,47 @@ def test_each_family_has_its_hosts():
     assert {family: hosts(family) for family in FAMILIES} == HOSTS
 
 
+@pytest.mark.parametrize(
+    ("family", "target"), [pair for pair in PAIRS if pair[0] in ("llama", "qwen3", "olmo2")]
+)
+@pytest.mark.parametrize("settings", [{}, {"shared": 0}, {"method": "copy"}], ids=str)
+def test_config_says_the_experts_that_were_asked_for(dense, moe, family, target, settings):
+    out = moe(dense(family), target=target, **{"experts": 8, "top_k": 2} | settings)
+    config = read_json(out / "config.json")
+    counts = [config[key] for key in NUM_EXPERTS if key in config]
+    assert set(counts) == {8}
+    assert config["num_experts_per_tok"] == 2
+    assert [len(each.down_proj) for each in experts(load(out))] == [8] * 3
+
+
 class TestSplit:
     @shared_pairs
     def test_all_experts_on_is_the_dense_model(self, dense, moe, family, target, shared):
-        out = moe(dense(family), target=target, shared_experts=shared, **SPLIT)
+        out = moe(dense(family), target=target, shared=shared, **SPLIT)
         assert gap(logits(load_all_on(out)), dense_logits(dense(family))) < TOLERANCE["sum"]
 
     @shared_pairs
     def test_is_the_plain_sum_of_the_selected_experts(self, dense, moe, family, target, shared):
-        out = moe(dense(family), target=target, shared_experts=shared, **SPLIT)
+        out = moe(dense(family), target=target, shared=shared, **SPLIT)
         assert gap(*naive_sum(dense(family), out)) < TOLERANCE["sum"]
 
     @shared_pairs
     @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
     def test_below_float32_the_gap_is_rounding(self, dense, moe, family, target, shared, dtype):
         source = dense(family, dtype=dtype)
-        out = moe(source, target=target, shared_experts=shared, **SPLIT)
+        out = moe(source, target=target, shared=shared, **SPLIT)
         limit = NOISE * noise(source, dtype)
         assert gap(logits(load_all_on(out, dtype)), dense_logits(source, dtype)) < limit
         assert gap(*naive_sum(source, out, dtype)) < limit
 
     @pairs
     def test_partition_holds_each_neuron_once(self, dense, moe, family, target):
-        for layer in moe_layers(moe(dense(family), target=target, shared_experts=0, **SPLIT)):
+        for layer in moe_layers(moe(dense(family), target=target, shared=0, **SPLIT)):
             assert sorted(layer["permutation"]) == list(range(SIZES["intermediate_size"]))
 
     @pairs
     def test_neuron_counts_for_each_expert_that_holds_it(self, dense, moe, family, target):
-        out = moe(dense(family), target=target, shared_experts=0, split="sharing_inner", **SPLIT)
+        out = moe(dense(family), target=target, shared=0, split="sharing_inner", **SPLIT)
         for layer in moe_layers(out):
             assert len(set(layer["permutation"])) < SIZES["intermediate_size"]
         assert gap(*naive_sum(dense(family), out)) < TOLERANCE["sum"]
@@ -118,7 +131,7 @@ class TestSplit:
     @pytest.mark.parametrize("target", sorted(set(TARGETS) - TOP_K_IS_FIXED))
     def test_top_k_may_change_later(self, dense, moe, target, top_k):
         source = dense(FAMILY_OF[target])
-        out = moe(source, target=target, shared_experts=0, **SPLIT)
+        out = moe(source, target=target, shared=0, **SPLIT)
         assert gap(*naive_sum(source, out, num_experts_per_tok=top_k)) < TOLERANCE["sum"]
 
 
@@ -185,13 +198,13 @@ class TestCopy:
 class TestFiles:
     @pairs
     def test_saved_by_transformers_it_is_the_same_model(self, dense, moe, tmp_path, family, target):
-        model = load(moe(dense(family), target=target, shared_experts=0, **SPLIT))
+        model = load(moe(dense(family), target=target, shared=0, **SPLIT))
         model.save_pretrained(tmp_path)
         assert torch.equal(logits(load(tmp_path)), logits(model))
 
     @pairs
     def test_names_are_those_that_transformers_saves(self, dense, moe, tmp_path, family, target):
-        out = moe(dense(family), target=target, shared_experts=0, **SPLIT)
+        out = moe(dense(family), target=target, shared=0, **SPLIT)
         load(out).save_pretrained(tmp_path)
         assert set(weights(out)) == set(weights(tmp_path))
 
@@ -225,7 +238,7 @@ class TestFiles:
 
     @targets
     def test_sharded_output_is_the_same_model(self, dense, moe, target):
-        settings = {"target": target, "shared_experts": 0, **SPLIT}
+        settings = {"target": target, "shared": 0, **SPLIT}
         source = dense(FAMILY_OF[target])
         out = moe(source, max_shard_size="50KB", **settings)
         assert len(list(out.glob("*.safetensors"))) > 2
@@ -241,14 +254,14 @@ class TestLayersKeptDense:
     @pytest.mark.parametrize("target", sorted(KEEPS_ANY_DENSE))
     def test_any_layer_where_the_target_can(self, dense, moe, target):
         source = dense(FAMILY_OF[target])
-        out = moe(source, target=target, keep_dense="0,2", shared_experts=0, **SPLIT)
+        out = moe(source, target=target, keep_dense="0,2", shared=0, **SPLIT)
         assert [layer["layer"] for layer in moe_layers(out)] == [1]
         assert gap(logits(load_all_on(out)), dense_logits(source)) < TOLERANCE["sum"]
         assert gap(*naive_sum(source, out)) < TOLERANCE["sum"]
 
     @pytest.mark.parametrize("kept", ["0", "0,1"])
     def test_first_layers_on_glm4_moe(self, dense, moe, kept):
-        out = moe(dense(), target="glm4_moe", keep_dense=kept, shared_experts=2, **SPLIT)
+        out = moe(dense(), target="glm4_moe", keep_dense=kept, shared=0.25, **SPLIT)
         assert len(moe_layers(out)) == 3 - len(kept.split(","))
         assert gap(logits(load_all_on(out)), dense_logits(dense())) < TOLERANCE["sum"]
         assert gap(*naive_sum(dense(), out)) < TOLERANCE["sum"]
@@ -420,7 +433,7 @@ class TestMutations:
     @pytest.mark.parametrize("settings", [SPLIT, COPY], ids=["split", "copy"])
     def test_gate_and_up_of_one_expert_swapped(self, dense, moe, tmp_path, target, settings):
         source = dense(FAMILY_OF[target])
-        out = moe(source, target=target, shared_experts=0, **settings)
+        out = moe(source, target=target, shared=0, **settings)
         mutate(out, tmp_path, swap_gate_and_up)
         loaded = load_all_on(tmp_path) if settings is SPLIT else load(tmp_path)
         assert gap(logits(loaded), dense_logits(source)) > MUTATED
@@ -429,7 +442,7 @@ class TestMutations:
     def test_gain_dropped(self, dense, moe, tmp_path, target):
         """With an epsilon so large that the norm after olmo2's FFN does not hide a lost gain."""
         source = dense(FAMILY_OF[target], rms_norm_eps=1.0)
-        out = moe(source, target=target, shared_experts=0, **SPLIT)
+        out = moe(source, target=target, shared=0, **SPLIT)
         mutate(out, tmp_path, drop_gain)
         assert gap(logits(load_all_on(out)), dense_logits(source)) < TOLERANCE["sum"]
         assert gap(logits(load_all_on(tmp_path)), dense_logits(source)) > MUTATED
@@ -437,7 +450,7 @@ class TestMutations:
     @targets
     def test_two_experts_swapped(self, dense, moe, tmp_path, target):
         source = dense(FAMILY_OF[target])
-        out = moe(source, target=target, shared_experts=0, **SPLIT)
+        out = moe(source, target=target, shared=0, **SPLIT)
         mutate(out, tmp_path, swap_experts)
         assert gap(*naive_sum(source, tmp_path)) > MUTATED
 
@@ -445,7 +458,7 @@ class TestMutations:
     def test_two_rows_of_the_router_swapped(self, dense, moe, tmp_path, target):
         """Against the sum over the experts that the right router selects."""
         source = dense(FAMILY_OF[target])
-        out = moe(source, target=target, shared_experts=0, **SPLIT)
+        out = moe(source, target=target, shared=0, **SPLIT)
         mutate(out, tmp_path, swap_router_rows)
         _, expected = naive_sum(source, out)
         assert gap(logits(load(tmp_path)), expected) > MUTATED

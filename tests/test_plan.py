@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 from math import isclose
 from typing import get_args
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import upcycle
 from upcycle import UpcycleError, planning, sensitivity
 from upcycle.inspection import is_routed
+from upcycle.notes import usage
 from upcycle.sink import Workspace, partial_folder
 from upcycle.source import DTYPES, DenseSource
 from upcycle.targets import TARGETS, Runtime
@@ -36,10 +38,10 @@ def refusal(dense, family="llama", out=None, *, fields=None, **settings) -> str:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"experts": 8, "top_k": 4, "shared_experts": 2}, 0.5),
-        ({"experts": 8, "top_k": 2, "shared_experts": 0, "keep_dense": [1]}, 0.5),
-        ({"experts": 8, "top_k": 2, "shared_experts": 0}, 0.25),
-        ({"experts": 8, "top_k": 2, "shared_experts": 0, "compensate.feedback": 0.9}, 0.9),
+        ({"experts": 6, "top_k": 4, "shared": 0.25}, 0.5),
+        ({"experts": 8, "top_k": 2, "shared": 0, "keep_dense": [1]}, 0.5),
+        ({"experts": 8, "top_k": 2, "shared": 0}, 0.25),
+        ({"experts": 8, "top_k": 2, "shared": 0, "compensate.feedback": 0.9}, 0.9),
         ({"method": "prune", "active": 0.25}, 0),
         ({"compensate": "none"}, 0),
         ({"sequential": False}, 0),
@@ -71,10 +73,12 @@ def test_feedback_that_would_have_no_effect(dense, family, settings, why):
 @pytest.mark.parametrize(
     ("settings", "flag", "nearest"),
     [
-        ({"experts": 5}, "--experts 5", "4 or 6"),  # 5 does not divide 192
-        ({"experts": 16}, "--experts 16", "12 or 24"),  # 12 neurons, no multiple of 8
-        ({"experts": 25}, "--experts 25", "24"),
-        ({"experts": 10**9}, f"--experts {10**9}", "24"),
+        ({"experts": 5, "shared": 0}, "--experts 5", "4 or 6"),  # 5 does not divide 192
+        ({"experts": 5, "target": "mixtral"}, "--experts 5", "4 or 6"),
+        ({"experts": 16, "shared": 0}, "--experts 16", "12 or 24"),  # 12 neurons, no multiple of 8
+        ({"experts": 16, "shared": 0, "target": "glm4_moe"}, "--experts 16", "12 or 24"),
+        ({"experts": 25, "target": "glm4_moe"}, "--experts 25", "24"),
+        ({"experts": 10**9, "target": "mixtral"}, f"--experts {10**9}", "24"),
         ({"method": "copy", "granularity": 5, "top_k": 5}, "--granularity 5", "4 or 6"),
         ({"method": "copy", "granularity": 96, "top_k": 96}, "--granularity 96", "24"),
     ],
@@ -86,24 +90,44 @@ def test_parts_that_do_not_fit_name_the_nearest_that_do(dense, settings, flag, n
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "words", "end"),
+    [
+        ({"experts": 19}, "--experts 19 leaves less than 8 of 192 neurons", "give at most 18"),
+        ({"experts": 10**9}, f"--experts {10**9} leaves less than 8", "give at most 18"),
+        ({"experts": 13, "shared": 0.5}, "--experts 13 leaves less", "give at most 12"),
+        ({"experts": 1, "shared": 0.99}, "--experts 1 leaves less", "lower --shared"),
+    ],
+)
+def test_experts_too_narrow_beside_the_shared_one(dense, settings, words, end):
+    sentence = refusal(dense, top_k=1, **settings)
+    assert sentence.startswith(words)
+    assert sentence.endswith(f"to an expert, which grouped matrix products need: {end}")
+
+
 def test_width_that_no_number_of_experts_cuts(dense):
-    sentence = refusal(dense, fields={"intermediate_size": 12}, experts=3, top_k=1)
+    fields = {"intermediate_size": 12}
+    sentence = refusal(dense, fields=fields, experts=3, top_k=1, target="mixtral")
     assert sentence.endswith("nearest: none")
 
 
-def test_nearest_number_of_experts_is_legal(dense):
-    model = str(dense())
-    for experts in range(1, 30):
+@pytest.mark.parametrize("target", ["mixtral", "glm4_moe", "qwen2_moe"])
+def test_number_of_experts_that_a_refusal_names_is_legal(dense, target):
+    settings, refused = {"target": target, "top_k": 1, "check": "none"}, 0
+    for experts in range(2, 30):
         try:
-            upcycle.plan(model, experts=experts, top_k=1)
+            upcycle.plan(str(dense()), experts=experts, **settings)
         except UpcycleError as error:
-            for nearest in str(error).split("nearest: ")[1].split(" or "):
-                upcycle.plan(model, experts=int(nearest), top_k=1)
+            refused += 1
+            for fitting in re.split("nearest: |at most ", str(error))[1].split(" or "):
+                made = upcycle.plan(str(dense()), experts=int(fitting), **settings)
+                assert made.geometry.num_experts == int(fitting)
+    assert refused >= 5
 
 
 def test_copies_of_any_width_need_no_divisor(dense):
     model = str(dense(intermediate_size=190))
-    assert upcycle.plan(model, method="copy", experts=5).spec.expert_size == 190
+    assert upcycle.plan(model, method="copy", experts=5).geometry.expert_size == 190
 
 
 @pytest.mark.parametrize(
@@ -111,23 +135,27 @@ def test_copies_of_any_width_need_no_divisor(dense):
     [
         (
             {"experts": 8, "top_k": 9},
-            "--top-k 9 is more than the 8 routed experts",
+            "--top-k 9 is more than the 8 experts",
         ),
         (
-            {"experts": 8, "top_k": 7, "shared_experts": 2},
-            "--top-k 7 is more than the 6 routed experts (8 less 2 shared)",
+            {"experts": 6, "top_k": 7, "shared": 0.25},
+            "--top-k 7 is more than the 6 experts",
         ),
         (
             {"method": "copy", "experts": 4, "granularity": 2, "top_k": 10},
-            "--top-k 10 is more than the 8 routed experts",
+            "--top-k 10 is more than the 8 experts",
         ),
         (
-            {"experts": 8, "shared_experts": 8, "top_k": 2},
-            "--shared-experts 8 of 8 leaves none to route: give at most 7",
+            {"experts": 8, "shared": 1, "top_k": 2},
+            "the request: shared=1: input should be less than 1",
         ),
         (
-            {"method": "drop", "shared_experts": 1},
-            "--shared-experts 1 goes with a split: copies have none",
+            {"experts": 8, "shared": -0.5, "top_k": 2},
+            "the request: shared=-0.5: input should be greater than or equal to 0",
+        ),
+        (
+            {"method": "drop", "shared": 0.125},
+            "--shared 0.125 goes with a split: copies have none",
         ),
         (
             {"granularity": 2},
@@ -236,9 +264,22 @@ def test_model_that_no_target_hosts(dense):
     assert "mixtral: the source has biases in the FFN (mlp_bias=true)" in sentence
 
 
-def test_shared_experts_where_the_target_has_none(dense):
-    sentence = refusal(dense, target="mixtral", shared_experts=2)
-    assert "mixtral has no shared expert (--shared-experts 2)" in sentence
+def test_shared_neurons_where_the_target_has_no_place_for_them(dense):
+    sentence = refusal(dense, target="mixtral", shared=0.25)
+    assert "mixtral has no shared expert (--shared 0.25)" in sentence
+    assert "glm4_moe" in sentence.split("reachable: ")[1]
+    assert upcycle.plan(str(dense()), target="mixtral", shared=0).geometry.shared_size == 0
+
+
+def test_auto_chooses_a_target_that_can_share_what_is_asked(dense):
+    assert upcycle.plan(str(dense("qwen3"))).target == "qwen3_moe"
+    assert upcycle.plan(str(dense("qwen3")), shared=0.25).target == "glm4_moe"
+    assert "flex_olmo has no shared expert" in refusal(dense, "olmo2", shared=0.25)
+
+
+def test_target_that_needs_more_experts_than_are_asked_for(dense):
+    words = "--target glm4_moe: glm4_moe needs at least 2 experts (reachable: "
+    assert refusal(dense, target="glm4_moe", experts=1, top_k=1).startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -449,22 +490,94 @@ def test_target_that_auto_chooses(dense, family, split_target, copy_target):
 
 
 @pytest.mark.parametrize("target", ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"])
-def test_an_eighth_is_shared_where_the_target_has_a_shared_expert(dense, target):
-    model = str(dense())
-    shared = upcycle.plan(model, target=target, experts=24, top_k=4).geometry.shared_experts
-    assert shared == (0 if target == "mixtral" else 3)
-    assert upcycle.plan(model, target=target, experts=4, top_k=4).geometry.shared_experts == 0
+def test_a_quarter_is_shared_where_the_target_has_a_shared_expert(dense, target):
+    geometry = upcycle.plan(str(dense()), target=target, experts=6, top_k=4).geometry
+    assert (geometry.num_experts, geometry.top_k) == (6, 4)
+    expected = (32, 0) if target == "mixtral" else (24, 48)
+    assert (geometry.expert_size, geometry.shared_size) == expected
 
 
 def test_sharing_by_default_leaves_the_target_enough_to_route(dense):
     plan = upcycle.plan(str(dense()), target="glm4_moe", experts=2, top_k=1)
-    assert plan.geometry.routed_experts == 2
+    assert plan.geometry.num_experts == 2
+
+
+@pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe", "mixtral"])
+@pytest.mark.parametrize("settings", [{}, {"experts": 8}, {"experts": 8, "top_k": 2}])
+def test_a_plans_own_recipe_makes_the_same_plan(dense, target, settings):
+    model = str(dense(intermediate_size=512))
+    made = upcycle.plan(model, target=target, keep_dense="none", **settings)
+    asked = ("experts", "top_k", "shared", "target")
+    again = {name: getattr(made.recipe, name) for name in asked}
+    assert upcycle.plan(model, keep_dense="none", **again).geometry == made.geometry
+    assert again["experts"] == made.geometry.num_experts
+
+
+# --- what it says in words -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"experts": 8, "top_k": 2, "shared": 0},
+            "A token uses 25 % of each FFN: 2 of 8 experts, 12.5 % each.",
+        ),
+        (
+            {"experts": 6, "top_k": 2},
+            "A token uses 50 % of each FFN: 2 of 6 experts, 12.5 % each and the 25 % that are "
+            "always on.",
+        ),
+        (
+            {"active": 0.5, "keep_dense": "none"},
+            "A token uses 50 % of each FFN: 6 of 18 experts, 4.2 % each and the 25 % that are "
+            "always on.",
+        ),
+        (
+            {"method": "prune", "experts": 4, "keep_dense": "none"},
+            "A token uses 50 % of each FFN: 1 of 4 pruned copies.",
+        ),
+        ({"method": "copy", "experts": 4}, "A token uses 2 of 4 copies of each FFN."),
+        (
+            {"method": "drop", "experts": 4, "granularity": 4},
+            "A token uses 8 of 16 shards, of 4 copies of each FFN.",
+        ),
+    ],
+)
+def test_what_a_token_uses_is_one_sentence(dense, settings, sentence):
+    made = upcycle.plan(str(dense()), **settings)
+    assert usage(made.recipe, made.geometry) == sentence
+
+
+CHANGED = "--shared {} became {}, so that all experts have the same width"
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"experts": 5, "shared": 0.375}, None),  # 24 neurons each
+        ({"experts": 5, "shared": 0.3}, CHANGED.format(0.3, 0.375)),  # 26.9 down to 24
+        ({"experts": 8, "shared": 0.25}, CHANGED.format(0.25, 0.333)),  # 18 down to 16
+        ({"experts": 8, "shared": 0.01}, CHANGED.format(0.01, 0.333)),  # 23.8 down to 16
+        ({"experts": 8, "shared": 0}, None),
+        ({"experts": 8, "shared": 0.25, "target": "glm4_moe"}, CHANGED.format(0.25, 0.333)),
+        ({"experts": 5, "shared": 0.5, "target": "glm4_moe"}, CHANGED.format(0.5, 0.583)),
+        ({"experts": 8, "shared": 0.333}, None),  # less than one neuron
+        ({"shared": 0.1}, CHANGED.format(0.1, 0.0833)),  # 22 of 8 neurons
+        ({"experts": 8}, None),
+        ({}, None),
+    ],
+)
+def test_a_share_that_is_changed_is_said(dense, settings, note):
+    made = upcycle.plan(str(dense()), top_k=1, **settings)
+    said = [each for each in made.warnings if each.startswith("--shared")]
+    assert said == ([note] if note else [])
 
 
 WRITTEN = {
     "split": ("llama", {}),
     "split with dense layers": ("llama", {"keep_dense": "1"}),
-    "fused experts": ("granite", {"shared_experts": 2}),
+    "fused experts": ("granite", {"shared": 0.25}),
     "fused source": ("phi3", {"dtype": "bfloat16"}),
     "sigmoid": ("qwen3", {"target": "glm4_moe", "keep_dense": "0"}),
     "copies": ("llama", {"method": "copy", "experts": 4}),
@@ -484,7 +597,7 @@ TIED = {"tie_word_embeddings": True}
 ROUTED = {"experts": 8, "keep_dense": "none"}
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
 MIXED_WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
-NONE_SHARED = ROUTED | {"shared_experts": 0, "top_k": 2}
+NONE_SHARED = ROUTED | {"shared": 0, "top_k": 2}
 COPIES = {"method": "copy", "experts": 4, "top_k": 2}
 
 
@@ -562,14 +675,30 @@ def test_what_a_runtime_can_not_run_is_said(dense, runtime, family, fields, sett
 @pytest.mark.parametrize(
     ("runtime", "family", "fields", "settings", "end"),
     [
-        ("llama.cpp", "llama", {}, {"experts": 8}, "; it runs --target granitemoeshared"),
+        (
+            "llama.cpp",
+            "llama",
+            {},
+            {"experts": 8},
+            "; it runs --target granitemoeshared or mixtral",
+        ),
         ("llama.cpp", "llama", {}, {"method": "prune"}, "--target granitemoeshared or mixtral"),
-        ("llama.cpp", "llama", {}, {"keep_dense": [1]}, "; it runs --target granitemoeshared"),
+        (
+            "llama.cpp",
+            "llama",
+            {},
+            {"keep_dense": [1]},
+            "it runs --target granitemoeshared or mixtral",
+        ),
+        ("llama.cpp", "llama", {}, {"shared": 0.25}, "; it runs --target granitemoeshared"),
         ("llama.cpp", "gemma", {}, {}, "not gelu_pytorch_tanh"),
-        ("vLLM", "llama", {"head_dim": 32}, {}, "not 32; it runs --target glm4_moe"),
-        ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1]}, "not 32"),
-        ("MLX", "llama", TIED, {}, "of their own"),
-        ("MLX", "llama", UNTIED, {}, "; it runs --target glm4_moe"),
+        ("vLLM", "llama", {"head_dim": 32}, {}, "not 32; it runs --target glm4_moe or mixtral"),
+        ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1]}, "32; it runs --target mixtral"),
+        ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1], "shared": 0.125}, "not 32"),
+        ("MLX", "llama", TIED, {}, "of their own; it runs --target mixtral"),
+        ("MLX", "llama", TIED, {"shared": 0.25}, "of their own"),
+        ("MLX", "llama", UNTIED, {}, "; it runs --target glm4_moe or mixtral"),
+        ("MLX", "llama", UNTIED, {"shared": 0.25}, "; it runs --target glm4_moe"),
         ("vLLM", "gemma", {}, {}, "channels, not 16"),
     ],
 )
@@ -616,7 +745,7 @@ def test_parameters_are_those_of_the_loaded_model(written):
     assert plan.params_total == total
     assert plan.params_dense == sum(p.numel() for p in dense.parameters())
     routed = sum(t.numel() for name, t in weights(out).items() if is_routed(name))
-    idle = routed * (1 - plan.geometry.top_k / plan.geometry.routed_experts)
+    idle = routed * (1 - plan.geometry.top_k / plan.geometry.num_experts)
     assert plan.params_active == total - round(idle)
 
 
@@ -639,7 +768,7 @@ CHOICES = {
     "experts": [None, 1, 2, 3, 4, 5, 8],
     "top_k": [None, None, 1, 2, 3, 4, 8],
     "active": [None, None, 0.3, 0.5, 0.8],
-    "shared_experts": [None, 0, 1, 2],
+    "shared": [None, None, 0, 0.125, 0.3, 0.5],
     "granularity": [1, 1, 1, 2, 4],
     "target": ["auto", "auto", "qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"],
     "router": [None, None, "ridge", "centroid", "representative", "kmeans", "membership", "normal"],
@@ -718,30 +847,30 @@ def test_router_that_cannot_tell_copies_apart(dense, router):
 
 def test_fewer_tokens_than_experts(dense):
     with pytest.raises(UpcycleError, match="--calibration-tokens 8 is too few for 24 experts"):
-        upcycle.plan(str(dense()), experts=24, shared_experts=0, calibration_tokens=8, seq_len=8)
+        upcycle.plan(str(dense()), experts=24, shared=0, calibration_tokens=8, seq_len=8)
 
 
 SHIFTING = {
-    "experts": 24, "seq_len": 9, "split": "random", "keep_dense": "auto", "check": "none",
+    "seq_len": 9, "split": "random", "keep_dense": "auto", "check": "none",
 }  # fmt: skip
-"""18 of 24 parts are routed, and 21 once one of three layers stays dense."""
+"""18 experts are routed, and 21 once one of three layers stays dense."""
 
 
 def test_tokens_that_suffice_until_a_layer_stays_dense(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "measure_damage", lambda *_: [9.0, 0.1, 0.1])
-    assert upcycle.plan(str(dense()), **SHIFTING).geometry.routed_experts == 18
+    assert upcycle.plan(str(dense()), **SHIFTING).geometry.num_experts == 18
     assert refusal(dense, **SHIFTING, calibration_tokens=18) == (
-        "--calibration-tokens 18 is too few for 24 experts: give thousands"
+        "--calibration-tokens 18 is too few for 21 experts: give thousands"
     )
     plan = upcycle.convert(str(dense()), tmp_path / "out", **SHIFTING, calibration_tokens=27).plan
-    assert (plan.spec.dense_layers, plan.geometry.routed_experts) == ((0,), 21)
+    assert (plan.spec.dense_layers, plan.geometry.num_experts) == ((0,), 21)
 
 
-@pytest.mark.parametrize("fixed", [{"shared_experts": 6}, {"top_k": 6}])
+@pytest.mark.parametrize("fixed", [{"shared": 0.25}, {"top_k": 6}])
 def test_tokens_that_suffice_because_the_request_fixes_what_is_shared(dense, tmp_path, fixed):
-    settings = SHIFTING | {"seq_len": 21, "calibration_tokens": 21} | fixed
+    settings = SHIFTING | {"calibration_tokens": 18} | fixed
     plan = upcycle.convert(str(dense()), tmp_path / "out", **settings).plan
-    assert plan.geometry.routed_experts <= 21
+    assert plan.geometry.num_experts == 18
 
 
 @pytest.mark.parametrize(
@@ -769,7 +898,7 @@ def test_sample_of_fewer_tokens_than_experts(dense, settings, words):
         "calibration_tokens": 16,
         "seq_len": 8,
         "experts": 8,
-        "shared_experts": 0,
+        "shared": 0,
     } | settings
     assert refusal(dense, **settings) == words
 
@@ -783,7 +912,7 @@ def test_sample_of_fewer_tokens_than_experts(dense, settings, words):
 )
 def test_sample_of_one_token_per_expert_is_enough(dense, tmp_path, settings):
     tokens = {"calibration_tokens": 16, "seq_len": 8, "check": "none"}
-    plain = PLAIN_SPLIT | {"shared_experts": 0} | tokens
+    plain = PLAIN_SPLIT | {"shared": 0} | tokens
     upcycle.convert(str(dense()), tmp_path / "out", **plain | settings)
 
 

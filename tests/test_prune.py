@@ -279,22 +279,22 @@ def plan(dense, **settings):
 def test_a_copy_keeps_the_active_share(dense):
     made = plan(dense, active=0.3, keep_dense=[])
     neurons = made.source.arch.intermediate_size
-    assert made.spec.expert_size == int(0.3 * neurons) // 8 * 8
-    assert made.active_ffn_ratio == made.spec.expert_size / neurons
-    assert (made.geometry.top_k, made.geometry.routed_experts) == (1, 8)
+    assert made.geometry.expert_size == int(0.3 * neurons) // 8 * 8
+    assert made.active_ffn_ratio == made.geometry.expert_size / neurons
+    assert (made.geometry.top_k, made.geometry.num_experts) == (1, 8)
 
 
 def test_layers_kept_dense_are_paid_by_the_others(dense):
     made = plan(dense, active=0.5, keep_dense=[0])
     neurons, layers = made.source.arch.intermediate_size, made.source.arch.num_layers
-    assert made.spec.expert_size == int((0.5 * layers - 1) / (layers - 1) * neurons) // 8 * 8
+    assert made.geometry.expert_size == int((0.5 * layers - 1) / (layers - 1) * neurons) // 8 * 8
     assert made.active_ffn_ratio <= 0.5
 
 
 def test_copies_of_wide_ffns_suit_gpus(dense):
     wide = {"intermediate_size": 4096}
-    assert plan(dense, sizes=wide, active=0.45, keep_dense=[]).spec.expert_size == 1792
-    assert plan(dense, sizes=wide, active=0.2, keep_dense=[]).spec.expert_size == 816
+    assert plan(dense, sizes=wide, active=0.45, keep_dense=[]).geometry.expert_size == 1792
+    assert plan(dense, sizes=wide, active=0.2, keep_dense=[]).geometry.expert_size == 816
 
 
 def test_parameters_are_counted(convert):
@@ -307,7 +307,7 @@ def test_parameters_are_counted(convert):
     ("settings", "words"),
     [
         ({"top_k": 2}, "--top-k 2 goes with a split or copies"),
-        ({"shared_experts": 1}, "--shared-experts 1 goes with a split"),
+        ({"shared": 0.25}, "--shared 0.25 goes with a split"),
         ({"granularity": 2}, "--granularity 2 goes with copies"),
         ({"router": "ridge"}, "--router ridge has nothing to tell copies apart by"),
         ({"active": 0.001, "keep_dense": []}, "--active 0.001 leaves less than 8 of"),
@@ -364,5 +364,5 @@ def test_so_does_the_command(dense, text, tmp_path):
     said = " ".join(result.stdout.split())
     neurons = load(dense()).config.intermediate_size // 2
     assert "pruned copies, router membership, compensation least_squares, layer by layer" in said
-    assert f"1 of 4 routed, {neurons} neurons each" in said
+    assert f"1 of 4 per token, {neurons} neurons each" in said
     assert "The pruning costs" in said

@@ -31,12 +31,12 @@ def short_check(monkeypatch):
     monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 512)
 
 
-def test_split_is_exact_with_all_experts_on_and_finer_granules_lose_less(smollm2, tmp_path):
+def test_split_is_exact_with_all_experts_on_and_finer_experts_lose_less(smollm2, tmp_path):
     settings = (
-        PLAIN_SPLIT | SETTINGS | {"shared_experts": 4, "top_k": 8, "experts": 16, "keep_dense": "0"}
+        PLAIN_SPLIT | SETTINGS | {"experts": 12, "top_k": 8, "shared": 0.25, "keep_dense": "0"}
     )
     coarse = upcycle.convert(str(smollm2.folder), tmp_path / "coarse", **settings).check
-    settings |= {"shared_experts": 16, "top_k": 32, "experts": 64, "split": "predictability"}
+    settings |= {"experts": 48, "top_k": 32, "split": "predictability"}
     fine = upcycle.convert(str(smollm2.folder), tmp_path / "fine", **settings).check
     assert coarse.exact_error < 1e-3
     assert fine.exact_error < 1e-3

@@ -5,7 +5,9 @@ import yaml
 
 import upcycle
 from upcycle import UpcycleError, planning
+from upcycle.budget import geometry_of
 from upcycle.recipe import Choice, Recipe, load_recipe, shipped_recipes
+from upcycle.types import Geometry
 
 WIDE = {"intermediate_size": 512, "num_hidden_layers": 1}
 """Wide enough for 64 experts of 8 neurons."""
@@ -37,7 +39,7 @@ def test_default_recipe_is_shipped_and_these_are_its_settings():
 
 def test_what_no_recipe_says_is_left_to_the_plan_and_changes_no_weights():
     library = Recipe()
-    assert library.experts is library.top_k is library.active is library.shared_experts is None
+    assert library.experts is library.top_k is library.active is library.shared is None
     assert (library.compensate.name, library.sequential) == ("none", False)
     assert library.keep_dense == ()
 
@@ -45,7 +47,8 @@ def test_what_no_recipe_says_is_left_to_the_plan_and_changes_no_weights():
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe_plans_on_most_families(dense, name, family):
-    no_shared_expert = {"shared_experts": 0} if family == "olmo2" else {}
+    shares = load_recipe(name).shared and family == "olmo2"
+    no_shared_expert = {"shared": 0, "experts": 16} if shares else {}
     plan = upcycle.plan(str(dense(family, **WIDE)), recipe=name, **no_shared_expert)
     assert plan.recipe.name == name
     assert plan.target
@@ -162,6 +165,54 @@ def test_recipe_that_is_wrong(written, text, words):
     assert str(caught.value).startswith(str(path))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SHARED_EXPERTS = (
+    "--shared-experts counted parts of the FFN; now --shared is the share of it that is always on "
+    "and --experts counts the routed experts alone: --experts 16 --shared-experts 2 is "
+    "--experts 14 --shared 0.125"
+)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_number_of_shared_experts_is_told_the_new_spelling(dense, written, count):
+    requests = (
+        lambda: load_recipe(written(f"experts: 16\nshared_experts: {count}\n")),
+        lambda: load_recipe("cmoe", {"shared_experts": count}),
+        lambda: upcycle.plan(str(dense()), experts=16, shared_experts=count),
+        lambda: upcycle.convert(str(dense()), "out", shared_experts=count),
+    )
+    for request in requests:
+        with pytest.raises(UpcycleError) as caught:
+            request()
+        assert str(caught.value) == SHARED_EXPERTS
+
+
+def test_what_that_sentence_calls_the_same_is_the_layer_of_before():
+    """16 parts of 1024 neurons are 64 each, and two of them are 128."""
+    asked = load_recipe("default", {"experts": 14, "shared": 0.125, "top_k": 6})
+    made = geometry_of(asked, 1024, 1, 0, shared_width="any")
+    assert made == Geometry(1024, 14, 6, expert_size=64, shared_size=128)
+
+
+# What a recipe of a paper says of parts, here of 512 neurons: routed, on, neurons each, shared.
+PAPERS = {
+    "cmoe": (14, 6, 32, 64),
+    "emoe": (64, 32, 8, 0),
+    "llama-moe": (16, 4, 32, 0),
+    "llama-moe-sharing-inner": (8, 2, 64, 0),
+    "llama-moe-sharing-inter": (7, 1, 64, 64),
+    "llama-moe-v2": (7, 1, 64, 64),
+    "moefication": (16, 8, 32, 0),
+}
+
+
+@pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_recipes_layer_is_its_papers(dense, name, target):
+    plan = upcycle.plan(str(dense(**WIDE)), recipe=name, target=target)
+    assert plan.geometry == Geometry(512, *PAPERS[name])
+    assert not any(each.startswith("--shared") for each in plan.warnings)
 
 
 def test_recipe_file_that_does_not_exist(tmp_path):

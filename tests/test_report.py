@@ -63,12 +63,10 @@ def rebuilt(folder, layer: int):
     plan, record = made["plan"], made["layers"][layer]
     expert, shared, names = HOMES[plan["target"]]
     # The gains are powers of two here, so that dividing by them undoes them exactly.
-    routed_gain = {"qwen2_moe": plan["routed_experts"], "mixtral": plan["top_k"], "glm4_moe": 1}
+    routed_gain = {"qwen2_moe": plan["experts"], "mixtral": plan["top_k"], "glm4_moe": 1}
     shared_gain = {"qwen2_moe": 2, "glm4_moe": 1}
-    prefixes = [
-        (expert.format(e), routed_gain[plan["target"]]) for e in range(plan["routed_experts"])
-    ]
-    if plan["shared_experts"]:
+    prefixes = [(expert.format(e), routed_gain[plan["target"]]) for e in range(plan["experts"])]
+    if plan["shared_size"]:
         prefixes.insert(0, (shared, shared_gain[plan["target"]]))
     gate, up, down = (
         [tensors[f"model.layers.{layer}.{prefix}{name}.weight"] for prefix, _ in prefixes]
@@ -82,9 +80,9 @@ def rebuilt(folder, layer: int):
 @pytest.mark.parametrize(
     ("target", "settings"),
     [
-        ("qwen2_moe", {"shared_experts": 4}),
-        ("qwen2_moe", {"shared_experts": 0, "split": "random", "dtype": "bfloat16"}),
-        ("glm4_moe", {"shared_experts": 3, "split": "parameter_clustering"}),
+        ("qwen2_moe", {"experts": 4, "shared": 0.5}),
+        ("qwen2_moe", {"shared": 0, "split": "random", "dtype": "bfloat16"}),
+        ("glm4_moe", {"experts": 5, "shared": 0.375, "split": "parameter_clustering"}),
         ("mixtral", {"experts": 4, "top_k": 2}),
     ],
 )
@@ -255,14 +253,17 @@ def test_hub_source_is_the_base_model(dense, tmp_path, monkeypatch):
 
 
 def test_card_has_the_numbers(dense, tmp_path):
-    done = convert(dense(), tmp_path / "out", keep_dense=[0], shared_experts=2)
+    done = convert(dense(), tmp_path / "out", keep_dense=[0], experts=6)
     plan, check, text = done.plan, done.check, card(tmp_path / "out")[1]
     assert f"| {plan.params_dense:,} | {plan.params_total:,} |" in text
     assert f"| {plan.params_dense:,} | {plan.params_active:,} |" in text
     assert f"| 100 % | {100 * plan.active_ffn_ratio:.0f} % |" in text
     assert f"| {check.perplexity_dense:.2f} | {check.perplexity_moe:.2f} |" in text
     assert f"| 0 | {check.kl:.4f} nats |" in text
-    assert "8 parts of 24 neurons: 2 always on, 2 of the other 6 active per token" in text
+    assert (
+        "6 experts of 24 neurons, of which 2 are active per token, beside a shared expert of 48 "
+        "that are always on."
+    ) in text
     assert "Kept dense: layer 0." in text
 
 
@@ -284,7 +285,7 @@ def test_card_says_that_experts_repeat_neurons(dense, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "share"),
-    [({"shared_experts": 2}, "50 %"), ({"compensate.feedback": 0.25}, "25 %")],
+    [({"experts": 6}, "50 %"), ({"compensate.feedback": 0.25}, "25 %")],
 )
 def test_card_says_how_far_the_refit_makes_up_for_earlier_layers(dense, tmp_path, settings, share):
     convert(dense(), tmp_path / "out", compensate="least_squares", sequential=True, **settings)
@@ -303,7 +304,7 @@ def test_card_of_copies(dense, tmp_path):
     convert(dense(), tmp_path / "out", **settings)
     front, text = card(tmp_path / "out")
     assert front["tags"][-2:] == ["mixtral", "drop"]
-    assert "copied into 2 experts of 2 shards each, then changed by `drop`" in text
+    assert "copied 2 times, into 4 experts, 2 shards a copy, then changed by `drop`" in text
     assert "arXiv:2502.19261" in text
 
 
@@ -315,7 +316,7 @@ def test_card_names_the_papers_of_its_methods_once(dense, tmp_path):
 
 
 def test_card_warns_of_lost_quality(dense, tmp_path):
-    done = convert(dense(), tmp_path / "out", experts=24, top_k=1, shared_experts=0)
+    done = convert(dense(), tmp_path / "out", experts=24, top_k=1, shared=0)
     warned = "has lost quality" in card(tmp_path / "out")[1]
     assert warned == (done.check.perplexity_ratio > 1.1)
     convert(dense(), tmp_path / "copies", method="copy")

@@ -79,7 +79,7 @@ DESCENT = {
 PRUNED = {
     "method": "prune",
     "router": "kmeans",
-    "shared_experts": 0,
+    "shared": 0,
     "experts": ROUTED,
     "top_k": 1,
 }
@@ -91,9 +91,10 @@ streams = pytest.mark.parametrize("sequential", [False, True])
 
 
 def settings_for(target, **settings):
-    """As many routed experts on every target, beside two shared ones where it has them."""
-    shared = 2 if target in SHARED_GAIN else 0
-    geometry = {"experts": ROUTED + shared, "shared_experts": shared, "top_k": TOP_K}
+    """As many routed experts on every target, beside a shared one as wide as two of them where it
+    has one."""
+    shared = 2 / (ROUTED + 2) if target in SHARED_GAIN else 0
+    geometry = {"experts": ROUTED, "shared": shared, "top_k": TOP_K}
     sizes = {"calibration_tokens": 8 * SEQ_LEN, "seq_len": SEQ_LEN}
     return PLAIN | {"target": target} | geometry | sizes | settings
 
@@ -246,7 +247,7 @@ def test_so_it_is_with_sources_in_bfloat16(convert, family, target, sequential, 
 
 
 def test_copies_see_what_the_dense_model_sees(convert):
-    copies = {"method": "copy", "router": "kmeans", "shared_experts": 0}
+    copies = {"method": "copy", "router": "kmeans", "shared": 0}
     run = convert(**copies, sequential=True)
     assert max(gaps(run, dense_inputs(run))) < TOLERANCE["mean"]
 

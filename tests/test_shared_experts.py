@@ -15,7 +15,7 @@ from upcycle.shared_experts.consensus import seniority
 from upcycle.types import DenseFFN, Geometry, LayerActivations
 
 D, F, T = 24, 40, 19
-GEOMETRY = Geometry(num_experts=4, top_k=1, shared_experts=1)
+GEOMETRY = Geometry(F, num_experts=3, top_k=1, expert_size=10, shared_size=10)
 SEED = 5
 
 
@@ -129,7 +129,7 @@ def test_energy_sees_down_proj_and_rate_does_not(activations):
 def naive_importance(activations, tokens):
     """Per cluster and neuron, the mean of |h| |down| over the tokens that are nearest to the
     cluster by dot product."""
-    x_TD, clusters = activations.x_TD[:: max(1, -(-T // tokens))], GEOMETRY.routed_experts
+    x_TD, clusters = activations.x_TD[:: max(1, -(-T // tokens))], GEOMETRY.num_experts
     whole = len(x_TD) // clusters * clusters
     rng = torch.Generator().manual_seed(SEED)
     _, centroids_CD = balanced_kmeans(x_TD[:whole], clusters, rng)

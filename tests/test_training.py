@@ -42,8 +42,8 @@ def split(dense, moe):
     """A split, with shared experts where the target has them."""
 
     def make(target="qwen2_moe", source=None, **settings):
-        shared = 0 if target == "mixtral" else 2
-        return moe(source or dense(), target=target, shared_experts=shared, **settings)
+        shared = 0 if target == "mixtral" else 0.25
+        return moe(source or dense(), target=target, shared=shared, **settings)
 
     return make
 

@@ -60,7 +60,7 @@ def ddp(*arguments):
 
 @pytest.fixture(scope="module")
 def model(dense, moe):
-    return moe(dense(), target="qwen2_moe", experts=6, shared=0.25)
+    return moe(dense(), target="qwen2_moe", shared=0.25)
 
 
 @pytest.fixture(scope="module")

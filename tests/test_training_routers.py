@@ -28,7 +28,7 @@ TOKENS_BL = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_se
 
 
 def split_model(dense, moe, target, **overrides):
-    return load(moe(dense(), target=target, shared_experts=0), **overrides)
+    return load(moe(dense(), target=target, shared=0), **overrides)
 
 
 def inputs_of_routers(model):

@@ -187,21 +187,25 @@ def test_selection_counts_a_neuron_once_for_each_expert_that_is_on(top_k):
 
 
 @pytest.mark.parametrize(
-    ("geometry", "routed", "size", "shared_size", "active"),
+    ("geometry", "copies", "shared", "active"),
     [
-        (Geometry(8, 2), 8, 8, 0, 0.25),
-        (Geometry(16, 6, shared_experts=2), 14, 4, 8, 0.5),
-        (Geometry(8, 2, copies=True), 8, 64, 0, 2.0),
-        (Geometry(4, 8, granularity=8, copies=True), 32, 8, 0, 1.0),
-        (Geometry(4, 16, granularity=8, copies=True), 32, 8, 0, 2.0),
+        (Geometry(64, 8, 2, 8), 8, 0, 0.25),
+        (Geometry(64, 14, 6, 4, shared_size=8), 14, 0.125, 0.5),
+        (Geometry(64, 6, 1, 8, shared_size=16), 6, 0.25, 0.375),
+        (Geometry(64, 8, 1, 24), 8, 0, 0.375),
+        (Geometry(64, 8, 2, 64), 8, 0, 2.0),
+        (Geometry(64, 32, 8, 8, granularity=8), 4, 0, 1.0),
+        (Geometry(64, 32, 16, 8, granularity=8), 4, 0, 2.0),
     ],
-    ids=["split", "S2A6E16", "copies", "one whole copy in shards", "two whole copies in shards"],
+    ids=[
+        *("split", "S2A6E16", "a quarter shared", "pruned copies", "copies"),
+        *("one whole copy in shards", "two whole copies in shards"),
+    ],
 )
-def test_geometry_of_64_neurons(geometry, routed, size, shared_size, active):
-    assert geometry.routed_experts == routed
-    assert geometry.expert_size(64) == size
-    assert geometry.shared_size(64) == shared_size
-    assert geometry.active_ratio() == active
+def test_geometry_of_64_neurons(geometry, copies, shared, active):
+    assert geometry.copies == copies
+    assert geometry.shared_ratio == shared
+    assert geometry.active_ratio == active
 
 
 HELD = {"held": 2**28, "just held": T * F, "parts held": T * F - 1, "not held": 0}
