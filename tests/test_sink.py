@@ -11,7 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from upcycle import UpcycleError
-from upcycle.sink import JOURNAL, CheckpointWriter, TensorSpec, Workspace, check_out, partial_folder
+from upcycle.sink import (
+    JOURNAL,
+    WRITE_BYTES,
+    CheckpointWriter,
+    TensorSpec,
+    Workspace,
+    check_out,
+    partial_folder,
+)
 from upcycle.source import INDEX, SINGLE
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -93,6 +101,12 @@ def test_views_and_transposes_are_written_as_they_look(tmp_path):
     views = {"transposed": base.T, "columns": base[:, ::2], "expanded": base[:1].expand(3, 6)}
     write(tmp_path, views)
     assert_same(read(tmp_path), views)
+
+
+def test_tensors_longer_than_a_write(tmp_path):
+    tensors = tensors_of((2, WRITE_BYTES // 4), (3, 7), (WRITE_BYTES // 4 + 5,), (5,))
+    write(tmp_path, tensors)
+    assert_same(read(tmp_path), tensors)
 
 
 def test_tensors_of_several_dtypes_share_a_shard(tmp_path):

@@ -18,6 +18,7 @@ import upcycle
 from upcycle import UpcycleError, source
 from upcycle.cli import app
 from upcycle.source import INDEX, SINGLE, companions, open_source
+from upcycle.types import all_finite
 
 SHARD_SIZE = "60KB"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -507,6 +508,21 @@ def test_weights_that_are_not_finite(copy, name, value):
     folder = copy()
     edit_weights(folder, lambda state: state[name][3].fill_(float(value)))
     assert_refused(folder, f"{name} in {SINGLE} holds NaN or infinity")
+
+
+def test_each_tensor_is_searched_once_for_all_copies(dense, tmp_path, monkeypatch):
+    searched = []
+
+    def search(tensor):
+        searched.append(tensor.clone())
+        return all_finite(tensor)
+
+    monkeypatch.setattr(source, "all_finite", search)
+    upcycle.convert(str(dense()), tmp_path / "out", method="copy", experts=4, check="none")
+    stored = load_file(dense() / SINGLE)
+    assert len(searched) == len(stored)
+    for tensor in stored.values():
+        assert sum(torch.equal(tensor, each) for each in searched) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.types import DenseFFN, ExpertLayout, Geometry, LayerActivations, MoELayer
+from upcycle.types import (
+    DenseFFN,
+    ExpertLayout,
+    Geometry,
+    LayerActivations,
+    MoELayer,
+    all_finite,
+)
 
 D, F, T = 24, 40, 11
 
@@ -288,3 +295,20 @@ def test_energy_is_the_sum_over_tokens_of_what_a_neuron_adds(
     expected = [sum(np.sum((h[i] * down_DF[:, i]) ** 2) for h in hidden) for i in NEURONS[part]]
     energy_F = PARTS[part](LayerActivations(ffn, x_TD)).energy()
     torch.testing.assert_close(energy_F, torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 2, 15, 33, 70000])
+def test_one_bad_value_anywhere_is_found(dtype, length):
+    tensor = torch.randn(length).to(dtype)
+    tensor[0] = torch.finfo(dtype).max
+    assert all_finite(tensor)
+    for place in {0, length // 2, length - 1}:
+        for value in (math.nan, math.inf, -math.inf):
+            spoilt = tensor.clone()
+            spoilt[place] = value
+            assert not all_finite(spoilt)
+
+
+def test_an_empty_tensor_is_finite():
+    assert all_finite(torch.empty(0, 3))

@@ -33,7 +33,7 @@ from upcycle.sensitivity import choose_dense_layers
 from upcycle.sink import CheckpointWriter, Workspace
 from upcycle.source import copy_companions
 from upcycle.targets import TARGETS, older_spellings
-from upcycle.types import Activation, DenseFFN, ExpertLayout, LayerActivations
+from upcycle.types import Activation, DenseFFN, ExpertLayout, LayerActivations, all_finite
 
 DENSE_LAYERS = "layers to keep dense"
 
@@ -274,7 +274,7 @@ def _write_unit(
     """
     for name, tensor in named:
         stored = tensor.to(writer.places[name].spec.dtype)
-        if stored.dtype == torch.float16 and not stored.isfinite().all():
+        if stored.dtype == torch.float16 and not all_finite(stored):
             raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
         writer.write(name, stored)
     workspace.done(unit, record)

@@ -45,16 +45,14 @@ def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
 
 
 def _outside_layers(plan: Plan) -> int:
-    """Embeddings and head are read, and searched for infinities."""
-    outer = [plan.source.tensors[name] for name in plan.source.outer_names()]
-    absolute = max(_numel(info) * (info.dtype.itemsize + 3) for info in outer)
-    return sum(map(_stored, outer)) + absolute
+    """Embeddings and head are read together."""
+    return sum(_stored(plan.source.tensors[name]) for name in plan.source.outer_names())
 
 
 def _embedding(plan: Plan) -> int:
     """The first hidden states, from embeddings in float32 beside all that is in no layer."""
     hidden = plan.source.arch.hidden_size
-    outer = sum(_stored(plan.source.tensors[name]) for name in plan.source.outer_names())
+    outer = _outside_layers(plan)
     widened = _widened(plan, _vocab(plan) * hidden * plan.source.dtype.itemsize)
     return outer + widened + 2 * plan.fit_tokens * hidden * FLOAT
 
@@ -82,7 +80,7 @@ def _measuring(plan: Plan) -> int:
     tokens = min(plan.fit_tokens, damage_sequences(seq_len) * seq_len)
     hidden = (arch.num_layers + 1) * tokens * arch.hidden_size * FLOAT
     in_a_layer = hidden + _widened(plan, _layer(plan)) + 3 * tokens * arch.intermediate_size * FLOAT
-    outer = sum(_stored(plan.source.tensors[name]) for name in plan.source.outer_names())
+    outer = _outside_layers(plan)
     weights = outer + _widened(plan, outer) + _layer(plan) + _ffn(plan) * FLOAT
     return weights + 2 * hidden + max(in_a_layer, 5 * tokens * _vocab(plan) * FLOAT)
 
@@ -147,11 +145,7 @@ def _widened(plan: Plan, stored: int) -> int:
 
 
 def _stored(info: TensorInfo) -> int:
-    return _numel(info) * info.dtype.itemsize
-
-
-def _numel(info: TensorInfo) -> int:
-    return math.prod(info.shape)
+    return math.prod(info.shape) * info.dtype.itemsize
 
 
 def _vocab(plan: Plan) -> int:

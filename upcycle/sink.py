@@ -24,6 +24,9 @@ from upcycle.source import DTYPES, INDEX, SINGLE
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 JOURNAL = "journal.jsonl"
 ASIDE = "aside"
+WRITE_BYTES = 2**20
+"""At a time. Writes of 4 MiB and more fill the page cache with huge pages, which are dear to get:
+on a virtual machine they took six times the kernel's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,8 @@ class CheckpointWriter:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         with (self.folder / place.file).open("r+b") as shard:
             shard.seek(place.offset)
-            shard.write(data.data)
+            for start in range(0, len(data), WRITE_BYTES):
+                shard.write(data[start : start + WRITE_BYTES].data)
 
 
 def _reserve(shard: BinaryIO, size: int) -> None:

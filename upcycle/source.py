@@ -25,6 +25,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
 from upcycle.frontmatter import write_gguf_card
 from upcycle.paths import local_path
+from upcycle.types import all_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -80,7 +81,7 @@ class DenseSource:
             with safe_open(self.folder / file, framework="pt") as shard:
                 found |= {name: shard.get_tensor(name) for name in members}
         for name, tensor in found.items():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise UpcycleError(f"{name} in {self.tensors[name].file} holds NaN or infinity")
         return found
 

@@ -148,6 +148,12 @@ def all_on(x_TD: Tensor) -> Tensor:
     return x_TD.new_ones(len(x_TD), 1)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. (Both show in the least and the greatest
+    value, which are found without a temporary of the tensor's size.)"""
+    return tensor.numel() == 0 or all(bool(x.isfinite()) for x in tensor.aminmax())
+
+
 def evenly(tensor: Tensor, wanted: int) -> Tensor:
     """At most `wanted` of the rows, evenly spread."""
     return tensor[:: _stride(len(tensor), wanted)]
