@@ -85,6 +85,30 @@ sys.exit(f"imported: {{heavy}}" if heavy else 0)
     assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
 
 
+def imported(program: str, *arguments) -> set[str]:
+    """The modules that a process of its own holds after running the program."""
+    program = f"import json, sys\n{program}\nprint(json.dumps(list(sys.modules)), file=sys.stderr)"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def test_copies_import_no_other_method_s_libraries(dense, tmp_path):
+    """scipy stays out of this: transformers' models import it themselves."""
+    program = "from upcycle.cli import app; app(sys.argv[1:], standalone_mode=False)"
+    out = ["-o", tmp_path / "out", "--method", "copy", "--check", "none", "--json"]
+    modules = imported(program, "convert", dense(), *out)
+    assert "torch" in modules
+    unneeded = {"sklearn", "datasets", "pymetis", "pyarrow", "upcycle.training", "upcycle.charts"}
+    unneeded |= {"transformers.models.auto.tokenization_auto", "transformers.trainer"}
+    assert not unneeded & modules
+
+
+def test_methods_import_their_libraries_when_they_run():
+    modules = imported("import upcycle.split, upcycle.router_init, upcycle.compensate")
+    assert not {"scipy", "pymetis", "transformers"} & modules
+
+
 def test_every_command_is_known_here():
     assert sorted(typer.main.get_command(app).commands) == sorted(COMMANDS)
 

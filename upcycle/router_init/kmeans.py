@@ -7,7 +7,6 @@ each expert's output energy is largest (for copies any matching is the same).
 
 import torch
 from pydantic import PositiveInt
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from upcycle.clustering import balanced_kmeans
@@ -42,6 +41,8 @@ def clusters(
     Args:
         tokens: how many are clustered at most.
     """
+    from scipy.optimize import linear_sum_assignment
+
     num_experts = len(experts_EM)
     x_TD = activations.sample(tokens).x_TD
     x_TD = x_TD[: len(x_TD) // num_experts * num_experts]

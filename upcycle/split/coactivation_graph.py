@@ -9,7 +9,6 @@ here the `fire_fraction` of a token's neurons with the largest |h| * |down| fire
 """
 
 import numpy as np
-import pymetis
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -80,6 +79,8 @@ def prune(count_FF: Tensor, max_edges: int) -> Tensor:
 
 def cut(weight_FF: Tensor, num_parts: int, seed: int) -> Tensor:
     """METIS's part of each neuron [F]; parts are about equal."""
+    import pymetis
+
     rows, columns = weight_FF.nonzero(as_tuple=True)
     starts = torch.cat(
         [torch.zeros(1, dtype=torch.int64), rows.bincount(minlength=len(weight_FF)).cumsum(0)]
