@@ -262,7 +262,8 @@ def test_a_target_that_can_keep_only_the_first_layers_dense_keeps_those(sensitiv
 
 
 @pytest.mark.parametrize("target", ["mixtral", "granitemoeshared"])
-def test_a_target_that_can_keep_none_keeps_none(sensitive, text, tmp_path, target):
+def test_a_target_that_can_keep_none_measures_none(sensitive, text, tmp_path, monkeypatch, target):
+    monkeypatch.setattr(conversion, "choose_dense_layers", lambda *_: pytest.fail("measured"))
     settings = AUTO | {"calibration": str(text), "target": target}
     plan = upcycle.convert(str(sensitive(1)), tmp_path / "out", **settings).plan
     assert (plan.target, plan.spec.dense_layers) == (target, ())

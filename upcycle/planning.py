@@ -98,8 +98,9 @@ class Plan:
 
     @property
     def undecided(self) -> bool:
-        """Whether the layers to keep dense are yet to be measured; until then there are none."""
-        return self.request.keep_dense == "auto"
+        """Whether the layers to keep dense are yet to be measured; until then there are none, and
+        where the target has none, it stays at that."""
+        return self.request.keep_dense == "auto" and TARGETS[self.target].dense_layers != "none"
 
     def geometries(self) -> list[Geometry]:
         """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
