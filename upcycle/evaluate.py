@@ -422,7 +422,7 @@ def _compare_window(own: Decoded, dense: Decoded | None, window_L: Tensor) -> li
         if dense is None:
             continue
         dense_TV = dense.logits(some)
-        sums[3] += (dense_TV.argmax(-1) == own_top_T).sum()
+        sums[3] += int((dense_TV.argmax(-1) == own_top_T).sum())
         dense_TV = dense_TV.log_softmax(-1)
         sums[1] += _loss(dense_TV, targets_T)
         sums[2] += _divergence(dense_TV, own_TV)
