@@ -16,6 +16,14 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """What models write is kept here, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory):
     """Makes a tiny dense checkpoint, once per session and options; leave its folder as it is."""

@@ -45,9 +45,13 @@ PLAIN_SPLIT = {
     "compensate": "none",
     "sequential": False,
     "keep_dense": "none",
+    "router_spread": 1e-4,
+    "calibration": "builtin",
 }
 """Of the default recipe's settings, those that make it an exact partition of the dense FFN, fitted
-on the dense model: with all experts on it is the dense model. A test's own settings override it."""
+on the dense model, whose experts count the same: with all of them on it is the dense model. And the
+calibration text is there, which by default the model first writes a part of. A test's own settings
+override it."""
 
 
 def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shards=None, **fields):

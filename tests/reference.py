@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 TOLERANCE = {"mean": 2e-5, "sum": 5e-3}
 """The largest gap of a float32 model. A mean of copies leaves rounding; a sum of experts leaves an
-error of the order of its router's temperature, 1e-4, too, which every layer adds to."""
+error of the order of its router's spread, 1e-4 in PLAIN_SPLIT, too, which every layer adds to."""
 
 NOISE = 4.0
 """The largest gap below float32, in units of what rounding does to the dense model itself."""
@@ -69,6 +69,14 @@ def load_all_on(folder, dtype=torch.float32):
     if config.get("norm_topk_prob", True):
         for stacked in experts(model):
             stacked.down_proj.data *= routed / config["num_experts_per_tok"]
+    return model
+
+
+def load_all_alike(folder, dtype=torch.float32):
+    """The same with the routers' rows at zero, so that no logits make their weights uneven."""
+    model = load_all_on(folder, dtype)
+    for router in routers(model):
+        router.weight.data.zero_()
     return model
 
 
@@ -137,6 +145,25 @@ def naive_hidden(ffn, x_TD):
             before = float(gate_FD[i] @ x_D)
             h_TF[t, i] = before / (1 + math.exp(-before)) * float(up_FD[i] @ x_D)
     return h_TF
+
+
+def naive_weights(target, logits_TE, top_k):
+    """What each expert of a split counts for a token, [T, E] in float64, token by token.
+
+    Of E experts each has E times its share of the softmax, but where the target renormalises, and
+    there is more than one to share among, K times its share among the K selected; under a sigmoid
+    twice its score. Then all that are selected count 1 where the logits are equal.
+    """
+    weight_TE = torch.zeros_like(logits_TE, dtype=torch.float64)
+    for t, logits in enumerate(logits_TE.tolist()):
+        chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[:top_k]
+        renormalised = target in ALWAYS_RENORMALISES or (target == "qwen3_moe" and top_k > 1)
+        among = chosen if renormalised else range(len(logits))
+        total = sum(math.exp(logits[e]) for e in among)
+        for e in chosen:
+            softmax = len(among) * math.exp(logits[e]) / total
+            weight_TE[t, e] = 2 / (1 + math.exp(-logits[e])) if target == "glm4_moe" else softmax
+    return weight_TE
 
 
 def active_neurons(folder, permutation, selected_TK):

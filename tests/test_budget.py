@@ -557,10 +557,11 @@ def test_a_plan_keeps_an_explicit_share(dense, parts):
     assert plan.recipe.shared == parts / 24
 
 
-def test_an_explicit_top_k_keeps_no_layers_dense_unless_asked():
-    assert load_recipe("default", {"top_k": 2}).keep_dense == ()
-    assert load_recipe("default", {"top_k": 2, "keep_dense": "auto"}).keep_dense == "auto"
-    assert load_recipe("default", {"active": 0.3}).keep_dense == "auto"
+@pytest.mark.parametrize("asked", [{"top_k": 2}, {"active": 0.3}, {"experts": 8, "top_k": 2}])
+def test_layers_to_keep_dense_are_measured_whatever_the_share(dense, asked):
+    assert load_recipe("default", asked).keep_dense == "auto"
+    assert load_recipe("default", asked | {"keep_dense": "none"}).keep_dense == ()
+    assert planned(dense, keep_dense="auto", **asked).undecided
 
 
 def test_a_share_of_none_is_not_given():

@@ -1,9 +1,11 @@
-"""Calibration text: every source of it, packed without padding, and every way it can be wrong."""
+"""Calibration text: every source of it, packed without padding, what of it is held back for the
+check, and every way it can be wrong."""
 
-import itertools
 import json
 import random
+from types import SimpleNamespace
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -12,9 +14,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 import upcycle
-from upcycle import UpcycleError, calibrate, conversion, planning
-from upcycle.calibrate import calibration_tokens
+from upcycle import UpcycleError, calibrate, conversion, writer
+from upcycle.calibrate import CHECK_WINDOW, calibration, first_tokens
 from upcycle.source import open_source
+from upcycle.text import PROBES, shipped
 
 EOS = 257
 TEXTS = ["first document", "", "zweites Dokument: äöü", "line\u2028separator"]
@@ -25,8 +28,21 @@ def tiny(dense):
     return open_source(str(dense()))
 
 
+@pytest.fixture(autouse=True)
+def little_written(monkeypatch):
+    monkeypatch.setattr(writer, "LENGTH", 12)
+    monkeypatch.setattr(writer, "TOGETHER", 4)
+    monkeypatch.setattr(writer, "paragraphs", lambda folder: {"en": ["one two"]})
+
+
+def calibrated(source, text, sequences=2, seq_len=8, seed=0, windows=0):
+    sizes = {"sequences": sequences, "windows": windows, "seq_len": seq_len}
+    return calibration(source, str(text), seed=seed, device=torch.device("cpu"), **sizes)
+
+
 def tokens(source, text, sequences=2, seq_len=8, seed=0):
-    return calibration_tokens(source, str(text), sequences, seq_len, seed)
+    """What is fitted on."""
+    return calibrated(source, text, sequences, seq_len, seed).fit_BL
 
 
 def packed(source, texts) -> list[int]:
@@ -62,18 +78,8 @@ def test_builtin_is_the_same_every_time(tiny):
     assert first.shape == (4, 64)
 
 
-def test_builtin_holds_prose_and_code():
-    documents = list(itertools.islice(calibrate._builtin(0), 40))
-    code = [text for text in documents if "    def " in text or "    return " in text]
-    prose = [text for text in documents if text.count(". ") + text.count(".\n") > 3]
-    assert len(code) > 10
-    assert len(prose) > 10
-
-
-def test_builtin_is_enough_for_the_default_and_the_full_check(tiny):
-    wanted = 32768 + 16384
-    assert tokens(tiny, "builtin", wanted // 512, 512).numel() == wanted
-    assert sum(map(len, calibrate._builtin(0))) > 16 * wanted
+def test_builtin_is_enough_for_the_default(tiny):
+    assert tokens(tiny, "builtin", 64, 512).shape == (64, 512)
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -115,12 +121,12 @@ def test_exactly_enough_text_is_enough(tiny, tmp_path):
 
 
 def test_only_a_few_times_as_much_is_read_as_needed(tiny, monkeypatch):
-    def endless(text, seed):
+    def endless(name, seed):
         for _ in range(calibrate.SPREAD):
             yield "x" * 15
         pytest.fail("more was read")
 
-    monkeypatch.setattr(calibrate, "_documents", endless)
+    monkeypatch.setattr(calibrate, "documents", endless)
     assert tokens(tiny, "builtin", 2, 8).shape == (2, 8)
 
 
@@ -375,32 +381,11 @@ def test_dataset_while_the_network_fails(tiny, monkeypatch):
 
 
 def test_self_is_drawn_from_the_model(tiny):
-    found = tokens(tiny, "self", 3, 16)
-    assert found.shape == (3, 16)
-    assert torch.equal(found, tokens(tiny, "self", 3, 16))
-    assert not torch.equal(found, tokens(tiny, "self", 3, 16, seed=1))
+    found = tokens(tiny, "self", 3, 100)
+    assert found.shape == (3, 100)
+    assert torch.equal(found, tokens(tiny, "self", 3, 100))
+    assert not torch.equal(found, tokens(tiny, "self", 3, 100, seed=1))
     assert len({tuple(row) for row in found.tolist()}) == 3
-
-
-def test_self_is_documents_that_begin_with_different_words(tiny, monkeypatch):
-    monkeypatch.setattr(calibrate, "WRITTEN_TOGETHER", 3)  # in more than one batch
-    length = calibrate.WRITTEN_LENGTH
-    documents = tokens(tiny, "self", 4, 2 * length).view(8, length)
-    assert (documents[:, 0] == 256).all()
-    assert len(set(documents[:, 1].tolist())) > 4
-    assert not set(documents[:, 1].tolist()) & {256, EOS}
-
-
-def test_model_whose_tokenizer_knows_only_special_tokens_writes_too(tiny, monkeypatch):
-    load = calibrate.load_tokenizer
-
-    def all_special(folder):
-        tokenizer = load(folder)
-        monkeypatch.setattr(type(tokenizer), "all_special_ids", list(range(1000)))
-        return tokenizer
-
-    monkeypatch.setattr(calibrate, "load_tokenizer", all_special)
-    assert tokens(tiny, "self", 1, 8)[0, :2].tolist() == [256, 256]
 
 
 def test_self_leaves_the_random_state_alone(tiny):
@@ -477,7 +462,10 @@ def test_one_text_that_can_not_be_read_is_named(tiny, three, tmp_path):
 @pytest.mark.parametrize(
     ("joined", "words"),
     [
-        ("builtin+nowhere.txt", "--calibration 'nowhere.txt' is not a file: give builtin, self"),
+        (
+            "builtin+nowhere.txt",
+            "--calibration 'nowhere.txt' is not a file: give mixed, builtin, self",
+        ),
         ("hf:+builtin", "--calibration 'hf:' names no dataset"),
         ("builtin+", "--calibration '' is not a file"),
         ("+", "--calibration '' is not a file"),
@@ -504,17 +492,41 @@ def test_more_texts_than_sequences(tiny, three, names):
     assert torch.equal(tokens(tiny, joined, 1), tokens(tiny, three[0], 1))
 
 
-def test_joined_texts_are_all_fitted_on_and_all_held_back(dense, three, monkeypatch, tmp_path):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 4 * 8)
-    plan = upcycle.plan(
-        str(dense()), calibration="+".join(three[:2]), calibration_tokens=48, seq_len=8
-    )
-    fit_BL, held_BL = conversion._tokens(plan)
-    assert (len(fit_BL), len(held_BL)) == (6, 4)
-    every_BL = [tokens(plan.source, text, 5) for text in three[:2]]
-    for place, text_BL in enumerate(every_BL):
-        assert torch.equal(fit_BL[place::2], text_BL[:3])
-        assert torch.equal(held_BL[place::2], text_BL[3:])
+def test_text_that_the_model_writes_comes_last(tiny, three, tmp_path, monkeypatch):
+    """It takes longest, and another text may be at fault."""
+    monkeypatch.setattr(calibrate, "written_tokens", lambda *_: pytest.fail("written"))
+    short = tmp_path / "short.txt"
+    short.write_text("x")
+    assert "holds 2 tokens" in refusal(tiny, f"self+{short}+{three[0]}", sequences=3)
+
+
+# --- mixed -----------------------------------------------------------------------------------
+
+
+def planned_text(dense, calibration, **settings):
+    plan = upcycle.plan(str(dense()), calibration=calibration, check="none", **settings)
+    return plan.recipe.calibration, [note for note in plan.warnings if "own writing" in note]
+
+
+def test_mixed_is_both(dense, three):
+    assert planned_text(dense, "mixed") == ("builtin+self", [])
+    assert planned_text(dense, f"{three[0]}+mixed") == (f"{three[0]}+builtin+self", [])
+    assert upcycle.plan(str(dense())).recipe.calibration == "builtin+self"
+
+
+def test_mixed_is_the_first_alone_where_nothing_is_fitted(dense):
+    assert planned_text(dense, "mixed", method="copy") == ("builtin", [])
+
+
+@pytest.mark.parametrize(("spare", "expected"), [(1, "builtin+self"), (-1, "builtin")])
+def test_mixed_is_the_first_alone_where_the_model_does_not_fit(dense, monkeypatch, spare, expected):
+    weights = sum(i.nbytes for i in open_source(str(dense())).tensors.values())
+    free = SimpleNamespace(available=1.5 * weights + spare)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    found, notes = planned_text(dense, "mixed")
+    assert found == expected
+    assert len(notes) == (expected == "builtin")
+    assert all("--calibration mixed+FILE" in note for note in notes)
 
 
 # --- the tokenizer ---------------------------------------------------------------------------
@@ -552,20 +564,100 @@ def test_held_back_tokens_are_not_among_the_fitted(dense, tmp_path, monkeypatch)
         seen["fit"] = fit_BL
         return stream(config, embed_VD, fit_BL, device)
 
-    def spy_on_check(plan, folder, held_BL, progress, all_on):
-        seen["held"] = held_BL
+    def spy_on_check(plan, folder, held, progress, all_on):
+        seen["held"] = held[plan.recipe.calibration]
 
     monkeypatch.setattr(conversion, "HiddenStream", spy_on_stream)
     monkeypatch.setattr(conversion, "run_check", spy_on_check)
     text = tmp_path / "a.txt"
     text.write_text("".join(map(chr, range(33, 126))) * 60)
-    sizes = {"calibration_tokens": 200, "seq_len": 64}
+    sizes = {"calibration_tokens": 200, "seq_len": 64, "keep_dense": "none"}
     upcycle.convert(str(dense()), tmp_path / "out", calibration=str(text), **sizes)
     assert seen["fit"].shape == (3, 64)
-    assert seen["held"].shape == (64, 64)
+    assert seen["held"].shape == (16, 64)
     everything = packed(open_source(str(dense())), [text.read_text()])
     windows = [everything[start : start + 64] for start in range(0, len(everything) - 63, 64)]
-    places = [round(i * (len(windows) - 1) / 66) for i in range(67)]
-    assert len(set(places)) == 67  # so those held back come after those fitted on
+    places = [round(i * (len(windows) - 1) / 18) for i in range(19)]
+    assert len(set(places)) == 19  # so those held back come after those fitted on
     both = torch.cat([seen["fit"], seen["held"]]).tolist()
     assert both == [windows[place] for place in places]
+
+
+def test_of_each_text_the_last_sequences_are_held_back(tiny, three):
+    found = calibrated(tiny, "+".join(three[:2]), 5, windows=2)
+    for place, name in enumerate(three[:2]):
+        mine = len(found.fit_BL[place::2])
+        every_BL = tokens(tiny, name, mine + 2)
+        assert torch.equal(found.fit_BL[place::2], every_BL[:mine])
+        assert torch.equal(found.held[name], every_BL[mine:])
+    assert list(found.held) == [*three[:2], *PROBES]
+
+
+def test_what_the_model_writes_is_held_back_too(tiny):
+    found = calibrated(tiny, "self", 3, 16, windows=2)
+    every_BL = tokens(tiny, "self", 5, 16)
+    assert torch.equal(torch.cat([found.fit_BL, found.held["self"]]), every_BL)
+
+
+def test_builtin_text_has_probes_in_its_place(tiny):
+    found = calibrated(tiny, "builtin", 3, windows=2)
+    assert torch.equal(found.fit_BL, tokens(tiny, "builtin", 3))
+    assert list(found.held) == list(PROBES)
+
+
+@pytest.mark.parametrize("windows", [2, 1000])
+@pytest.mark.parametrize("calibration", ["builtin", "none"])
+def test_probes_are_of_every_kind_from_their_beginning(tiny, calibration, windows):
+    found = calibrated(tiny, calibration, 0, 64, windows=windows).held
+    for name in PROBES:
+        documents = shipped("probes", name.removeprefix("probe:"))
+        said = [
+            each if isinstance(each, str) else "\n\n".join(turn["content"] for turn in each)
+            for each in documents
+        ]
+        expected = torch.tensor(packed(tiny, said))
+        count = min(windows, len(expected) // 64)
+        assert torch.equal(found[name], expected[: count * 64].view(count, 64))
+
+
+def test_probe_that_is_shorter_than_a_window_is_one(tiny, monkeypatch):
+    monkeypatch.setattr(calibrate, "documents", lambda name, seed: iter(["x" * 20]))
+    assert {held.shape for held in calibrate.probes(tiny, 3, 64).values()} == {(1, 21)}
+
+
+def test_windows_are_no_longer_than_probes_allow(tiny, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(map(chr, range(33, 126))) * 60)
+    found = calibrated(tiny, path, 2, 1024, windows=3)
+    every_BL = tokens(tiny, path, 4, 1024)
+    assert torch.equal(found.fit_BL, every_BL[:2])
+    assert torch.equal(found.held[str(path)], every_BL[2:].flatten().view(4, 512)[:3])
+    assert {held.shape[1] for held in found.held.values()} == {CHECK_WINDOW}
+
+
+def test_without_windows_nothing_is_held_back(tiny, three):
+    assert calibrated(tiny, three[0], 3).held == {}
+
+
+@pytest.mark.parametrize("name", ["builtin", "self", "none", "nowhere.txt"])
+def test_text_of_which_nothing_is_wanted_is_not_read(tiny, monkeypatch, name):
+    for reader in ("documents", "written_tokens"):
+        monkeypatch.setattr(calibrate, reader, lambda *_: pytest.fail("read"))
+    found = calibrated(tiny, name, 0)
+    assert found.fit_BL.shape == (0, 8)
+    assert found.held == {}
+
+
+# --- chats -----------------------------------------------------------------------------------
+
+
+def test_our_chats_are_plain_text_where_there_is_no_template(tiny):
+    first = "\n\n".join(turn["content"] for turn in shipped("probes", "chat")[0])
+    found = first_tokens(tiny.folder, 300, "probe:chat", 10_000, seed=0).tolist()
+    expected = packed(tiny, [first])
+    assert found[: len(expected)] == expected
+
+
+def test_chats_in_a_file_need_a_template(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": shipped("probes", "chat")[0]}])
+    assert "has no chat template" in refusal(tiny, path)

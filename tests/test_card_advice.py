@@ -106,6 +106,6 @@ def test_saved_again_config_lacks_older_spellings(converted, tmp_path):
 def test_advice_on_copies_differs(dense, moe):
     split = (moe(dense()) / "README.md").read_text()
     copies = (moe(dense(), method="copy", top_k=2) / "README.md").read_text()
-    words = ("## Is it faster?", "scaled down so far", "no balancing loss")
+    words = ("## Is it faster?", "ordinary learning rates are ordinary steps", "no balancing loss")
     assert [word in split for word in words] == [True, True, False]
     assert [word in copies for word in words] == [False, False, True]

@@ -24,9 +24,12 @@ from upcycle.shared_experts import SHARED
 from upcycle.source import copy_companions
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
+from upcycle.text import PROBES
 
 COMMANDS = ["convert", "plan", "finetune", "eval", "inspect", "report", "recipes", "env"]
-QUICK = "--calibration-tokens 64 --seq-len 64 --check none --split contiguous".split()
+QUICK = """
+    --calibration builtin --calibration-tokens 64 --seq-len 64 --check none --split contiguous
+""".split()
 TARGET_OF = {
     "mixtral": "llama",
     "qwen2_moe": "qwen2",
@@ -145,7 +148,7 @@ def test_every_setting_has_an_option_and_a_variable(command):
 
 @pytest.mark.parametrize(
     "option",
-    ["granularity", "calibration-tokens", "seq-len", "seed", "max-shard-size"],
+    ["granularity", "calibration", "calibration-tokens", "seq-len", "seed", "max-shard-size"],
 )
 def test_default_in_the_help_is_the_recipes(option):
     written = re.search(r"\[default: (\w+)\]", options("convert")[f"--{option}"].help).group(1)
@@ -159,6 +162,10 @@ def test_default_in_the_help_is_the_recipes(option):
         ("experts", f"about {3 * budget.FEWEST // 4} to {budget.MOST}, or {budget.COPIES} copies"),
         ("top-k", f"by --active, or {budget.COPIES_PER_TOKEN} copies"),
         ("active", f"{budget.ACTIVE}"),
+        (
+            "router-spread",
+            f"{planning.SPREAD} with a refit, else {planning.UNFITTED_SPREAD}",
+        ),
     ],
 )
 def test_default_in_the_help_is_the_plans_where_the_recipe_has_none(option, default):
@@ -179,11 +186,12 @@ def test_convert_prints_one_json_object(dense, tmp_path):
 def test_process_prints_one_json_object_and_leaves_with_0(dense, tmp_path):
     program = "from upcycle.cli import main; main()"
     arguments = ["convert", str(dense()), "-o", str(tmp_path / "out"), "--split", "contiguous"]
-    arguments += ["--calibration-tokens", "512", "--json"]
+    arguments += ["--calibration", "builtin", "--calibration-tokens", "512", "--json"]
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["check"]["tokens"] == planning.CHECK_TOKENS["fast"]
+    kinds = json.loads(done.stdout)["check"]["kinds"]
+    assert {kind["kind"]: kind["tokens"] for kind in kinds} == dict.fromkeys(PROBES, 1024)
     assert done.stderr == ""
 
 

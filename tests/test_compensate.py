@@ -50,6 +50,18 @@ def some_on(seed=0):
     return lambda x_TD: (x_TD @ direction_FD.T > 0).float()
 
 
+def weighted(seed=0):
+    """Each neuron that is on counts another positive number for each input."""
+    on, direction_FD = some_on(seed), normal(F, D, seed=seed + 50)
+    return lambda x_TD: on(x_TD) * (0.2 * x_TD @ direction_FD.T).exp()
+
+
+def all_weighted(seed=0):
+    """The same, with all neurons on."""
+    direction_FD = normal(F, D, seed=seed + 60)
+    return lambda x_TD: (0.2 * x_TD @ direction_FD.T).exp()
+
+
 def all_on(x_TD):
     return x_TD.new_ones(len(x_TD), F)
 
@@ -69,9 +81,9 @@ def refit(seed=0, selection=None, **params):
     return least_squares(make_activations(seed), selection, make_weights(seed), **params)
 
 
-def naive_refit(activations, mask_TF, weight_T, strength):
+def naive_refit(activations, mask_TF, weight_T, strength, factors=(1.0,) * F):
     """Ordinary least squares of one row per token, and one row per neuron that holds its column to
-    the dense one."""
+    the dense one times the neuron's factor."""
     h_TF = naive_hidden(activations.ffn, activations.x_TD)
     down_DF = activations.ffn.down_DF.double()
     on_TF = h_TF * mask_TF.double()
@@ -84,9 +96,23 @@ def naive_refit(activations, mask_TF, weight_T, strength):
         row_F = torch.zeros(F, dtype=torch.float64)
         row_F[i] = (strength * moment_F[i] + JITTER * moment_F.mean()).sqrt()
         rows.append(row_F)
-        targets.append(row_F[i] * down_DF[:, i])
+        targets.append(row_F[i] * factors[i] * down_DF[:, i])
     solution_FD = torch.linalg.lstsq(torch.stack(rows), torch.stack(targets)).solution
     return solution_FD.T.float()
+
+
+def naive_factors(activations, count_TF, weight_T):
+    """By what a neuron's weighted activations must be multiplied to be most like those that are
+    not, on the tokens that it is on for: a regression of one number."""
+    factors = []
+    h_TF, weight_T = naive_hidden(activations.ffn, activations.x_TD), weight_T.double()
+    for h_T, count_T in zip(h_TF.T, count_TF.double().T, strict=True):
+        on = count_T > 0
+        root_T = weight_T[on].sqrt()
+        rows_T1 = (root_T * count_T[on] * h_T[on])[:, None]
+        solution = torch.linalg.lstsq(rows_T1, (root_T * h_T[on])[:, None]).solution
+        factors.append(float(solution))
+    return factors
 
 
 def naive_error(activations, mask_TF, weight_T, down_DF):
@@ -99,9 +125,9 @@ def naive_error(activations, mask_TF, weight_T, down_DF):
     return float(error)
 
 
-def weighted_error(seed, down_DF):
+def weighted_error(seed, down_DF, selection=None):
     activations = make_activations(seed)
-    mask_TF = some_on(seed)(activations.x_TD)
+    mask_TF = (selection or some_on(seed))(activations.x_TD)
     return naive_error(activations, mask_TF, make_weights(seed), down_DF)
 
 
@@ -191,6 +217,39 @@ def test_it_is_the_least_squares_of_tokens_and_of_columns_held_to_the_dense_ones
     torch.testing.assert_close(refit(seed, strength=strength), expected_DF, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("selection", [weighted, all_weighted])
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_where_neurons_count_unevenly_columns_are_held_to_scaled_ones(seed, strength, selection):
+    activations, weight_T = make_activations(seed), make_weights(seed)
+    count_TF = selection(seed)(activations.x_TD)
+    factors = naive_factors(activations, count_TF, weight_T)
+    assert max(abs(factor - 1) for factor in factors) > 0.3
+    expected_DF = naive_refit(activations, count_TF, weight_T, strength, factors)
+    unscaled_DF = naive_refit(activations, count_TF, weight_T, strength)
+    assert (expected_DF - activations.ffn.down_DF).abs().max() > 0.1
+    assert (expected_DF - unscaled_DF).abs().max() > 0.01
+    found_DF = refit(seed, selection(seed), strength=strength)
+    torch.testing.assert_close(found_DF, expected_DF, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("selection", [weighted, all_weighted])
+@pytest.mark.parametrize("strength", [1e-3, *STRENGTHS, 1e3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_error_is_never_larger_than_with_the_scaled_columns(seed, strength, selection):
+    activations, weight_T, selection = make_activations(seed), make_weights(seed), selection(seed)
+    factors = naive_factors(activations, selection(activations.x_TD), weight_T)
+    scaled_DF = activations.ffn.down_DF * torch.tensor(factors)
+    before = weighted_error(seed, scaled_DF, selection)
+    assert weighted_error(seed, refit(seed, selection, strength=strength), selection) < before
+
+
+@pytest.mark.parametrize("count", [0.5, 2.0, 8.0])
+def test_where_all_neurons_count_the_same_their_columns_make_up_for_it(count):
+    changed_DF = refit(selection=lambda x_TD: count * all_on(x_TD))
+    torch.testing.assert_close(changed_DF, make_activations().ffn.down_DF / count)
+
+
 def test_strength_is_three_tenths_unless_given():
     assert torch.equal(refit(), refit(strength=0.3))
 
@@ -223,11 +282,12 @@ def test_a_large_strength_gives_back_the_dense_weights():
     torch.testing.assert_close(refit(strength=1e9), down_DF, rtol=0, atol=1e-6)
 
 
-def test_neurons_that_are_never_on_keep_their_columns():
+@pytest.mark.parametrize("others_on", [some_on, weighted, all_weighted])
+def test_neurons_that_are_never_on_keep_their_columns(others_on):
     never = torch.tensor([3, 17, F - 1])
 
     def selection(x_TD):
-        return some_on()(x_TD).index_fill(1, never, 0)
+        return others_on()(x_TD).index_fill(1, never, 0)
 
     changed_DF, down_DF = refit(selection=selection), make_activations().ffn.down_DF
     assert changed_DF.isfinite().all()
@@ -274,19 +334,19 @@ def even_weights(seed, tokens):
     return make_weights(seed, tokens) ** 0.2
 
 
-def descend(seed=0, tokens=MANY, name="descent", **params):
+def descend(seed=0, tokens=MANY, name="descent", selection=some_on, **params):
     activations, weight_T = make_activations(seed, tokens), even_weights(seed, tokens)
-    return compensate(name, activations, some_on(seed), weight_T, **params)
+    return compensate(name, activations, selection(seed), weight_T, **params)
 
 
-def naive_descent(seed, rate):
+def naive_descent(seed, rate, selection):
     """Adam by hand in float64, from the least squares, on the error of the tokens that are on."""
     activations, weight_T = make_activations(seed, MANY), even_weights(seed, MANY).double()
-    x_TD, mask_TF = activations.x_TD.double(), some_on(seed)(activations.x_TD).double()
+    x_TD, mask_TF = activations.x_TD.double(), selection(seed)(activations.x_TD).double()
     y_TD = naive_hidden(activations.ffn, activations.x_TD) @ activations.ffn.down_DF.double().T
     batches = MANY // BATCH
     unit = sum(weight * y_D.square().sum() for weight, y_D in zip(weight_T, y_TD, strict=True))
-    start = descend(seed, name="least_squares")
+    start = descend(seed, name="least_squares", selection=selection)
     matrices = [getattr(start, name).double() for name in MATRICES]
     steps = [rate * float(m.square().mean()) ** 0.5 / m.shape[1] ** 0.5 for m in matrices]
     means, squares = ([torch.zeros_like(m) for m in matrices] for _ in "ab")
@@ -307,11 +367,11 @@ def naive_descent(seed, rate):
     return [m.float() for m in matrices]
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.3])
+@pytest.mark.parametrize(("rate", "selection"), [(0.1, some_on), (0.3, some_on), (0.1, weighted)])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_it_takes_the_steps_of_adam_on_the_layers_own_error(seed, rate):
-    ffn, start = descend(seed, rate=rate), make_activations(seed).ffn
-    for name, expected in zip(MATRICES, naive_descent(seed, rate), strict=True):
+def test_it_takes_the_steps_of_adam_on_the_layers_own_error(seed, rate, selection):
+    ffn, start = descend(seed, rate=rate, selection=selection), make_activations(seed).ffn
+    for name, expected in zip(MATRICES, naive_descent(seed, rate, selection), strict=True):
         assert (expected - getattr(start, name)).abs().max() > 0.03
         torch.testing.assert_close(getattr(ffn, name), expected, rtol=2e-3, atol=2e-3)
 
@@ -352,7 +412,7 @@ def test_rate_out_of_range_is_rejected(rate):
         descend(rate=rate)
 
 
-# --- which neurons are on --------------------------------------------------------------------
+# --- what neurons count ----------------------------------------------------------------------
 
 
 def make_layout(shared_size, num_experts, seed=0):
@@ -370,19 +430,21 @@ def test_a_layout_is_made_again_from_its_permutation(shared_size, num_experts):
 
 @pytest.mark.parametrize("shared_size", [0, 8])
 @pytest.mark.parametrize("top_k", [1, 3, 4])
-def test_on_are_the_shared_neurons_and_those_of_the_experts_with_the_largest_logits(
+def test_shared_neurons_count_one_and_others_as_their_expert_if_its_logit_is_large(
     shared_size, top_k
 ):
-    layout, x_TD, router_ED = (
-        make_layout(shared_size, 4),
-        normal(T, D, seed=1),
-        normal(4, D, seed=2),
-    )
-    mask_TF = layout.selection(router_ED, top_k)(x_TD)
-    assert mask_TF.shape == (T, F)
-    for x_D, mask_F in zip(x_TD, mask_TF, strict=True):
+    def weigh(logits_TE):
+        top_TK = logits_TE.topk(top_k)
+        return torch.zeros_like(logits_TE).scatter(1, top_TK.indices, top_TK.values.sigmoid())
+
+    layout = make_layout(shared_size, 4)
+    x_TD, router_ED = normal(T, D, seed=1), normal(4, D, seed=2)
+    count_TF = layout.selection(router_ED, weigh)(x_TD)
+    assert count_TF.shape == (T, F)
+    for x_D, count_F in zip(x_TD, count_TF, strict=True):
         logits = [float(row_D.double() @ x_D.double()) for row_D in router_ED]
-        chosen = sorted(range(4), key=lambda e: -logits[e])[:top_k]
-        on = {i for e in chosen for i in layout.experts_EM[e].tolist()}
-        on |= set(layout.shared_S.tolist())
-        assert mask_F.tolist() == [float(i in on) for i in range(F)]
+        counts = dict.fromkeys(layout.shared_S.tolist(), 1.0)
+        for e in sorted(range(4), key=lambda e: -logits[e])[:top_k]:
+            counts |= dict.fromkeys(layout.experts_EM[e].tolist(), 1 / (1 + math.exp(-logits[e])))
+        expected = [counts.get(i, 0.0) for i in range(F)]
+        assert count_F.tolist() == pytest.approx(expected, rel=1e-4)

@@ -8,6 +8,7 @@ import torch
 from models import FAMILIES, SIZES
 from reference import gap, load, logits
 
+import upcycle.dense
 from upcycle.dense import HiddenStream
 from upcycle.errors import UpcycleError
 from upcycle.source import open_source
@@ -195,6 +196,24 @@ def test_log_probs_are_those_of_the_model_and_of_the_models_with_one_ffn_replace
         expected.append(logits(model, tokens_BL))
     for log_probs_BLV, expected_BLV in zip(stream.log_probs(outer), expected, strict=True):
         assert gap(log_probs_BLV, expected_BLV.log_softmax(-1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("at_once", [7, 60, 512])
+def test_last_log_probs_are_those_of_the_last_sequences(dense, monkeypatch, at_once):
+    monkeypatch.setattr(upcycle.dense, "PREDICTED_TOKENS", at_once)
+    source = open_source(str(dense("granite")))
+    outer = source.read(source.outer_names())
+    stream = HiddenStream(
+        source.config, source.canonical(outer)["model.embed_tokens.weight"], TOKENS_BL, CPU
+    )
+    for layer in range(LAYERS):
+        stream.attend(layer, source.read_layer(layer))
+        stream.advance(layer)
+    pieces = list(stream.last_log_probs(outer, 3))
+    assert {len(piece_tV) for piece_tV in pieces[:-1]} <= {at_once}
+    assert len(pieces[-1]) <= at_once
+    expected_BLV = logits(load(dense("granite")), TOKENS_BL[-3:])
+    assert gap(torch.cat(pieces), expected_BLV.flatten(0, 1).log_softmax(-1)) < TOLERANCE
 
 
 def test_a_model_that_overflows_is_refused_by_the_layer(dense):

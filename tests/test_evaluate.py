@@ -296,7 +296,9 @@ def test_model_that_is_not_there(text):
 
 @pytest.mark.parametrize("name", ["self", "none", "nowhere.txt"])
 def test_text_that_is_no_text(dense, text, name):
-    with pytest.raises(UpcycleError, match=f"--text '{name}' is not a file: give builtin, hf:"):
+    with pytest.raises(
+        UpcycleError, match=f"--text '{name}' is not a file: give probes, builtin, "
+    ):
         evaluate(str(dense()), [str(text), name])
 
 

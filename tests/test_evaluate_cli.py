@@ -50,14 +50,16 @@ def test_text_that_the_model_was_fitted_on_is_noted(dense, tmp_path):
     upcycle.convert(
         str(dense()), tmp_path / "out", experts=4, calibration_tokens=64, seq_len=64, check="none"
     )
-    result = run(tmp_path / "out")
     note = "note: the model was fitted on builtin: on other text it may lose more"
-    assert note in " ".join(result.stderr.split())
+    assert note in " ".join(run(tmp_path / "out", "--text", "builtin").stderr.split())
+    assert "fitted" not in run(tmp_path / "out").stderr
 
 
-def test_the_text_is_builtin_by_default(dense):
-    (row,) = json.loads(run(dense(), "--json").stdout)["texts"]
-    assert row["text"] == "builtin"
+def test_by_default_eight_thousand_tokens_of_probes_are_read(dense):
+    arguments = ["eval", str(dense()), "--json"]
+    report = json.loads(CliRunner().invoke(app, arguments).stdout)
+    assert [row["text"] for row in report["texts"]] == ["probes"]
+    assert (report["tokens"], report["window"]) == (8192, 512)
 
 
 def test_output_holds_the_same_object(dense, text, tmp_path):

@@ -1,7 +1,8 @@
-"""How exact a tempered router is, and that its selections survive in every dtype."""
+"""How exact a split and copies are, and that a router's selections survive in every dtype."""
 
 import pytest
 import torch
+from models import PLAIN_SPLIT
 from reference import (
     dense_logits,
     load,
@@ -13,14 +14,16 @@ from reference import (
     weights,
 )
 
-from upcycle.check import LOW_PRECISION_TOLERANCE
-from upcycle.check import TOLERANCE as CHECK_TOLERANCE
-from upcycle.layer import temper
+import upcycle
+from upcycle import conversion, planning
+from upcycle.check import LOW_PRECISION_TOLERANCE, TOLERANCE
+from upcycle.layer import scaled
 
 DTYPES = ["float32", "bfloat16", "float16"]
 TARGETS = ["qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"]
 SPLIT = {"experts": 8, "top_k": 3, "shared": 0}
 COPY = {"method": "copy", "experts": 4, "top_k": 2}
+TEXT = {"calibration": "builtin", "calibration_tokens": 1024, "seq_len": 64}
 MANY_TOKENS = torch.randint(0, 256, (32, 128), generator=torch.Generator().manual_seed(2))
 SAME_SELECTION = 0.98
 """The least share of the tokens that a rounded router must send to the same experts."""
@@ -37,7 +40,7 @@ def relative_error(actual, expected):
 
 
 @targets
-def test_error_is_proportional_to_the_temperature(dense, moe, target):
+def test_error_is_proportional_to_the_spread(dense, moe, target):
     expected = dense_logits(dense())
     out = moe(dense(), target=target, **SPLIT)
     error = {factor: error_at(out, factor, expected) for factor in (1, 10, 100)}
@@ -46,7 +49,7 @@ def test_error_is_proportional_to_the_temperature(dense, moe, target):
 
 
 def error_at(out, factor, expected):
-    """With all experts on and the routers' temperature raised by the factor."""
+    """With all experts on and the routers' rows multiplied by the factor."""
     model = load_all_on(out)
     for router in routers(model):
         router.weight.data *= factor
@@ -55,12 +58,11 @@ def error_at(out, factor, expected):
 
 @targets
 @dtypes
-def test_split_is_within_the_documented_tolerance(dense, moe, target, dtype):
+def test_split_with_experts_alike_is_within_the_documented_tolerance(dense, moe, target, dtype):
     source = dense(dtype=getattr(torch, dtype))
-    error = relative_error(
-        logits(load_all_on(moe(source, target=target, **SPLIT))), dense_logits(source)
-    )
-    assert error < documented_tolerance("sum", dtype)
+    out = moe(source, target=target, router_spread=0.3, **SPLIT)
+    assert error_at(out, 0, dense_logits(source)) < documented_tolerance(dtype)
+    assert error_at(out, 1, dense_logits(source)) > 0.01  # which the spread alone would exceed
 
 
 @targets
@@ -68,11 +70,30 @@ def test_split_is_within_the_documented_tolerance(dense, moe, target, dtype):
 def test_copy_is_within_the_documented_tolerance(dense, moe, target, dtype):
     source = dense(dtype=getattr(torch, dtype))
     error = relative_error(logits(load(moe(source, target=target, **COPY))), dense_logits(source))
-    assert error < documented_tolerance("mean", dtype)
+    assert error < documented_tolerance(dtype)
 
 
-def documented_tolerance(combine, dtype):
-    return CHECK_TOLERANCE[combine] if dtype == "float32" else LOW_PRECISION_TOLERANCE
+def documented_tolerance(dtype):
+    return TOLERANCE if dtype == "float32" else LOW_PRECISION_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [SPLIT, SPLIT | {"router_spread": 1e-4}, {"method": "prune", "top_k": 1}],
+    ids=["split", "narrow", "prune"],
+)
+@dtypes
+def test_logits_of_a_token_have_the_spread_that_is_asked_for(dense, moe, settings, dtype):
+    """Over its experts, on average over the tokens that were fitted on."""
+    source = dense(dtype=torch.bfloat16)
+    wanted = {"router_spread": 0.1, "dtype": dtype, "check": "none"} | settings
+    plan = upcycle.plan(str(source), **(PLAIN_SPLIT | TEXT | wanted))
+    fit_BL = conversion._tokens(plan, lambda *_: None).fit_BL
+    stored = routers(load(moe(source, **(TEXT | wanted))))
+    for x_TD, router in zip(ffn_inputs(source, fit_BL), stored, strict=True):
+        logits_TE = x_TD @ router.weight.detach().T
+        spread = float(logits_TE.std(1, correction=0).mean())
+        assert spread == pytest.approx(wanted["router_spread"], rel=0.01)
 
 
 @targets
@@ -93,7 +114,7 @@ def test_what_all_rows_have_in_common_costs_no_precision():
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(4096, 64, generator=generator)
     router_ED = torch.randn(8, 64, generator=generator) + 15 * torch.randn(64, generator=generator)
-    stored_ED = temper(router_ED, x_TD, torch.bfloat16).bfloat16()
+    stored_ED = scaled(router_ED, x_TD, 0.1).bfloat16()
     logits_TE = x_TD.bfloat16() @ stored_ED.T
     selected_TK = logits_TE.float().softmax(-1).topk(3).indices
     expected_TK = (x_TD.double() @ router_ED.double().T).topk(3).indices
@@ -117,12 +138,12 @@ def test_tokens_get_whole_copies(dense, moe, target, granularity, top_k, dtype):
         assert torn <= (0 if exact else TORN_COPIES)
 
 
-def ffn_inputs(source):
-    """What each layer's FFN sees of many tokens in the dense model, x [T, D] in float32."""
+def ffn_inputs(source, tokens=MANY_TOKENS):
+    """What each layer's FFN sees of these tokens in the dense model, x [T, D] in float32."""
     model, seen = load(source), []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-    logits(model, MANY_TOKENS)
+    logits(model, tokens)
     return seen
 
 
@@ -133,7 +154,7 @@ def select(router, x_TD):
 
 
 def select_exactly(router, x_TD):
-    """The experts with the largest logits [T, K]: in float64 the temperature costs nothing."""
+    """The experts with the largest logits [T, K]: in float64 a small spread costs nothing."""
     return (x_TD.double() @ router.weight.double().T).topk(router.top_k).indices
 
 
@@ -145,12 +166,15 @@ def agreement(selected_TK, expected_TK):
 
 @pytest.mark.parametrize("method", ["split", "copy"])
 @dtypes
-def test_the_check_measures_the_same(dense, moe, method, dtype):
+def test_the_check_measures_the_same(dense, moe, monkeypatch, method, dtype):
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
     source = dense(dtype=getattr(torch, dtype))
-    settings = SPLIT if method == "split" else COPY
+    settings = SPLIT | {"router_spread": 0.1} if method == "split" else COPY
     out = moe(source, check="fast", calibration="builtin", target="mixtral", **settings)
     measured = read_json(out / "upcycle.json")["check"]
     model = load_all_on(out) if method == "split" else load(out)
+    for router in routers(model):
+        router.weight.data *= method == "copy"  # a split's experts count the same then
     assert measured["exact_error"] < measured["exact_tolerance"]
     expected = relative_error(logits(model, MANY_TOKENS), logits(load(source), MANY_TOKENS))
     assert measured["exact_error"] == pytest.approx(expected, rel=0.5, abs=1e-6)

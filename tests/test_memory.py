@@ -10,12 +10,20 @@ import torch
 import upcycle
 from upcycle.memory import peak_bytes
 
-CLOSE = 1.3
+CLOSE = 1.4
 """Of an estimate over what was measured: the interpreter differs between machines and runs, too."""
 
-QUICK = {"calibration_tokens": 1024, "check": "none"}
+QUICK = {"calibration": "builtin", "calibration_tokens": 1024, "check": "none"}
 PHASES = {
     "damage": ({"vocab_size": 40000, "dtype": torch.bfloat16}, {"active": 0.5}),
+    "trials of long sequences": (
+        {"vocab_size": 60000, "max_position_embeddings": 2048},
+        {"seq_len": 2048, "calibration_tokens": 8192},
+    ),
+    "trials of wide layers": (
+        {"intermediate_size": 3072, "num_hidden_layers": 2},
+        {"calibration_tokens": 3072},
+    ),
     "refit": ({"intermediate_size": 5120, "num_hidden_layers": 1}, {"keep_dense": "none"}),
     "pruned copies": (
         {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 1},
@@ -30,11 +38,13 @@ PHASES = {
 
 
 def measured(model, out, settings) -> int:
-    """Peak resident bytes of a process that converts."""
+    """Peak resident bytes of a process that converts. (A shell stands between: across exec, a
+    process keeps the peak of the one that forked it, which may have held whole models.)"""
     script = "import json, sys, upcycle; model, out, settings = sys.argv[1:]; "
     script += "print(upcycle.convert(model, out, **json.loads(settings)).peak_bytes)"
     command = [sys.executable, "-c", script, str(model), str(out), json.dumps(settings)]
-    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
+    run = subprocess.run([*shell, *command], check=True, capture_output=True, text=True)
     return int(run.stdout)
 
 

@@ -10,19 +10,22 @@ import re
 import shutil
 import subprocess
 import zlib
+from dataclasses import asdict
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 import upcycle.page
 from upcycle import UpcycleError, charts, facts
 from upcycle.cli import app
-from upcycle.page import render
+from upcycle.evaluate import Evaluation, evaluation_summary
 from upcycle.page.quality import overall
-from upcycle.page.routing import relative_pairs
+from upcycle.page.routing import pairs, related, together
 from upcycle.page.words import digits, public_name
-from upcycle.routing import count_pairs, layer_routing
+from upcycle.routing import count_pairs, independent_pairs, layer_routing, pair_counts
+from upcycle.sample import Sample
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = [
@@ -30,26 +33,29 @@ QUIET = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 EVIL = "<script>alert('x')</script>"
-SECTIONS = {"texts", "layers", "damage", "similarity", "load", "pairs", "training", "made"}
+SECTIONS = {"texts", "samples", "layers", "damage", "similarity", "load", "pairs", "training"}
+SECTIONS |= {"made", "next"}
 
 
 # --- facts -----------------------------------------------------------------------------------
 
 
-def routing(layers, experts, top_k, tokens=256):
-    """Random routing in which the later experts are the more popular."""
+def routing(layers, experts, top_k, tokens=4096):
+    """Random routing in which the later experts are the more popular, and a token's are mostly of
+    even or mostly of odd number."""
     rng = torch.Generator().manual_seed(0)
-    weights = torch.arange(1.0, experts + 1).expand(tokens, experts)
-    found = []
+    names, found = torch.arange(experts), []
     for layer in range(layers):
-        chosen = torch.multinomial(weights, top_k, generator=rng)
+        parity = torch.randint(2, (tokens, 1), generator=rng)
+        liked = torch.where(names % 2 == parity, 1.0, 0.1)
+        chosen = torch.multinomial(liked * (experts + names), top_k, generator=rng)
         found.append(vars(layer_routing(layer, count_pairs(chosen, experts), tokens)))
     return found
 
 
 def evaluation(layers=3, experts=8, top_k=2, against=True):
     numbers = {"perplexity_against": 10.0, "perplexity_ratio": 1.2, "kl": 0.2}
-    numbers |= {"top1_agreement": 0.8}
+    numbers |= {"top1_agreement": 0.8, "worst_window_ratio": 1.4}
     absent = dict.fromkeys(numbers)
     dense = 1000 if against else None
     return {
@@ -62,7 +68,9 @@ def evaluation(layers=3, experts=8, top_k=2, against=True):
             | (numbers if against else absent)
         ],
         "routing": routing(layers, experts, top_k) if experts else [],
-        "similarity": [{"layer": n, "cosine": 0.4} for n in range(layers)] if experts else [],
+        "similarity": [{"layer": n, "cosine": 0.4 + 0.2 * n / layers} for n in range(layers)]
+        if experts
+        else [],
         "params": {"total": 1000, "active": 600 if experts else 1000}
         | {"total_against": dense, "active_against": dense},
         "flops": {"active": 1200, "total": 2000, "active_against": dense and 2 * dense},
@@ -99,18 +107,19 @@ MADE = {
     },
     "check": {
         "exact_error": 1e-4,
-        "perplexity_dense": 11.0,
-        "perplexity_moe": 14.0,
         "exact_tolerance": 1e-3,
+        "kinds": [
+            {"kind": "probe:web", "tokens": 1024, "ratio": 14 / 11, "worst_window": 1.5}
+            | {"perplexity_dense": 11.0, "perplexity_moe": 14.0}
+            | {"kl": 0.25, "top1_agreement": 0.75}
+        ],
+        "left_out": ["self"],
         "window": 512,
         "load": [[1.0] * 8] * 2,
-        "kl": 0.25,
-        "top1_agreement": 0.75,
-        "tokens": 4096,
     },
     "seconds": {"conversion": 83.4},
     "peak_memory": 1_800_000_000,
-    "damage": [0.05, 0.01, 0.02],
+    "dense_layers": {"layers": [0], "damage": [0.05, 0.01, 0.02], "trials": []},
     "training": [
         {"settings": {"name": "heal", "data": "/home/me/more.txt"}, "step": 200, "tokens": 409600}
         | {"seconds": 125.0}
@@ -119,7 +128,7 @@ MADE = {
 }
 LOG = [
     {"step": 0, "validation": {"loss": 2.5, "perplexity": 12.2, "kl": 0.3}},
-    *({"step": n, "loss": 3 / n, "imbalance": 2.0, "tokens_per_second": 10.0} for n in (1, 2)),
+    *({"step": n, "loss": 3 / n, "imbalance": 2.0 / n, "tokens_per_second": 10.0} for n in (1, 2)),
     {"step": 2, "validation": {"loss": 2.3, "perplexity": 10.0, "kl": 0.1}},
 ]
 
@@ -129,17 +138,35 @@ def all_facts(**evaluated):
     return {
         "model": "org/moe",
         "inspection": {"kind": "moe", "architecture": "mixtral"}
-        | {"experts": 8, "top_k": 2, "expert_size": 24},
+        | {"experts": 8, "top_k": evaluated.get("top_k", 2), "expert_size": 24},
         "made": copy.deepcopy(MADE),
         "log": copy.deepcopy(LOG),
         "evaluation": evaluation(**evaluated),
+        "samples": [{"prompt": "Two and two", "text": "are five.", "against": "are four."}],
     }
 
 
 def dense_facts():
     found = all_facts(experts=0, against=False)
     inspection = {"kind": "dense", "architecture": "llama"}
-    return found | {"inspection": inspection, "made": None, "log": []}
+    return found | {"inspection": inspection, "made": None, "log": [], "samples": []}
+
+
+def render(found):
+    """The page of facts that are plain values."""
+    made = found["made"] and TypeAdapter(facts.Record).validate_python(found["made"])
+    shown = facts.Facts(
+        found["model"],
+        facts.Inspection(**found["inspection"]),
+        made,
+        [facts.LogLine(**line) for line in found["log"]],
+    )
+    samples = [Sample(**values) for values in found["samples"]]
+    return upcycle.page.render(shown, facts.Measured(evaluated(found["evaluation"]), samples))
+
+
+def evaluated(values):
+    return TypeAdapter(Evaluation).validate_python(values)
 
 
 def ids(page):
@@ -163,7 +190,7 @@ def test_everything_is_shown():
     assert "60 % of its 1 k parameters work on each token" in text
     assert "10.0 → 12.0" in text
     assert "builtin (the model was fitted on it)" in text
-    assert "held back by the conversion × 1.273" in text
+    assert "web, built in, by the conversion's check × 1.273" in text
     assert "layer 0 stayed dense" in text
     assert "a shared one of 40 neurons, 2 of 8 chosen by the router; 24 neurons each" in text
     assert (
@@ -179,14 +206,17 @@ def test_everything_is_shown():
 
 def test_dense_model_shows_its_perplexity_only():
     page = render(dense_facts())
-    assert ids(page) == {"texts"}
+    assert ids(page) == set()
+    assert "On 4,096 tokens of builtin (the model was fitted on it), in windows of 512." in words(
+        page
+    )
     assert "every parameter works on every token" in words(page)
     assert "None" not in words(page)
 
 
 def test_moe_that_upcycle_did_not_make():
     page = render(all_facts() | {"made": None, "log": []})
-    assert ids(page) == SECTIONS - {"damage", "made", "training"}
+    assert ids(page) == SECTIONS - {"damage", "made", "training", "texts"}
     assert "a shared one" not in words(page)
 
 
@@ -198,8 +228,42 @@ def test_without_a_dense_model_nothing_is_compared():
 
 def test_damage_that_was_not_measured_is_left_out():
     found = all_facts()
-    found["made"]["damage"] = None
+    found["made"]["dense_layers"] = None
     assert ids(render(found)) == SECTIONS - {"damage"}
+
+
+def test_pictures_that_would_say_nothing_are_left_out():
+    found = all_facts(layers=1)
+    found["made"]["dense_layers"]["damage"] = [0.1]
+    found["made"]["check"] = None
+    found["log"] = [dict(line, imbalance=1.0) for line in LOG[1:3]]
+    page = render(found)
+    assert ids(page) == SECTIONS - {"layers", "damage", "similarity", "texts"}
+    assert "Training loss" in words(page)
+    assert "Busiest expert" not in words(page)
+    found["evaluation"]["routing"][0]["load"] = [1.0] * 8
+    found["log"], found["samples"] = found["log"][:1], []
+    assert ids(render(found)) == {"pairs", "made", "next"}
+    assert "<h2></h2>" not in page
+
+
+@pytest.mark.parametrize(
+    ("cosines", "sentence"),
+    [
+        ([0.01, 0.0, 0.02], "have a mean cosine of 0.01, as of different neurons."),
+        ([0.97, 1.0, 1.0], "have a mean cosine of 0.99, as of copies."),
+        ([0.5, 0.5, 0.5], "have a mean cosine of 0.50."),
+    ],
+)
+def test_likeness_that_is_the_same_everywhere_is_a_sentence(cosines, sentence):
+    found = all_facts()
+    found["evaluation"]["similarity"] = [
+        {"layer": n, "cosine": cosine} for n, cosine in enumerate(cosines)
+    ]
+    page = render(found)
+    assert ids(page) == SECTIONS - {"similarity"}
+    assert sentence in words(page)
+    assert "mean cosine of" not in words(render(all_facts()))
 
 
 def test_one_expert_per_token_makes_no_pairs():
@@ -222,6 +286,66 @@ def test_layers_kept_dense_are_marked():
     assert page.count('class="marked"') == 1
 
 
+def test_what_it_writes_stands_beside_the_dense_model():
+    found = all_facts()
+    assert "“Two and two” dense are four. this model are five." in words(render(found))
+    found["samples"][0] |= {"against": "are five."}
+    assert "“Two and two” dense and this model are five." in words(render(found))
+    found["samples"][0] |= {"against": None, "text": " \n"}
+    assert "“Two and two” this model (nothing)" in words(render(found))
+
+
+def advised(found):
+    page = render(found)
+    return html.unescape(re.search(r'<pre class="command">(.*?)</pre>', page, flags=re.S)[1])
+
+
+def test_a_split_that_lost_quality_is_to_be_healed():
+    found = all_facts()
+    command = "upcycle finetune org/moe --recipe heal --data notes.txt+builtin -o moe-healed"
+    assert advised(found) == command
+    found["model"] = "/home/me/my moe"
+    found["made"]["plan"]["recipe"]["calibration"] = "self"
+    command = "upcycle finetune 'my moe' --recipe heal --data builtin -o 'my moe-healed'"
+    assert advised(found) == command
+    assert "In the folder that it lies in:" in words(render(found))
+    found["made"] = None
+    assert advised(found) == command.replace("--data", "--teacher org/dense --data")
+
+
+def test_copies_are_to_be_specialised_once():
+    found = all_facts()
+    found["made"]["plan"]["recipe"]["method"]["name"] = "drop"
+    found["evaluation"]["texts"][0]["perplexity_against"] = 12.0
+    found["made"]["training"] = []
+    command = "upcycle finetune org/moe --recipe specialise --data notes.txt+builtin -o moe-trained"
+    assert advised(found) == command
+    found["made"]["training"] = copy.deepcopy(MADE["training"])
+    assert advised(found) == "vllm serve org/moe"
+
+
+def test_a_good_model_is_to_be_used_where_it_runs():
+    found = all_facts()
+    found["evaluation"]["texts"][0]["perplexity_against"] = 11.9
+    assert advised(found) == "vllm serve org/moe"
+    assert "At 1.008 × the dense model's perplexity, it is ready for vLLM and tran" in words(
+        render(found)
+    )
+    found["made"]["plan"]["runtimes"]["vLLM"] = "it does not know it"
+    assert "AutoModelForCausalLM.from_pretrained('org/moe')" in advised(found)
+
+
+def test_quality_that_is_unknown_is_to_be_measured():
+    found = all_facts(against=False)
+    assert advised(found) == "upcycle report org/moe --against org/dense -o report.html"
+    found["made"]["training"] = []  # so that the conversion's own check is of this model
+    assert advised(found).startswith("upcycle finetune org/moe --recipe heal")
+    found["made"]["check"]["kinds"][0]["ratio"] = 11.1 / 11
+    assert advised(found) == "vllm serve org/moe"
+    found["made"] = None
+    assert advised(found).startswith("from transformers import")
+
+
 def test_speed_and_tasks_are_tables():
     found = all_facts()
     speeds = {"prefill": 80.0, "decode": 6.0, "prefill_against": 100.0, "decode_against": 5.0}
@@ -236,8 +360,8 @@ def test_speed_and_tasks_are_tables():
 def test_numbers_of_several_texts_are_those_of_all_their_tokens():
     found = evaluation()
     found["texts"].append(found["texts"][0] | {"perplexity": 27.0, "kl": 0.4})
-    assert overall(found)["perplexity"] == pytest.approx(math.sqrt(12 * 27))
-    assert overall(found)["kl"] == pytest.approx(0.3)
+    assert overall(evaluated(found)).perplexity == pytest.approx(math.sqrt(12 * 27))
+    assert overall(evaluated(found)).kl == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +392,7 @@ def test_paths_are_not_published(label, name):
 def test_numbers_that_are_none_are_no_error():
     found = all_facts()
     found["evaluation"]["texts"][0]["kl"] = math.nan
-    found["made"]["damage"] = [math.nan, math.inf, 0.1]
+    found["made"]["dense_layers"]["damage"] = [math.nan, math.inf, 0.1]
     found["log"][1]["loss"] = math.nan
     assert ids(render(found)) == SECTIONS
 
@@ -279,6 +403,7 @@ def test_numbers_that_are_none_are_no_error():
 def test_nothing_from_outside_is_markup():
     found = all_facts()
     found["model"] = found["made"]["source"]["name"] = EVIL
+    found["samples"] = [dict.fromkeys(("prompt", "text", "against"), EVIL)]
     found["evaluation"]["texts"][0]["text"] = EVIL
     found["evaluation"]["tasks"] = {EVIL: {EVIL: [1.0, 1.0]}}
     found["made"]["plan"] |= {"warnings": [EVIL], "runtimes": {EVIL: EVIL}}
@@ -304,7 +429,7 @@ def test_big_model_makes_a_light_page():
     rng = random.Random(0)
     for layer in found["evaluation"]["routing"]:  # noise does not compress
         layer["co_selection"] = [[rng.random() * 2 for _ in row] for row in layer["co_selection"]]
-    found["made"]["damage"] = [rng.random() for _ in range(30)]
+    found["made"]["dense_layers"]["damage"] = [rng.random() for _ in range(30)]
     found["log"] = [{"step": n, "loss": rng.random()} for n in range(10000)]
     assert len(render(found)) < 1_000_000
 
@@ -312,20 +437,74 @@ def test_big_model_makes_a_light_page():
 # --- charts ----------------------------------------------------------------------------------
 
 
-def test_random_choices_are_average_pairs():
+def routed(count_EE, tokens):
+    """The routing of layer 5, from how many tokens selected both of two experts."""
+    return layer_routing(5, torch.tensor(count_EE, dtype=torch.float64), tokens)
+
+
+def test_counts_come_back_from_the_statistics():
+    count_EE = count_pairs(torch.rand(3000, 9).topk(4).indices, 9)
+    assert torch.equal(pair_counts(layer_routing(0, count_EE, 3000), 4, 3000), count_EE)
+
+
+@pytest.mark.parametrize(
+    ("counts", "top_k", "tokens", "expected"),
+    [
+        # All six pairs of four experts are equally likely.
+        ([60, 60, 60, 60], 2, 120, [20, 20, 20, 20, 20, 20]),
+        # With weights 2, 1 and 1, pairs 01, 02 and 12 are as likely as 2, 2 and 1.
+        ([40, 30, 30], 2, 50, [20, 20, 10]),
+        # All but one of four: a pair is chosen unless the one left out is in it.
+        ([30, 20, 30, 40], 3, 40, [10, 20, 30, 10, 20, 30]),
+    ],
+)
+def test_independent_pairs(counts, top_k, tokens, expected):
+    found_EE = independent_pairs(torch.tensor(counts).double(), top_k, tokens)
+    upper = torch.triu_indices(len(counts), len(counts), 1)
+    assert found_EE[*upper].tolist() == pytest.approx(expected, rel=0.05)
+    assert torch.equal(found_EE, found_EE.T)
+
+
+def test_pairs_are_named_by_evidence_share_and_ratio():
+    """Each of the six pairs would have 400 / 6 tokens by chance; 120 are 7.2 deviations more, as
+    53.3 / sqrt(66.7 x 5/6), and 40 are 3.6 less."""
+    counts = [[200, 120, 40, 40], [120, 200, 40, 40], [40, 40, 200, 120], [40, 40, 120, 200]]
+    found = related(routed(counts, 400), 2, 400)
+    assert found.best == [(0, 1), (2, 3)]
+    assert float(found.excess_EE[0, 1]) == pytest.approx(7.155, abs=0.01)
+    assert float(found.excess_EE[0, 2]) == 0
+    assert together(found) == (
+        "Layer 5: most surely together are experts 0 and 1 in 30 % of the tokens (1.80 × chance), "
+        "2 and 3 in 30 % of the tokens (1.80 × chance)."
+    )
+
+
+def test_the_surest_pair_is_not_the_one_of_the_highest_ratio():
+    """Experts 4 and 5 are chosen by 12 tokens alone, always together: too few to say so."""
+    counts = torch.zeros(6, 6, dtype=torch.float64)
+    for i, j, tokens in [(0, 1, 120), (2, 3, 120), (0, 2, 40), (0, 3, 40), (1, 2, 40), (1, 3, 40)]:
+        counts += tokens * count_pairs(torch.tensor([[i, j]]), 6)
+    counts += 12 * count_pairs(torch.tensor([[4, 5]]), 6)
+    found = related(layer_routing(0, counts, 412), 2, 412)
+    assert found.best == [(0, 1), (2, 3)]
+    assert float(found.ratio_EE[4, 5]) == 1
+
+
+@pytest.mark.parametrize("tilt", [0.0, 2.0])
+def test_independent_choices_show_nothing(tilt):
+    """Whether all experts are as popular, or one is nearly always on and others rarely."""
     rng = torch.Generator().manual_seed(0)
-    chosen = torch.rand(50000, 6, generator=rng).topk(3).indices
-    layer = layer_routing(0, count_pairs(chosen, 6), 50000)
-    matrix = relative_pairs(layer.load, layer.co_selection)
-    assert torch.tensor(matrix).sub(1).abs().max() < 0.03
+    noise = torch.rand(8192, 12, generator=rng).log().neg().log().neg()
+    chosen = (noise + tilt * torch.linspace(-1.5, 1.5, 12)).topk(4).indices
+    routing = [vars(layer_routing(0, count_pairs(chosen, 12), 8192))]
+    assert pairs(evaluated(evaluation() | {"routing": routing, "tokens": 8192}), 4) is None
 
 
-def test_pairs_with_dead_experts_are_blank():
-    layer = layer_routing(0, count_pairs(torch.tensor([[0, 1], [1, 2], [0, 1]]), 4), 3)
-    matrix = relative_pairs(layer.load, layer.co_selection)
-    assert matrix[3] == [1, 1, 1, 1]
-    assert matrix[0][2] == 0
-    assert matrix[0][1] > 1
+def test_an_expert_that_is_always_on_is_nobodys_partner():
+    chosen = torch.tensor([[0, 1]] * 60 + [[0, 2]] * 40 + [[0, 3]] * 20)
+    found = related(layer_routing(0, count_pairs(chosen, 4), 120), 2, 120)
+    assert found.best == []
+    assert together(found) == "Layer 0."
 
 
 def test_partners_lie_side_by_side():
@@ -379,6 +558,29 @@ def test_columns_of_nothing_have_no_height(values):
     assert [column.height for column in charts.columns(values, [0, 1]).columns] == [0, 0]
 
 
+def test_ticks_are_round_numbers_and_places_are_few():
+    def shown(ticks):
+        return [(tick.place, tick.value) for tick in ticks]
+
+    assert shown(charts.ticks(range(4))) == [(12.5, 0), (37.5, 1), (62.5, 2), (87.5, 3)]
+    assert [tick.value for tick in charts.ticks(range(3, 28))] == [5, 10, 15, 20, 25]
+    assert [tick.value for tick in charts.ticks(range(64))] == [0, 10, 20, 30, 40, 50, 60]
+    assert shown(charts.places(2)) == [(25, 0), (75, 1)]
+    assert [tick.value for tick in charts.places(25)] == list(range(0, 25, 2))
+    assert [tick.value for tick in charts.places(64)] == list(range(0, 64, 5))
+
+
+def test_experts_are_numbered_along_the_load():
+    found = all_facts(layers=2, experts=25, top_k=5)
+    page = render(found)
+    load = page[page.index('id="load"') : page.index('id="pairs"')]
+    axis = re.search(r'<div class="axis">(.*?)</div>', load)[1]
+    assert re.findall(r"left:([\d.]+)%\">(\d+)<", axis) == [
+        ("2.0", "0"), ("22.0", "5"), ("42.0", "10"), ("62.0", "15"), ("82.0", "20"),
+    ]  # fmt: skip
+    assert words(load).count("expert, one row per layer") == 1
+
+
 def test_limit_is_what_most_ratios_are_within():
     assert charts.limit([]) == 1.5
     assert charts.limit([1.1, 0.9] * 20 + [0.0, 100.0]) == 1.5
@@ -427,7 +629,7 @@ def test_page_of_a_model_evaluated_now(dense, model, text, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{out}\n"
     page = out.read_text()
-    assert ids(page) == SECTIONS - {"damage", "training"}
+    assert ids(page) - {"pairs"} == {"samples", "load", "made", "next"}
     assert "text.txt" in words(page)
     assert "made from dense" in words(page)
     assert {p.name for p in tmp_path.iterdir()} == {"model", "report.html"}
@@ -443,14 +645,14 @@ def test_windows_of_another_length(dense, text, tmp_path):
 def test_page_of_a_dense_model(dense, text, tmp_path):
     result = run(dense(), "-o", tmp_path / "r.html", "--text", text, "--tokens", 512)
     assert result.exit_code == 0, result.stderr
-    assert ids((tmp_path / "r.html").read_text()) == {"texts"}
+    assert ids((tmp_path / "r.html").read_text()) == {"samples"}
 
 
 def test_saved_evaluation_and_log(model, saved, tmp_path):
     (model / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
     assert run(model, "-o", tmp_path / "r.html", "--evaluation", saved).exit_code == 0
     page = (tmp_path / "r.html").read_text()
-    assert ids(page) == SECTIONS - {"damage"}
+    assert ids(page) == SECTIONS - {"damage", "samples", "texts"}
     assert "Validation perplexity: 12.2 at first, 10.0 at last" in page
 
 
@@ -543,9 +745,19 @@ def test_lists_of_another_length(model, saved, tmp_path):
 def test_saved_evaluation_is_read_whole(model, saved):
     found = evaluation(experts=7) | {"tasks": {"arc": {"acc": [0.5, None]}}}
     saved.write_text(json.dumps(found))
-    gathered = {"model": "org/moe", "inspection": {"experts": 7}}
-    read = facts.read_evaluation(saved, gathered)
-    assert json.loads(json.dumps(read)) == found
+    read = facts.read_evaluation(saved, facts.gather(str(model)))
+    assert json.loads(json.dumps(evaluation_summary(read.evaluation))) == found
+    assert read.samples == []
+
+
+def test_saved_samples_are_shown(model, saved, tmp_path):
+    sample = {"prompt": "One", "text": "two", "against": None}
+    saved.write_text(json.dumps(evaluation(experts=7) | {"samples": [sample]}))
+    assert run(model, "-o", tmp_path / "r.html", "--evaluation", saved).exit_code == 0
+    assert "“One” this model two" in words((tmp_path / "r.html").read_text())
+    saved.write_text(json.dumps(evaluation(experts=7) | {"samples": [sample | {"text": 1}]}))
+    message = error(model, "-o", tmp_path / "new.html", "--evaluation", saved)
+    assert "0.text=1: input should be a valid string" in message
 
 
 def test_evaluation_that_is_not_there(model, tmp_path):
@@ -580,8 +792,9 @@ def test_bad_record(model, saved, tmp_path):
 def test_check_in_the_record(tmp_path):
     path, check = tmp_path / "upcycle.json", MADE["check"]
     path.write_text(json.dumps(MADE | {"check": check | {"dead_experts": 0}}))
-    assert facts.read_record(path)["check"] == check
-    path.write_text(json.dumps(MADE | {"check": check | {"perplexity_dense": 0}}))
+    assert asdict(facts.read_record(path).check) == check
+    kinds = [check["kinds"][0] | {"perplexity_dense": 0}]
+    path.write_text(json.dumps(MADE | {"check": check | {"kinds": kinds}}))
     with pytest.raises(UpcycleError, match=r"upcycle\.json .*: check=.*perplexity_dense and perpl"):
         facts.read_record(path)
 
@@ -612,6 +825,11 @@ addEventListener("load", () => {
     shown: [...document.querySelectorAll("[id]")].filter(e => e.offsetHeight > 20).map(e => e.id),
     images: [...document.images].every(i => i.naturalWidth > 1),
     picked: before !== document.querySelector("output")?.value,
+    labels: [...document.querySelectorAll("[data-place]")].map(e => Number(e.textContent)),
+    crowded: [...document.querySelectorAll(":is(.axis, .side) span + span")].filter(e => {
+      const box = e.getBoundingClientRect(), other = e.previousSibling.getBoundingClientRect();
+      return box.left < other.right + 2 && box.top < other.bottom;
+    }).map(e => e.outerHTML),
     pressed: document.querySelectorAll("[aria-pressed=true]").length,
     cut: [...document.querySelectorAll("main *, header *")].filter(e => {
       const box = e.getBoundingClientRect();
@@ -647,20 +865,24 @@ def browse(page, folder, width):
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
 @pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("size", [(3, 8), (30, 64)])
+@pytest.mark.parametrize("size", [(3, 8, 2), (30, 64, 8)])
 def test_in_a_browser(tmp_path, width, size):
-    layers, experts = size
-    found = all_facts(layers=layers, experts=experts)
-    found["made"]["damage"] = [0.01] * layers
+    layers, experts, top_k = size
+    found = all_facts(layers=layers, experts=experts, top_k=top_k)
+    found["made"]["dense_layers"]["damage"] = [0.01 * n for n in range(layers)]
     found["model"] = "org/" + "a-long-name-" * 8
-    seen = browse(render(found), tmp_path, width)
+    page = render(found)
+    seen = browse(page, tmp_path, width)
     assert seen["problems"] == seen["console"] == []
     assert seen["inner"] == width
     assert seen["width"] <= width
-    assert seen["cut"] == []
+    assert seen["cut"] == seen["crowded"] == []
     assert set(seen["shown"]) >= SECTIONS
     assert seen["images"]
     assert seen["picked"]
+    *_, last = re.findall(r'data-order="\[(.*?)\]"', page)
+    order = [int(number) for number in last.split(", ")]
+    assert seen["labels"] == 2 * order[:: {8: 1, 64: 5}[experts]]
     assert seen["pressed"] == 1
 
 
@@ -669,4 +891,4 @@ def test_dense_model_in_a_browser(tmp_path):
     seen = browse(render(dense_facts()), tmp_path, 360)
     assert seen["problems"] == seen["console"] == []
     assert seen["width"] <= 360
-    assert set(seen["shown"]) == {"texts"}
+    assert seen["shown"] == []

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import upcycle
-from upcycle import UpcycleError, planning, sensitivity
+from upcycle import UpcycleError, dense_layers, planning
 from upcycle.inspection import is_routed
 from upcycle.notes import usage
 from upcycle.sink import Workspace, partial_folder
 from upcycle.source import DTYPES, DenseSource
 from upcycle.targets import TARGETS, Runtime
+from upcycle.text import KINDS
 
 QUICK = {"calibration_tokens": 64, "seq_len": 64, "check": "none"}
 
@@ -65,6 +66,47 @@ def test_feedback_that_would_have_no_effect(dense, family, settings, why):
     assert "compensate.feedback=0.4 has no effect" in sentence
     assert why in sentence
     assert upcycle.plan(str(dense(family)), **settings, **{"compensate.feedback": 0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, planning.SPREAD),
+        ({"method": "prune"}, planning.SPREAD),
+        ({"method": "prune", "compensate": "none"}, planning.UNFITTED_SPREAD),
+        ({"compensate": "none"}, planning.UNFITTED_SPREAD),
+        ({"router_spread": 0.3}, 0.3),
+        ({"compensate": "none", "router_spread": 0.3}, 0.3),
+        ({"method": "copy", "top_k": 1}, planning.EXACT_SPREAD),
+        ({"method": "copy", "top_k": 1, "router_spread": 0.3}, planning.EXACT_SPREAD),
+    ],
+)
+def test_router_spreads_as_a_refit_knows_of_uneven_weights(dense, settings, expected):
+    assert upcycle.plan(str(dense()), **settings).router_spread == expected
+
+
+@pytest.mark.parametrize("spread", [0, 1e-5, 1.5])
+def test_spread_that_no_router_can_have(dense, spread):
+    assert f"router_spread={spread}: input should be" in refusal(dense, router_spread=spread)
+
+
+@pytest.mark.parametrize(
+    ("check", "seq_len", "windows"),
+    [
+        ("fast", 512, 2),
+        ("fast", 1024, 2),  # built-in probes are short, so windows are of 512 at most
+        ("fast", 64, 16),
+        ("fast", 1000, 2),
+        ("fast", 300, 4),  # rounded up
+        ("full", 512, 8),
+        ("none", 512, 0),
+    ],
+)
+def test_windows_of_each_kind_that_the_check_reads(dense, check, seq_len, windows):
+    plan = upcycle.plan(str(dense()), check=check, seq_len=seq_len, calibration="builtin")
+    assert plan.check_windows == windows
+    kinds = len(KINDS) + 1
+    assert plan.held_tokens == kinds * windows * min(512, seq_len)
 
 
 # --- numbers that do not fit -----------------------------------------------------------------
@@ -361,7 +403,12 @@ def test_unchecked_copies_need_no_text(dense):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("nowhere.txt", "--calibration 'nowhere.txt' is not a file: give builtin, self, none"),
+        (
+            "nowhere.txt",
+            "--calibration 'nowhere.txt' is not a file: give mixed, builtin, self, none",
+        ),
+        ("probes", "--calibration 'probes' is not a file: give mixed, builtin, self, none"),
+        ("builtin+probe:code", "--calibration 'probe:code' is not a file: give mixed, builtin,"),
         ("hf:", "--calibration 'hf:' names no dataset"),
         (__file__, "ends in '.py': known are .txt"),
     ],
@@ -673,6 +720,26 @@ def test_what_a_runtime_can_not_run_is_said(dense, runtime, family, fields, sett
 
 
 @pytest.mark.parametrize(
+    ("family", "fields", "settings", "lost"),
+    [
+        ("llama", UNTIED, {}, ["llama.cpp", "MLX"]),
+        ("llama", TIED, {}, []),  # they would not run it anyway
+        ("qwen3", TIED, {}, ["llama.cpp"]),
+        ("olmo2", {}, {"keep_dense": "none"}, []),
+        ("llama", UNTIED, {"keep_dense": "none"}, []),
+    ],
+)
+def test_runtimes_that_dense_layers_cost(dense, family, fields, settings, lost):
+    model, settings = str(dense(family, **fields)), {"keep_dense": [0]} | settings
+    plan = upcycle.plan(model, **settings)
+    assert plan.runtimes_lost == lost
+    without = upcycle.plan(model, **settings | {"keep_dense": "none", "target": plan.target})
+    assert [
+        name for name, why in plan.runtimes.items() if why and not without.runtimes[name]
+    ] == lost
+
+
+@pytest.mark.parametrize(
     ("runtime", "family", "fields", "settings", "end"),
     [
         (
@@ -852,12 +919,17 @@ def test_fewer_tokens_than_experts(dense):
 
 SHIFTING = {
     "seq_len": 9, "split": "random", "keep_dense": "auto", "check": "none",
+    "calibration": "builtin",
 }  # fmt: skip
 """18 experts are routed, and 21 once one of three layers stays dense."""
 
 
 def test_tokens_that_suffice_until_a_layer_stays_dense(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(sensitivity, "measure_damage", lambda *_: [9.0, 0.1, 0.1])
+    def try_layers(plan, layers, *_):
+        return dense_layers.Trial(layers, {"builtin": 1.0 if layers == (0,) else 2.0})
+
+    monkeypatch.setattr(dense_layers, "measure_damage", lambda *_: [9.0, 0.1, 0.1])
+    monkeypatch.setattr(dense_layers, "try_layers", try_layers)
     assert upcycle.plan(str(dense()), **SHIFTING).geometry.num_experts == 18
     assert refusal(dense, **SHIFTING, calibration_tokens=18) == (
         "--calibration-tokens 18 is too few for 21 experts: give thousands"

@@ -28,7 +28,7 @@ def smollm2():
 
 @pytest.fixture(autouse=True)
 def short_check(monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 512)
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 256)
 
 
 def test_split_is_exact_with_all_experts_on_and_finer_experts_lose_less(smollm2, tmp_path):
@@ -40,7 +40,7 @@ def test_split_is_exact_with_all_experts_on_and_finer_experts_lose_less(smollm2,
     fine = upcycle.convert(str(smollm2.folder), tmp_path / "fine", **settings).check
     assert coarse.exact_error < 1e-3
     assert fine.exact_error < 1e-3
-    assert 1 < fine.perplexity_ratio < coarse.perplexity_ratio < 2
+    assert 1 < fine.mean_ratio < coarse.mean_ratio < 2
     assert coarse.dead_experts == 0
 
 
@@ -48,7 +48,7 @@ def test_copies_write_the_dense_models_text(smollm2, tmp_path):
     settings = {"method": "copy", "experts": 2, "top_k": 2, "allow_frozen_router": True}
     done = upcycle.convert(str(smollm2.folder), tmp_path / "out", **settings)
     assert done.check.exact_error < 1e-5
-    assert done.check.top1_agreement == 1
+    assert {kind.top1_agreement for kind in done.check.kinds} == {1}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     texts = [

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from reference import read_json, weights
 import upcycle
 from upcycle import planning
 from upcycle.recipe import Recipe
+from upcycle.report import model_card
 from upcycle.source import open_source
+from upcycle.text import PROBES
 
 SETTINGS = {"calibration_tokens": 128, "seq_len": 64}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -150,15 +154,21 @@ def test_record_names_the_source_and_the_versions(dense, tmp_path, settings, sta
     }  # fmt: skip
     assert made["versions"]["upcycle"] == upcycle.__version__
     assert made["seconds"].keys() == stages
-    measured = "layers to keep dense" in stages
-    assert len(made["damage"] or []) == (3 if measured else 0)
+    assert (made["dense_layers"] is not None) == ("layers to keep dense" in stages)
     assert made["peak_memory"] > 2**20
 
 
 def test_record_holds_the_check(dense, tmp_path):
     done = convert(dense(), tmp_path / "out")
     check = report(tmp_path / "out")["check"]
-    assert check["perplexity_moe"] == done.check.perplexity_moe
+    assert check["kinds"] == [asdict(kind) for kind in done.check.kinds]
+    assert [kind["kind"] for kind in check["kinds"]] == list(PROBES)
+    ratios = {
+        kind["kind"]: kind["perplexity_moe"] / kind["perplexity_dense"] for kind in check["kinds"]
+    }
+    assert check["perplexity_ratio"] == ratios[check["worst_kind"]] == max(ratios.values())
+    assert check["mean_ratio"] == pytest.approx(geometric_mean(ratios.values()))
+    assert check["left_out"] == ["self"]
     assert check["load"] == done.check.load
     assert check["dead_experts"] == sum(share == 0 for layer in check["load"] for share in layer)
 
@@ -258,8 +268,14 @@ def test_card_has_the_numbers(dense, tmp_path):
     assert f"| {plan.params_dense:,} | {plan.params_total:,} |" in text
     assert f"| {plan.params_dense:,} | {plan.params_active:,} |" in text
     assert f"| 100 % | {100 * plan.active_ffn_ratio:.0f} % |" in text
-    assert f"| {check.perplexity_dense:.2f} | {check.perplexity_moe:.2f} |" in text
-    assert f"| 0 | {check.kl:.4f} nats |" in text
+    for kind in check.kinds:
+        assert (
+            f"| {kind.kind.removeprefix('probe:')}, built in | {kind.perplexity_dense:.2f} | "
+            f"{kind.perplexity_moe:.2f} | {kind.perplexity_moe / kind.perplexity_dense:.2f} | "
+            f"{kind.worst_window:.1f} | {100 * kind.top1_agreement:.0f} % |\n"
+        ) in text
+    tokens = 64 * len(PROBES)
+    assert f"Measured on {tokens} tokens that nothing was fitted on, in windows of 64;" in text
     assert (
         "6 experts of 24 neurons, of which 2 are active per token, beside a shared expert of 48 "
         "that are always on."
@@ -321,6 +337,37 @@ def test_card_warns_of_lost_quality(dense, tmp_path):
     assert warned == (done.check.perplexity_ratio > 1.1)
     convert(dense(), tmp_path / "copies", method="copy")
     assert "has lost quality" not in card(tmp_path / "copies")[1]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "warning"),
+    [
+        (1.1, None),
+        (1.15, "train it further before use, on about 20,000 tokens"),
+        (1.4, "train it further before use, on about 400,000 tokens"),
+        (9.0, "train it further before use"),
+    ],
+)
+def test_card_says_how_much_training_makes_up_for_the_worst_text(dense, tmp_path, ratio, warning):
+    done = convert(dense(), tmp_path / "out")
+    kinds = [replace(kind, ratio=1.0) for kind in done.check.kinds]
+    kinds[2] = replace(kinds[2], ratio=ratio)
+    text = model_card(replace(done, check=replace(done.check, kinds=kinds)))
+    if warning is None:
+        assert "has lost quality" not in text
+    else:
+        assert f"**This model has lost quality: {warning}.**" in text
+
+
+def test_record_says_how_the_dense_layers_were_found(dense, tmp_path):
+    done = convert(dense(), tmp_path / "out", recipe="default", check="none")
+    found = report(tmp_path / "out")["dense_layers"]
+    assert tuple(found["layers"]) == done.plan.spec.dense_layers == done.dense_layers.layers
+    assert len(found["damage"]) == 3
+    tried = [tuple(trial["layers"]) for trial in found["trials"]]
+    assert tried[0] == ()
+    assert tuple(found["layers"]) in tried
+    assert all(trial["ratios"].keys() == {"builtin", "self"} for trial in found["trials"])
 
 
 def test_written_config_is_the_planned_one(dense, tmp_path):

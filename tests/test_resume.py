@@ -26,6 +26,7 @@ DEFAULT = {"calibration_tokens": 128, "seq_len": 64, "max_shard_size": "100KB"}
 FLAGS = """
     --calibration-tokens 128 --seq-len 64 --max-shard-size 100KB --keep-dense 1
     --experts 8 --top-k 2 --split coactivation --compensate none --no-sequential
+    --set router_spread=1e-4 --calibration builtin
 """.split()
 
 

@@ -22,7 +22,13 @@ from upcycle.types import all_finite
 
 SHARD_SIZE = "60KB"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-QUICK = {"split": "contiguous", "calibration_tokens": 64, "seq_len": 64, "check": "none"}
+QUICK = {
+    "split": "contiguous",
+    "calibration": "builtin",
+    "calibration_tokens": 64,
+    "seq_len": 64,
+    "check": "none",
+}
 
 
 @pytest.fixture

@@ -275,6 +275,24 @@ def test_balance_evens_out_the_load(split, train, tmp_path):
     assert all(bool(t.any()) == (name == "bias") for name in biases for t in biases[name])
 
 
+@pytest.mark.parametrize("spread", [1e-4, 0.1])
+def test_a_step_of_the_selection_bias_is_a_share_of_the_scores_spread(split, train, spread):
+    """A sigmoid's slope at 0 is a quarter."""
+    done = train(
+        split("glm4_moe", router_spread=spread),
+        steps=1,
+        balance_bias=0.2,
+        balance=0,
+        keep_best=False,
+    )
+    moved = [t for n, t in weights(done.out).items() if n.endswith("correction_bias")]
+    sizes = torch.cat(moved).abs()
+    assert sizes.any()
+    assert sizes[sizes > 0].tolist() == pytest.approx(
+        [0.2 * spread / 4] * int(sizes.count_nonzero()), rel=0.5
+    )
+
+
 def test_routers_move_alone_during_their_warmup(split, train):
     source = split()
     done = train(source, router_warmup=1.0, keep_best=False, weight_decay=0.1)
@@ -545,9 +563,9 @@ def test_every_run_is_in_the_history(split, train, tmp_path):
     assert card.startswith((source / "README.md").read_text())
     assert card.count("\n## Training\n") == 2
     assert f"{second.after['perplexity']:.3f}" in card
-    assert read_record(second.out / "upcycle.json")["training"][1]["step"] == second.result_step
+    assert read_record(second.out / "upcycle.json").training[1].step == second.result_step
     log = read_log(second.out / "train_log.jsonl")
-    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
+    assert [line.step for line in log if line.loss is not None] == [1, 2, 3, 4]
 
 
 def test_a_model_that_upcycle_did_not_make_trains_too(dense, moe, train, tmp_path):

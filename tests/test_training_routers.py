@@ -8,6 +8,7 @@ from reference import load, logits, routers, selected, selections
 from torch import nn
 
 from upcycle.moe import moe_blocks
+from upcycle.planning import EXACT_SPREAD, SPREAD, UNFITTED_SPREAD
 from upcycle.training.loop import make_optimizer
 from upcycle.training.routers import (
     RouterTap,
@@ -27,8 +28,9 @@ GAIN = {"qwen2_moe": 8, "mixtral": 2, "glm4_moe": 1, "granitemoeshared": 2}
 TOKENS_BL = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(2))
 
 
-def split_model(dense, moe, target, **overrides):
-    return load(moe(dense(), target=target, shared=0), **overrides)
+def split_model(dense, moe, target, spread=1e-4, **overrides):
+    """By default with tempered routers."""
+    return load(moe(dense(), target=target, shared=0, router_spread=spread), **overrides)
 
 
 def inputs_of_routers(model):
@@ -60,13 +62,35 @@ def test_scales_of_a_split_are_its_temperature_and_its_gain(dense, moe, target):
         assert scale.down_proj == pytest.approx(GAIN[target], rel=1e-3)
 
 
+def test_scales_of_copies_with_plain_weights_are_their_temperature_and_one(dense, moe):
+    """Which must each count 1."""
+    model = load(moe(dense(), target="qwen2_moe", method="copy", experts=4, top_k=1))
+    for scale in measure_scales(model, moe_blocks(model), TOKENS_BL):
+        assert EXACT_SPREAD / 2 < scale.router < 2 * EXACT_SPREAD
+        assert scale.down_proj == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("spread", [UNFITTED_SPREAD, SPREAD])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_routers_of_splits_are_left_alone_on_any_text(dense, moe, target, spread):
+    model = split_model(dense, moe, target, spread)
+    for token in range(16):
+        tokens_BL = torch.cat([TOKENS_BL[:1, token::16], torch.full((1, 28), 16 * token)], dim=1)
+        scales = measure_scales(model, moe_blocks(model), tokens_BL)
+        assert [(scale.router, scale.down_proj) for scale in scales] == [(1, 1)] * 3
+
+
 @pytest.mark.parametrize("target", ["mixtral", "glm4_moe"])
 def test_ordinary_routers_are_left_alone(dense, moe, target):
     model = load(moe(dense(), target=target, method="copy", experts=4))
     with torch.no_grad():
         for block in moe_blocks(model):
             block.router.weight.copy_(torch.randn_like(block.router.weight) * 0.05)
-    assert measure_scales(model, moe_blocks(model), TOKENS_BL) == [Scale()] * 3
+    scales = measure_scales(model, moe_blocks(model), TOKENS_BL)
+    assert [(scale.router, scale.down_proj) for scale in scales] == [(1, 1)] * 3
+    for block, x_TD, scale in zip(moe_blocks(model), inputs_of_routers(model), scales, strict=True):
+        spread = (x_TD @ block.router.weight.T).std(-1).mean()
+        assert scale.spread == pytest.approx(spread.item(), rel=1e-3)
 
 
 def one_step(model, scaled: bool):
@@ -266,8 +290,9 @@ def test_bias_moves_towards_the_experts_with_less_than_their_share(dense, moe):
     assert correction_bias(block).tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
 
 
-def test_bias_updates_even_out_the_load(dense, moe):
-    model = split_model(dense, moe, "glm4_moe")
+@pytest.mark.parametrize("spread", [1e-4, UNFITTED_SPREAD, SPREAD, 1.0])
+def test_bias_updates_even_out_the_load(dense, moe, spread):
+    model = split_model(dense, moe, "glm4_moe", spread)
     blocks = moe_blocks(model)
     scales = measure_scales(model, blocks, TOKENS_BL)
 
@@ -281,7 +306,7 @@ def test_bias_updates_even_out_the_load(dense, moe):
     for _ in range(30):
         counts, _ = uneven()
         for block, scale, count_E in zip(blocks, scales, counts, strict=True):
-            update_bias(block, count_E, 0.1 * scale.router / 4)
+            update_bias(block, count_E, 0.1 * scale.spread / 4)
     assert uneven()[1] < 1 + (before - 1) / 2
 
 

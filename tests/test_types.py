@@ -132,13 +132,35 @@ def test_activations_of_some_neurons_keep_the_inputs():
     torch.testing.assert_close(h_tF, activations.ffn.hidden(activations.x_TD)[:, [5, 1]])
 
 
-def naive_moe(router_ED, experts, shared, x_D, top_k, *, average):
+GAIN = 3.0
+
+
+def weigh(top_k, *, average):
+    """Of the experts with the largest logits: their softmax, or GAIN times each one's sigmoid."""
+
+    def count(logits_TE):
+        top_TK = logits_TE.topk(top_k)
+        counts_TK = top_TK.values.softmax(-1) if average else GAIN * top_TK.values.sigmoid()
+        return torch.zeros_like(logits_TE).scatter(-1, top_TK.indices, counts_TK)
+
+    return count
+
+
+def naive_counts(router_ED, x_D, top_k, *, average):
+    """The same for one token, by expert."""
     scores = [float(row_D @ x_D) for row_D in router_ED.double().numpy()]
     chosen = sorted(range(len(scores)), key=lambda e: -scores[e])[:top_k]
+    total = sum(math.exp(scores[e]) for e in chosen)
+    return {
+        e: math.exp(scores[e]) / total if average else GAIN / (1 + math.exp(-scores[e]))
+        for e in chosen
+    }
+
+
+def naive_moe(router_ED, experts, shared, x_D, top_k, *, average):
     y_D = naive_ffn(shared, x_D) if shared else np.zeros(D)
-    for e in chosen:
-        weight = math.exp(scores[e]) / sum(math.exp(scores[c]) for c in chosen) if average else 1
-        y_D = y_D + weight * naive_ffn(experts[e], x_D)
+    for e, count in naive_counts(router_ED, x_D, top_k, average=average).items():
+        y_D = y_D + count * naive_ffn(experts[e], x_D)
     return y_D
 
 
@@ -153,7 +175,7 @@ def test_reference_forward_is_the_loop_over_tokens_and_experts(top_k, with_share
     expected_TD = by_token(
         lambda x_D: naive_moe(router_ED, experts, shared, x_D, top_k, average=average), x_TD
     )
-    torch.testing.assert_close(moe(x_TD, top_k, average=average), expected_TD)
+    torch.testing.assert_close(moe(x_TD, weigh(top_k, average=average)), expected_TD)
 
 
 def test_all_experts_of_a_partition_sum_to_the_dense_ffn():
@@ -162,13 +184,13 @@ def test_all_experts_of_a_partition_sum_to_the_dense_ffn():
     moe = MoELayer(
         make_inputs(4, seed=3), lambda e: ffn.take(layout.experts_EM[e]), ffn.take(layout.shared_S)
     )
-    torch.testing.assert_close(moe(x_TD, 4), ffn(x_TD))
+    torch.testing.assert_close(moe(x_TD, torch.ones_like), ffn(x_TD))
 
 
 def test_average_of_copies_is_the_dense_ffn():
     ffn, x_TD = make_ffn(0), make_inputs()
     moe = MoELayer(make_inputs(4, seed=3), lambda e: ffn, None)
-    torch.testing.assert_close(moe(x_TD, 2, average=True), ffn(x_TD))
+    torch.testing.assert_close(moe(x_TD, weigh(2, average=True)), ffn(x_TD))
 
 
 def test_permutation_lists_shared_neurons_first_then_expert_by_expert():
@@ -184,10 +206,27 @@ def test_multiplicity_is_how_many_experts_hold_a_neuron():
     assert OVERLAPPING.multiplicity.tolist() == [2, 0, 1, 2, 1, 2, 0, 0]
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_selection_counts_a_neuron_once_for_each_expert_that_is_on(top_k):
+def test_selection_counts_a_neuron_as_all_experts_that_hold_it(top_k, average):
     router_ED, x_TD = make_inputs(3, seed=3), make_inputs()
-    for on_F, x_D in zip(OVERLAPPING.selection(router_ED, top_k)(x_TD), x_TD, strict=True):
+    count_TF = OVERLAPPING.selection(router_ED, weigh(top_k, average=average))(x_TD)
+    for count_F, x_D in zip(count_TF, x_TD.double().numpy(), strict=True):
+        counts = naive_counts(router_ED, x_D, top_k, average=average)
+        expected = [
+            sum(count for e, count in counts.items() if i in OVERLAPPING.experts_EM[e])
+            + (i in OVERLAPPING.shared_S)
+            for i in range(8)
+        ]
+        assert count_F.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_selection_counts_a_neuron_once_for_each_expert_that_counts_one(top_k):
+    router_ED, x_TD = make_inputs(3, seed=3), make_inputs()
+    alike = weigh(top_k, average=False)
+    selection = OVERLAPPING.selection(router_ED, lambda logits_TE: (alike(logits_TE) > 0).float())
+    for on_F, x_D in zip(selection(x_TD), x_TD, strict=True):
         chosen = sorted(range(3), key=lambda e: -float(router_ED[e] @ x_D))[:top_k]
         held = [2, 4] + [i for e in chosen for i in OVERLAPPING.experts_EM[e].tolist()]
         assert on_F.tolist() == [held.count(i) for i in range(8)]

@@ -1,13 +1,10 @@
 """Calibration text: from words to packed token sequences."""
 
 import hashlib
-import json
-import pydoc_data.topics
-import random
 import re
 import sys
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,72 +16,103 @@ from transformers import PreTrainedConfig
 from upcycle.errors import UpcycleError
 from upcycle.paths import local_path
 from upcycle.source import DenseSource, companions
+from upcycle.text import OURS, PROBES, Document, documents, texts
+from upcycle.writer import Progress, written_tokens
 
-Document = str | list[dict[str, Any]]
-"""Text, or the messages of a chat."""
-SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 SPREAD = 8
 """Sequences are taken evenly from all of a file, else from so many times as much text: what a layer
 does differs more between topics than between tokens, so a few long documents would say little about
 the others."""
-WRITTEN_LENGTH = 128  # tokens of a document that the model writes itself
-WRITTEN_TOGETHER = 128  # such documents at a time
 LENGTH_OF_TOKEN = 8  # characters, more than most
 CUT_TOKENS = 64  # before a cut through a text, may be others than those of the whole
 LONGEST_WORD = 512  # characters in which a cut looks for white space
-MODULE_MOST = 8000
-"""Characters of one module of `builtin`: its code then weighs about as much as its prose."""
-BUILTIN_MODULES = """
-    argparse ast bisect calendar collections/__init__ configparser contextlib copy csv dataclasses
-    datetime difflib email/message enum fractions functools heapq html/parser http/client inspect
-    ipaddress json/decoder logging/__init__ mailbox numbers optparse pathlib pdb pickle platform
-    pprint queue random sched shlex shutil smtplib socketserver statistics string subprocess
-    tarfile tempfile textwrap threading tokenize traceback typing unittest/mock urllib/request
-    uuid wave weakref xml/dom/minidom zipfile
-""".split()
+CHECK_WINDOW = 512
+"""Tokens of a window on which the check measures, at most: built-in probes are short."""
 
 
-def calibration_tokens(
-    source: DenseSource, text: str, sequences: int, seq_len: int, seed: int
-) -> Tensor:
-    """Packed tokens [sequences, seq_len] of the named calibration text.
+@dataclass(frozen=True)
+class Calibration:
+    """What a conversion is fitted on, and what its check measures it on."""
+
+    fit_BL: Tensor
+    held: Mapping[str, Tensor]
+    """By the kind of text, windows [W, L] that nothing is fitted on."""
+
+
+def calibration(
+    source: DenseSource,
+    text: str,
+    *,
+    sequences: int,
+    windows: int,
+    seq_len: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress = lambda stage, done, total: None,
+) -> Calibration:
+    """Packed tokens to fit on, [sequences, seq_len], and windows to check on.
 
     Documents are joined by the end-of-sequence token and cut without padding; sequences are taken
     evenly from all over a file, or the first part of any other text, in order. Of several texts,
-    each gives the same number of sequences (give or take one), in turn.
+    each gives the same number of sequences (give or take one), in turn. Each text's last sequences
+    are held back, but of the builtin text, which has probes in their place: those of every kind,
+    whatever the calibration text.
 
     Args:
-        text: `builtin`, `self`, a file (.txt, .jsonl, .parquet) or `hf:DATASET[:split[:column]]`;
-            or several of these, joined by +.
+        text: the name of a text, or several joined by +; see `text.py`.
+        windows: to hold back of each kind, at most.
 
     Raises:
         UpcycleError: a text can't be read, or holds too few tokens.
     """
-    names = texts(text)[:sequences]
-    tokens_BL = torch.empty(sequences, seq_len, dtype=torch.int64)
-    for place, name in enumerate(names):
-        mine_BL = tokens_BL[place :: len(names)]
+    window = min(seq_len, CHECK_WINDOW)
+    names = [name for name in texts(text) if name != "none"]
+    names = names[: max(1, sequences)]
+    fit_BL = torch.empty(sequences, seq_len, dtype=torch.int64)
+    held: dict[str, Tensor] = {}
+    # What the model writes comes last: it takes longest, and another text may be at fault.
+    for place in sorted(range(len(names)), key=lambda place: names[place] == "self"):
+        name, mine_BL = names[place], fit_BL[place :: len(names)]
+        back = 0 if name == "builtin" else -(-windows * window // seq_len)
+        if not len(mine_BL) + back:
+            continue
         if name == "self":
+            wanted = (len(mine_BL) + back) * seq_len
             tokenizer = load_tokenizer(source.folder)
-            mine_BL[:] = _written_by_model(source, tokenizer, len(mine_BL), seq_len, seed)
+            ids = written_tokens(source, tokenizer, wanted, seed, device, progress)
+            all_BL = ids[:wanted].view(-1, seq_len)
         else:
-            mine_BL[:] = packed_tokens(
-                source.folder,
-                source.config.vocab_size,
-                name,
-                len(mine_BL),
-                seq_len,
-                seed=seed,
-                remedy="(check included): lower --calibration-tokens, or give more text",
-            )
-    return tokens_BL
+            all_BL = _from_all_over(source, name, len(mine_BL) + back, seq_len, seed)
+        mine_BL[:] = all_BL[: len(mine_BL)]
+        if back:
+            held[name] = all_BL[len(mine_BL) :].flatten()[: windows * window].view(-1, window)
+    if windows:
+        held |= probes(source, windows, window)
+    return Calibration(fit_BL, held)
 
 
-def texts(text: str) -> list[str]:
-    """The texts that are joined by +, unless a file has that name."""
-    if "+" not in text or local_path(text).is_file():
-        return [text]
-    return text.split("+")
+def _from_all_over(
+    source: DenseSource, name: str, sequences: int, seq_len: int, seed: int
+) -> Tensor:
+    return packed_tokens(
+        source.folder,
+        source.config.vocab_size,
+        name,
+        sequences,
+        seq_len,
+        seed=seed,
+        remedy="(check included): lower --calibration-tokens, or give more text",
+    )
+
+
+def probes(source: DenseSource, windows: int, window: int) -> dict[str, Tensor]:
+    """At most so many windows of each kind of built-in text that nothing is fitted on."""
+    found = {}
+    for name in PROBES:
+        ids = first_tokens(source.folder, source.config.vocab_size, name, windows * window, seed=0)
+        length = min(window, len(ids))
+        found[name] = ids[: len(ids) // length * length].view(-1, length)
+    return found
 
 
 def check_seq_len(seq_len: int, config: PreTrainedConfig) -> None:
@@ -117,7 +145,7 @@ def packed_tokens(
     """Tokens [sequences, seq_len] from all over a text, by the tokenizer in a model's folder.
 
     Args:
-        text: as in `calibration_tokens`, except `self`.
+        text: as in `calibration`, but one, and not `self`.
         remedy: what the error about too little text proposes, besides more text.
 
     Raises:
@@ -125,7 +153,7 @@ def packed_tokens(
     """
     wanted, most = sequences * seq_len, SPREAD * sequences * seq_len
     if local_path(text).is_file():
-        length, most = sum(map(_length, _documents(text, seed))), sys.maxsize
+        length, most = sum(map(_length, documents(text, seed))), sys.maxsize
         if length > SPREAD * LENGTH_OF_TOKEN * wanted:
             found = _spaced_windows(folder, text, length, sequences, seq_len, seed)
             if all(len(window) == seq_len for window in found):
@@ -155,7 +183,7 @@ def _spaced_windows(
     starts = [place * length // sequences for place in range(sequences)]
     windows: list[list[int]] = []
     begin = 0
-    for document in _documents(text, seed):
+    for document in documents(text, seed):
         end = begin + _length(document)
         if windows and len(windows[-1]) < seq_len:
             windows[-1] += _ended(tokenizer, _token_ids(tokenizer, document, folder, seq_len))
@@ -177,8 +205,8 @@ def first_tokens(folder: Path, vocab_size: int, text: str, wanted: int, *, seed:
     document is followed by the end-of-sequence token."""
     tokenizer = load_tokenizer(folder)
     tokens: list[int] = []
-    for document in _documents(text, seed):
-        ids = _token_ids(tokenizer, document, folder, wanted - len(tokens))
+    for document in documents(text, seed):
+        ids = _token_ids(tokenizer, document, folder, wanted - len(tokens), ours=text in OURS)
         tokens += _ended(tokenizer, ids)
         if len(tokens) >= wanted:
             break
@@ -201,10 +229,17 @@ def _token_tensor(tokens: list[int] | list[list[int]], folder: Path, vocab_size:
 
 
 def _token_ids(
-    tokenizer: Any, document: Document, folder: Path, wanted: int, start: int = 0
+    tokenizer: Any,
+    document: Document,
+    folder: Path,
+    wanted: int,
+    start: int = 0,
+    *,
+    ours: bool = False,
 ) -> list[int]:
     """The tokens of a document, of a long one perhaps no more than are wanted. A chat is rendered
-    by the tokenizer's own template, which brings its special tokens.
+    by the tokenizer's own template, which brings its special tokens; one of ours, where there is
+    none, as plain text.
 
     Args:
         start: the character from which on, or the white space after it; a chat always is whole.
@@ -212,6 +247,8 @@ def _token_ids(
     if isinstance(document, str):
         return _first_ids(tokenizer, document, wanted, start)
     if tokenizer.chat_template is None:
+        if ours:
+            return _ids_of(tokenizer, "\n\n".join(turn["content"] for turn in document))
         raise UpcycleError(
             f'the text holds chats ("messages"), but the tokenizer in {folder} has no chat '
             'template: give "text", or a model with a template'
@@ -269,178 +306,3 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} holds no tokenizer that transformers reads, so no text can be "
             "tokenised: add the model's tokenizer files, or pass --calibration none"
         ) from error
-
-
-def check_text(text: str, flag: str = "--calibration") -> None:
-    """Raise the errors about a text that can be known without reading it.
-
-    `self` and `none` are calibration texts only.
-    """
-    names = ["builtin", "self", "none"] if flag == "--calibration" else ["builtin"]
-    if text in names:
-        return
-    if text.startswith("hf:"):
-        if not text.removeprefix("hf:").split(":")[0]:
-            raise UpcycleError(f"{flag} {text!r} names no dataset: hf:DATASET")
-        return
-    path = local_path(text)
-    if not path.is_file():
-        raise UpcycleError(
-            f"{flag} {text!r} is not a file: give {', '.join(names)}, "
-            "hf:DATASET[:split[:column]] or a .txt, .jsonl or .parquet file"
-        )
-    if path.suffix not in SUFFIXES:
-        raise UpcycleError(
-            f"{flag} {text!r} ends in {path.suffix!r}: known are {', '.join(SUFFIXES)}"
-        )
-
-
-def _documents(text: str, seed: int) -> Iterator[Document]:
-    if text == "builtin":
-        return _builtin(seed)
-    if text.startswith("hf:"):
-        return _hub_dataset(text.removeprefix("hf:"))
-    path = local_path(text)
-    if path.suffix == ".jsonl":
-        return _jsonl(path)
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    return iter([_read_text(path)])
-
-
-def _builtin(seed: int) -> Iterator[str]:
-    """Python's own documentation and standard-library source, evenly mixed: prose and code that
-    every installation holds."""
-    shuffle = random.Random(seed).shuffle
-    prose = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
-    code = list(_standard_library())
-    shuffle(prose)
-    shuffle(code)
-    places = [(i / len(kind), text) for kind in (prose, code) for i, text in enumerate(kind)]
-    yield from (text for _, text in sorted(places))
-
-
-def _standard_library() -> Iterator[str]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    paths = [folder / f"{name}.py" for name in BUILTIN_MODULES]
-    modules = (path.read_text(encoding="utf-8") for path in paths if path.is_file())
-    yield from (module[:MODULE_MOST] for module in modules)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
-    except UnicodeDecodeError as error:
-        raise UpcycleError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-
-
-def _jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UpcycleError(f"{path}, line {number}, is not JSON: {error}") from error
-        row = row if isinstance(row, dict) else {}
-        if isinstance(row.get("text"), str):
-            yield row["text"]
-        elif _is_chat(row.get("messages")):
-            yield row["messages"]
-        else:
-            raise UpcycleError(
-                f'{path}, line {number}, has neither a "text" string nor a "messages" list'
-            )
-
-
-def _is_chat(messages: Any) -> bool:
-    """A template would render anything else as nothing."""
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(isinstance(message, dict) for message in messages)
-    )
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UpcycleError(f"{path} needs `pip install upcycle[datasets]`") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UpcycleError(f"{path} is not a parquet file: {error}") from error
-    if "text" not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names)
-        raise UpcycleError(f'{path} has no column "text" (it has {names})')
-    kind = file.schema_arrow.field("text").type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UpcycleError(f'{path}: column "text" holds {kind}, not strings')
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
-
-
-def _hub_dataset(name: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UpcycleError(f"hf:{name} needs `pip install upcycle[datasets]`") from error
-    dataset, split, column = [*name.split(":"), "", ""][:3]
-    split, column = split or "train", column or "text"
-    try:
-        for row in datasets.load_dataset(dataset, split=split, streaming=True):
-            if column not in row:
-                raise UpcycleError(
-                    f"hf:{dataset} has no column {column!r} (it has {', '.join(row)})"
-                )
-            if not isinstance(row[column], str):
-                kind = type(row[column]).__name__
-                raise UpcycleError(f"hf:{dataset}: column {column!r} holds {kind}, not strings")
-            yield row[column]
-    except (ConnectionError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UpcycleError(f"hf:{dataset} can't be loaded: {reason}") from error
-
-
-def _written_by_model(
-    source: DenseSource, tokenizer: Any, sequences: int, seq_len: int, seed: int
-) -> Tensor:
-    """Text that the model writes itself (this loads the whole model): short documents, each begun
-    with a random token of the vocabulary so that they speak of many things (LLM-QAT,
-    arXiv:2305.17888)."""
-    from transformers import AutoModelForCausalLM
-
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    special = set(tokenizer.all_special_ids)
-    vocabulary = range(min(len(tokenizer), source.config.vocab_size))
-    words = torch.tensor([token for token in vocabulary if token not in special] or [start])
-    model = AutoModelForCausalLM.from_pretrained(source.folder)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        batches = []
-        for count in _batch_sizes(-(-sequences * seq_len // WRITTEN_LENGTH), WRITTEN_TOGETHER):
-            first = words[torch.randint(len(words), (count, 1))]
-            prompt = torch.cat([torch.full((count, 1), start), first], dim=1)
-            written = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                max_new_tokens=WRITTEN_LENGTH - 2,
-                min_new_tokens=WRITTEN_LENGTH - 2,
-                pad_token_id=start,
-            )
-            batches.append(written.flatten())
-    return torch.cat(batches)[: sequences * seq_len].view(sequences, seq_len)
-
-
-def _batch_sizes(total: int, size: int) -> list[int]:
-    return [min(size, total - done) for done in range(0, total, size)]

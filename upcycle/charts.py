@@ -80,9 +80,19 @@ def columns(
         for name, value in zip(names, values, strict=True)
     ]
     peak = max(range(len(bars)), key=lambda i: (bars[i].height, bars[i].value))
-    every = _step(len(bars) / 8, whole=True)
-    ticks = [Tick(_middle(i, len(bars)), name) for i, name in enumerate(names) if name % every == 0]
-    return Columns(bars, ticks, bars[peak], _middle(peak, len(bars)))
+    return Columns(bars, ticks(names), bars[peak], _middle(peak, len(bars)))
+
+
+def ticks(names: Sequence[int]) -> list[Tick]:
+    """Round numbers of those that stand side by side in rising order; about eight."""
+    every = _step(len(names) / 8, whole=True)
+    return [Tick(_middle(i, len(names)), name) for i, name in enumerate(names) if name % every == 0]
+
+
+def places(count: int) -> list[Tick]:
+    """Some of so many places side by side, at most 16, whatever stands there."""
+    every = int(_step(count / 16, whole=True))
+    return [Tick(_middle(i, count), i) for i in range(0, count, every)]
 
 
 def _middle(place: int, count: int) -> float:

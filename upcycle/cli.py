@@ -145,7 +145,8 @@ Against = Annotated[str | None, typer.Option(help="The dense model that MODEL wa
 Texts = Annotated[
     list[str] | None,
     typer.Option(
-        help="A .txt, .jsonl or .parquet file, builtin or hf:… Repeatable. [default: builtin]",
+        help="A .txt, .jsonl or .parquet file, probes, builtin or hf:… Repeatable. "
+        "[default: probes]",
         show_default=False,
     ),
 ]
@@ -240,7 +241,7 @@ def evaluate(
     model: Model,
     against: Against = None,
     text: Texts = None,
-    tokens: Annotated[int, typer.Option(min=8, help="Of each text, from all over it.")] = 16384,
+    tokens: Annotated[int, typer.Option(min=8, help="Of each text, from all over it.")] = 8192,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
     speed: Speed = False,
     card: Card = False,
@@ -276,7 +277,7 @@ def evaluate(
         with console.progress_bars(quiet=json_) as progress:
             report = measure(
                 model,
-                text or ["builtin"],
+                text or ["probes"],
                 against=against,
                 tokens=tokens,
                 seq_len=seq_len,
@@ -322,7 +323,8 @@ def report(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A .txt, .jsonl or .parquet file, builtin or hf:… Repeatable. [default: builtin]",
+            help="A .txt, .jsonl or .parquet file, probes, builtin or hf:… Repeatable. "
+            "[default: probes]",
             show_default=False,
         ),
     ] = None,
@@ -365,13 +367,13 @@ def report(
         _quiet_model_loading()
         found = facts.gather(model)
         if evaluation is not None:
-            found["evaluation"] = facts.read_evaluation(local_path(evaluation), found)
+            measured = facts.read_evaluation(local_path(evaluation), found)
         else:
             with console.progress_bars(quiet=False) as progress:
-                found["evaluation"] = facts.evaluate_model(
-                    model, text or ["builtin"], against, tokens or 4096, seq_len or 512, progress
+                measured = facts.evaluate_model(
+                    model, text or ["probes"], against, tokens or 4096, seq_len or 512, progress
                 )
-        write_whole(out, render(found))
+        write_whole(out, render(found, measured))
         sys.stdout.write(f"{out}\n")
 
 

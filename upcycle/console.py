@@ -10,7 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from upcycle.verdict import verdict
+
 if TYPE_CHECKING:
+    from upcycle.check import CheckReport
     from upcycle.conversion import Progress as OnProgress
     from upcycle.evaluate import Evaluation
     from upcycle.planning import Plan
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from upcycle.training.run import Watch
     from upcycle.training.settings import Training
 
+COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
 out = Console()
 err = Console(stderr=True)
 
@@ -248,6 +252,7 @@ def _layers(plan: "Plan") -> str:
 def show_conversion(conversion: "Conversion") -> None:
     """What changed and what it cost."""
     from upcycle.notes import usage
+    from upcycle.report import kind_name
 
     plan, check = conversion.plan, conversion.check
     rows: dict[str, Any] = {
@@ -259,28 +264,26 @@ def show_conversion(conversion: "Conversion") -> None:
     if check is not None:
         loads = [share for layer in check.load for share in layer]
         rows |= {
-            "perplexity": (f"{check.perplexity_dense:.2f}", f"{check.perplexity_moe:.2f}"),
-            "… ratio": ("1", f"{check.perplexity_ratio:.3f}"),
-            "KL to dense, nats": ("0", f"{check.kl:.4f}"),
-            "same next token": ("100 %", f"{100 * check.top1_agreement:.1f} %"),
-            "exactness": ("", _exactness(conversion)),
             "expert load": ("", f"{min(loads):.2f} to {max(loads):.2f} × fair share"),
             "dead experts": ("", f"{check.dead_experts} of {len(loads)}"),
         }
-    rows |= {
-        "time": ("", ", ".join(f"{name} {s:.0f} s" for name, s in conversion.seconds.items())),
-        "peak memory": ("", size(conversion.peak_bytes)),
-    }
+    rows["peak memory"] = ("", size(conversion.peak_bytes))
     out.print(usage(plan.recipe, plan.geometry), highlight=False)
-    title = f"{plan.source.label} → {plan.target}: {_method(plan)}; {_experts(plan)}"
-    table(title, rows, "dense", "MoE")
+    table(f"{plan.source.label} → {plan.target}", rows, "dense", "MoE")
+    took = ", ".join(f"{name} {s:.0f} s" for name, s in conversion.seconds.items())
+    out.print(f"Made: {_method(plan)}. Took: {took}.", highlight=False)
+    _show_trials(conversion)
     if check is not None:
+        out.print(f"Exactness: {_exactness(conversion)}.", highlight=False)
+        _show_kinds(check)
         out.print(
-            f"Measured on {check.tokens:,} held-back tokens of {plan.recipe.calibration}, "
-            f"windows of {check.window}.",
+            f"Perplexity on {check.tokens:,} tokens that nothing was fitted on, windows of "
+            f"{check.window}."
+            + "".join(f" Left out: {kind_name(kind)}." for kind in check.left_out),
             highlight=False,
         )
-        out.print(_verdict(conversion), highlight=False)
+        for sentence in _verdict(conversion):
+            out.print(sentence, highlight=False)
     else:
         out.print("Not checked (--check none).", highlight=False)
     out.print(
@@ -303,27 +306,82 @@ def _exactness(conversion: "Conversion") -> str:
     return f"ok, {what}: logits differ by {check.exact_error:.1g} σ"
 
 
-def _verdict(conversion: "Conversion") -> str:
+def _show_trials(conversion: "Conversion") -> None:
+    """What the choices of dense layers are worth; and what the one that was made costs."""
+    found, plan = conversion.dense_layers, conversion.plan
+    if found is None:
+        return
+    tried = ", ".join(
+        f"{trial.mean:.2f} × (worst text {trial.worst:.2f} ×) with {_named(trial.layers)}"
+        for trial in found.trials
+    )
+    out.print(f"Dense layers, tried on a few tokens: perplexity {tried}.", highlight=False)
+    barred = plan.runtimes_lost
+    if barred:
+        out.print(
+            f"For {_named(found.layers)} dense you lose {' and '.join(barred)}: "
+            f"--keep-dense none gives {'it' if len(barred) == 1 else 'them'} back.",
+            highlight=False,
+        )
+
+
+def _named(layers: tuple[int, ...]) -> str:
+    if not layers:
+        return "none"
+    return f"layer{'s' if len(layers) > 1 else ''} {' and '.join(map(str, layers))}"
+
+
+def _show_kinds(check: "CheckReport") -> None:
+    """A row per kind of text, the worst in the colour of what it means."""
+    from upcycle.report import kind_name
+
+    colour = COLOURS[verdict(check.ratios).grade]
+    rows = {}
+    for kind in check.kinds:
+        mark = f"[{colour}]{kind.ratio:.2f}[/]" if kind is check.worst else f"{kind.ratio:.2f}"
+        rows[kind_name(kind.kind)] = (
+            f"{kind.perplexity_dense:.2f}",
+            f"{kind.perplexity_moe:.2f}",
+            mark,
+            f"{kind.worst_window:.2f}",
+            f"{100 * kind.top1_agreement:.0f} %",
+        )
+    table("text", rows, "dense", "MoE", "ratio", "worst window", "same token")
+
+
+def _verdict(conversion: "Conversion") -> Iterator[str]:
+    """What the check means, in sentences."""
+    from upcycle.report import kind_name
+
     plan, check = conversion.plan, conversion.check
     if check is None:
-        return ""
-    ratio = check.perplexity_ratio
+        return
     if plan.recipe.method.name == "copy":
-        return "The function is unchanged; train it further so that the copies come to differ."
+        yield "The function is unchanged; train it further so that the copies come to differ."
+        return
+    found, worst = verdict(check.ratios), check.worst
     if plan.recipe.copies:
-        return f"Perplexity is {ratio:.2f} × the dense model's until the new neurons are trained."
-    first = "" if 0 in plan.spec.dense_layers else ", keep layers dense (--keep-dense auto)"
-    what, more = "split", "cut finer with more --experts"
-    if plan.recipe.prunes:
-        what, more = "pruning", "--calibration-tokens or --experts"
-    if ratio <= 1.1:
-        cost = round(100 * (ratio - 1), 1) + 0.0  # never -0.0
-        return f"The {what} costs {cost:.1f} % of perplexity."
-    return (
-        f"[bold yellow]The {what} costs much: perplexity is {ratio:.2f} × the dense model's.[/] "
-        f"To lose less, raise --active, {more}{first}; "
-        "or train the result further."
+        yield (
+            f"Perplexity is up to {worst.ratio:.2f} × the dense model's until the new neurons are "
+            "trained."
+        )
+        return
+    colour, where = COLOURS[found.grade], f"{worst.ratio:.2f} × the dense model's at worst"
+    if found.grade == "fine":
+        yield f"[{colour}]Fine as it is[/]: perplexity is {where} ({kind_name(worst.kind)})."
+        return
+    dose = f"about {found.tokens:,} tokens" if found.tokens else "millions of tokens"
+    more = "--active" if plan.request.top_k is None else "--top-k"
+    word = "Broken" if found.grade == "broken" else "Heal it"
+    yield (
+        f"[{colour}]{word}[/]: perplexity is {where} ({kind_name(worst.kind)}). "
+        f"upcycle finetune {conversion.out} --data … with {dose}, or raise {more}."
     )
+    if found.add:
+        yield (
+            f"{kind_name(found.add)} lost much more than the rest: add such text, "
+            f"--calibration {plan.recipe.calibration}+FILE."
+        )
 
 
 def show_evaluation(report: "Evaluation") -> None:

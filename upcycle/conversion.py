@@ -6,11 +6,12 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.activations import ACT2FN
@@ -22,18 +23,19 @@ from upcycle.assemble import (
     assemble_layer,
     dense_ffn,
 )
-from upcycle.calibrate import calibration_tokens, text_fingerprint
+from upcycle.calibrate import Calibration, calibration, text_fingerprint
 from upcycle.check import run_check
 from upcycle.dense import HiddenStream
+from upcycle.dense_layers import DenseLayers, choose_dense_layers
 from upcycle.errors import UpcycleError
 from upcycle.layer import ConvertedLayer, convert_layer
 from upcycle.planning import Plan, make_plan
-from upcycle.report import Conversion, model_card, report_json, versions
-from upcycle.sensitivity import choose_dense_layers
+from upcycle.report import Conversion, model_card, report_json
 from upcycle.sink import CheckpointWriter, Workspace
 from upcycle.source import copy_companions
 from upcycle.targets import TARGETS, older_spellings
 from upcycle.types import Activation, DenseFFN, ExpertLayout, LayerActivations, all_finite
+from upcycle.versions import versions
 
 DENSE_LAYERS = "layers to keep dense"
 
@@ -93,7 +95,8 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     def lap(stage: str) -> None:
         seconds[stage] = time.monotonic() - clock - sum(seconds.values())
 
-    fit_BL, held_BL = _tokens(plan)
+    tokens = _tokens(plan, progress)
+    fit_BL = tokens.fit_BL
     lap("calibration text")
     if plan.undecided:
         plan = _decide(plan, workspace, fit_BL, progress)
@@ -105,10 +108,11 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     check = None
     if plan.recipe.check != "none":
         all_on = _all_on(plan, workspace)
-        check = run_check(plan, workspace.folder, held_BL, progress, all_on)
+        check = run_check(plan, workspace.folder, tokens.held, progress, all_on)
         lap("check")
-    damage = workspace.records.get(DENSE_LAYERS, {}).get("damage")
-    conversion = Conversion(plan, out, check, seconds, peak, damage)
+    chosen = workspace.records.get(DENSE_LAYERS)
+    dense_layers = None if chosen is None else TypeAdapter(DenseLayers).validate_python(chosen)
+    conversion = Conversion(plan, out, check, seconds, peak, dense_layers)
     records = [workspace.records[unit] for unit in plan.units if unit.startswith("layer ")]
     (workspace.folder / "upcycle.json").write_text(report_json(conversion, records), "utf-8")
     (workspace.folder / "README.md").write_text(model_card(conversion), "utf-8")
@@ -118,8 +122,8 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
 def _decide(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> Plan:
     """The plan with the layers that are to stay dense, by measurement."""
     if DENSE_LAYERS not in workspace.records:
-        layers, damage = choose_dense_layers(plan, fit_BL, progress)
-        workspace.done(DENSE_LAYERS, {"layers": layers, "damage": damage})
+        chosen = choose_dense_layers(plan, fit_BL, progress)
+        workspace.done(DENSE_LAYERS, asdict(chosen))
     layers = tuple(workspace.records[DENSE_LAYERS]["layers"])
     decided = {"keep_dense": layers, "target": plan.target}
     return make_plan(plan.source, plan.request.model_copy(update=decided))
@@ -138,17 +142,18 @@ def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
         yield layer, replace(converted.ffn, down_DF=down_DF * times_F)
 
 
-def _tokens(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Sequences to fit on, and sequences held back for the check."""
-    seq_len = plan.recipe.seq_len
-    fit, held = plan.fit_tokens // seq_len, plan.held_tokens // seq_len
-    if fit + held == 0:
-        return torch.empty(0, seq_len), torch.empty(0, seq_len)
+def _tokens(plan: Plan, progress: Progress) -> Calibration:
     recipe = plan.recipe
-    tokens_BL = calibration_tokens(
-        plan.source, recipe.calibration, fit + held, seq_len, recipe.seed
+    return calibration(
+        plan.source,
+        recipe.calibration,
+        sequences=plan.fit_tokens // recipe.seq_len,
+        windows=plan.check_windows,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        device=plan.device,
+        progress=progress,
     )
-    return tokens_BL[:fit], tokens_BL[fit:]
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
@@ -217,7 +222,7 @@ def _write_layer(
     elif layer in plan.moe_layers and plan.sequential:
         converted = _take_up(plan, workspace, unit, ffn)
     if stream and activations and converted and plan.sequential:
-        stream.advance(layer, converted.output(activations, plan.geometry.top_k))
+        stream.advance(layer, converted.output(activations, plan.weigh))
     elif stream:
         stream.advance(layer)
     if not finished:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from upcycle.errors import UpcycleError
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
+PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -122,6 +123,14 @@ class HiddenStream:
         self.hidden += self.branches
         self.branches = []
         self.ffn = self.layers[layer] = nn.Identity()
+
+    def last_log_probs(self, outer: Mapping[str, Tensor], rows: int) -> Iterator[Tensor]:
+        """After the last layer: log-probabilities [t, V] of all tokens of the last sequences, in
+        order, PREDICTED_TOKENS at a time."""
+        last_TD = torch.cat(self.hidden)[-rows:].flatten(0, 1)
+        self.hidden = list(last_TD[None].split(PREDICTED_TOKENS, 1))
+        self.tokens_BL = self.tokens_BL[-rows:]
+        return (log_probs_1tV[0] for log_probs_1tV in self.log_probs(outer))
 
     @torch.no_grad()
     def log_probs(self, outer: Mapping[str, Tensor]) -> Iterator[Tensor]:

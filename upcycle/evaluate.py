@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from upcycle.anatomy import Size, expert_similarity, flops, measure_size
-from upcycle.calibrate import check_seq_len, check_text, packed_tokens
+from upcycle.calibrate import check_seq_len, packed_tokens
 from upcycle.device import choose_device
 from upcycle.errors import UpcycleError
 from upcycle.head import Decoded, decode, drop_layers
@@ -31,6 +31,7 @@ from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisatio
 from upcycle.source import checkpoint_folder, read_config
 from upcycle.speed import Speed, measure_speed
 from upcycle.tasks import TaskScores, open_tasks, run_tasks
+from upcycle.text import check_text
 
 Step = Callable[[int], None]
 """Told how many windows are done."""
@@ -155,7 +156,7 @@ def evaluate(
     texts: list[str],
     *,
     against: str | None = None,
-    tokens: int = 16384,
+    tokens: int = 8192,
     seq_len: int = 512,
     speed: bool = False,
     tasks: list[str] | None = None,

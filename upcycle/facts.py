@@ -7,17 +7,19 @@ field, never half a page.
 
 import json
 import os
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
 from upcycle.check import CheckReport
+from upcycle.dense_layers import DenseLayers
 from upcycle.errors import UpcycleError
-from upcycle.evaluate import Evaluation, Progress, evaluate, evaluation_summary
+from upcycle.evaluate import Evaluation, Progress, evaluate
 from upcycle.inspection import inspect_model
-from upcycle.recipe import first_problem
+from upcycle.recipe import Choice, first_problem
+from upcycle.sample import Sample, samples
 from upcycle.source import model_folder
 
 RECORD = "upcycle.json"
@@ -25,8 +27,18 @@ TRAIN_LOG = "train_log.jsonl"
 Read = TypeVar("Read")
 
 
-class Choice(BaseModel):
-    name: str
+class Inspection(BaseModel):
+    """What `upcycle inspect` says; a dense model has no experts."""
+
+    kind: str
+    architecture: str
+    experts: int = 0
+    top_k: int = 0
+    expert_size: int = 0
+
+    @property
+    def dense(self) -> bool:
+        return self.kind == "dense"
 
 
 class RecipeFacts(BaseModel, extra="allow"):
@@ -34,6 +46,7 @@ class RecipeFacts(BaseModel, extra="allow"):
     paper: str
     method: Choice
     split: Choice
+    shared: float | None = None
     shared_by: Choice
     router: Choice | None
     compensate: Choice | None = None
@@ -81,14 +94,14 @@ class Record(BaseModel):
     check: CheckReport | None
     seconds: dict[str, float]
     peak_memory: int
-    damage: list[float] | None = None
+    dense_layers: DenseLayers | None = None
     training: list[Training] = []
     versions: dict[str, str]
 
     @field_validator("check")
     @classmethod
     def _positive(cls, check: CheckReport | None) -> CheckReport | None:
-        if check and not (check.perplexity_dense > 0 and check.perplexity_moe > 0):
+        if check and not all(k.perplexity_dense > 0 and k.perplexity_moe > 0 for k in check.kinds):
             raise ValueError("perplexity_dense and perplexity_moe must be above 0")
         return check
 
@@ -108,28 +121,41 @@ class LogLine(BaseModel):
     validation: Validation | None = None
 
 
-def gather(model: str) -> dict[str, Any]:
-    """All that the page shows of a model, but its evaluation.
+@dataclass(frozen=True)
+class Facts:
+    """What the page shows of a model, but what is measured."""
+
+    model: str
+    inspection: Inspection
+    made: Record | None
+    log: list[LogLine]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the page shows that takes running the model."""
+
+    evaluation: Evaluation
+    samples: list[Sample]
+
+
+def gather(model: str) -> Facts:
+    """The facts that lie in the model's folder.
 
     Raises:
         UpcycleError: it is no model, or a file beside its weights is not what upcycle writes.
     """
-    inspection = inspect_model(model)
+    inspection = Inspection.model_validate(inspect_model(model))
     folder = model_folder(model, None)
     record, log = None, []
     if folder is not None and (folder / RECORD).is_file():
         record = read_record(folder / RECORD)
     if folder is not None and (folder / TRAIN_LOG).is_file():
         log = read_log(folder / TRAIN_LOG)
-    return {
-        "model": model,
-        "inspection": inspection,
-        "made": record,
-        "log": log,
-    }
+    return Facts(model, inspection, record, log)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> Record | None:
     """An upcycle.json; None if it tells of training only, as upcycle did not make the model.
 
     Raises:
@@ -139,11 +165,12 @@ def read_record(path: Path) -> dict[str, Any] | None:
     record = _json(_read(path), path, expected)
     if isinstance(record, dict) and "training" in record and "plan" not in record:
         return None
-    return _parse(TypeAdapter(Record), record, path, expected).model_dump()
+    return _parse(TypeAdapter(Record), record, path, expected)
 
 
-def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved `upcycle eval --json` of the model that `gather` found this of.
+def read_evaluation(path: Path, found: Facts) -> Measured:
+    """A saved `upcycle eval --json` of the model that `gather` found this of, and the `samples`
+    that it may hold.
 
     Raises:
         UpcycleError: it is missing, something else, or of another model.
@@ -154,10 +181,10 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     value = _json(_read(path), path, expected)
     saved = _parse(TypeAdapter(Evaluation), value, path, expected)
     layers = {len(layer.load) for layer in saved.routing}
-    experts = found["inspection"].get("experts")
+    experts = found.inspection.experts
     if layers != ({experts} if experts else set()):
         raise UpcycleError(
-            f"--evaluation {path} is of a model with {_experts(layers)}, but {found['model']} has "
+            f"--evaluation {path} is of a model with {_experts(layers)}, but {found.model} has "
             f"{experts or 'none'}: evaluate that model"
         )
     for layer in saved.routing:
@@ -167,7 +194,8 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path} is not {expected}: co_selection of layer {layer.layer} is not "
                 f"{size} x {size}, as load says"
             )
-    return evaluation_summary(saved)
+    written = _parse(TypeAdapter(list[Sample]), value.get("samples", []), path, expected)
+    return Measured(saved, written)
 
 
 def _experts(numbers: set[int]) -> str:
@@ -181,18 +209,20 @@ def evaluate_model(
     tokens: int,
     seq_len: int,
     progress: Progress,
-) -> dict[str, Any]:
-    """What `upcycle eval` would print.
+) -> Measured:
+    """What `upcycle eval` would print, and what the model writes.
 
     Raises:
         UpcycleError: as `evaluate` does.
     """
-    return evaluation_summary(
-        evaluate(model, texts, against=against, tokens=tokens, seq_len=seq_len, progress=progress)
+    evaluation = evaluate(
+        model, texts, against=against, tokens=tokens, seq_len=seq_len, progress=progress
     )
+    written = samples(model, against, lambda done, total: progress("writing", done, total))
+    return Measured(evaluation, written)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[LogLine]:
     """The lines of a train_log.jsonl.
 
     Raises:
@@ -202,8 +232,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(_read(path).splitlines(), 1):
         where = f"line {number} of {path}"
         if text.strip():
-            line = _parse(kind, _json(text, where, expected), where, expected)
-            lines.append(line.model_dump(exclude_none=True))
+            lines.append(_parse(kind, _json(text, where, expected), where, expected))
     return lines
 
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from upcycle.calibrate import texts
 from upcycle.paths import local_path
+from upcycle.text import texts
 
 
 def fitted_on(folder: Path) -> set[str]:

@@ -15,12 +15,12 @@ from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
 from upcycle.planning import refusals
 from upcycle.recipe import Recipe, load_recipe, shipped_presets, shipped_recipes, yaml_fields
-from upcycle.report import versions
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.source import DenseSource, model_folder, open_source, read_config, read_headers
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
+from upcycle.versions import versions
 
 
 def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:

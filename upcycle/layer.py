@@ -18,12 +18,7 @@ from upcycle.rng import generator
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.split import SPLITS
-from upcycle.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer, Selection, all_on
-
-# Small enough that softmax weights are equal, large enough that no selection flips; float16 can't
-# hold smaller router weights (measured in tests/test_exactness.py).
-TEMPERATURE = {torch.float16: 1e-3}
-DEFAULT_TEMPERATURE = 1e-4
+from upcycle.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer, Selection, Weigh
 
 
 @dataclass(frozen=True)
@@ -55,14 +50,13 @@ class ConvertedLayer:
         shared = self.ffn.take(shared_S) if len(shared_S) else None
         return MoELayer(self.router_ED, Experts(plan, layer, self.ffn, self.layout), shared)
 
-    def output(self, activations: LayerActivations, top_k: int) -> Tensor:
-        """A split's output y [T, D], the unweighted sum of what is on, for the inputs of the dense
-        FFN's activations."""
+    def output(self, activations: LayerActivations, weigh: Weigh) -> Tensor:
+        """A split's output y [T, D] for the inputs of the dense FFN's activations."""
         x_TD = activations.x_TD
         ffn = self.ffn.to(x_TD.device, x_TD.dtype)
         if len(self.permutation) > activations.ffn.num_neurons:
-            return self._expert_by_expert(ffn, x_TD, top_k)
-        selection = self.layout.selection(self.router_ED.to(x_TD), top_k)
+            return self._expert_by_expert(ffn, x_TD, weigh)
+        selection = self.layout.selection(self.router_ED.to(x_TD), weigh)
         y_TD = torch.empty_like(x_TD)
         chunks: Iterable[tuple[Tensor, ...]] = activations.chunks(y_TD)
         if not ffn.hides_as(activations.ffn):
@@ -72,14 +66,14 @@ class ConvertedLayer:
             torch.matmul(h_tF * selection(x_tD), ffn.down_DF.T, out=room_tD)
         return y_TD
 
-    def _expert_by_expert(self, ffn: DenseFFN, x_TD: Tensor, top_k: int) -> Tensor:
+    def _expert_by_expert(self, ffn: DenseFFN, x_TD: Tensor, weigh: Weigh) -> Tensor:
         """The same, where all neurons of all experts on every token would be too many."""
-        chosen_TK = (x_TD @ self.router_ED.to(x_TD).T).topk(top_k, dim=-1).indices
+        weight_TE = weigh(x_TD @ self.router_ED.to(x_TD).T)
         y_TD = torch.zeros_like(x_TD)
         for expert, neurons_M in enumerate(self.layout.experts_EM):
             own = ffn.take(neurons_M)
-            for tokens in (chosen_TK == expert).any(1).nonzero()[:, 0].split(BATCH_TOKENS):
-                y_TD[tokens] += own(x_TD[tokens])
+            for tokens in weight_TE[:, expert].nonzero()[:, 0].split(BATCH_TOKENS):
+                y_TD[tokens] += weight_TE[tokens, expert, None] * own(x_TD[tokens])
         return y_TD
 
 
@@ -110,13 +104,13 @@ def convert_layer(
         else:
             router_ED, layout = _copy_layer(plan, layer, activations)
         if plan.combine == "sum":
-            router_ED = temper(router_ED, activations.x_TD, plan.dtype)
+            router_ED = scaled(router_ED, activations.x_TD, plan.router_spread)
         router_ED = router_ED.to("cpu", plan.dtype)
         if plan.recipe.prunes:
             ffn, origin_F = _prune_layer(plan, activations, router_ED, weight_T)
             return ConvertedLayer.of_pruned(ffn, origin_F, router_ED)
         if weight_T is not None:
-            selection = layout.selection(router_ED.to(activations.x_TD), plan.geometry.top_k)
+            selection = layout.selection(router_ED.to(activations.x_TD), plan.weigh)
             y_TD = activations.output()
             if wanted_TD is not None:
                 y_TD.lerp_(wanted_TD, plan.feedback)
@@ -186,21 +180,27 @@ def _prune_layer(
     Each expert is pruned and refit for the tokens that it gets by the router as it will be stored.
     """
     x_TD = activations.x_TD
-    chosen_T = (x_TD @ router_ED.to(x_TD).T).argmax(1)
+    weight_TE = plan.weigh(x_TD @ router_ED.to(x_TD).T)
     count_T = torch.ones_like(x_TD[:, 0]) if weight_T is None else weight_T
     overall_F = overall_strength(activations, count_T)
     pruned, origins = [], []
     for expert in range(len(router_ED)):
-        tokens = (chosen_T == expert).nonzero()[:, 0]
+        tokens = weight_TE[:, expert].nonzero()[:, 0]
         own = LayerActivations(activations.ffn, x_TD[tokens])
         neurons_M = strongest_neurons(own, count_T[tokens], overall_F, plan.geometry.expert_size)
         kept = own.take(neurons_M)
         ffn = kept.ffn
         if weight_T is not None:
-            ffn = _compensate(plan, kept, all_on, own.output(), weight_T[tokens])
+            selection = _expert_alone(router_ED, plan.weigh, expert)
+            ffn = _compensate(plan, kept, selection, own.output(), weight_T[tokens])
         pruned.append(ffn.to("cpu", plan.dtype))
         origins.append(neurons_M.cpu())
     return DenseFFN.concatenate(pruned), torch.cat(origins)
+
+
+def _expert_alone(router_ED: Tensor, weigh: Weigh, expert: int) -> Selection:
+    """What all neurons of one expert count for tokens that get it."""
+    return lambda x_TD: weigh(x_TD @ router_ED.to(x_TD).T)[:, expert, None]
 
 
 def _compensate(
@@ -223,21 +223,19 @@ def _token_weights(norm_T: Tensor) -> Tensor:
     return weight_T / weight_T.mean()
 
 
-def temper(router_ED: Tensor, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The router scaled so that a token's logits spread by τ: its weights become equal.
+def scaled(router_ED: Tensor, x_TD: Tensor, spread: float) -> Tensor:
+    """The router scaled so that a token's logits have this standard deviation on average.
 
     What all rows have in common is taken out first: it shifts a token's logits together, which
     selects nothing, and would cost precision below float32 and equal weights under a sigmoid.
 
     Args:
         x_TD: calibration inputs, by which the spread is measured.
-        dtype: in which the router will be stored.
     """
     router_ED = router_ED - router_ED.mean(0)
     logits_TE = x_TD.float() @ router_ED.to(x_TD.device).float().T
-    spread = logits_TE.std(dim=1, correction=0).mean().item()
-    tau = TEMPERATURE.get(dtype, DEFAULT_TEMPERATURE)
-    return router_ED * (tau / spread if spread > 0 else tau)
+    measured = logits_TE.std(dim=1, correction=0).mean().item()
+    return router_ED * (spread / measured if measured > 0 else spread)
 
 
 @dataclass(frozen=True)

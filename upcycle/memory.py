@@ -6,14 +6,15 @@ Formulas name what is alive at a phase's peak; `benchmarks/convert.py` measures 
 
 import math
 
-from upcycle.calibrate import WRITTEN_LENGTH, WRITTEN_TOGETHER, texts
 from upcycle.compensate.descent import BATCH
 from upcycle.dense import BATCH_TOKENS
+from upcycle.dense_layers import DAMAGE_TOKENS
 from upcycle.planning import Plan
 from upcycle.prune import RANKING_TOKENS
-from upcycle.sensitivity import damage_sequences
 from upcycle.source import TensorInfo
+from upcycle.text import texts
 from upcycle.types import CHUNK_ELEMENTS, HELD_ELEMENTS, sampled
+from upcycle.writer import LENGTH, TOGETHER
 
 FLOAT, DOUBLE = 4, 8
 INTERPRETER = 420 * 10**6  # Python, torch and transformers
@@ -60,7 +61,7 @@ def _embedding(plan: Plan) -> int:
 def _sampling(plan: Plan) -> int:
     """The whole model writes calibration text, with keys and values of all that it has written."""
     fields = plan.source.arch.fields
-    tokens = min(WRITTEN_TOGETHER * WRITTEN_LENGTH, plan.fit_tokens + plan.held_tokens)
+    tokens = 2 * TOGETHER * LENGTH  # an opener may be as long
     width = 2 * fields["num_key_value_heads"] * plan.source.arch.head_dim
     cache = tokens * plan.source.arch.num_layers * width * plan.source.dtype.itemsize
     return _whole(plan) + int(cache)
@@ -75,9 +76,10 @@ def _writing(plan: Plan) -> int:
 
 def _measuring(plan: Plan) -> int:
     """The damage pass: a branch of the hidden states per layer, and at the end the divergence of
-    two sets of log-probabilities, which takes three more."""
-    arch, seq_len = plan.source.arch, plan.recipe.seq_len
-    tokens = min(plan.fit_tokens, damage_sequences(seq_len) * seq_len)
+    two sets of log-probabilities, which takes three more. (A trial takes less: of a layer what
+    fitting it does, on fewer tokens, and at the end three sets of as many log-probabilities.)"""
+    arch = plan.source.arch
+    tokens = min(plan.fit_tokens, DAMAGE_TOKENS)
     hidden = (arch.num_layers + 1) * tokens * arch.hidden_size * FLOAT
     in_a_layer = hidden + _widened(plan, _layer(plan)) + 3 * tokens * arch.intermediate_size * FLOAT
     outer = _outside_layers(plan)

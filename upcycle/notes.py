@@ -65,6 +65,20 @@ def runtime_refusals(
     return refusals
 
 
+def runtimes_lost(
+    recipe: Recipe, arch: Architecture, target: str, spec: MoESpec, combine: Combine
+) -> list[Runtime]:
+    """The runtimes that do not run the result because some of its layers are dense."""
+    split = replace(spec, dense_layers=())
+    without = recipe.model_copy(update={"keep_dense": ()})
+    return [
+        name
+        for name in TARGETS[target].runtimes
+        if _obstacles(name, recipe, arch, target, spec, combine)
+        and not _obstacles(name, without, arch, target, split, combine)
+    ]
+
+
 def _obstacles(
     runtime: Runtime,
     recipe: Recipe,

@@ -100,6 +100,15 @@ Sequential = Annotated[
         "--sequential/--no-sequential",
     ),
 ]
+RouterSpread = Annotated[
+    float | None,
+    setting(
+        "Standard deviation of a token's router logits over experts: the smaller, the more alike "
+        "their weights; the larger, the less training upsets it. [default: 0.1 with a refit, else "
+        "0.01]",
+        "--router-spread",
+    ),
+]
 KeepDense = Annotated[
     str | None,
     setting(
@@ -118,8 +127,9 @@ Target = Annotated[
 Calibration = Annotated[
     str | None,
     setting(
-        "builtin | self | a .txt, .jsonl or .parquet file | hf:DATASET[:split[:column]] | none; "
-        "several, joined by +, in equal parts",
+        "mixed (builtin and self) | builtin | self | a .txt, .jsonl or .parquet file | "
+        "hf:DATASET[:split[:column]] | none; several, joined by +, in equal parts. "
+        "[default: mixed]",
         "--calibration",
     ),
 ]
@@ -180,6 +190,7 @@ REQUEST: Options = {
     "router": (Router, None),
     "compensate": (Compensate, None),
     "sequential": (Sequential, None),
+    "router_spread": (RouterSpread, None),
     "keep_dense": (KeepDense, None),
     "target": (Target, None),
     "calibration": (Calibration, None),

@@ -14,11 +14,11 @@ from torch import Tensor
 from upcycle.architecture import Architecture, Trait
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.budget import geometries, geometry_of
-from upcycle.calibrate import check_seq_len, load_tokenizer
+from upcycle.calibrate import CHECK_WINDOW, check_seq_len, load_tokenizer
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
-from upcycle.notes import runtime_refusals, warnings
+from upcycle.notes import runtime_refusals, runtimes_lost, warnings
 from upcycle.paths import local_path
 from upcycle.recipe import Recipe
 from upcycle.registry import suggest
@@ -35,10 +35,19 @@ from upcycle.sink import TensorSpec, check_out
 from upcycle.source import DenseSource
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS, Combine, Gains, MoESpec, Runtime, common_fields
+from upcycle.text import PROBES, texts
 from upcycle.types import DenseFFN, Geometry, MoELayer
 
+WRITING = 1.5  # times its weights is what a model takes in memory that writes text
+SPREAD, UNFITTED_SPREAD = 0.1, 0.01
+"""Of a router's logits where a refit knows of the uneven weights that they make, and where none
+does: as large as costs little (docs/how-it-works.md), so that training finds an ordinary router."""
+EXACT_SPREAD = 1e-4
+"""Where copies must each count 1, though weights are not renormalised: softmax is then constant
+within the check's tolerance."""
 MOST_FEEDBACK = 0.5  # unless more is asked for
-CHECK_TOKENS = {"fast": 4096, "full": 16384, "none": 0}
+CHECK_TOKENS = {"fast": 1024, "full": 4096, "none": 0}
+"""Of each kind of text, at most."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,24 @@ class Plan:
     @property
     def gains(self) -> Gains:
         return self.spec.gains
+
+    def weigh(self, logits_TE: Tensor) -> Tensor:
+        """What each expert counts by the router's logits [T, E]; see `Routing.weights`."""
+        routing = TARGETS[self.target].routing
+        return routing.weights(logits_TE, self.geometry.top_k, self.gains)
+
+    @property
+    def runtimes_lost(self) -> list[Runtime]:
+        """The runtimes that do not run the result because some of its layers are dense."""
+        arch = self.source.arch
+        return runtimes_lost(self.recipe, arch, self.target, self.spec, self.combine)
+
+    @property
+    def router_spread(self) -> float:
+        """Standard deviation of a token's logits over experts."""
+        if self.recipe.copies:
+            return EXACT_SPREAD
+        return self.recipe.router_spread or (SPREAD if self.compensates else UNFITTED_SPREAD)
 
     @property
     def moe_layers(self) -> list[int]:
@@ -157,10 +184,18 @@ class Plan:
         return self.combine == "sum" or router_method(self.recipe).needs_activations
 
     @property
+    def check_windows(self) -> int:
+        """Windows of each kind of text that the check reads and no method sees, at most; one is
+        enough of copies, whose logits are compared anyway."""
+        window = min(self.recipe.seq_len, CHECK_WINDOW)
+        windows = -(-CHECK_TOKENS[self.recipe.check] // window)
+        return min(1, windows) if self.recipe.method.name == "copy" else windows
+
+    @property
     def held_tokens(self) -> int:
-        """Tokens that the check uses and no method sees."""
-        wanted = CHECK_TOKENS[self.recipe.check]
-        return -(-wanted // self.recipe.seq_len) * self.recipe.seq_len
+        """All that the check reads, at most."""
+        kinds = len(PROBES) + len(texts(self.recipe.calibration))
+        return kinds * self.check_windows * min(self.recipe.seq_len, CHECK_WINDOW)
 
     @property
     def fit_tokens(self) -> int:
@@ -216,6 +251,8 @@ def make_plan(
     )
     combine = _combine(recipe, geometry, target, targets)
     spec = MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
+    device = choose_device(recipe.device)
+    calibration, left_out = _calibration(recipe, source, device)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     fields = common_fields(source.arch, TARGETS[target], dtype)
     units = _units(source, target, spec, dtype)
@@ -225,7 +262,7 @@ def make_plan(
     plan = Plan(
         source=source,
         request=recipe,
-        recipe=_resolved(recipe, target, geometry),
+        recipe=_resolved(recipe, target, geometry, calibration),
         out=out,
         target=target,
         targets=targets,
@@ -234,18 +271,18 @@ def make_plan(
         spec=spec,
         config=fields | TARGETS[target].config(source.arch, spec),
         dtype=dtype,
-        device=choose_device(recipe.device),
+        device=device,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
-        warnings=tuple(warnings(recipe, spec)),
+        warnings=(*warnings(recipe, spec), *left_out),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
     )
     _check(plan, overwrite=overwrite)
     return plan
 
 
-def _resolved(recipe: Recipe, target: str, geometry: Geometry) -> Recipe:
+def _resolved(recipe: Recipe, target: str, geometry: Geometry, calibration: str) -> Recipe:
     """The recipe with what it left open."""
     decided = {
         "target": target,
@@ -253,8 +290,38 @@ def _resolved(recipe: Recipe, target: str, geometry: Geometry) -> Recipe:
         "top_k": geometry.top_k,
         "shared": geometry.shared_ratio,
         "router": router_choice(recipe),
+        "calibration": calibration,
     }
     return recipe.model_copy(update=decided)
+
+
+def _calibration(
+    recipe: Recipe, source: DenseSource, device: torch.device
+) -> tuple[str, tuple[str, ...]]:
+    """The calibration text, with `mixed` decided, and what is to be said of that."""
+    names = texts(recipe.calibration)
+    if "mixed" not in names:
+        return recipe.calibration, ()
+    mixed, notes = _mixed(recipe, source, device)
+    return "+".join(mixed if name == "mixed" else name for name in names), notes
+
+
+def _mixed(
+    recipe: Recipe, source: DenseSource, device: torch.device
+) -> tuple[str, tuple[str, ...]]:
+    """What `mixed` stands for: both, or the first alone where the model can't write."""
+    if recipe.copies:  # nothing is fitted
+        return "builtin", ()
+    needed = WRITING * sum(info.nbytes for info in source.tensors.values())
+    free = free_memory(device)
+    if needed <= free:
+        return "builtin+self", ()
+    note = (
+        f"calibration lacks the model's own writing, for which it would take {needed / 1e9:.1f} GB "
+        f"of memory ({free / 1e9:.1f} GB are free): add text of the kind that the model will see, "
+        "--calibration mixed+FILE"
+    )
+    return "builtin", (note,)
 
 
 def refusals(

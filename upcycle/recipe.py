@@ -114,6 +114,9 @@ class Recipe(BaseModel):
     sequential: bool = False
     """Each layer is fitted on what the layers already converted put out, not on the dense
     model's hidden states."""
+    router_spread: Annotated[float, Field(ge=1e-4, le=1)] | None = None
+    """Standard deviation of a token's logits over experts, to which the router is scaled: the
+    smaller, the more alike the experts' weights; the larger, the less training upsets it."""
     keep_dense: Annotated[
         Literal["auto"] | tuple[NonNegativeInt, ...], BeforeValidator(_as_layers)
     ] = ()
@@ -121,7 +124,7 @@ class Recipe(BaseModel):
     target: str = "auto"
     allow_frozen_router: bool = False
 
-    calibration: str = "builtin"
+    calibration: str = "mixed"
     calibration_tokens: PositiveInt = 32768
     seq_len: PositiveInt = Field(default=512, ge=8)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -196,9 +199,6 @@ def load_recipe(
         if given.get("top_k") is not None:
             raise UpcycleError("--active chooses --top-k: give one of them")
         fields.pop("top_k", None)
-    if given.get("top_k") is not None and fields.get("keep_dense") == "auto":
-        # Layers are kept dense at the cost of the others, which an explicit top_k does not allow.
-        del fields["keep_dense"]
     # A method first, then its parameters, in whichever order they were given.
     for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
         _override(fields, key, value)

@@ -1,8 +1,7 @@
 """What a conversion leaves to read: upcycle.json for machines, a model card for people."""
 
 import json
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import jinja2
 import yaml
 
-from upcycle.calibrate import texts
-from upcycle.check import CheckReport
+from upcycle.check import CheckReport, check_summary
 from upcycle.compensate import COMPENSATIONS
+from upcycle.dense_layers import DenseLayers
 from upcycle.frontmatter import read_card
 from upcycle.memory import peak_bytes
 from upcycle.paths import local_path
@@ -24,6 +23,9 @@ from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
+from upcycle.text import texts
+from upcycle.verdict import verdict
+from upcycle.versions import versions
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,8 @@ class Conversion:
     check: CheckReport | None
     seconds: Mapping[str, float]
     peak_bytes: int
-    damage: Sequence[float] | None = None
-    """Where the layers to keep dense were measured: KL per layer, if only it is cut down."""
-
-
-def versions() -> dict[str, str]:
-    """What a bug report needs to name."""
-    packages = ("torch", "transformers", "safetensors", "numpy", "scipy")
-    return {
-        "upcycle": version("upcycle"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    dense_layers: DenseLayers | None = None
+    """How the layers to keep dense were found, where they were measured."""
 
 
 def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
@@ -90,14 +82,13 @@ def conversion_summary(conversion: Conversion) -> dict[str, Any]:
     check = conversion.check
     return {
         "out": str(conversion.out),
-        "plan": plan_summary(conversion.plan, measured=conversion.damage is not None),
-        "check": None
-        if check is None
-        else asdict(check)
-        | {"perplexity_ratio": check.perplexity_ratio, "dead_experts": check.dead_experts},
+        "plan": plan_summary(conversion.plan, measured=conversion.dense_layers is not None),
+        "check": None if check is None else check_summary(check),
         "seconds": {stage: round(s, 3) for stage, s in conversion.seconds.items()},
         "peak_memory": conversion.peak_bytes,
-        "damage": conversion.damage,
+        "dense_layers": None
+        if conversion.dense_layers is None
+        else asdict(conversion.dense_layers),
     }
 
 
@@ -160,11 +151,21 @@ def model_card(conversion: Conversion) -> str:
         target=TARGETS[plan.target],
         name=_public_name(plan.source.label),
         check=conversion.check,
+        kind_name=kind_name,
+        verdict=conversion.check and verdict(conversion.check.ratios),
         text="+".join(_public_name(text) for text in texts(plan.recipe.calibration)),
         papers=papers(plan),
         compensation=COMPENSATIONS[plan.recipe.compensate.name],
         version=version("upcycle"),
     )
+
+
+def kind_name(text: str) -> str:
+    """What a row of the check is about."""
+    named = {"self": "its own writing"}
+    if text.startswith("probe:"):
+        return f"{text.removeprefix('probe:')}, built in"
+    return named.get(text, _public_name(text))
 
 
 def _public_name(source: str) -> str:

@@ -4,7 +4,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from upcycle.calibrate import check_text, texts
 from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
@@ -14,6 +13,7 @@ from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.source import DenseSource
 from upcycle.split import SPLITS
+from upcycle.text import check_text, texts
 from upcycle.types import sampled
 
 

@@ -25,8 +25,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 JOURNAL = "journal.jsonl"
 ASIDE = "aside"
 WRITE_BYTES = 2**20
-"""At a time. Writes of 4 MiB and more fill the page cache with huge pages, which are dear to get:
-on a virtual machine they took six times the kernel's time."""
+"""At a time. Longer writes may fill the page cache with huge pages, which can be dear to get: on a
+virtual machine, writes of 138 MB took the kernel 4.3 s for 2.8 GB, these 0.5 s."""
 
 
 @dataclass(frozen=True, slots=True)

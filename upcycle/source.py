@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -46,6 +47,10 @@ class TensorInfo:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

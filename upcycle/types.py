@@ -15,8 +15,11 @@ from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
 Selection = Callable[[Tensor], Tensor]
-"""How often each neuron is on, [T, F] (or for all alike, [T, 1]), for inputs x [T, D]; more than
-once where experts that hold the same neuron are on together."""
+"""What each neuron counts, [T, F] (or for all alike, [T, 1]), for inputs x [T, D]: nothing where no
+expert that holds it is on."""
+Weigh = Callable[[Tensor], Tensor]
+"""What each expert counts, [T, E], by the router's logits [T, E]: nothing where it is not
+selected."""
 
 CHUNK_ELEMENTS = 2**24  # of an h_TF chunk: 64 MB in float32, whatever F is
 HELD_ELEMENTS = 2**28  # of h_TF that a layer may hold: 1 GB in float32
@@ -143,11 +146,6 @@ class LayerActivations:
         return LayerActivations(self.ffn, evenly(self.x_TD, tokens))
 
 
-def all_on(x_TD: Tensor) -> Tensor:
-    """The selection of every neuron for every token."""
-    return x_TD.new_ones(len(x_TD), 1)
-
-
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity. (Both show in the least and the greatest
     value, which are found without a temporary of the tensor's size.)"""
@@ -231,8 +229,8 @@ class ExpertLayout:
         permutation = self.permutation
         return permutation.bincount(minlength=len(permutation))
 
-    def selection(self, router_ED: Tensor, top_k: int) -> Selection:
-        """The neurons that are on when a token takes the top_k experts by its logits."""
+    def selection(self, router_ED: Tensor, weigh: Weigh) -> Selection:
+        """What the neurons count when a token's experts count by its logits."""
         num_neurons = len(self.permutation)
         held_EF = router_ED.new_zeros(len(router_ED), num_neurons)
         held_EF.scatter_(1, self.experts_EM.to(router_ED.device), 1)
@@ -240,10 +238,7 @@ class ExpertLayout:
         shared_F[self.shared_S] = 1
 
         def select(x_TD: Tensor) -> Tensor:
-            logits_TE = x_TD @ router_ED.T
-            chosen_TK = logits_TE.topk(top_k, dim=-1).indices
-            on_TE = torch.zeros_like(logits_TE).scatter_(-1, chosen_TK, 1)
-            return shared_F + on_TE @ held_EF
+            return shared_F + weigh(x_TD @ router_ED.T) @ held_EF
 
         return select
 
@@ -263,13 +258,9 @@ class MoELayer:
     def num_experts(self) -> int:
         return self.router_ED.shape[0]
 
-    def __call__(self, x_TD: Tensor, top_k: int, *, average: bool = False) -> Tensor:
-        """The reference forward: the unweighted sum of the shared expert and the top_k routed
-        ones, or with `average` the routed ones weighted by softmax over the selected logits."""
-        logits_TE = x_TD @ self.router_ED.T
-        chosen = logits_TE.topk(top_k, dim=-1)
-        weights_TK = chosen.values.softmax(-1) if average else torch.ones_like(chosen.values)
-        weight_TE = torch.zeros_like(logits_TE).scatter(-1, chosen.indices, weights_TK)
+    def __call__(self, x_TD: Tensor, weigh: Weigh) -> Tensor:
+        """The reference forward: the shared expert and what the routed ones count."""
+        weight_TE = weigh(x_TD @ self.router_ED.T)
         y_TD = self.shared(x_TD) if self.shared else torch.zeros_like(x_TD)
         for e in range(self.num_experts):
             y_TD = y_TD + weight_TE[:, e, None] * self.expert(e)(x_TD)

@@ -7,12 +7,12 @@ from importlib.metadata import version
 
 import jinja2
 
-from upcycle.page import header, layers, origin, quality, routing, tables, training
-from upcycle.page.section import Facts
+from upcycle.facts import Facts, Measured
+from upcycle.page import advice, header, layers, origin, quality, routing, samples, tables, training
 from upcycle.page.words import digits, public_name
 
 
-def render(facts: Facts) -> str:
+def render(facts: Facts, measured: Measured) -> str:
     """The page. The template escapes everything that comes from the facts."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("upcycle"),
@@ -22,20 +22,23 @@ def render(facts: Facts) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["digits"] = digits
-    evaluation, made = facts["evaluation"], facts["made"]
+    evaluation = measured.evaluation
     return environment.get_template("report.html.jinja").render(
-        name=public_name(facts["model"]),
+        name=public_name(facts.model),
         kind=header.kind(facts),
-        verdict=header.verdict(facts),
+        verdict=header.verdict(evaluation),
         shape=header.shape(facts),
-        tiles=header.tiles(facts),
-        texts=quality.texts(evaluation, made),
-        damage=layers.damage(made),
-        similarity=layers.similarity(evaluation["similarity"]),
-        load=routing.load(evaluation["routing"]),
-        pairs=routing.pairs(evaluation["routing"]),
-        training=training.curves(facts["log"]),
+        tiles=header.tiles(facts.made, evaluation),
+        basis=quality.basis(evaluation),
+        texts=quality.texts(evaluation, facts.made),
+        samples=samples.written(measured.samples),
+        damage=layers.damage(facts.made),
+        similarity=layers.similarity(evaluation.similarity),
+        load=routing.load(evaluation.routing, layers.likeness(evaluation.similarity)),
+        pairs=routing.pairs(evaluation, facts.inspection.top_k),
+        training=training.curves(facts.log),
         tables=[sheet for sheet in (tables.speed(evaluation), tables.tasks(evaluation)) if sheet],
-        made=origin.conversion(made),
+        made=origin.conversion(facts.made),
+        advice=advice.advice(facts, evaluation),
         version=version("upcycle"),
     )

@@ -4,62 +4,61 @@ import math
 from typing import Any
 
 from upcycle.console import count
-from upcycle.page.quality import overall
-from upcycle.page.section import Facts, Section
+from upcycle.evaluate import Evaluation
+from upcycle.facts import Facts, Record
+from upcycle.page.quality import Overall, overall
+from upcycle.page.section import Section
 from upcycle.page.words import digits, percent, public_name
-
-LOSSY = 1.1
-"""The perplexity ratio above which a model is to be trained before use, as on its card."""
+from upcycle.verdict import FINE
 
 
 def kind(facts: Facts) -> str:
     """The line above the name: what the model is and where it comes from."""
-    inspection, made = facts["inspection"], facts["made"]
-    words = "dense model" if inspection["kind"] == "dense" else "Mixture-of-Experts"
-    source = f", made from {public_name(made['source']['name'])}" if made else ""
-    return f"{inspection['architecture']} {words}{source}"
+    words = "dense model" if facts.inspection.dense else "Mixture-of-Experts"
+    source = f", made from {public_name(facts.made.source.name)}" if facts.made else ""
+    return f"{facts.inspection.architecture} {words}{source}"
 
 
-def verdict(facts: Facts) -> str:
+def verdict(evaluation: Evaluation) -> str:
     """The page in one sentence: quality, and what a token costs."""
-    whole, params = overall(facts["evaluation"]), facts["evaluation"]["params"]
-    ratio = whole["ratio"]
+    whole, params = overall(evaluation), evaluation.params
+    ratio = whole.ratio
     if ratio is None:
-        quality = f"Perplexity is {digits(whole['perplexity'])}"
+        quality = f"Perplexity is {digits(whole.perplexity)}"
     else:
-        cost = ", so train it further before use" if ratio > LOSSY else ""
+        cost = ", so train it further before use" if ratio > FINE else ""
         quality = f"Perplexity is {digits(ratio, 4)} × the dense model's{cost}"
-    if facts["inspection"]["kind"] == "dense":
+    if not evaluation.routing:
         return f"{quality}; every parameter works on every token."
-    share = percent(params["active"] / params["total"])
-    return f"{quality}; {share} of its {count(params['total'])} parameters work on each token."
+    share = percent(params.active / params.total)
+    return f"{quality}; {share} of its {count(params.total)} parameters work on each token."
 
 
 def shape(facts: Facts) -> Section:
     """One token's experts: always on, chosen, idle."""
-    inspection, plan = facts["inspection"], (facts["made"] or {}).get("plan", {})
-    if inspection["kind"] == "dense":
+    inspection = facts.inspection
+    if inspection.dense:
         return None
-    shared, top_k, routed = plan.get("shared_size", 0), inspection["top_k"], inspection["experts"]
+    shared = facts.made.plan.shared_size if facts.made else 0
+    top_k, routed = inspection.top_k, inspection.experts
     always = f"a shared one of {shared} neurons, " if shared else ""
     return {
-        "shared": math.ceil(shared / inspection["expert_size"]),
+        "shared": math.ceil(shared / inspection.expert_size),
         "active": top_k,
         "idle": routed - top_k,
         "caption": f"A layer's experts for one token: {always}{top_k} of {routed} chosen by the "
-        f"router; {inspection['expert_size']} neurons each.",
+        f"router; {inspection.expert_size} neurons each.",
     }
 
 
-def tiles(facts: Facts) -> list[dict[str, Any]]:
+def tiles(made: Record | None, evaluation: Evaluation) -> list[dict[str, Any]]:
     """The key numbers; those that were not measured are left out."""
-    evaluation = facts["evaluation"]
     found = [*_quality_tiles(overall(evaluation)), *_cost_tiles(evaluation)]
-    if evaluation["routing"]:
-        dead = sum(layer["dead"] for layer in evaluation["routing"])
-        experts = sum(len(layer["load"]) for layer in evaluation["routing"])
-        if facts["made"]:
-            ffn = facts["made"]["plan"]["active_ffn_ratio"]
+    if evaluation.routing:
+        dead = sum(layer.dead for layer in evaluation.routing)
+        experts = sum(len(layer.load) for layer in evaluation.routing)
+        if made:
+            ffn = made.plan.active_ffn_ratio
             found.append(_tile("Active FFN neurons", percent(ffn), "of the dense model's", ffn))
         found.append(_tile("Dead experts", str(dead), f"of {experts:,} were never chosen"))
     return found
@@ -69,31 +68,31 @@ def _tile(label: str, value: str, note: str, part: float | None = None) -> dict[
     return {"label": label, "value": value, "note": note, "part": part}
 
 
-def _quality_tiles(whole: Facts) -> list[dict[str, Any]]:
-    perplexity = digits(whole["perplexity"], 4)
-    if whole["ratio"] is None:
-        return [_tile("Perplexity", perplexity, "no dense model to compare with")]
-    ratio, same = whole["ratio"], whole["agreement"]
+def _quality_tiles(whole: Overall) -> list[dict[str, Any]]:
+    against, ratio, kl, same = whole.against, whole.ratio, whole.kl, whole.agreement
+    if against is None or ratio is None or kl is None or same is None:
+        number = digits(whole.perplexity, 4)
+        return [_tile("Perplexity", number, "no dense model to compare with")]
     return [
-        _tile("Perplexity", f"{digits(whole['against'])} → {digits(whole['perplexity'])}",
+        _tile("Perplexity", f"{digits(against)} → {digits(whole.perplexity)}",
               "dense → this model"),
         _tile("Perplexity ratio", f"× {digits(ratio, 4)}", f"{100 * (ratio - 1):+.1f} %"),
-        _tile("KL to the dense model", digits(whole["kl"]), "nats per token"),
+        _tile("KL to the dense model", digits(kl), "nats per token"),
         _tile("Same next token", percent(same), "as the dense model predicts", same),
     ]  # fmt: skip
 
 
-def _cost_tiles(evaluation: Facts) -> list[dict[str, Any]]:
-    params, flops = evaluation["params"], evaluation["flops"]
-    dense, share = flops["active_against"], params["active"] / params["total"]
-    moe = bool(evaluation["routing"])
-    active = f"{percent(share)} of {count(params['total'])}" if moe else "all are active"
-    part = flops["active"] / dense if dense else None
+def _cost_tiles(evaluation: Evaluation) -> list[dict[str, Any]]:
+    params, flops = evaluation.params, evaluation.flops
+    dense, share = flops.active_against, params.active / params.total
+    moe = bool(evaluation.routing)
+    active = f"{percent(share)} of {count(params.total)}" if moe else "all are active"
+    part = flops.active / dense if dense else None
     return [
-        _tile("Active parameters", count(params["active"]), active, share if moe else None),
+        _tile("Active parameters", count(params.active), active, share if moe else None),
         _tile(
             "FLOPs per token",
-            count(flops["active"]),
+            count(flops.active),
             f"{percent(part)} of the dense model's" if part else "without attention scores",
             part,
         ),

@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 
 from upcycle import charts
-from upcycle.page.section import Facts, Section
-from upcycle.page.words import listing
+from upcycle.evaluate import LayerSimilarity
+from upcycle.facts import Record
+from upcycle.page.section import Section
+from upcycle.page.words import digits, listing
 
 ALIKE = 0.05
-"""Experts whose cosine is below it are as good as orthogonal."""
+"""A difference of cosines that counts for nothing."""
 
 
-def damage(made: Facts | None) -> Section:
-    """KL per layer if only that layer is cut down."""
-    values = made and made["damage"]
-    if not made or not values:
+def damage(made: Record | None) -> Section:
+    """KL per layer if only that layer is cut down; None where all layers are the same."""
+    values = made.dense_layers.damage if made and made.dense_layers else []
+    if not made or len({digits(value) for value in values}) < 2:
         return None
-    kept = made["plan"]["dense_layers"]
+    kept = made.plan.dense_layers
     fate = f"{listing(kept)} stayed dense" if kept else "no layer stayed dense"
     return {
         "note": f"KL to the dense model, in nats; {fate}.",
@@ -24,18 +26,28 @@ def damage(made: Facts | None) -> Section:
     }
 
 
-def similarity(layers: Sequence[Facts]) -> Section:
-    """How alike a layer's experts are."""
-    if not layers:
+def similarity(layers: Sequence[LayerSimilarity]) -> Section:
+    """How alike a layer's experts are; None where that is said by `likeness`."""
+    values = [layer.cosine for layer in layers]
+    if _level(values):
         return None
-    values = [layer["cosine"] for layer in layers]
-    if max(values) < ALIKE:
-        meaning = "near 0: they hold different neurons"
-    elif min(values) > 1 - ALIKE:
-        meaning = "near 1: they are copies of each other"
-    else:
-        meaning = "0 for different neurons, 1 for copies"
     return {
-        "note": f"Mean cosine of the weights of two experts; {meaning}.",
-        "chart": charts.columns(values, [layer["layer"] for layer in layers], full=1.0),
+        "note": "Mean cosine of the weights of two experts; 0 for different neurons, 1 for copies.",
+        "chart": charts.columns(values, [layer.layer for layer in layers], full=1.0),
     }
+
+
+def likeness(layers: Sequence[LayerSimilarity]) -> str:
+    """In a sentence, where the layers are about the same."""
+    values = [layer.cosine for layer in layers]
+    if not values or not _level(values):
+        return ""
+    mean = sum(values) / len(values)
+    meaning = ", as of different neurons" if mean < ALIKE else ""
+    meaning = ", as of copies" if mean > 1 - ALIKE else meaning
+    return f"The weights of two experts of a layer have a mean cosine of {mean:.2f}{meaning}."
+
+
+def _level(values: Sequence[float]) -> bool:
+    """Whether columns from 0 to 1 would look the same."""
+    return not values or max(values) - min(values) < ALIKE

@@ -3,30 +3,31 @@
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle.page.section import Facts, Section
+from upcycle.evaluate import Evaluation
+from upcycle.page.section import Section
 from upcycle.page.words import digits
 
 
-def speed(evaluation: Facts) -> Section:
+def speed(evaluation: Evaluation) -> Section:
     """Tokens per second, beside the dense model's if they were measured."""
-    measured = evaluation["speed"]
+    measured = evaluation.speed
     if not measured:
         return None
     rows = [
-        (name, *_beside(measured[key], measured[f"{key}_against"]))
-        for name, key in (("reading the prompt", "prefill"), ("writing", "decode"))
+        ("reading the prompt", *_beside(measured.prefill, measured.prefill_against)),
+        ("writing", *_beside(measured.decode, measured.decode_against)),
     ]
-    threads = f"{measured['threads']} thread" + ("" if measured["threads"] == 1 else "s")
+    threads = f"{measured.threads} thread" + ("" if measured.threads == 1 else "s")
     note = (
-        f"Batch size {measured['batch_size']}, {measured['dtype']}, on {threads}; experts computed "
-        f"by {measured['experts_implementation']}."
+        f"Batch size {measured.batch_size}, {measured.dtype}, on {threads}; experts computed "
+        f"by {measured.experts_implementation}."
     )
     return _sheet("speed", "Tokens per second: higher is better", note, rows)
 
 
-def tasks(evaluation: Facts) -> Section:
+def tasks(evaluation: Evaluation) -> Section:
     """Scores of lm-eval's tasks."""
-    scores = evaluation["tasks"]
+    scores = evaluation.tasks
     if not scores:
         return None
     rows = [

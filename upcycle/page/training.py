@@ -1,31 +1,32 @@
 """How training went."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from upcycle import charts
-from upcycle.page.section import Facts, Section
+from upcycle.facts import LogLine
+from upcycle.page.section import Section
 from upcycle.page.words import digits
 
-CURVES = (
-    ("Training loss", "loss", None),
-    ("Validation perplexity", "perplexity", "validation"),
-    ("KL to the dense model, in nats", "kl", "validation"),
-    ("Busiest expert, × its fair share", "imbalance", None),
-)
-"""Title, name in a line of the log, and the group of the line that holds it."""
+CURVES: dict[str, Callable[[LogLine], float | None]] = {
+    "Training loss": lambda line: line.loss,
+    "Validation perplexity": lambda line: line.validation.perplexity if line.validation else None,
+    "KL to the dense model, in nats": lambda line: line.validation.kl if line.validation else None,
+    "Busiest expert, × its fair share": lambda line: line.imbalance,
+}
+"""By title, what of a line of the log is drawn."""
 
 
-def curves(log: Sequence[Facts]) -> Section:
-    """The curves of `upcycle finetune`."""
+def curves(log: Sequence[LogLine]) -> Section:
+    """The curves of `upcycle finetune`; a level one says nothing."""
     panels = []
-    for title, name, group in CURVES:
-        parts = [(line["step"], line.get(group, {}) if group else line) for line in log]
-        chart = charts.curve([(step, part[name]) for step, part in parts if name in part])
+    for title, read in CURVES.items():
+        points = [(line.step, value) for line in log if (value := read(line)) is not None]
+        chart = charts.curve(points) if len({value for _, value in points}) > 1 else None
         if chart is not None:
             ends = f"{digits(chart.first)} at first, {digits(chart.last)} at last"
             panels.append({"title": title, "chart": chart, "text": f"{title}: {ends}."})
     if not panels:
         return None
-    rates = [line["tokens_per_second"] for line in log if "tokens_per_second" in line]
+    rates = [line.tokens_per_second for line in log if line.tokens_per_second is not None]
     rate = f", {digits(sum(rates) / len(rates))} tokens per second" if rates else ""
-    return {"note": f"{log[-1]['step']:,} steps{rate}.", "panels": panels}
+    return {"note": f"{log[-1].step:,} steps{rate}.", "panels": panels}

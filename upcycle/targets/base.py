@@ -3,10 +3,10 @@
 A dense FFN is a sum over neurons; native routers take a weighted mean over experts. Two ways to
 combine bridge that:
 
-- `sum` (splits): every selected expert must count with weight 1. The router is tempered, so that
-  all its weights are equal to O(τ), and the missing gain is folded into down_proj or a config
-  field. Where no runtime renormalises unless told to, the gain is E whatever top_k is, so top_k may
-  be changed later.
+- `sum` (splits): every selected expert counts about 1. The router's logits spread by τ, so that
+  its weights are equal to O(τ), and the missing gain is folded into down_proj or a config field;
+  what a refit fits are the weights as they are. Where no runtime renormalises unless told to, the
+  gain is E whatever top_k is, so top_k may be changed later.
 - `mean` (copies): weights add up to 1, and a mean of equal experts is the expert itself.
 """
 
@@ -29,18 +29,6 @@ SharedWidth = Literal["any", "multiple", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
-    """How the target's router weights the experts that it selects."""
-
-    score: Literal["softmax", "sigmoid"]
-    renormalises: Literal["always", "usually", "optional"]
-    """Whether the weights of the selected experts are divided by their sum. `usually`: the config
-    decides it in transformers, but llama.cpp always does."""
-    shared_gate: float | None = 1.0
-    """Weight of the shared expert when its gate is near zero; None where there is none."""
-
-
-@dataclass(frozen=True, slots=True)
 class Gains:
     """What turns a target's weighted mean into the combination that is wanted."""
 
@@ -53,6 +41,30 @@ class Gains:
     """`routed_scaling_factor`, where the target has it."""
     all_on: float
     """Further factor on the routed experts once top_k is set to E (for the check)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How the target's router weights the experts that it selects."""
+
+    score: Literal["softmax", "sigmoid"]
+    renormalises: Literal["always", "usually", "optional"]
+    """Whether the weights of the selected experts are divided by their sum. `usually`: the config
+    decides it in transformers, but llama.cpp always does."""
+    shared_gate: float | None = 1.0
+    """Weight of the shared expert when its gate is near zero; None where there is none."""
+
+    def weights(self, logits_TE: Tensor, top_k: int, gains: Gains) -> Tensor:
+        """What each expert counts for a token in the end, [T, E], its gains included: nothing where
+        it is not selected."""
+        logits_TE = logits_TE.float()
+        scores_TE = logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(-1)
+        chosen_TK = logits_TE.topk(top_k, dim=-1).indices
+        weights_TK = scores_TE.gather(-1, chosen_TK)
+        if gains.norm_topk_prob:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        weights_TK = weights_TK * (gains.routed * gains.scale)
+        return torch.zeros_like(scores_TE).scatter_(-1, chosen_TK, weights_TK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.calibrate import first_tokens, texts
+from upcycle.calibrate import first_tokens
 from upcycle.errors import UpcycleError
 from upcycle.rng import generator
+from upcycle.text import texts
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from upcycle.calibrate import check_seq_len, check_text, text_fingerprint, texts
+from upcycle.calibrate import check_seq_len, text_fingerprint
 from upcycle.errors import UpcycleError
-from upcycle.report import versions
 from upcycle.source import checkpoint_folder, fingerprint, open_source, read_config, read_headers
+from upcycle.text import check_text, texts
 from upcycle.training.settings import Training, load_training
+from upcycle.versions import versions
 
 
 class Origin(BaseModel, extra="allow"):

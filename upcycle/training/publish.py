@@ -120,10 +120,10 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
     error = relative_error(next_token_logits(written, window_L), expected_LV)
     # Below float32, rounding may send a token to other experts; its tensors have been compared.
     exact = run.accelerator.mixed_precision == "no" and plain.dtype == stored == torch.float32
-    if exact and not error <= TOLERANCE["sum"]:
+    if exact and not error <= TOLERANCE:
         raise CheckFailed(
             f"the written checkpoint is not the model that was trained: its logits differ by "
-            f"{error:.2g} of their spread (at most {TOLERANCE['sum']:g} is rounding)"
+            f"{error:.2g} of their spread (at most {TOLERANCE:g} is rounding)"
         )
     done = replace(done, reload_error=error)
     _write_history(done, folder, place, job.record)

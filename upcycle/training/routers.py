@@ -1,7 +1,7 @@
 """Routers while they are trained: in float32, watched, and at the scale that they were made for.
 
-The router of a split is tempered (see `targets.base`): its logits spread by 1e-4 or so, and the
-gain that makes up for its small weights is folded into down_proj. An optimiser whose step does
+A router may be tempered, where experts must count the same: its logits spread by 1e-4 or so, and
+the gain that makes up for its small weights is folded into down_proj. An optimiser whose step does
 not depend on the size of the gradient, as Adam's, would throw such a router over in one step and
 hardly move such a down_proj. `measure_scales` finds both factors; learning rates are multiplied by
 them, and the routers' losses see logits of ordinary spread.
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from upcycle.moe import MoEBlock, watch_selections
 
-TEMPERED = 0.01
-"""Logits that spread by less belong to a tempered router."""
+TEMPERED = 3e-3
+"""Logits that spread by less belong to a tempered router: well below the 0.01 of a split whose
+experts are not refit, so that no text makes it one in some layers only."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Scale:
 
     router: float = 1.0
     down_proj: float = 1.0
+    spread: float = 1.0
+    """Standard deviation of a token's logits, tempered or not: the unit of selection biases."""
 
 
 @dataclass
@@ -179,7 +182,7 @@ def measure_scales(model: nn.Module, blocks: list[MoEBlock], tokens_BL: Tensor) 
     for hook in hooks:
         hook.remove()
     return [
-        Scale(spread, 1 / weight) if 0 < spread < TEMPERED else Scale()
+        Scale(spread, 1 / weight, spread) if 0 < spread < TEMPERED else Scale(spread=spread)
         for spread, weight in zip(spreads, weights, strict=True)
     ]
 

@@ -74,7 +74,8 @@ class Training(BaseModel):
     balance: NonNegativeFloat = 0.0
     z_loss: NonNegativeFloat = 0.0
     balance_bias: NonNegativeFloat = 0.0
-    """Step of the selection bias, where the target has one: balance without a loss."""
+    """Step of the selection bias over the scores' spread, where the target has one: balance without
+    a loss."""
     dense_router_gradient: bool = False
 
     precision: Literal["no", "bf16", "fp16"] | None = None

@@ -1,0 +1,100 @@
+"""What an expert counts by its router: the plan's weights against what each native class of
+transformers adds up, with the dense model's own neurons."""
+
+import pytest
+import torch
+from models import PLAIN_SPLIT
+from reference import experts, load, logits, moe_layers, routers
+
+import upcycle
+from upcycle.targets import TARGETS
+
+FAMILY = {"qwen3_moe": "qwen3", "flex_olmo": "olmo2", "granitemoeshared": "granite"}
+"""Of a dense model that the target takes; else llama."""
+SPREAD = 0.3
+SPLITS = [
+    {"experts": 8, "top_k": 3, "shared": 0},
+    {"experts": 8, "top_k": 1, "shared": 0},
+    {"experts": 8, "top_k": 8, "shared": 0},
+]
+COPIES = [
+    {"method": "copy", "experts": 4, "top_k": 2},
+    {"method": "copy", "experts": 4, "granularity": 2, "top_k": 4},
+    {"method": "copy", "experts": 4, "top_k": 1},
+]
+
+
+def converted(dense, moe, name, settings):
+    """The plan, the dense model and the converted one."""
+    source = dense(FAMILY.get(name, "llama"))
+    wanted = {"target": name, "router_spread": SPREAD} | settings
+    out = moe(source, **wanted)
+    plan = upcycle.plan(str(source), **(PLAIN_SPLIT | wanted))
+    return plan, load(source), load(out), out
+
+
+@torch.no_grad()
+def seen_by_experts(model):
+    """Layer by layer: what the experts get, x [T, D], and what they put out together, y [T, D]."""
+    seen, hooks = [], []
+    for stacked in experts(model):
+        hooks.append(
+            stacked.register_forward_hook(
+                lambda _, args, y: seen.append((args[0].flatten(0, -2), y.flatten(0, -2)))
+            )
+        )
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def matrices(mlp):
+    """gate, up and down of a dense FFN."""
+    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+
+
+@pytest.mark.parametrize("settings", SPLITS, ids=str)
+@pytest.mark.parametrize("name", sorted(TARGETS))
+@torch.no_grad()
+def test_a_splits_experts_count_what_the_plan_weighs(dense, moe, name, settings):
+    plan, source, model, out = converted(dense, moe, name, settings)
+    layers = zip(seen_by_experts(model), routers(model), moe_layers(out), strict=True)
+    spreads = []
+    for (x_TD, y_TD), router, record in layers:
+        logits_TE = x_TD @ router.weight.T
+        weight_TE = plan.weigh(logits_TE)
+        assert ((weight_TE > 0).sum(1) == plan.geometry.top_k).all()
+        gate_FD, up_FD, down_DF = matrices(source.model.layers[record["layer"]].mlp)
+        act = source.model.layers[record["layer"]].mlp.act_fn
+        h_TF = act(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
+        members_EM = torch.tensor(record["permutation"]).view(plan.geometry.num_experts, -1)
+        expected_TD = sum(
+            weight_TE[:, e, None] * (h_TF[:, members_M] @ down_DF[:, members_M].T)
+            for e, members_M in enumerate(members_EM)
+        )
+        torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5 * y_TD.std().item())
+        spreads.append(logits_TE.std(1).mean().item())
+        assert 0.5 < weight_TE[weight_TE > 0].mean() < 2
+    assert sum(spreads) / len(spreads) == pytest.approx(SPREAD, rel=0.5)
+
+
+@pytest.mark.parametrize("settings", COPIES, ids=str)
+@pytest.mark.parametrize("name", sorted(TARGETS))
+@torch.no_grad()
+def test_copies_count_what_the_plan_weighs(dense, moe, name, settings):
+    if settings["top_k"] == 1 and TARGETS[name].routing.renormalises == "always":
+        settings = settings | {"allow_frozen_router": True}
+    plan, source, model, _ = converted(dense, moe, name, settings)
+    geometry = plan.geometry
+    layers = zip(seen_by_experts(model), routers(model), source.model.layers, strict=True)
+    for (x_TD, y_TD), router, block in layers:
+        weight_TE = plan.weigh(x_TD @ router.weight.T)
+        shards_TG = weight_TE.view(len(x_TD), geometry.copies, geometry.granularity).sum(1)
+        gate_FD, up_FD, down_DF = matrices(block.mlp)
+        h_TF = block.mlp.act_fn(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
+        count_TF = shards_TG.repeat_interleave(geometry.expert_size, dim=1)
+        expected_TD = (h_TF * count_TF) @ down_DF.T
+        torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5 * y_TD.std().item())
+        # Each neuron counts once in all; where weights are not renormalised, nearly.
+        torch.testing.assert_close(count_TF, torch.ones_like(count_TF), rtol=1e-3, atol=0)

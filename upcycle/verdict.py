@@ -1,0 +1,38 @@
+"""What a check's numbers mean for somebody who wants to use the model."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Grade = Literal["fine", "heal", "broken"]
+FINE, BROKEN = 1.1, 5.0
+"""Perplexity over the dense model's on the worst kind of text: up to the one a model may be used as
+it is; from the other it writes nonsense."""
+HEALING = ((1.3, 20_000), (1.5, 400_000))
+"""About how many tokens of `upcycle finetune` bring a ratio, up to the one given, to 1.25: what is
+left of its logarithm was (tokens / 5,000)^-0.14 in three runs of 16k to 131k
+(benchmarks/RESULTS.md). Larger ratios take millions."""
+OUTLIER = 1.5
+"""A kind that lost so many times what the others did was missing in the calibration."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a model is fine as it is, and if not, what to do."""
+
+    grade: Grade
+    tokens: int | None
+    """To heal it, one digit of them."""
+    add: str | None
+    """The kind of text that the calibration lacks, if one stands out."""
+
+
+def verdict(ratios: dict[str, float]) -> Verdict:
+    """Of the perplexity ratios by kind of text; the worst one counts."""
+    worst = max(ratios, key=lambda kind: ratios[kind])
+    ratio = ratios[worst]
+    others = sorted(value for kind, value in ratios.items() if kind != worst)
+    add = worst if others and ratio > OUTLIER * others[-1] else None
+    if ratio <= FINE:
+        return Verdict("fine", None, None)
+    tokens = next((tokens for most, tokens in HEALING if ratio <= most), None)
+    return Verdict("heal" if ratio < BROKEN else "broken", tokens, add)
