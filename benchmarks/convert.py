@@ -3,14 +3,20 @@
 Makes a llama of TinyLlama's shape with random bfloat16 weights in shards, then measures, each in a
 process of its own:
 
-- copy x4 against `cp` of the same number of bytes, alternating, on the same disk;
+- copy x4 against `cp` of what it wrote, in alternating rounds on the same disk. Both start on a
+  synced disk and both are timed until their bytes are on it (`sync`); of the conversion it is the
+  whole process that counts, start-up and imports included. What is compared are the medians.
 - peak resident memory of copy x4 and of a split, at two depths, to see whether it grows.
 
-    python benchmarks/convert.py --folder SCRATCH --json results.json
+    python benchmarks/convert.py --folder SCRATCH --rounds 5 --json results.json
+
+Times are fair only on a machine that does nothing else. On a busy one, a process that computes
+(imports) loses more than one that waits for a disk.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -84,31 +90,35 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+def timed(command: list[str]) -> tuple[str, float]:
+    """What a command prints, and its seconds until what it wrote is on the disk."""
+    os.sync()
+    start = time.monotonic()
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    os.sync()
+    return run.stdout, time.monotonic() - start
+
+
 def convert(model: Path, out: Path, *flags: str) -> dict[str, float]:
     """Seconds and peak bytes of one run of the command line."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "upcycle", "convert", str(model), "-o", str(out)]
-    start = time.monotonic()
-    run = subprocess.run(
-        [*command, "--check", "none", "--json", *flags], check=True, capture_output=True, text=True
-    )
-    report = json.loads(run.stdout)
+    printed, seconds = timed([*command, "--check", "none", "--json", *flags])
+    report = json.loads(printed)
     return {
-        "process_seconds": time.monotonic() - start,
+        "process_seconds": seconds,
         "conversion_seconds": report["seconds"]["conversion"],
         "peak_bytes": report["peak_memory"],
         "bytes": sum(p.stat().st_size for p in out.glob("*.safetensors")),
     }
 
 
-def copy_against_cp(model: Path, scratch: Path, repeats: int) -> list[dict[str, float]]:
+def copy_against_cp(model: Path, scratch: Path, rounds: int) -> list[dict[str, float]]:
     """Alternate copy x4 with `cp` of what it wrote."""
     rows = []
-    for _ in range(repeats):
+    for _ in range(rounds):
         row = convert(model, scratch / "copy", "--method", "copy", "--experts", "4", "--top-k", "2")
-        start = time.monotonic()
-        subprocess.run(["cp", "-r", scratch / "copy", scratch / "cp"], check=True)
-        row["cp_seconds"] = time.monotonic() - start
+        _, row["cp_seconds"] = timed(["cp", "-r", str(scratch / "copy"), str(scratch / "cp")])
         shutil.rmtree(scratch / "cp")
         rows.append(row)
     return rows
@@ -118,16 +128,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="scratch, 20 GB, emptied after")
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of copy x4 and cp in turn")
     parser.add_argument("--tokens", type=int, default=32768, help="calibration of the split")
-    parser.add_argument("--split-layers", type=int, nargs=2, default=(2, 6))
+    parser.add_argument("--split-layers", type=int, nargs="*", default=(2, 6))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     scratch = args.folder / "upcycle-benchmark"
     shutil.rmtree(scratch, ignore_errors=True)
     model = make_llama(scratch / "model", args.layers)
-    runs = copy_against_cp(model, scratch, args.repeats)
+    runs = copy_against_cp(model, scratch, args.rounds)
     shallow = make_llama(scratch / "shallow", args.layers // 2)
     copies = ("--method", "copy", "--experts", "4", "--top-k", "2")
     memory = {
@@ -148,13 +158,17 @@ def main() -> None:
 
 def show(runs: list[dict[str, float]], memory: dict[str, float]) -> None:
     console = Console()
-    times = Table("copy x4", "seconds", "over cp", title="time, median of alternating runs")
+    title = f"time, medians of {len(runs)} alternating rounds"
+    times = Table("copy x4", "seconds", "over cp", title=title)
     cp = statistics.median(run["cp_seconds"] for run in runs)
-    times.add_row(f"cp of {runs[0]['bytes'] / 1e9:.2f} GB", f"{cp:.1f}", "1")
-    for name in ("conversion_seconds", "process_seconds"):
-        ratio = statistics.median(run[name] / run["cp_seconds"] for run in runs)
+    times.add_row(f"cp and sync of {runs[0]['bytes'] / 1e9:.2f} GB", f"{cp:.1f}", "1")
+    rows = {
+        "conversion_seconds": "conversion alone, without sync",
+        "process_seconds": "whole process and sync",
+    }
+    for name, words in rows.items():
         seconds = statistics.median(run[name] for run in runs)
-        times.add_row(name.replace("_", ", "), f"{seconds:.1f}", f"{ratio:.2f}")
+        times.add_row(words, f"{seconds:.1f}", f"{seconds / cp:.2f}")
     console.print(times)
     peaks = Table("peak resident memory", "GB")
     for name, peak in memory.items():

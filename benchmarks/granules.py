@@ -1,8 +1,9 @@
 """What experts cost when served: one FFN layer, dense, split into 8 to 256 granules, and as 8
 pruned copies.
 
-Half of the granules are active, half of those shared, as in the default recipe; of the copies, each
-of which keeps half of the neurons, one is. Runs transformers' own Qwen2-MoE block (`grouped_mm`)
+A granule is a part of the FFN as wide as a routed expert; a quarter of them are the shared expert.
+Half of all are active, as in the default recipe; of the copies, each of which keeps half of the
+neurons, one is. Runs transformers' own Qwen2-MoE block (`grouped_mm`)
 beside the dense FFN on random weights, prefill (512 tokens) and decode (1 and 8 tokens), in turn,
 and prints the median time over the dense FFN's of the same round.
 

@@ -24,8 +24,8 @@ from rich.table import Table
 # asked share, layers kept dense counted as fully active.
 RECIPES: dict[str, list[str]] = {
     "default": [],
-    "64 granules": ["--experts", "64"],
-    "192 granules": ["--experts", "192"],
+    "48 experts": ["--experts", "48"],
+    "144 experts": ["--experts", "144"],
     "static": ["--recipe", "static"],
     "cmoe": ["--recipe", "cmoe"],
     "llama-moe-v2": ["--recipe", "llama-moe-v2"],
@@ -38,7 +38,7 @@ RECIPES: dict[str, list[str]] = {
     "not sequential": ["--no-sequential"],
     "no dense layers": ["--keep-dense", "none"],
     "coactivation": ["--split", "coactivation"],
-    "16 granules": ["--experts", "16"],
+    "12 experts": ["--experts", "12"],
 }
 
 
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace, name: str, ratio: int, out: Path) -> dict[
         *("--seq-len", str(args.seq_len)),
     )
     plan = report["plan"]
-    shape = f"S{plan['shared_experts']}A{plan['top_k']}E{plan['experts']}"
+    shape = f"{plan['top_k']} of {plan['experts']} x {plan['expert_size']} + {plan['shared_size']}"
     row: dict[str, Any] = {
         "recipe": name,
         "ratio": ratio,

@@ -184,7 +184,7 @@ def show(rows: list[dict[str, Any]], plans: dict[str, Plan]) -> None:
     table = Table("router", title=f"layers {layers}")
     for name, made in plans.items():
         cut = made.geometry
-        shape = f"S{cut.shared_experts}A{cut.top_k}E{cut.num_experts}"
+        shape = f"{cut.top_k} of {cut.num_experts} x {cut.expert_size} + {cut.shared_size}"
         table.add_column(f"{name} {shape}\nenergy kept, %")
         table.add_column("\nerror")
     for label in dict.fromkeys(row["router"] for row in rows):
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="that all is fitted on")
     parser.add_argument("--held-tokens", type=int, default=4096, help="the text after these")
     parser.add_argument("--layers", type=int, nargs="+", required=True)
-    parser.add_argument("--experts", type=int, help="shared ones included")
+    parser.add_argument("--experts", type=int, help="routed ones")
     parser.add_argument("--active", type=float, default=0.5, help="share of the neurons")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=30, help="of the trained routers, at most")
