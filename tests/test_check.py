@@ -16,9 +16,11 @@ from upcycle import CheckFailed, UpcycleError, check, conversion, planning
 from upcycle.assemble import assemble_head
 from upcycle.check import CheckReport, KindResult, check_summary
 from upcycle.cli import app
+from upcycle.evaluate import Comparison
 from upcycle.split import SPLITS
 from upcycle.targets import base
 from upcycle.text import PROBES
+from upcycle.verdict import verdict
 
 TOKENS = 128
 SETTINGS = PLAIN_SPLIT | {"router_spread": 0.1, "calibration_tokens": 128, "seq_len": 64}
@@ -403,3 +405,14 @@ def test_models_are_compared_in_what_fits(dense, monkeypatch, spare, dtype):
     free = SimpleNamespace(available=plan.check_bytes(torch.float32) + spare)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     assert check._dtype_that_fits(plan) == dtype
+
+
+def test_a_ratio_that_is_no_number_is_the_worst():
+    compared = Comparison(
+        [math.nan], [1.0], kl=0.0, top1_agreement=0.0, pairs=[], router_weights=[]
+    )
+    assert check._kind("web", 64, compared).ratio == math.inf
+    fine = kind_result("a", 1.0)
+    report = CheckReport(None, 1e-3, [fine, check._kind("web", 64, compared)], [], 64, [[1.0]])
+    assert report.worst.kind == "web"
+    assert verdict(report.ratios).grade == "broken"

@@ -164,12 +164,14 @@ def run_check(
 
 
 def _kind(kind: str, tokens: int, compared: Comparison) -> KindResult:
+    ratio = compared.perplexity / compared.perplexity_against
     return KindResult(
         kind=kind,
         tokens=tokens,
         perplexity_dense=compared.perplexity_against,
         perplexity_moe=compared.perplexity,
-        ratio=compared.perplexity / compared.perplexity_against,
+        # What is no number is the worst.
+        ratio=math.inf if math.isnan(ratio) else ratio,
         worst_window=compared.worst_window_ratio,
         kl=compared.kl,
         top1_agreement=compared.top1_agreement,
