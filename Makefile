@@ -17,7 +17,7 @@ $(MODEL): | $(BIN)/.installed
 
 demo: $(BIN)/.installed $(MODEL)
 	@echo "== A split: three quarters of the FFNs per token"
-	$(BIN)/upcycle convert $(MODEL) -o demo/split --overwrite --active 0.75 --calibration-tokens 8192
+	$(BIN)/upcycle convert $(MODEL) -o demo/split --overwrite --active 0.75 --keep-dense 0,29 --calibration-tokens 8192
 	@echo "== Copies: four of each FFN, two per token"
 	$(BIN)/upcycle convert $(MODEL) -o demo/copy --overwrite --method copy --experts 4 --top-k 2 --dtype bfloat16
 	@echo "== Both in plain transformers"
