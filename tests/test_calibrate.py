@@ -661,3 +661,13 @@ def test_our_chats_are_plain_text_where_there_is_no_template(tiny):
 def test_chats_in_a_file_need_a_template(tiny, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": shipped("probes", "chat")[0]}])
     assert "has no chat template" in refusal(tiny, path)
+
+
+def test_a_chat_of_ours_that_the_template_refuses_is_plain_text(tiny, monkeypatch):
+    tokenizer = calibrate.load_tokenizer(tiny.folder)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    found = calibrate._token_ids(tokenizer, chat, tiny.folder, 100, ours=True)
+    assert found == tokenizer("ab\n\nc")["input_ids"]
+    with pytest.raises(UpcycleError, match="refuses the messages"):
+        calibrate._token_ids(tokenizer, chat, tiny.folder, 100)

@@ -327,3 +327,24 @@ def test_what_the_text_depends_on_tells_caches_apart(own, cache, monkeypatch, ch
     other = {"wanted": lambda: place(WANTED + 1), "seed": lambda: place(seed=1)}
     assert other.get(change, place)() != first
     assert first.parent == cache
+
+
+def test_a_template_that_refuses_a_question_is_asked_none(dense):
+    tokenizer = load_tokenizer(dense())
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert writer._asked(tokenizer, "Why?") == []
+
+
+def test_a_template_brings_its_own_special_tokens():
+    seen = []
+
+    def tokenize(text, **settings):
+        seen.append(settings["add_special_tokens"])
+        return {"input_ids": [1, 2]}
+
+    class Tokenizer(SimpleNamespace):
+        __call__ = staticmethod(tokenize)
+
+    tokenizer = Tokenizer(chat_template="x", apply_chat_template=lambda *_, **__: "<s>Why?")
+    assert writer._asked(tokenizer, "Why?") == [[1, 2]]
+    assert seen == [False]

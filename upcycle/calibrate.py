@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UpcycleError
 from upcycle.paths import local_path
 from upcycle.source import DenseSource, companions
-from upcycle.text import OURS, PROBES, Document, documents, texts
+from upcycle.text import OURS, PROBES, TEMPLATE_ERRORS, Document, documents, texts
 from upcycle.writer import Progress, written_tokens
 
 SPREAD = 8
@@ -239,23 +238,26 @@ def _token_ids(
 ) -> list[int]:
     """The tokens of a document, of a long one perhaps no more than are wanted. A chat is rendered
     by the tokenizer's own template, which brings its special tokens; one of ours, where there is
-    none, as plain text.
+    none that takes it, as plain text.
 
     Args:
         start: the character from which on, or the white space after it; a chat always is whole.
     """
     if isinstance(document, str):
         return _first_ids(tokenizer, document, wanted, start)
+    plain = "\n\n".join(str(turn.get("content", "")) for turn in document)
     if tokenizer.chat_template is None:
         if ours:
-            return _ids_of(tokenizer, "\n\n".join(turn["content"] for turn in document))
+            return _ids_of(tokenizer, plain)
         raise UpcycleError(
             f'the text holds chats ("messages"), but the tokenizer in {folder} has no chat '
             'template: give "text", or a model with a template'
         )
     try:
         rendered = tokenizer.apply_chat_template(document, tokenize=False)
-    except (TemplateError, KeyError, TypeError, ValueError) as error:
+    except TEMPLATE_ERRORS as error:
+        if ours:
+            return _ids_of(tokenizer, plain)
         raise UpcycleError(
             f"the chat template in {folder} refuses the messages {str(document)[:80]}: {error}"
         ) from error

@@ -18,11 +18,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from upcycle.errors import UpcycleError
 from upcycle.paths import local_path
 
 Document = str | list[dict[str, Any]]
 """Text, or the messages of a chat."""
+TEMPLATE_ERRORS = (TemplateError, KeyError, TypeError, ValueError)
+"""What a chat template that refuses a chat raises."""
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 CORPUS = Path(str(resources.files("upcycle") / "corpus"))
 KINDS = ("encyclopedia", "web", "news", "fiction", "scholarly", "technical", "code", "chat")

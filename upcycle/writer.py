@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from upcycle.errors import UpcycleError
 from upcycle.source import DenseSource, companions
-from upcycle.text import KINDS, openers, paragraphs
+from upcycle.text import KINDS, TEMPLATE_ERRORS, openers, paragraphs
 from upcycle.versions import versions
 
 LENGTH = 256  # tokens that are written after an opener, at most
@@ -83,21 +83,30 @@ def written_tokens(
 def _prompts(model: Any, tokenizer: Any) -> list[list[int]]:
     """The openers, all kinds in turn; then those in the model's other languages."""
     kinds = [openers(kind) for kind in KINDS if kind != "chat"]
-    rows: list[list[str]] = [list(row) for row in zip(*kinds, strict=True)]
-    if tokenizer.chat_template is not None:
-        rows = [
-            [*row, _asked(tokenizer, ask)] for row, ask in zip(rows, openers("chat"), strict=True)
-        ]
+    rows = [[_ids(tokenizer, text) for text in row] for row in zip(*kinds, strict=True)]
+    for row, question in zip(rows, openers("chat"), strict=True):
+        row += _asked(tokenizer, question)
     foreign = [_beginning(text) for text in _foreign_paragraphs(model, tokenizer)]
     for number, text in enumerate(foreign):
-        rows[number % len(rows)].append(text)
-    return [list(tokenizer(text, verbose=False)["input_ids"]) for row in rows for text in row]
+        rows[number % len(rows)].append(_ids(tokenizer, text))
+    return [ids for row in rows for ids in row]
 
 
-def _asked(tokenizer: Any, question: str) -> str:
+def _ids(tokenizer: Any, text: str, **settings: bool) -> list[int]:
+    return list(tokenizer(text, verbose=False, **settings)["input_ids"])
+
+
+def _asked(tokenizer: Any, question: str) -> list[list[int]]:
+    """A question, up to where the answer begins; nothing where the template has no place for it."""
+    if tokenizer.chat_template is None:
+        return []
     message = {"role": "user", "content": question}
-    text: str = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    return text
+    try:
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    except TEMPLATE_ERRORS:
+        return []
+    # The template brings its own special tokens.
+    return [_ids(tokenizer, text, add_special_tokens=False)]
 
 
 def _beginning(text: str) -> str:
