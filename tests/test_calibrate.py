@@ -3,6 +3,7 @@ check, and every way it can be wrong."""
 
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -671,3 +672,11 @@ def test_a_chat_of_ours_that_the_template_refuses_is_plain_text(tiny, monkeypatc
     assert found == tokenizer("ab\n\nc")["input_ids"]
     with pytest.raises(UpcycleError, match="refuses the messages"):
         calibrate._token_ids(tokenizer, chat, tiny.folder, 100)
+
+
+def test_what_mixed_stands_for_is_part_of_a_runs_identity(dense):
+    """A resume with less memory free would fit on another text."""
+    plan = upcycle.plan(str(dense()), calibration="mixed", seq_len=64)
+    assert plan.recipe.calibration == "builtin+self"
+    other = replace(plan, recipe=plan.recipe.model_copy(update={"calibration": "builtin"}))
+    assert conversion.fingerprint(other) != conversion.fingerprint(plan)

@@ -82,7 +82,8 @@ def fingerprint(plan: Plan) -> str:
     ingredients = {
         "source": plan.source.fingerprint(),
         "text": text_fingerprint(plan.source.folder, plan.recipe.calibration),
-        "recipe": plan.request.settings(),
+        # Which texts `mixed` stands for depends on the memory that is free.
+        "recipe": plan.request.settings() | {"calibration": plan.recipe.calibration},
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
@@ -125,7 +126,7 @@ def _decide(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress
         chosen = choose_dense_layers(plan, fit_BL, progress)
         workspace.done(DENSE_LAYERS, asdict(chosen))
     layers = tuple(workspace.records[DENSE_LAYERS]["layers"])
-    decided = {"keep_dense": layers, "target": plan.target}
+    decided = {"keep_dense": layers, "target": plan.target, "calibration": plan.recipe.calibration}
     return make_plan(plan.source, plan.request.model_copy(update=decided))
 
 
