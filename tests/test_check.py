@@ -408,9 +408,7 @@ def test_models_are_compared_in_what_fits(dense, monkeypatch, spare, dtype):
 
 
 def test_a_ratio_that_is_no_number_is_the_worst():
-    compared = Comparison(
-        [math.nan], [1.0], kl=0.0, top1_agreement=0.0, pairs=[], router_weights=[]
-    )
+    compared = Comparison([math.nan], [1.0], kl=0.0, top1_agreement=0.0, pairs=[])
     assert check._kind("web", 64, compared).ratio == math.inf
     fine = kind_result("a", 1.0)
     report = CheckReport(None, 1e-3, [fine, check._kind("web", 64, compared)], [], 64, [[1.0]])

@@ -59,8 +59,6 @@ class Comparison:
     """Share of tokens whose most likely next token is the same."""
     pairs: list[Tensor]
     """Per MoE layer, how many tokens selected both of two experts [E, E]."""
-    router_weights: list[float]
-    """Per call of a router, the mean over tokens of the selected experts' weights, added up."""
 
     @property
     def perplexity(self) -> float:
@@ -387,12 +385,10 @@ def compare(
     agreement stay 0, and there are no losses of one."""
     blocks = moe_blocks(model)
     pairs = [torch.zeros((b.num_experts,) * 2, dtype=torch.float64) for b in blocks]
-    weights: list[float] = []
     windows: list[list[float]] = []
 
-    def see(place: int, chosen_TK: Tensor, weights_TK: Tensor) -> None:
+    def see(place: int, chosen_TK: Tensor, _: Tensor) -> None:
         pairs[place] += count_pairs(chosen_TK, len(pairs[place]))
-        weights.append(weights_TK.float().sum(-1).mean().item())
 
     with watch_selections(blocks, see):
         for i, window_L in enumerate(tokens_BL):
@@ -406,7 +402,6 @@ def compare(
         kl=sum(kl) / len(kl),
         top1_agreement=sum(agreement) / len(agreement),
         pairs=pairs,
-        router_weights=weights,
     )
 
 
