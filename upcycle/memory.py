@@ -4,14 +4,11 @@ Counted as on a CPU, where layers run in float32; on a GPU it is less, and most 
 Formulas name what is alive at a phase's peak; `benchmarks/convert.py` measures the whole.
 """
 
-import math
-
 from upcycle.compensate.descent import BATCH
 from upcycle.dense import BATCH_TOKENS
 from upcycle.dense_layers import DAMAGE_TOKENS
 from upcycle.planning import Plan
 from upcycle.prune import RANKING_TOKENS
-from upcycle.source import TensorInfo
 from upcycle.text import texts
 from upcycle.types import CHUNK_ELEMENTS, HELD_ELEMENTS, sampled
 from upcycle.writer import LENGTH, TOGETHER
@@ -47,7 +44,7 @@ def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
 
 def _outside_layers(plan: Plan) -> int:
     """Embeddings and head are read together."""
-    return sum(_stored(plan.source.tensors[name]) for name in plan.source.outer_names())
+    return sum(plan.source.tensors[name].nbytes for name in plan.source.outer_names())
 
 
 def _embedding(plan: Plan) -> int:
@@ -123,14 +120,14 @@ def _fitting(plan: Plan) -> int:
 
 def _whole(plan: Plan) -> int:
     """Bytes of all weights, as stored."""
-    return sum(map(_stored, plan.source.tensors.values()))
+    return sum(info.nbytes for info in plan.source.tensors.values())
 
 
 def _layer(plan: Plan) -> int:
     """Bytes of the largest layer, as stored."""
     layers = range(plan.source.arch.num_layers)
     return max(
-        sum(_stored(plan.source.tensors[name]) for name in plan.source.layer_names(layer))
+        sum(plan.source.tensors[name].nbytes for name in plan.source.layer_names(layer))
         for layer in layers
     )
 
@@ -144,10 +141,6 @@ def _widened(plan: Plan, stored: int) -> int:
     """Bytes of stored weights' copy in float32, which float32 itself does not need."""
     itemsize = plan.source.dtype.itemsize
     return 0 if itemsize == FLOAT else stored * FLOAT // itemsize
-
-
-def _stored(info: TensorInfo) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize
 
 
 def _vocab(plan: Plan) -> int:
