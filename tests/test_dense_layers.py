@@ -168,7 +168,7 @@ def test_a_sample_of_few_sequences_leaves_none_out():
 
 @pytest.mark.parametrize(
     ("rows", "seq_len", "pieces"),
-    [(4, 512, 4), (2, 1024, 4), (30, 60, 8), (1, 100, 1), (2, 128, 2), (1, 300, 2)],
+    [(4, 512, 4), (2, 1024, 4), (30, 60, 4), (1, 50, 1), (1, 128, 2), (1, 200, 3)],
 )
 def test_damage_is_measured_on_short_pieces_of_all_sequences(rows, seq_len, pieces):
     tokens_BL = torch.arange(rows * seq_len).view(rows, seq_len)
@@ -232,14 +232,16 @@ def test_where_only_the_first_layers_can_be_dense_one_is_tried(dense):
 @pytest.mark.parametrize(
     ("worth", "expected", "kind"),
     [
-        ({(): 2.0, (3,): 1.9, (1, 3): 1.8}, (1, 3), "any"),
-        ({(): 2.0, (3,): 1.97}, (), "any"),  # not worth its memory
-        ({(): 2.0, (3,): 1.9, (1, 3): 1.88}, (3,), "any"),
-        ({(): 2.0, (3,): 1.9, (1, 3): None}, (3,), "any"),
-        ({(): 2.0, (3,): None}, (), "any"),
+        ({(): 2.0, (0, 5): 1.9, (1, 3): 1.8}, (1, 3), "any"),
+        ({(): 2.0, (0, 5): 1.8, (1, 3): 1.9}, (0, 5), "any"),
+        ({(): 2.0, (0, 5): 1.93, (1, 3): 1.95}, (), "any"),  # two must be worth 4 %
+        ({(): 2.0, (0, 5): None, (1, 3): 1.8}, (1, 3), "any"),
+        ({(): 2.0, (0, 5): 1.8, (1, 3): None}, (0, 5), "any"),
         ({(): 2.0, (0,): 1.9, (0, 1): 1.8}, (0, 1), "prefix"),
+        ({(): 2.0, (0,): 1.9, (0, 1): 1.88}, (0,), "prefix"),
+        ({(): 2.0, (0,): 1.97, (0, 1): 1.94}, (), "prefix"),  # not worth its memory
         # The worst text counts, though the mean is worse.
-        ({(): {"a": 2.0, "b": 1.0}, (3,): 1.9, (1, 3): 1.9}, (3,), "any"),
+        ({(): {"a": 2.0, "b": 1.0}, (0, 5): 2.1, (1, 3): 1.9}, (1, 3), "any"),
     ],
 )
 def test_beside_a_fixed_top_k_few_layers_stay_dense_that_better_the_worst_text(
@@ -251,25 +253,36 @@ def test_beside_a_fixed_top_k_few_layers_stay_dense_that_better_the_worst_text(
     assert tried == list(worth)
 
 
-def test_one_layer_in_ten_is_the_most_that_nobody_pays_for():
-    """A layer more must better the worst text by 2 %, two by as much again."""
-    damage = [float(i) for i in range(40)]
-    worth = {(): 2.0, (39,): 1.9, (38, 39): 1.8, (36, 37, 38, 39): 1.72}
-    attempt, tried = made_up(worth)
-    plan = SimpleNamespace(target="qwen2_moe")
-    assert dense_layers._few(plan, damage, attempt).layers == (36, 37, 38, 39)
-    assert tried == list(worth)
-    attempt, _ = made_up(worth | {(36, 37, 38, 39): 1.74})
-    assert dense_layers._few(plan, damage, attempt).layers == (38, 39)
+@pytest.mark.parametrize(
+    ("layers", "many"),
+    [(24, (12, 22)), (29, (12, 22)), (30, (0, 22, 29)), (40, (0, 12, 22, 39))],
+)
+def test_one_layer_in_ten_is_the_most_that_nobody_pays_for(layers, many):
+    """With the first and the last among them, if there is room for others; each must better the
+    worst text by 2 %."""
+    damage = [1.0] * layers
+    damage[12], damage[22] = 5.0, 9.0
+    plan, ends = SimpleNamespace(target="qwen2_moe"), (0, layers - 1)
+    more = 1.02 ** (len(many) - len(ends))
+    for gain, expected in ((1.001, many), (0.999, ends)):
+        attempt, tried = made_up({(): 2.0, ends: 1.8, many: 1.8 / more / gain})
+        assert dense_layers._few(plan, damage, attempt).layers == expected
+        assert tried == [(), *sorted([ends, many], key=lambda c: (len(c), c))]
 
 
-@pytest.mark.parametrize("settings", [{"active": 0.5}, {"experts": 8, "top_k": 3}], ids=str)
-def test_all_trials_are_reported_and_none_is_made_twice(dense, text, monkeypatch, settings):
+@pytest.mark.parametrize(
+    ("settings", "proposed"),
+    [({"active": 0.5}, (1,)), ({"experts": 8, "top_k": 3}, (0, 1))],
+    ids=str,
+)
+def test_all_trials_are_reported_and_none_is_made_twice(
+    dense, text, monkeypatch, settings, proposed
+):
     calls, steps = [], []
 
     def tried(plan, layers, sample, dense_losses):
         calls.append(layers)
-        if len(layers) == 2:
+        if layers == (0, 2):
             raise UpcycleError("too many")
         return Trial(layers, {"a": 2.0 - len(layers) / 2})
 
@@ -278,9 +291,9 @@ def test_all_trials_are_reported_and_none_is_made_twice(dense, text, monkeypatch
     plan = upcycle.plan(str(dense()), **PLAIN | {"calibration": str(text)} | settings)
     fit_BL = conversion._tokens(plan, quiet).fit_BL
     chosen = choose_dense_layers(plan, fit_BL, lambda *step: steps.append(step))
-    assert chosen.layers == (1,)
+    assert chosen.layers == proposed
     assert chosen.damage == [0.1, 9.0, 0.1]
-    assert [trial.layers for trial in chosen.trials] == [(), (1,)]
+    assert [trial.layers for trial in chosen.trials] == [(), proposed]
     assert len(set(calls)) == len(calls) == 3
     assert steps[0] == ("trying dense layers", 0, 1)
     assert steps[-1] == ("trying dense layers", 2, 2)

@@ -25,9 +25,9 @@ from upcycle.targets import TARGETS
 from upcycle.text import texts
 from upcycle.types import LayerActivations
 
-FIT_TOKENS, HELD_TOKENS, DAMAGE_TOKENS = 2048, 1024, 512
+FIT_TOKENS, HELD_TOKENS, DAMAGE_TOKENS = 2048, 1024, 256
 """Of the calibration tokens, to fit a trial on, to measure it on, and to measure damage on."""
-DAMAGE_LENGTH = 128  # tokens of a sequence on which damage is measured
+DAMAGE_LENGTH = 64  # tokens of a sequence on which damage is measured
 DAMAGE_EXPONENT = 1.6
 """Perplexity's logarithm grows like the share that is off to this power (measured on one model: it
 only proposes what to try)."""
@@ -120,30 +120,51 @@ def _most_worth(plan: Plan, damage: list[float], attempt: Attempt) -> Trial:
     kind = TARGETS[plan.target].dense_layers
     most = len(plan.geometries()) - 1
     proposed = best_dense_layers(damage, plan.active_ffn_ratio, kind, most)
-    simple = (0,) if kind == "prefix" else (0, len(damage) - 1)
-    choices = sorted({(), simple, proposed}, key=len)
-    tried = [trial for trial in map(attempt, choices) if trial is not None]
-    best = tried[0]
-    for trial in tried[1:]:
+    best, *others = _tried({(), _ends(kind, len(damage)), proposed}, attempt)
+    for trial in others:
         if trial.mean * GAIN < best.mean:
             best = trial
     return best
 
 
 def _few(plan: Plan, damage: list[float], attempt: Attempt) -> Trial:
-    """The most damaged layers, as long as each betters the worst text, if nobody pays for them."""
+    """If nobody pays for them: of no dense layer, the first and the last, and as many as may be
+    dense, what is best for the worst text, which each must better.
+
+    With the first and the last among those many, if there is room for others: together these two
+    are worth more than damage, which is each layer's alone, says of them.
+    """
     kind = TARGETS[plan.target].dense_layers
-    layers = range(len(damage))
-    order = list(layers) if kind == "prefix" else sorted(layers, key=lambda i: -damage[i])
-    best = attempt(())
-    assert best is not None  # the plan itself
-    for count in sorted({1, FEW, max(FEW, len(damage) // ONE_IN)}):
-        trial = attempt(tuple(sorted(order[:count])))
-        added = count - len(best.layers)
-        if trial is None or trial.worst * GAIN**added > best.worst:
-            break
-        best = trial
+    ends = _ends(kind, len(damage))
+    many = max(FEW, len(damage) // ONE_IN)
+    first = ends if many > FEW else ()
+    order = _by_damage(damage, kind, first)
+    best, *others = _tried({(), ends, tuple(sorted(order[:many]))}, attempt)
+    for trial in others:
+        if trial.worst * GAIN ** (len(trial.layers) - len(best.layers)) < best.worst:
+            best = trial
     return best
+
+
+def _tried(choices: set[tuple[int, ...]], attempt: Attempt) -> list[Trial]:
+    """Trials of the choices that can be carried out, the fewest dense layers first."""
+    ordered = sorted(choices, key=lambda layers: (len(layers), layers))
+    return [trial for trial in map(attempt, ordered) if trial is not None]
+
+
+def _ends(kind: str, layers: int) -> tuple[int, ...]:
+    """The first layer and the last, of those that a target can keep dense."""
+    return (0,) if kind == "prefix" else tuple(sorted({0, layers - 1}))
+
+
+def _by_damage(damage: list[float], kind: str, first: tuple[int, ...] = ()) -> list[int]:
+    """Layers in the order in which they become dense: after these, the most damaged."""
+    layers = range(len(damage))
+    return (
+        list(layers)
+        if kind == "prefix"
+        else sorted(layers, key=lambda i: (i not in first, -damage[i]))
+    )
 
 
 def best_dense_layers(
@@ -160,10 +181,9 @@ def best_dense_layers(
     """
     if active >= 1 or kind == "none":
         return ()
-    layers = range(len(damage))
-    order = list(layers) if kind == "prefix" else sorted(layers, key=lambda i: -damage[i])
+    order = _by_damage(damage, kind)
     best, least = 0, sum(damage)
-    for count in layers if most is None else layers[: most + 1]:
+    for count in range(len(damage) if most is None else min(len(damage), most + 1)):
         share = moe_share(active, len(damage), count)
         if share <= 0:
             break
