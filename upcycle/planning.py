@@ -41,7 +41,8 @@ from upcycle.types import DenseFFN, Geometry, MoELayer
 WRITING = 1.5  # times its weights is what a model takes in memory that writes text
 SPREAD, UNFITTED_SPREAD = 0.1, 0.01
 """Of a router's logits where a refit knows of the uneven weights that they make, and where none
-does: as large as costs little (docs/how-it-works.md), so that training finds an ordinary router."""
+does: as large as costs little (docs/concepts/identity.md), so that training finds an ordinary
+router."""
 EXACT_SPREAD = 1e-4
 """Where copies must each count 1, though weights are not renormalised: softmax is then constant
 within the check's tolerance."""

@@ -10,7 +10,7 @@ it is; from the other it writes nonsense."""
 HEALING = ((1.3, 20_000), (1.5, 400_000))
 """About how many tokens of `upcycle finetune` bring a ratio, up to the one given, to 1.25: what is
 left of its logarithm was (tokens / 5,000)^-0.14 in three runs of 16k to 131k
-(benchmarks/RESULTS.md). Larger ratios take millions."""
+(dev/log.md). Larger ratios take millions."""
 OUTLIER = 1.5
 """A kind that lost so many times what the others did was missing in the calibration."""
 

@@ -28,7 +28,7 @@ class LeastSquaresParams(Params):
     feedback: float | None = Field(default=None, ge=0, le=1)
     """How far the wanted output is moved from the dense FFN's, on what the layer sees, to the one
     that would bring the hidden states back to the dense model's. By default half the way, or the
-    active share if that is less (docs/how-it-works.md has what was measured)."""
+    active share if that is less (docs/concepts/feedback.md has what was measured)."""
 
 
 @compensation(

@@ -2,7 +2,7 @@
 
 Each says what stands between the runtime and a model, as a part of a sentence; nothing if nothing
 does. Compared with transformers at llama.cpp b11549, vLLM 0.32 and mlx-lm 0.32
-(benchmarks/RESULTS.md).
+(dev/log.md).
 """
 
 from upcycle.architecture import Architecture, Trait
