@@ -1,0 +1,226 @@
+"""The tables and the picture of the docs, from benchmarks/results/*.json.
+
+Each file there is one question: the newest numbers that answer it, and how they came about.
+docs/results.md has them all; README.md has five rows in words and docs/half.svg, between two
+comments that name this script.
+
+    python benchmarks/tables.py [--no-picture]    # the picture wants upcycle[benchmarks]
+"""
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PICTURE = ROOT / "docs/results.md", ROOT / "docs/half.svg"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- by benchmarks/tables.py -->\n", "<!-- end -->\n"
+SECTIONS = {
+    "Quality without training": ("kinds", "shares", "second-model"),
+    "Training": ("heal", "heal-131k", "plain-training", "copies", "training-loop"),
+    "Time and memory": ("conversion-time", "copying", "memory", "granules"),
+    "Other runtimes": ("vllm", "llama-cpp", "llama-cpp-quantised", "llama-cpp-speed"),
+    "What the choices are worth": ("calibration", "spread", "clustering", "routers"),
+}
+TEXTS = ("web", "code", "encyclopaedia", "technical", "news")
+OLDER_TEXTS = ("WikiText-2", "code", "prose")
+WORDS = {
+    1: "as much",
+    1.1: "a tenth more",
+    1.25: "a quarter more",
+    4 / 3: "a third more",
+    1.5: "half more",
+    5 / 3: "two thirds more",
+    1.8: "four fifths more",
+    2: "twice",
+    2.25: "two and a quarter times",
+    2.5: "two and a half times",
+    3: "three times",
+    3.5: "three and a half times",
+    4: "four times",
+}
+INTRO = """# Results
+
+One table per question, the newest numbers only; what was measured before, and how it came about, is
+in [the log](../dev/log.md). Below each table stand its conditions. `python benchmarks/tables.py`
+writes this page from `benchmarks/results/*.json`.
+
+The small machine has 2 cores of an AMD EPYC (AVX-512), 24 GiB, no GPU, Linux, Python 3.11, torch
+2.13.0 and transformers 5.23.0. SMOLLM2 is SmolLM2-135M-Instruct, dequantised from its Q4_1 GGUF
+file. Commands stand as they are written today, with the names of texts in capitals. SsAaEn are n
+equal parts of an FFN, s of them always on and a more per token.
+"""
+
+
+class Result(BaseModel):
+    """One file: a table, and all that is recorded of how it was measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: str
+    answer: str
+    """The main thing, in a sentence."""
+    measure: str
+    """What the numbers are, with their unit."""
+    command: list[str]
+    commit: str | None
+    date: str
+    machine: str
+    seeds: list[int]
+    conditions: str
+    columns: dict[str, str]
+    """How each column's numbers are written; the first column names the row."""
+    rows: list[list[str | int | float | None]]
+
+    def cells(self, row: int, columns: tuple[str, ...]) -> list[float]:
+        """The numbers of some columns in a row."""
+        names = list(self.columns)
+        return [float(self.rows[row][names.index(column)] or 0) for column in columns]
+
+    def table(self) -> str:
+        lines = [list(self.columns), ["---"] * len(self.columns)]
+        formats = list(self.columns.values())
+        for row in self.rows:
+            written = zip(row, formats, strict=True)
+            lines.append(["" if cell is None else format(cell, form) for cell, form in written])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read() -> dict[str, Result]:
+    """All results by the name of their file."""
+    files = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    return {file.stem: Result.model_validate_json(file.read_text("utf-8")) for file in files}
+
+
+def results_page(results: dict[str, Result]) -> str:
+    """docs/results.md."""
+    parts = [INTRO]
+    for title, names in SECTIONS.items():
+        parts.append(f"# {title}\n")
+        parts += [section(results[name]) for name in names]
+    return "\n".join(parts)
+
+
+def section(result: Result) -> str:
+    """The question, its answer and table, and below them in small print the conditions."""
+    commit = f"commit {result.commit}" if result.commit else "commit not recorded"
+    seeds = "one seed" if len(result.seeds) == 1 else f"{len(result.seeds)} seeds"
+    facts = ", ".join([commit, result.machine, result.date, seeds])
+    small = " ".join(
+        filter(
+            None, [f"{result.measure[0].upper()}{result.measure[1:]}; {facts}.", result.conditions]
+        )
+    )
+    command = "\n".join(result.command)
+    return (
+        f"## {result.question}\n\n{result.answer}\n\n{result.table()}\n"
+        f"```text\n{command}\n```\n\n<sub>{small}</sub>\n"
+    )
+
+
+def in_words(ratio: float) -> str:
+    """A ratio without decimals, such as `about twice`."""
+    nearest = min(WORDS, key=lambda known: abs(math.log(known / ratio)))
+    return f"about {WORDS[nearest]}"
+
+
+def mean(ratios: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def readme_table(results: dict[str, Result]) -> str:
+    """What to use when, in five rows."""
+    kinds, shares = results["kinds"], results["shares"]
+    half, eight = kinds.cells(0, TEXTS), kinds.cells(1, TEXTS)
+    healed = results["heal"].cells(1, TEXTS)
+    split, pruned = shares.cells(1, OLDER_TEXTS), shares.cells(8, OLDER_TEXTS)
+    weights = in_words(float(str(shares.rows[8][4]).removesuffix(" x")))
+    rows = [
+        ("you want", "use", "perplexity, beside the dense model's"),
+        ("---", "---", "---"),
+        (
+            "half of the FFN work per token, no larger",
+            "`upcycle convert MODEL -o out`",
+            f"{in_words(mean(half))}; {in_words(min(half))} on code, {in_words(max(half))} on "
+            "technical text",
+        ),
+        (
+            "the same with few, wide experts",
+            "`--experts 8 --top-k 2`",
+            in_words(mean(eight)),
+        ),
+        (
+            "part of that back",
+            "`upcycle finetune out --data notes.txt -o healed`",
+            f"{in_words(mean(healed))} after 16k tokens",
+        ),
+        (
+            "a smaller loss, for memory",
+            "`--method prune`",
+            f"{in_words(mean(pruned))} where a split had {in_words(mean(split))}; {weights} "
+            "the FFN weights",
+        ),
+        (
+            "a larger model, to be trained",
+            "`--method copy --experts 8 --top-k 2`",
+            "the same, until you train it",
+        ),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with the table between the two comments."""
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    return re.sub(pattern, lambda _: f"{BEGIN}\n{table}\n{END}", readme, flags=re.DOTALL)
+
+
+def bars(results: dict[str, Result]) -> dict[str, list[float]]:
+    """What the picture shows: for each way, perplexity over the dense model's by kind of text."""
+    return {
+        "half active": results["kinds"].cells(0, TEXTS),
+        "--experts 8 --top-k 2": results["kinds"].cells(1, TEXTS),
+        "half active, healed on 16k tokens": results["heal"].cells(1, TEXTS),
+    }
+
+
+def draw(ways: dict[str, list[float]], path: Path) -> None:
+    """One bar per way and kind of text."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "upcycle", "font.family": "sans-serif"}
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    width = 0.8 / len(ways)
+    for i, ((way, ratios), colour) in enumerate(
+        zip(ways.items(), ["#4c72b0", "#a9bcd9", "#55a868"], strict=True)
+    ):
+        places = [kind + (i - (len(ways) - 1) / 2) * width for kind in range(len(TEXTS))]
+        drawn = axes.bar(places, ratios, width * 0.92, label=way, color=colour)
+        axes.bar_label(drawn, fmt="%.1f", fontsize=8, color="#333333")
+    axes.axhline(1, color="#333333", linewidth=1)
+    axes.text(len(TEXTS) - 0.5, 1.03, "dense", fontsize=8, ha="right", color="#333333")
+    axes.set(xticks=range(len(TEXTS)), xticklabels=TEXTS, ylim=(0, 3.9), yticks=[])
+    axes.set_title("Half of the FFNs per token: perplexity over the dense model's", fontsize=10)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-picture", action="store_true", help="without matplotlib")
+    args = parser.parse_args()
+    results = read()
+    RESULTS.write_text(results_page(results), "utf-8")
+    README.write_text(with_table(README.read_text("utf-8"), readme_table(results)), "utf-8")
+    if not args.no_picture:
+        draw(bars(results), PICTURE)
+
+
+if __name__ == "__main__":
+    main()
