@@ -1,0 +1,117 @@
+"""docs/methods.md and docs/cli.md, from the registries, the recipes and the options' help.
+
+python docs/reference.py
+"""
+
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from upcycle.cli import app
+from upcycle.inspection import describe_methods, describe_presets, describe_recipes
+
+DOCS = Path(__file__).parent
+NOTE = "`python docs/reference.py` writes this page"
+OF_KIND = {
+    "split": "Which neurons share an expert: `--split`",
+    "shared-expert rule": "Which neurons are always on: `--shared-by`",
+    "router": "Who chooses the experts: `--router`",
+    "compensation": "What makes up for the others: `--compensate`",
+    "method": "What becomes of copies: `--method`",
+}
+"""Titles; a kind that is not here goes by its own name."""
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(escaped(cell) for cell in line)} |\n" for line in lines)
+
+
+def escaped(cell: str) -> str:
+    """A cell whose bars are no borders."""
+    return cell.replace("|", "\\|")
+
+
+def paper(reference: str) -> str:
+    """A paper with a link, if it is on arXiv."""
+    before, found, number = reference.rpartition("arXiv:")
+    return f"{before}[{found}{number}](https://arxiv.org/abs/{number})" if found else reference
+
+
+def methods_page() -> str:
+    """Recipes, presets and every registered method."""
+    recipes, presets = describe_recipes(), describe_presets()
+    parts = [
+        f"# Methods and recipes\n\n{NOTE} from what is registered, as `upcycle recipes` does.\n",
+        "## Recipes of `convert`\n\n`upcycle convert MODEL --recipe NAME -o out`\n",
+        table(
+            ("recipe", "method", "what it does", "paper"),
+            ((f"`{r['name']}`", r["method"], r["summary"], paper(r["paper"])) for r in recipes),
+        ),
+        "Where they depart from their papers:\n",
+        "".join(departures(recipe) for recipe in recipes if recipe["departures"]),
+        "## Presets of `finetune`\n\n`upcycle finetune MODEL --recipe NAME -o out`\n",
+        table(
+            ("preset", "what it does", "paper"),
+            ((f"`{p['name']}`", p["summary"], paper(p["paper"])) for p in presets),
+        ),
+    ]
+    for kind, methods in groupby(describe_methods(), key=lambda method: str(method["kind"])):
+        parts += [f"## {OF_KIND.get(kind, kind)}\n", methods_table(methods)]
+    return "\n".join(parts)
+
+
+def departures(recipe: dict[str, Any]) -> str:
+    points = "".join(f"  - {point}\n" for point in recipe["departures"])
+    return f"- `{recipe['name']}`\n{points}"
+
+
+def methods_table(methods: Iterable[dict[str, Any]]) -> str:
+    return table(
+        ("name", "what it does", "parameters", "reads text", "paper"),
+        (
+            (
+                f"`{method['name']}`",
+                method["summary"],
+                ", ".join(f"`{name}={value}`" for name, value in method["parameters"].items()),
+                "yes" if method["needs_text"] else "",
+                paper(method["paper"]),
+            )
+            for method in methods
+        ),
+    )
+
+
+def cli_page() -> str:
+    """Every command with its options, as their help has them."""
+    parts = [
+        f"# The command line\n\n{NOTE} from the commands' help. What has no option of its own is "
+        "set by `--set KEY=VALUE`.\n"
+    ]
+    for name, command in typer.main.get_command(app).commands.items():
+        parts += [f"## upcycle {name}\n", f"{command.help.strip()}\n"]
+        context = typer.Context(command, info_name=name)
+        found = [(panel(p), p.get_help_record(context)) for p in command.params]
+        shown = [(title, record) for title, record in found if record is not None]
+        for title in dict.fromkeys(title for title, _ in shown):
+            rows = [(f"`{names}`", text) for of, (names, text) in shown if of == title]
+            parts += [f"### {title} of {name}\n", table(("", "what it says"), rows)]
+    return "\n".join(parts)
+
+
+def panel(param: Any) -> str:
+    """The heading that the help puts an argument or option under."""
+    own: str | None = param.rich_help_panel
+    return own or ("Arguments" if param.param_type_name == "argument" else "Options")
+
+
+def main() -> None:
+    (DOCS / "methods.md").write_text(methods_page(), "utf-8")
+    (DOCS / "cli.md").write_text(cli_page(), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
