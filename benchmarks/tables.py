@@ -66,6 +66,7 @@ class Result(BaseModel):
     measure: str
     """What the numbers are, with their unit."""
     command: list[str]
+    """Empty if it is not recorded, as is `seeds`, which times have none of."""
     commit: str | None
     date: str
     machine: str
@@ -106,25 +107,21 @@ def results_page(results: dict[str, Result]) -> str:
 
 def section(result: Result) -> str:
     """The question, its answer and table, and below them in small print the conditions."""
+    seeds = {0: "", 1: ", one seed"}.get(len(result.seeds), f", {len(result.seeds)} seeds")
     commit = f"commit {result.commit}" if result.commit else "commit not recorded"
-    seeds = "one seed" if len(result.seeds) == 1 else f"{len(result.seeds)} seeds"
-    facts = ", ".join([commit, result.machine, result.date, seeds])
-    small = " ".join(
-        filter(
-            None, [f"{result.measure[0].upper()}{result.measure[1:]}; {facts}.", result.conditions]
-        )
-    )
-    command = "\n".join(result.command)
+    measure = result.measure[0].upper() + result.measure[1:]
+    small = f"{measure}; {commit}, {result.machine}, {result.date}{seeds}. {result.conditions}"
+    lines = "\n".join(result.command)
+    command = f"```text\n{lines}\n```\n\n" if lines else ""
     return (
-        f"## {result.question}\n\n{result.answer}\n\n{result.table()}\n"
-        f"```text\n{command}\n```\n\n<sub>{small}</sub>\n"
+        f"## {result.question}\n\n{result.answer}\n\n{result.table()}\n{command}"
+        f"<sub>{small.strip()}</sub>\n"
     )
 
 
 def in_words(ratio: float) -> str:
-    """A ratio without decimals, such as `about twice`."""
-    nearest = min(WORDS, key=lambda known: abs(math.log(known / ratio)))
-    return f"about {WORDS[nearest]}"
+    """About a ratio, without decimals, such as `twice`."""
+    return WORDS[min(WORDS, key=lambda known: abs(math.log(known / ratio)))]
 
 
 def mean(ratios: list[float]) -> float:
@@ -140,7 +137,7 @@ def readme_table(results: dict[str, Result]) -> str:
     split, pruned = shares.cells(1, OLDER_TEXTS), shares.cells(8, OLDER_TEXTS)
     weights = in_words(float(str(shares.rows[8][4]).removesuffix(" x")))
     rows = [
-        ("you want", "use", "perplexity, beside the dense model's"),
+        ("you want", "use", "perplexity, about, beside the dense model's"),
         ("---", "---", "---"),
         (
             "half of the FFN work per token, no larger",
@@ -161,7 +158,7 @@ def readme_table(results: dict[str, Result]) -> str:
         (
             "a smaller loss, for memory",
             "`--method prune`",
-            f"{in_words(mean(pruned))} where a split had {in_words(mean(split))}; {weights} "
+            f"{in_words(mean(pruned))} where a split had {in_words(mean(split))}, by {weights} "
             "the FFN weights",
         ),
         (
@@ -203,7 +200,7 @@ def draw(ways: dict[str, list[float]], path: Path) -> None:
         drawn = axes.bar(places, ratios, width * 0.92, label=way, color=colour)
         axes.bar_label(drawn, fmt="%.1f", fontsize=8, color="#333333")
     axes.axhline(1, color="#333333", linewidth=1)
-    axes.text(len(TEXTS) - 0.5, 1.03, "dense", fontsize=8, ha="right", color="#333333")
+    axes.text(-0.55, 1.03, "dense", fontsize=8, color="#333333")
     axes.set(xticks=range(len(TEXTS)), xticklabels=TEXTS, ylim=(0, 3.9), yticks=[])
     axes.set_title("Half of the FFNs per token: perplexity over the dense model's", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
