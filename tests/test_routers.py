@@ -151,7 +151,7 @@ def test_expert_energy_is_the_sum_over_its_neurons():
 @pytest.mark.parametrize("strength", [0.01, 1.0])
 def test_ridge_solves_the_normal_equations_of_root_energies(strength):
     activations, experts_EM = make_activations(), make_experts()
-    root_TE = np.sqrt(naive_energies(activations, experts_EM))
+    root_TE = naive_energies(activations, experts_EM) ** 0.25
     expected_ED = normal_equations(activations.x_TD, root_TE, strength)
     router_ED = route("ridge", activations, experts_EM, strength=strength)
     torch.testing.assert_close(router_ED, expected_ED, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,10 @@
 """Ridge: predict from x how much each expert matters.
 
 An expert's energy on a token is the sum of h² |down|² over its neurons. The rows are the ridge
-regression of its square root, in closed form from xᵀx and xᵀy. A token's mean over experts is
-taken out first: no selection can see it, and without it the logits are smaller, so that bfloat16
-rounds them less.
+regression of its fourth root, in closed form from xᵀx and xᵀy: the selection hangs on which experts
+are ahead, not on how far a few tokens are out, and squares would fit those few. A token's mean over
+experts is taken out first: no selection can see it, and without it the logits are smaller, so that
+bfloat16 rounds them less.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def router(
 ) -> Tensor:
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for x_tD, energy_tE in expert_energies(activations, experts_EM):
-            root_tE = energy_tE.sqrt()
+            root_tE = energy_tE.sqrt().sqrt()
             yield x_tD, root_tE - root_tE.mean(1, keepdim=True)
 
     return ridge(pairs(), params.strength)
