@@ -3,6 +3,7 @@ it looks for."""
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -15,7 +16,7 @@ from upcycle.split import SPLITS
 from upcycle.split.coactivation_graph import (
     coactivation_counts,
     cut,
-    prune,
+    edges,
     rebalance,
 )
 from upcycle.types import DenseFFN, LayerActivations
@@ -160,6 +161,7 @@ def test_an_unknown_parameter_is_met_with_the_nearest_known(name):
         ("coactivation_graph", {"fire_fraction": 0}),
         ("coactivation_graph", {"fire_fraction": 1.1}),
         ("coactivation_graph", {"batch_tokens": 0}),
+        ("coactivation_graph", {"batch_tokens": 9}),
         ("parameter_clustering", {"rows": "down"}),
         ("token_clusters", {"tokens": 0}),
     ],
@@ -229,39 +231,50 @@ def test_random_depends_on_the_generator_and_not_on_the_order():
 
 
 def naive_counts(activations, firing, batch_tokens):
-    """Loops over batches and pairs of neurons."""
+    """Loops over batches, their tokens and pairs of neurons."""
     norms = activations.ffn.down_DF.norm(dim=0).tolist()
     counts = [[0] * F for _ in range(F)]
     for x_bD in activations.x_TD.split(batch_tokens):
-        fired = set()
+        pairs = set()
         for h_F in activations.ffn.hidden(x_bD).tolist():
             strength = [abs(h) * norm for h, norm in zip(h_F, norms, strict=True)]
-            fired |= set(sorted(range(F), key=lambda i: -strength[i])[:firing])
-        for i in fired:
-            for j in fired - {i}:
-                counts[i][j] += 1
+            fired = sorted(range(F), key=lambda i: -strength[i])[:firing]
+            pairs |= {(i, j) for i in fired for j in fired}
+        for i, j in pairs:
+            counts[i][j] += 1
     return counts
 
 
 @pytest.mark.parametrize(
     ("fire_fraction", "firing", "batch_tokens"), [(0.1, 6, 8), (0.001, 1, 8), (0.25, 16, 5)]
 )
-def test_coactivation_counts_batches_in_which_both_fire(fire_fraction, firing, batch_tokens):
+def test_coactivation_counts_batches_with_a_token_on_which_both_fire(
+    fire_fraction, firing, batch_tokens
+):
     activations = make_activations()
+    activations = LayerActivations(activations.ffn, activations.x_TD[:-3])  # no full last batch
     counts = coactivation_counts(activations, fire_fraction, batch_tokens)
     assert counts.tolist() == naive_counts(activations, firing, batch_tokens)
+
+
+def test_neurons_that_fire_on_neighbouring_tokens_do_not_fire_together():
+    """Token by token, another neuron fires: each batch sees them all, and no pair at once."""
+    one_each = DenseFFN(torch.eye(D), torch.ones(D, D), torch.ones(D, D), silu)
+    activations = LayerActivations(one_each, torch.eye(D).repeat(3, 1))
+    counts = coactivation_counts(activations, 1 / D, 8)
+    assert counts.tolist() == (3 * torch.eye(D)).tolist()
 
 
 def test_coactivation_counts_do_not_depend_on_how_batches_are_grouped(monkeypatch):
     activations = make_activations()
     counts = coactivation_counts(activations, 0.1, 8)
     monkeypatch.setattr("upcycle.split.coactivation_graph.CHUNK_ELEMENTS", 20 * F)
-    assert torch.equal(coactivation_counts(activations, 0.1, 8), counts)
+    assert (coactivation_counts(activations, 0.1, 8) == counts).all()
 
 
-def graph(num_nodes, edges):
-    """A symmetric matrix from {(i, j): weight}."""
-    weight = torch.zeros(num_nodes, num_nodes)
+def matrix(num_nodes, edges):
+    """A symmetric one from {(i, j): weight}."""
+    weight = np.zeros((num_nodes, num_nodes), dtype=np.int32)
     for (i, j), value in edges.items():
         weight[i, j] = weight[j, i] = value
     return weight
@@ -271,42 +284,59 @@ def complete(num_nodes, value):
     return {(i, j): value for i in range(num_nodes) for j in range(i)}
 
 
-def test_prune_counts_in_units_of_the_first_non_zero_decile_and_drops_what_is_less():
+def weights(counts, most=None):
+    """The edges' weights as a matrix again."""
+    starts, neighbours, values = edges(counts, most)
+    found = np.zeros(counts.shape, dtype=int)
+    for i, (start, stop) in enumerate(pairwise(starts)):
+        assert (values[start:stop] > 0).all()
+        found[i, neighbours[start:stop]] = values[start:stop]
+    return found.tolist()
+
+
+def test_edges_count_in_units_of_the_first_non_zero_decile_and_what_is_less_is_dropped():
     """Of 49 entries the 7 on the diagonal are zero, so the first decile is 0; the two entries of
     the edge of weight 1 come next, and the second decile is 5."""
-    counts = graph(7, complete(7, 5) | {(1, 0): 1, (3, 2): 11})
-    expected = graph(7, complete(7, 1) | {(1, 0): 0, (3, 2): 2})
-    assert torch.equal(prune(counts, 7), expected.long())
+    counts = matrix(7, complete(7, 5) | {(1, 0): 1, (3, 2): 11})
+    expected = matrix(7, complete(7, 1) | {(1, 0): 0, (3, 2): 2})
+    assert weights(counts) == expected.tolist()
 
 
-def test_prune_keeps_the_strongest_edges_of_every_neuron():
-    path = graph(4, {(0, 1): 20, (1, 2): 10, (2, 3): 40})
-    assert torch.equal(prune(path, 1), graph(4, {(0, 1): 2, (2, 3): 4}).long())
+def test_no_neuron_has_an_edge_to_itself():
+    counts = matrix(7, complete(7, 5) | {(i, i): 40 for i in range(7)})
+    assert weights(counts) == matrix(7, complete(7, 1)).tolist()
 
 
-def test_prune_keeps_an_edge_that_either_end_needs():
-    star = graph(4, {(0, 1): 10, (0, 2): 20, (0, 3): 40})
-    assert torch.equal(prune(star, 1), graph(4, {(0, 1): 1, (0, 2): 2, (0, 3): 4}).long())
+def test_all_edges_are_kept_unless_asked():
+    counts = matrix(600, complete(600, 3))
+    assert weights(counts) == matrix(600, complete(600, 1)).tolist()
 
 
-def test_prune_leaves_counts_alone():
-    counts = graph(4, {(0, 1): 20, (1, 2): 10, (2, 3): 40})
-    before = counts.clone()
-    prune(counts, 1)
-    assert torch.equal(counts, before)
+def test_strongest_edges_of_every_neuron_are_kept():
+    path = matrix(4, {(0, 1): 20, (1, 2): 10, (2, 3): 40} | {(i, i): 90 for i in range(4)})
+    assert weights(path, 1) == matrix(4, {(0, 1): 2, (2, 3): 4}).tolist()
 
 
-def test_prune_of_no_edges_is_no_edges():
-    weight = prune(torch.zeros(5, 5), 2)
-    assert weight.dtype == torch.int64
-    assert not weight.any()
+def test_an_edge_is_kept_that_either_end_needs():
+    star = matrix(4, {(0, 1): 10, (0, 2): 20, (0, 3): 40})
+    assert weights(star, 1) == matrix(4, {(0, 1): 1, (0, 2): 2, (0, 3): 4}).tolist()
+
+
+@pytest.mark.parametrize("most", [None, 2, 5, 9])
+def test_counts_are_left_alone_and_no_edges_are_none(most):
+    counts = matrix(5, {(0, 1): 20, (1, 2): 10, (2, 3): 40})
+    before = counts.copy()
+    edges(counts, most)
+    assert (counts == before).all()
+    assert not np.any(weights(0 * counts, most))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_cut_parts_cliques_at_the_weakest_links(seed):
     """Three cliques of 4, interleaved, joined in a ring by light edges."""
-    edges = {(i, j): 9 for i, j in complete(12, 9) if i % 3 == j % 3}
-    parts = cut(graph(12, edges | {(0, 1): 1, (4, 5): 1, (2, 3): 1}).long(), 3, seed).tolist()
+    cliques = {(i, j): 9 for i, j in complete(12, 9) if i % 3 == j % 3}
+    ring = {(0, 1): 1, (4, 5): 1, (2, 3): 1}
+    parts = cut(edges(matrix(12, cliques | ring)), 3, seed).tolist()
     assert parts == parts[:3] * 4
     assert len(set(parts)) == 3
 
@@ -315,12 +345,12 @@ def test_cut_parts_cliques_at_the_weakest_links(seed):
 def test_cut_prefers_light_edges(light):
     """A ring of 12 whose every fourth edge is light."""
     ring = {(i, (i + 1) % 12): 1 if i % 4 == light else 50 for i in range(12)}
-    parts = cut(graph(12, ring).long(), 3, 0).roll(-light - 1).view(3, 4)
+    parts = cut(edges(matrix(12, ring)), 3, 0).roll(-light - 1).view(3, 4)
     assert [len(set(part)) for part in parts.tolist()] == [1, 1, 1]
 
 
 def test_cut_of_a_graph_without_edges_names_a_part_for_every_neuron():
-    parts = cut(torch.zeros(12, 12, dtype=torch.int64), 3, 0)
+    parts = cut(edges(matrix(12, {})), 3, 0)
     assert parts.shape == (12,)
     assert set(parts.tolist()) <= {0, 1, 2}
 

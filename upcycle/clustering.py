@@ -59,13 +59,16 @@ def _fill(cost_FE: Tensor, capacity: int) -> Tensor:
     return owner_F
 
 
+CANDIDATES = 16
+"""Rows that are tried as each next start. On gate rows of SmolLM2-135M in 64 clusters of 24, one
+start with sixteen is as good as the best of ten with scikit-learn's six. With a single one, which
+is plain k-means++, an eighth of the gain over random clusters is lost, as with rows drawn alike."""
+
+
 def balanced_kmeans(
-    rows_FC: Tensor, num_clusters: int, rng: torch.Generator, *, iterations: int = 20
+    rows_FC: Tensor, num_clusters: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """k-means whose clusters all hold F / E rows (size-constrained k-means).
-
-    Starts from random rows (k-means++ seeds gained nothing measurable, because balance spreads the
-    clusters) and alternates balanced assignment and means until nothing moves.
 
     Args:
         rows_FC: what is clustered, [F, C]; F must be a multiple of num_clusters.
@@ -74,15 +77,47 @@ def balanced_kmeans(
         The members of each cluster [E, F / E], ascending, and the centroids [E, C].
     """
     rows_FC = rows_FC.float().cpu()
-    centroids_EC = rows_FC[torch.randperm(len(rows_FC), generator=rng)[:num_clusters]]
+    return balanced_lloyd(rows_FC, rows_FC[spread_rows(rows_FC, num_clusters, rng)])
+
+
+def balanced_lloyd(
+    rows_FC: Tensor, centroids_EC: Tensor, *, iterations: int = 20
+) -> tuple[Tensor, Tensor]:
+    """The same from these centroids: balanced assignment and means until nothing moves."""
     owner_F = torch.zeros(len(rows_FC), dtype=torch.int64)
     for _ in range(iterations):
         previous, owner_F = owner_F, balanced_assignment(squared_distance(rows_FC, centroids_EC))
-        members_EM = owner_F.argsort(stable=True).view(num_clusters, -1)
+        members_EM = owner_F.argsort(stable=True).view(len(centroids_EC), -1)
         centroids_EC = rows_FC[members_EM].mean(1)
         if torch.equal(previous, owner_F):
             break
     return members_EM, centroids_EC
+
+
+def spread_rows(rows_FC: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Rows to start k-means from, [E] (greedy k-means++, Arthur and Vassilvitskii 2007).
+
+    The first is drawn at random. Of CANDIDATES rows, drawn in proportion to their squared distance
+    from the nearest one chosen so far, the next is that which leaves the least sum of these
+    distances. Choosing all costs about as much as CANDIDATES steps of k-means.
+    """
+    square_F = rows_FC.square().sum(1)
+    chosen_E = torch.randint(len(rows_FC), (1,), generator=rng)
+    nearest_F = _distances(rows_FC, square_F, chosen_E)[0]
+    for _ in range(count - 1):
+        # Rows that are all chosen or equal to one are drawn alike, but only where no others are.
+        odds_F = nearest_F.clamp_min(torch.finfo(torch.float32).tiny)
+        tried_R = odds_F.multinomial(CANDIDATES, replacement=True, generator=rng)
+        nearer_RF = torch.minimum(_distances(rows_FC, square_F, tried_R), nearest_F)
+        best = int(nearer_RF.sum(1).argmin())
+        nearest_F, chosen_E = nearer_RF[best], torch.cat([chosen_E, tried_R[best, None]])
+    return chosen_E
+
+
+def _distances(rows_FC: Tensor, square_F: Tensor, some_R: Tensor) -> Tensor:
+    """|row - row|² between some rows and all, [R, F]."""
+    product_RF = rows_FC[some_R] @ rows_FC.T
+    return (square_F[some_R, None] - 2 * product_RF + square_F).clamp_min(0)
 
 
 def importance_by_cluster(

@@ -17,6 +17,7 @@ FLOAT, DOUBLE = 4, 8
 INTERPRETER = 420 * 10**6  # Python, torch and transformers
 PER_WORD = 1300  # of the tokenizer's vocabulary
 WORKING = 200 * 10**6  # thread buffers, kernels, and freed memory that the allocator keeps
+EDGE = 24  # bytes per pair of neurons that a graph joins, while METIS cuts it
 GGUF_COPIES = 1.6  # of a GGUF file's weights in float32, while transformers dequantises them
 GGUF_KEPT, GGUF_KEPT_MOST = 0.3, 400 * 10**6
 """Share of those weights, and bytes, that the allocator keeps after them."""
@@ -95,6 +96,8 @@ def _fitting(plan: Plan) -> int:
     chunks = 3 * min(tokens * neurons, CHUNK_ELEMENTS) * FLOAT
     # xᵀy in both precisions, before and after it is added up.
     split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
+    if plan.recipe.splits and plan.recipe.split.name == "coactivation_graph":
+        split += EDGE * neurons**2
     # Of a pruned copy only its own neurons are refit, on its own tokens: twice its share, perhaps.
     on, own = neurons, tokens
     if plan.recipe.prunes:
