@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from upcycle.paths import HUB_ID
+
 STATED = ("base_model", "license", "license_name", "license_link", "language")
 """What a card hands on."""
 GGUF_FIELDS = {
@@ -21,7 +23,6 @@ ORIGINS = (
 )
 """GGUF fields that name the model itself, what it was converted from, or what that comes from."""
 HUB = "https://huggingface.co/"
-HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from upcycle.dense import skeleton
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
 from upcycle.frontmatter import write_gguf_card
-from upcycle.paths import local_path
+from upcycle.paths import check_model, local_path
 from upcycle.types import all_finite
 
 INDEX = "model.safetensors.index.json"
@@ -183,17 +183,12 @@ def model_folder(
 
     `accept` may raise on the config of a hub id before its weights are fetched.
     """
+    check_model(model, revision)
     path = local_path(model)
-    if revision is not None and path.exists():
-        raise UpcycleError(f"--revision {revision} goes with a hub id, but {model} is a local path")
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
-            return None
-        raise UpcycleError(f"{model} is a file: give the folder that holds config.json, or a .gguf")
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
-        raise UpcycleError(f"{model} does not exist: give a folder, a .gguf file or a hub id")
+        return None
     return _download(model, revision, accept)
 
 
