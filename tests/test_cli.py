@@ -96,6 +96,69 @@ def imported(program: str, *arguments) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
+GOOD = ["--version", "recipes", "recipes --json", "recipes cmoe --json"]
+BAD = """
+    recipes cmeo
+    convert ./none -o OUT
+    convert none.gguf -o OUT
+    convert NOTES -o OUT
+    convert MODEL
+    convert MODEL -o OUT --revision main
+    convert MODEL -o OUT --recipe cmeo
+    convert MODEL -o OUT --recipe none.yaml
+    convert MODEL -o OUT --experts many
+    convert MODEL -o OUT --active 2
+    convert MODEL -o OUT --method cut
+    convert MODEL -o OUT --split rendom
+    convert MODEL -o OUT --target mixtrel
+    convert MODEL -o OUT --set split.row=gate
+    convert MODEL -o OUT --set split
+    convert MODEL -o OUT --calibration none.txt
+    convert MODEL -o OUT --exprts 4
+    plan MODEL --split rendom
+    finetune ./none -o OUT
+    finetune MODEL
+    finetune MODEL -o OUT --recipe hael
+    finetune MODEL -o OUT --lr=-1
+    finetune MODEL -o OUT --data none.txt
+    eval ./none
+    eval MODEL --against ./none
+    eval MODEL --text none.txt
+    eval MODEL --output none/eval.json
+    inspect ./none
+    report MODEL
+    report ./none -o OUT
+    convrt
+"""
+"""Requests that are wrong in a way that shows without a model."""
+
+
+def test_what_needs_no_model_imports_no_torch(dense, text, tmp_path):
+    places = {"MODEL": dense(), "NOTES": text, "OUT": tmp_path / "out"}
+    cases = [(line.split(), 0) for line in GOOD]
+    cases += [(line.split(), 2) for line in BAD.split("\n") if line]
+    cases = [([str(places.get(word, word)) for word in words], code) for words, code in cases]
+    program = """
+from upcycle.cli import main
+for words, code in json.loads(sys.stdin.read()):
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as end:
+        assert (end.code or 0) == code, (words, end.code)
+    heavy = {"torch", "transformers", "numpy", "safetensors"} & sys.modules.keys()
+    assert not heavy, (words, heavy)
+"""
+    command = [sys.executable, "-c", f"import json, sys\n{program}"]
+    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+    assert done.stderr.lower().count("error") >= len(cases) - len(GOOD)
+
+
+def test_version(dense):
+    assert run("--version").stdout == f"{upcycle.__version__}\n"
+
+
 def test_copies_import_no_other_method_s_libraries(dense, tmp_path):
     """scipy stays out of this: transformers' models import it themselves."""
     program = "from upcycle.cli import app; app(sys.argv[1:], standalone_mode=False)"
@@ -457,7 +520,7 @@ def test_inspect_a_moe(dense, tmp_path, target):
     assert (facts["experts"], facts["expert_size"]) == (8, made.geometry.expert_size)
     assert facts["params_total"] == made.params_total
     assert facts["params_active"] == made.params_active
-    assert facts["made_from"] == made.source.label
+    assert facts["made_from"] == os.path.relpath(made.source.label, tmp_path / "moe")
     shown = run("inspect", tmp_path / "moe")
     assert shown.exit_code == 0
     assert target in shown.stdout

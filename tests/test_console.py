@@ -1,6 +1,7 @@
 """What people read after a conversion, on a terminal of 80 columns."""
 
 import io
+import itertools
 import re
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 import upcycle
 from upcycle import console, planning
+from upcycle.catalogue import describe_presets, describe_recipes, methods
 from upcycle.dense_layers import DenseLayers, Trial
 from upcycle.text import PROBES
 
@@ -185,3 +187,42 @@ def test_without_a_check_there_is_no_verdict(converted, shown):
     page = shown(converted(check="none"))
     assert "Not checked (--check none)." in page
     assert "erplexity" not in page
+
+
+# --- recipes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    page = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=page, width=WIDTH))
+    console.show_recipes(describe_recipes(), describe_presets(), methods())
+    return page.getvalue()
+
+
+def test_recipes_and_methods_read_well_on_eighty_columns(listed):
+    """No name, paper or parameter is cut, and no cell is a column of a few letters."""
+    assert max(map(len, listed.splitlines())) <= WIDTH
+    assert "…" not in listed
+    rows = [line.strip("│").split("│") for line in listed.splitlines() if line.startswith("│")]
+    assert {len(cells) for cells in rows} == {2}
+    widths = {len(cells[1]) for cells in rows}
+    assert max(widths) > 40
+    for row in [*describe_recipes(), *describe_presets(), *methods()]:
+        cells = cells_of(rows, row["name"])  # a recipe and a method may have one name
+        (cell,) = [cell for cell in cells if cell.startswith(row["summary"])]
+        assert row["paper"] in cell
+        assert all(f"{name}=" in cell for name in row.get("parameters", {}))
+
+
+def cells_of(rows, name):
+    """What stands beside the name, which begins a cell of several lines."""
+    begins = [i for i, cells in enumerate(rows) if cells[0].strip()] + [len(rows)]
+    for begin, end in itertools.pairwise(begins):
+        if rows[begin][0].strip() == name:
+            yield joined(" ".join(cells[1] for cells in rows[begin:end]))
+
+
+def test_defaults_are_spelt_as_in_a_recipe(listed):
+    assert "markers=null " in listed
+    assert "normalize=true " in listed

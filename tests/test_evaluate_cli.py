@@ -42,8 +42,8 @@ def test_one_json_object(dense, split, text):
     assert result.exit_code == 0
     assert result.stdout.count("\n") == 1
     report = json.loads(result.stdout)
-    assert (report["model"], report["against"]) == (str(split), str(dense()))
-    assert [row["text"] for row in report["texts"]] == [str(text), "builtin"]
+    assert (report["model"], report["against"]) == (split.name, dense().name)
+    assert [row["text"] for row in report["texts"]] == [text.name, "builtin"]
 
 
 def test_text_that_the_model_was_fitted_on_is_noted(dense, tmp_path):

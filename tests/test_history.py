@@ -24,6 +24,7 @@ def split(dense, text, tmp_path_factory):
 
 
 def test_texts_of_calibration_are_marked(split, text, tmp_path, monkeypatch):
+    """A file by its name alone: the record is published, and holds no path."""
     other = tmp_path / "other.txt"
     other.write_text(text.read_text())
     monkeypatch.chdir(text.parent)

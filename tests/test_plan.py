@@ -14,11 +14,14 @@ from models import PLAIN_SPLIT
 from reference import load, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.nn import functional
 
 import upcycle
 from upcycle import UpcycleError, dense_layers, planning
+from upcycle.clustering import balanced_kmeans
 from upcycle.inspection import is_routed
 from upcycle.notes import usage
+from upcycle.router_init import kmeans
 from upcycle.sink import Workspace, partial_folder
 from upcycle.source import DTYPES, DenseSource
 from upcycle.targets import TARGETS, Runtime
@@ -155,16 +158,21 @@ def test_width_that_no_number_of_experts_cuts(dense):
 
 @pytest.mark.parametrize("target", ["mixtral", "glm4_moe", "qwen2_moe"])
 def test_number_of_experts_that_a_refusal_names_is_legal(dense, target):
-    settings, refused = {"target": target, "top_k": 1, "check": "none"}, 0
+    """And it is the nearest one: none between it and the number asked for is."""
+    settings = {"target": target, "top_k": 1, "check": "none"}
+    legal, named = [], {}
     for experts in range(2, 30):
         try:
-            upcycle.plan(str(dense()), experts=experts, **settings)
+            made = upcycle.plan(str(dense()), experts=experts, **settings)
+            assert made.geometry.num_experts == experts
+            legal.append(experts)
         except UpcycleError as error:
-            refused += 1
-            for fitting in re.split("nearest: |at most ", str(error))[1].split(" or "):
-                made = upcycle.plan(str(dense()), experts=int(fitting), **settings)
-                assert made.geometry.num_experts == int(fitting)
-    assert refused >= 5
+            said = re.split("nearest: |at most ", str(error))[1]
+            named[experts] = [int(fitting) for fitting in said.split(" or ")]
+    assert len(named) >= 5
+    for experts, fitting in named.items():
+        below, above = [n for n in legal if n < experts], [n for n in legal if n > experts]
+        assert fitting == below[-1:] + above[:1]
 
 
 def test_copies_of_any_width_need_no_divisor(dense):
@@ -865,9 +873,15 @@ def planned(model: str, settings: dict) -> bool:
 
 
 def test_tensor_that_is_float32_whatever_the_dtype(dense, tmp_path):
+    """Selection biases: rounded to bfloat16, small steps of balancing would be lost."""
     upcycle.convert(
         str(dense()), tmp_path / "out", target="glm4_moe", dtype="bfloat16", split="random", **QUICK
     )
+    stored = weights(tmp_path / "out")
+    wide = {name for name, tensor in stored.items() if tensor.dtype != torch.bfloat16}
+    assert wide == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in range(3)}
+    for name in wide:
+        assert torch.equal(stored[name], torch.zeros(len(stored[name]), dtype=torch.float32))
 
 
 def test_what_is_planned_is_converted(dense, tmp_path, monkeypatch):
@@ -982,10 +996,28 @@ def test_sample_of_fewer_tokens_than_experts(dense, settings, words):
         {"router": {"name": "kmeans", "tokens": 8}},
     ],
 )
-def test_sample_of_one_token_per_expert_is_enough(dense, tmp_path, settings):
+def test_sample_of_one_token_per_expert_is_enough(dense, tmp_path, settings, monkeypatch):
+    """Each expert then is one token's: its neurons are a whole part, its centroid is the token."""
+    clustered = []
+
+    def cluster(x_TD, *rest):
+        clustered.append(x_TD)
+        return balanced_kmeans(x_TD, *rest)
+
+    monkeypatch.setattr(kmeans, "balanced_kmeans", cluster)
     tokens = {"calibration_tokens": 16, "seq_len": 8, "check": "none"}
     plain = PLAIN_SPLIT | {"shared": 0} | tokens
     upcycle.convert(str(dense()), tmp_path / "out", **plain | settings)
+    record = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    for layer in record["layers"]:
+        assert sorted(layer["permutation"]) == list(range(192))
+    assert len(clustered) == (3 if "router" in settings else 0)
+    for layer, x_ED in enumerate(clustered):
+        router_ED = weights(tmp_path / "out")[f"model.layers.{layer}.mlp.gate.weight"]
+        x_ED = x_ED - x_ED.mean(0)  # what all experts have in common chooses none
+        alike_EE = functional.cosine_similarity(router_ED[:, None], x_ED[None], dim=-1)
+        assert alike_EE.max(0).values.min() > 1 - 1e-5
+        assert alike_EE.max(1).values.min() > 1 - 1e-5
 
 
 def test_model_without_a_tokenizer(dense, tmp_path):

@@ -1,6 +1,7 @@
 """Registries: nothing is forgotten, everything is described, a miss is helpful."""
 
 import ast
+import json
 import re
 import statistics
 from pathlib import Path
@@ -8,10 +9,13 @@ from pathlib import Path
 import pytest
 
 import upcycle
+from upcycle.catalogue import CATALOGUE, check_names
 from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES
+from upcycle.inspection import registered
 from upcycle.perturb import PERTURBS
+from upcycle.recipe import load_recipe, shipped_recipes
 from upcycle.registry import Registry, suggest
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
@@ -55,6 +59,36 @@ def functions():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{path.relative_to(PACKAGE)}:{node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_catalogue_holds_what_is_registered():
+    assert json.loads((PACKAGE / CATALOGUE).read_text()) == registered(), "run `make catalogue`"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "cut"},
+        {"split": "rendom"},
+        {"shared_by": "x"},
+        {"router": "rigde"},
+        {"compensate": "x"},
+        {"target": "mixtrel"},
+        {"split": {"name": "random", "tokens": 4}},
+        {"method": {"name": "drop", "rato": 0.5}},
+    ],
+)
+def test_catalogue_refuses_what_the_registries_refuse_in_the_same_words(dense, settings):
+    with pytest.raises(UpcycleError) as planned:
+        upcycle.plan(str(dense()), **settings)
+    with pytest.raises(UpcycleError) as told:
+        check_names(load_recipe("default", settings))
+    assert str(told.value) == str(planned.value)
+
+
+@pytest.mark.parametrize("recipe", shipped_recipes())
+def test_catalogue_knows_the_names_in_the_shipped_recipes(recipe):
+    check_names(load_recipe(recipe))
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -1,6 +1,7 @@
 """What a conversion leaves to read: upcycle.json, and the model card."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -150,8 +151,10 @@ def test_record_names_the_source_and_the_versions(dense, tmp_path, settings, sta
     made = report(tmp_path / "out")
     opened = open_source(str(dense()))
     assert made["source"] == {
-        "name": str(dense()), "revision": None, "fingerprint": opened.fingerprint(),
-    }  # fmt: skip
+        "name": os.path.relpath(dense(), tmp_path / "out"),
+        "revision": None,
+        "fingerprint": opened.fingerprint(),
+    }
     assert made["versions"]["upcycle"] == upcycle.__version__
     assert made["seconds"].keys() == stages
     assert (made["dense_layers"] is not None) == ("layers to keep dense" in stages)
@@ -237,6 +240,15 @@ def test_card_hands_on_the_base_model_and_the_language_that_the_source_card_stat
     front, _ = card(tmp_path / "out")
     assert (front["base_model"], front["language"]) == ("org/tiny", ["en"])
     assert "name" not in front
+
+
+@pytest.mark.parametrize("stated", ["/home/me/base", "[org/tiny, ./base]", "~/base"])
+def test_path_that_the_source_card_calls_its_base_model_is_not_handed_on(source, tmp_path, stated):
+    (source / "README.md").write_text(f"---\nbase_model: {stated}\nlicense: mit\n---\n")
+    convert(source, tmp_path / "out", check="none")
+    front, _ = card(tmp_path / "out")
+    assert "base_model" not in front
+    assert front["license"] == "mit"
 
 
 def test_local_source_is_no_base_model(source, tmp_path, monkeypatch):

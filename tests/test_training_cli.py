@@ -1,6 +1,7 @@
 """The command line of `upcycle finetune`."""
 
 import json
+import os
 import re
 import shutil
 
@@ -110,11 +111,14 @@ def test_dense_model_of_that_name_is_another(model, dense, text, tmp_path):
     """As when a relative path is read from another folder."""
     other, copy = dense(rms_norm_eps=1e-3), shutil.copytree(model, tmp_path / "model")
     record = json.loads((copy / "upcycle.json").read_text())
-    record["source"]["name"] = str(other)
+    record["source"]["name"] = os.path.relpath(other, copy)
     (copy / "upcycle.json").write_text(json.dumps(record))
     request = [copy, "--recipe", "heal", "--data", text, "-o", tmp_path / "out", *QUICK]
     sentence = error(*request)
-    assert f"made from {other}, but what has that name now is another" in sentence
+    assert (
+        f"made from {os.path.relpath(other, copy)}, but what has that name now is another"
+        in sentence
+    )
     assert run(*request, "--teacher", other).exit_code == 0
 
 

@@ -27,7 +27,7 @@ from upcycle.options import (
     Set,
     with_options,
 )
-from upcycle.paths import local_path, write_whole
+from upcycle.paths import check_model, local_path, write_whole
 
 if TYPE_CHECKING:
     from upcycle.planning import Plan
@@ -46,6 +46,24 @@ app = typer.Typer(
     help="Turn a dense Hugging Face checkpoint into a native Mixture-of-Experts checkpoint.",
     epilog="Start with `upcycle inspect MODEL`, then `upcycle plan MODEL --experts 8 --top-k 2`.",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from upcycle import __version__
+
+        sys.stdout.write(f"{__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -71,13 +89,14 @@ def convert(
     if dry_run:
         return _show_plan(options)
     with _errors():
+        if options["out"] is None:
+            raise UpcycleError("name the folder for the result: -o OUT")
+        _check_conversion(options)
         with _importing():
             from upcycle import console
             from upcycle.conversion import run
             from upcycle.report import conversion_summary
 
-        if options["out"] is None:
-            raise UpcycleError("name the folder for the result: -o OUT")
         _quiet_model_loading()
         made, as_json = _plan(options), options["json_"]
         if not as_json:
@@ -101,6 +120,7 @@ def plan(options: Options) -> None:
 
 def _show_plan(options: Options) -> None:
     with _errors():
+        _check_conversion(options)
         with _importing():
             from upcycle import console
             from upcycle.report import plan_summary
@@ -113,19 +133,32 @@ def _show_plan(options: Options) -> None:
             console.show_plan(made)
 
 
+def _check_conversion(options: Options) -> None:
+    """Raise what is wrong with the request, as far as it shows without torch."""
+    from upcycle.preflight import check_conversion
+
+    check_conversion(
+        options["model"], options["recipe"], options["revision"], _recipe_settings(options)
+    )
+
+
+def _recipe_settings(options: Options) -> dict[str, Any]:
+    """The fields of the recipe that the command's options replace."""
+    settings = {k: v for k, v in options.items() if k not in NOT_SETTINGS and v is not None}
+    return settings | dict(_assignment(text) for text in options["set_"] or [])
+
+
 def _plan(options: Options) -> "Plan":
     """The plan that the command's options ask for."""
     from upcycle import plan as make
 
-    settings = {k: v for k, v in options.items() if k not in NOT_SETTINGS and v is not None}
-    settings |= dict(_assignment(text) for text in options["set_"] or [])
     return make(
         options["model"],
         options["out"],
         recipe=options["recipe"],
         revision=options["revision"],
         overwrite=options["overwrite"],
-        **settings,
+        **_recipe_settings(options),
     )
 
 
@@ -209,15 +242,18 @@ def finetune(
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
     with _errors("interrupted; --resume goes on from the last saved state"):
+        from upcycle.preflight import check_finetuning
+
+        settings = {name: value for name, value in options.items() if value is not None}
+        settings |= dict(_assignment(text) for text in set_ or [])
+        if out is None:
+            raise UpcycleError("name the folder for the result: -o OUT")
+        check_finetuning(model, recipe, settings)
         from upcycle import console
         from upcycle.training.publish import finetuning_summary
         from upcycle.training.run import finetune as train
 
-        if out is None:
-            raise UpcycleError("name the folder for the result: -o OUT")
         _quiet_model_loading()
-        settings = {name: value for name, value in options.items() if value is not None}
-        settings |= dict(_assignment(text) for text in set_ or [])
         with console.watching_training(quiet=json_ or not _first_process()) as watch:
             done = train(
                 model,
@@ -265,12 +301,15 @@ def evaluate(
     * `upcycle eval out --against MODEL --speed --card`
     """
     with _errors():
+        from upcycle.preflight import check_evaluation
+
+        _check_file(output)
+        check_evaluation(model, against, text or [])
         from upcycle import console
         from upcycle.evaluate import evaluate as measure
         from upcycle.evaluate import evaluation_summary
         from upcycle.speed_card import check_card, write_speed
 
-        _check_file(output)
         if card:
             check_card(model, speed=speed)
         _quiet_model_loading()
@@ -303,6 +342,7 @@ def evaluate(
 def inspect(model: Model, revision: Revision = None, json_: Json = False) -> None:
     """Show a model's shapes, its FFN width and divisors, and the MoE targets that it can reach."""
     with _errors():
+        check_model(model, revision)
         from upcycle import console
         from upcycle.inspection import inspect_model
 
@@ -353,8 +393,7 @@ def report(
     * `upcycle report out --evaluation eval.json -o report.html`
     """
     with _errors():
-        from upcycle import console, facts
-        from upcycle.page import render
+        from upcycle.preflight import check_evaluation
 
         if out is None:
             raise UpcycleError("name the file for the page: -o report.html")
@@ -362,6 +401,10 @@ def report(
             raise UpcycleError(
                 "--evaluation holds numbers already: drop --against, --text, --tokens and --seq-len"
             )
+        check_evaluation(model, against, text or [])
+        from upcycle import console, facts
+        from upcycle.page import render
+
         out = local_path(out)
         facts.check_page(out, overwrite=overwrite)
         _quiet_model_loading()
@@ -386,7 +429,7 @@ def recipes(
     one recipe."""
     with _errors():
         from upcycle import console
-        from upcycle.inspection import describe_methods, describe_presets, describe_recipes
+        from upcycle.catalogue import describe_presets, describe_recipes, methods
         from upcycle.recipe import load_recipe, recipe_text, shipped_presets, yaml_fields
 
         if name is not None and json_:
@@ -397,9 +440,9 @@ def recipes(
             sys.stdout.write(recipe_text(name))
         elif json_:
             listed = {"recipes": describe_recipes(), "presets": describe_presets()}
-            _print_json(listed | {"methods": describe_methods()})
+            _print_json(listed | {"methods": methods()})
         else:
-            console.show_recipes(describe_recipes(), describe_presets(), describe_methods())
+            console.show_recipes(describe_recipes(), describe_presets(), methods())
 
 
 @app.command()

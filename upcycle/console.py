@@ -1,5 +1,6 @@
 """What people see: progress bars and tables, through rich. No logic."""
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from upcycle.paths import public_name
 from upcycle.verdict import verdict
 
 if TYPE_CHECKING:
@@ -419,7 +422,8 @@ def _show_texts(title: str, report: "Evaluation") -> None:
                 f"{result.kl:.4f}",
                 f"{100 * (result.top1_agreement or 0):.1f} %",
             ]
-        rows[result.text] = tuple(numbers)
+        name = public_name(result.text)
+        rows[result.text if name in rows else name] = tuple(numbers)
     table(title, rows, *headings)
 
 
@@ -505,19 +509,32 @@ def _fact(value: Any) -> str:
 def show_recipes(
     recipes: list[dict[str, Any]], presets: list[dict[str, Any]], methods: list[dict[str, Any]]
 ) -> None:
-    """The shipped recipes, the presets of training, then the methods that a recipe can name."""
-    grid = Table("recipe", "method", "what it does", "paper", title="recipes", title_justify="left")
-    for recipe in recipes:
-        grid.add_row(recipe["name"], recipe["method"], recipe["summary"], recipe["paper"])
+    """The shipped recipes, the presets of training, then by kind the methods that a recipe can
+    name."""
+    _show_listed("recipes", [(row, row["method"]) for row in recipes])
+    _show_listed("presets of finetune", [(row, "") for row in presets])
+    for kind in dict.fromkeys(method["kind"] for method in methods):
+        rows = [(row, _defaults(row["parameters"])) for row in methods if row["kind"] == kind]
+        called = "perturbation of copies" if kind == "method" else kind
+        _show_listed(f"methods: {called}", rows)
+
+
+def _show_listed(title: str, rows: Iterable[tuple[Mapping[str, Any], str]]) -> None:
+    """What each does; below it, its paper and what else is to be said of it. (Two columns, since a
+    terminal of 80 has no room for more.)"""
+    grid = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for row, more in rows:
+        below = " · ".join(part for part in (row["paper"], more) if part)
+        grid.add_row(row["name"], Text(row["summary"]).append(f"\n{below}" if below else "", "dim"))
     out.print(grid)
-    grid = Table("preset", "what it does", "paper", title="of finetune", title_justify="left")
-    for preset in presets:
-        grid.add_row(preset["name"], preset["summary"], preset["paper"])
-    out.print(grid)
-    grid = Table(
-        "kind", "name", "what it does", "parameters", "paper", title="methods", title_justify="left"
-    )
-    for method in methods:
-        parameters = ", ".join(f"{k}={v}" for k, v in method["parameters"].items())
-        grid.add_row(method["kind"], method["name"], method["summary"], parameters, method["paper"])
-    out.print(grid)
+
+
+def _defaults(parameters: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_default(value)}" for name, value in parameters.items())
+
+
+def _default(value: Any) -> str:
+    """As a recipe spells it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -9,17 +9,19 @@ the dense model are its hidden states and its head.
 
 import itertools
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from upcycle.adapter import adapter_base
 from upcycle.anatomy import Size, expert_similarity, flops, measure_size
 from upcycle.calibrate import check_seq_len, packed_tokens
 from upcycle.device import choose_device
@@ -27,6 +29,7 @@ from upcycle.errors import UpcycleError
 from upcycle.head import Decoded, decode, drop_layers
 from upcycle.history import fitted_on, identity
 from upcycle.moe import moe_blocks, watch_selections
+from upcycle.paths import public_name
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
 from upcycle.source import checkpoint_folder, read_config
 from upcycle.speed import Speed, measure_speed
@@ -145,8 +148,15 @@ class Evaluation:
 
 
 def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
-    """The evaluation as one JSON object."""
-    return asdict(evaluation)
+    """The evaluation as one JSON object, which may be published: of paths only the names."""
+    against = evaluation.against
+    summary = asdict(evaluation) | {
+        "model": public_name(evaluation.model),
+        "against": None if against is None else public_name(against),
+    }
+    for text in summary["texts"]:
+        text["text"] = public_name(text["text"])
+    return summary
 
 
 def evaluate(
@@ -166,7 +176,8 @@ def evaluate(
     """Evaluate a checkpoint on texts, alone or beside the dense model it was made from.
 
     Args:
-        model, against: folders, hub ids or GGUF files; both must share a tokenizer.
+        model, against: folders, hub ids or GGUF files; both must share a tokenizer. `model` may
+            be a low-rank adapter's folder, which is merged into the model that it changes.
         texts: each a file, `builtin` or `hf:…`, as for calibration.
         tokens: how many of each text, in windows from all over it.
         speed: measure both models' too, with both in memory.
@@ -187,9 +198,11 @@ def evaluate(
         )
     suite = open_tasks(tasks) if tasks else None
     with (
-        checkpoint_folder(model) as folder,
+        checkpoint_folder(model) as named,
+        _base_folder(named) as folder,
         nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
     ):
+        adapter = None if named == folder else named
         check_seq_len(seq_len, read_config(folder))
         kind = choose_dtype(dtype, folder, place)
         vocab_size = _vocab_size(folder, dense_folder)
@@ -199,17 +212,34 @@ def evaluate(
                 for text in texts
             ]
         )
-        pair = _Pair(model, folder, against, dense_folder, kind, place)
+        pair = _Pair(model, folder, adapter, against, dense_folder, kind, place)
         measured = _measure(pair, texts, tokens_NBL, batch_size if speed else 0, progress)
         if suite is None:
             return measured
         progress("tasks", 0, 1)
         name = str(kind).removeprefix("torch.")
         scores = run_tasks(
-            suite, folder, dense_folder, dtype=name, device=str(place), batch_size=batch_size
+            suite,
+            folder,
+            dense_folder,
+            adapter=adapter,
+            dtype=name,
+            device=str(place),
+            batch_size=batch_size,
         )
         progress("tasks", 1, 1)
         return replace(measured, tasks=scores)
+
+
+@contextmanager
+def _base_folder(folder: Path) -> Iterator[Path]:
+    """The folder itself, or of a low-rank adapter, that of the model that it changes."""
+    base = adapter_base(folder)
+    if base is None:
+        yield folder
+        return
+    with checkpoint_folder(base) as found:
+        yield found
 
 
 @dataclass(frozen=True)
@@ -218,6 +248,7 @@ class _Pair:
 
     model: str
     folder: Path
+    adapter: Path | None
     against: str | None
     dense_folder: Path | None
     dtype: torch.dtype
@@ -244,6 +275,8 @@ def _measure(
             drop_layers(dense)  # one model's are in memory at a time
             dense = None
     model = load_model(pair.folder, pair.dtype, pair.device)
+    if pair.adapter is not None:
+        model = _merged(model, pair.adapter)
     compared = [
         compare(model, tokens_BL, reference, step)
         for tokens_BL, reference in zip(tokens_NBL, references, strict=True)
@@ -255,7 +288,8 @@ def _measure(
         speed = measure_speed(
             model, dense, batch_BL, lambda done, rounds: progress("timing", done, rounds)
         )
-    size, blocks, seen = measure_size(model), moe_blocks(model), fitted_on(pair.folder)
+    size, blocks = measure_size(model), moe_blocks(model)
+    seen = fitted_on(pair.adapter or pair.folder)
     return Evaluation(
         model=pair.model,
         against=pair.against,
@@ -358,6 +392,27 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         if info[kind]:
             raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")
     return model.to(device).eval()
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    """The model with a low-rank adapter added to its weights.
+
+    Raises:
+        UpcycleError: peft is missing, or the adapter does not fit the model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UpcycleError(f"{adapter} is an adapter: `pip install upcycle[lora]`") from error
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UpcycleError(f"{adapter} holds no adapter_model.safetensors, so it is not whole")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UserWarning) as error:
+        reason = str(error).splitlines()[0]
+        raise UpcycleError(f"{adapter} does not fit the model that it names: {reason}") from error
 
 
 @torch.no_grad()

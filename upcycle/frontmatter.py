@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from upcycle.paths import HUB_ID
+
 STATED = ("base_model", "license", "license_name", "license_link", "language")
 """What a card hands on."""
 GGUF_FIELDS = {
@@ -35,7 +37,15 @@ def read_card(folder: Path) -> dict[str, Any]:
         front = yaml.safe_load(parts[1])
     except yaml.YAMLError:
         return {}
-    return {key: front[key] for key in STATED if isinstance(front, dict) and front.get(key)}
+    stated = {key: front[key] for key in STATED if isinstance(front, dict) and front.get(key)}
+    origins = stated.get("base_model", [])
+    if not all(re.fullmatch(HUB_ID, str(name)) for name in _listed(origins)):
+        del stated["base_model"]  # the path by which some trainer knew it
+    return stated
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def write_gguf_card(path: Path, folder: Path) -> None:

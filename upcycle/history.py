@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from upcycle.paths import local_path
+from upcycle.paths import public_name
 from upcycle.text import texts
 
 
@@ -23,6 +23,5 @@ def fitted_on(folder: Path) -> set[str]:
 
 
 def identity(text: str) -> str:
-    """The same for all names of a text: for a file, its whole path."""
-    path = local_path(text)
-    return str(path.resolve()) if path.is_file() else text
+    """What the record calls a text: a file by its name alone."""
+    return public_name(text)

@@ -14,7 +14,7 @@ from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
 from upcycle.planning import refusals
-from upcycle.recipe import Recipe, load_recipe, shipped_presets, shipped_recipes, yaml_fields
+from upcycle.recipe import Recipe
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.source import DenseSource, model_folder, open_source, read_config, read_headers
@@ -109,31 +109,11 @@ def is_routed(name: str) -> bool:
     return ".experts." in name or any(part in name for part in fused)
 
 
-def describe_recipes() -> list[dict[str, Any]]:
-    """The shipped recipes: name, paper, what they do."""
-    recipes = [load_recipe(name) for name in shipped_recipes()]
-    return [
-        {
-            "name": recipe.name,
-            "method": recipe.method.name,
-            "summary": recipe.summary,
-            "paper": recipe.paper,
-            "departures": list(recipe.departures),
-        }
-        for recipe in recipes
-    ]
-
-
-def describe_presets() -> list[dict[str, Any]]:
-    """The presets of `upcycle finetune`: name, paper, what they do."""
-    listed = [yaml_fields(path) for path in shipped_presets().values()]
-    return [{name: fields[name] for name in ("name", "summary", "paper")} for fields in listed]
-
-
-def describe_methods() -> list[dict[str, Any]]:
-    """Every registered plug-in with its parameters and their defaults."""
+def registered() -> dict[str, Any]:
+    """Every registered method with its parameters and their defaults, and every target: what
+    catalogue.json holds."""
     registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS)
-    return [
+    methods = [
         {
             "kind": registry.kind,
             "name": method.name,
@@ -145,6 +125,7 @@ def describe_methods() -> list[dict[str, Any]]:
         for registry in registries
         for method in registry.values()
     ]
+    return {"methods": methods, "targets": list(TARGETS)}
 
 
 def describe_environment() -> dict[str, str]:

@@ -1,14 +1,51 @@
-"""Where the user means, and files that are whole or absent."""
+"""Where the user means, what of that may be published, and files that are whole or absent."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
+
+from upcycle.errors import UpcycleError
+
+HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 def local_path(name: str | Path) -> Path:
     """A path with ~ as the home folder. Unlike for `Path.expanduser`, ~ and a name that is no
     user's begin a path like any other."""
     return Path(os.path.expanduser(name))  # noqa: PTH111
+
+
+def public_name(name: str | Path) -> str:
+    """A hub's name as it is; of a local path only the last part, which may be published."""
+    path = local_path(name)
+    return path.resolve().name if path.exists() else str(name)
+
+
+def check_model(model: str, revision: str | None = None) -> None:
+    """Raise the errors about the name of a model that can be known without reading it.
+
+    Raises:
+        UpcycleError: it is neither a folder, a .gguf file nor, by its form, a hub id; or a local
+            path with a revision.
+    """
+    path = local_path(model)
+    if revision is not None and path.exists():
+        raise UpcycleError(f"--revision {revision} goes with a hub id, but {model} is a local path")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UpcycleError(f"{model} is a file: give the folder that holds config.json, or a .gguf")
+    if not path.exists() and (path.suffix == ".gguf" or not re.fullmatch(HUB_ID, model)):
+        raise UpcycleError(f"{model} does not exist: give a folder, a .gguf file or a hub id")
+
+
+def way_from(folder: Path, place: Path) -> str:
+    """The relative path from a folder to a place, by which it is found as long as both move
+    together. It begins with `..` unless the place is inside; where both share no folder but the
+    root, it would spell out the whole path of this machine, so it is the place's name alone."""
+    folder, place = folder.resolve(), place.resolve()
+    if folder.parts[:2] != place.parts[:2]:
+        return place.name
+    return Path(os.path.relpath(place, folder)).as_posix()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Named plug-ins: what a method is called, which paper it follows, which parameters it takes."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -62,6 +62,18 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def check_parameters(method: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise if a method, by kind and name, is given a parameter that it has not.
+
+    Raises:
+        UpcycleError: the sentence names those that it has.
+    """
+    for name in given:
+        if name not in known:
+            hint = suggest(name, known) if known else "; it has none"
+            raise UpcycleError(f"{method} has no parameter {name!r}{hint}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

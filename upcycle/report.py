@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from upcycle.compensate import COMPENSATIONS
 from upcycle.dense_layers import DenseLayers
 from upcycle.frontmatter import read_card
 from upcycle.memory import peak_bytes
-from upcycle.paths import local_path
+from upcycle.paths import local_path, public_name, way_from
 from upcycle.perturb import PERTURBS
 from upcycle.planning import Plan
 from upcycle.registry import Method
@@ -23,7 +23,7 @@ from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
-from upcycle.text import texts
+from upcycle.text import public_texts
 from upcycle.verdict import verdict
 from upcycle.versions import versions
 
@@ -95,18 +95,36 @@ def conversion_summary(conversion: Conversion) -> dict[str, Any]:
 def report_json(conversion: Conversion, layers: Iterable[dict[str, Any]]) -> str:
     """upcycle.json: all that was decided and measured; each layer's permutation lists the dense
     neurons in their new order, shared first, then expert by expert (of a split that is no
-    partition, with some of them twice or more and some left out)."""
-    source = conversion.plan.source
+    partition, with some of them twice or more and some left out).
+
+    It is published, so a local source is named by its way from OUT, and other files by their names
+    alone."""
+    source, check = conversion.plan.source, conversion.check
+    name = source.label
+    if source.revision is None:
+        name = way_from(conversion.out, local_path(source.label))
     report = conversion_summary(conversion) | {
+        "out": conversion.out.resolve().name,
+        "check": None if check is None else check_summary(_public_check(check)),
         "versions": versions(),
         "source": {
-            "name": source.label,
+            "name": name,
             "revision": source.revision,
             "fingerprint": source.fingerprint(),
         },
         "layers": list(layers),
     }
+    report["plan"]["source"] = public_name(source.label)
+    report["plan"]["recipe"]["calibration"] = public_texts(conversion.plan.recipe.calibration)
     return json.dumps(report) + "\n"
+
+
+def _public_check(check: CheckReport) -> CheckReport:
+    return replace(
+        check,
+        kinds=[replace(kind, kind=public_name(kind.kind)) for kind in check.kinds],
+        left_out=list(map(public_name, check.left_out)),
+    )
 
 
 def papers(plan: Plan) -> list[str]:
@@ -149,11 +167,11 @@ def model_card(conversion: Conversion) -> str:
         front=yaml.safe_dump(front, sort_keys=False),
         plan=plan,
         target=TARGETS[plan.target],
-        name=_public_name(plan.source.label),
+        name=public_name(plan.source.label),
         check=conversion.check,
         kind_name=kind_name,
         verdict=conversion.check and verdict(conversion.check.ratios),
-        text="+".join(_public_name(text) for text in texts(plan.recipe.calibration)),
+        text=public_texts(plan.recipe.calibration),
         papers=papers(plan),
         compensation=COMPENSATIONS[plan.recipe.compensate.name],
         version=version("upcycle"),
@@ -165,9 +183,4 @@ def kind_name(text: str) -> str:
     named = {"self": "its own writing"}
     if text.startswith("probe:"):
         return f"{text.removeprefix('probe:')}, built in"
-    return named.get(text, _public_name(text))
-
-
-def _public_name(source: str) -> str:
-    """A hub's name as it is; of a local path only the last part, which may be published."""
-    return Path(source).resolve().name if local_path(source).exists() else source
+    return named.get(text, public_name(text))

@@ -8,7 +8,7 @@ from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
 from upcycle.perturb import PERTURBS
 from upcycle.recipe import Choice, Recipe, first_problem
-from upcycle.registry import Method, Params, Registry, suggest
+from upcycle.registry import Method, Params, Registry, check_parameters, suggest
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.source import DenseSource
@@ -24,15 +24,12 @@ def parameters(registry: Registry[Method[Any]], choice: Choice) -> Params:
         UpcycleError: a parameter is unknown or out of range.
     """
     method = registry[choice.name]
-    known = method.params.model_fields
-    for name in choice.params:
-        if name not in known:
-            hint = suggest(name, known) if known else "; it has none"
-            raise UpcycleError(f"{registry.kind} {choice.name!r} has no parameter {name!r}{hint}")
+    named = f"{registry.kind} {choice.name!r}"
+    check_parameters(named, choice.params, method.params.model_fields)
     try:
         return method.params(**choice.params)
     except ValidationError as error:
-        raise UpcycleError(f"{registry.kind} {choice.name!r}: {first_problem(error)}") from error
+        raise UpcycleError(f"{named}: {first_problem(error)}") from error
 
 
 def router_choice(recipe: Recipe) -> Choice:

@@ -25,12 +25,24 @@ from upcycle.dense import skeleton
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
 from upcycle.frontmatter import write_gguf_card
-from upcycle.paths import local_path
+from upcycle.paths import check_model, local_path
 from upcycle.types import all_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+LEGAL = tuple(
+    "".join(
+        f"[{letter.lower()}{letter.upper()}]" if letter.isalpha() else letter for letter in name
+    )
+    for name in ("*license*", "*licence*", "*notice*", "*use_policy*", "copying*")
+)
+"""Names of what a model's terms are in, in any case."""
+DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", *LEGAL]
+PLACES = (
+    *("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file"),
+    *("vocab_file", "merges_file"),
+)
+"""Fields of tokenizer_config.json in which some versions leave paths of their machine."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 # What transformers raises on a config whose fields are wrong.
 CONFIG_ERRORS = (
@@ -171,17 +183,12 @@ def model_folder(
 
     `accept` may raise on the config of a hub id before its weights are fetched.
     """
+    check_model(model, revision)
     path = local_path(model)
-    if revision is not None and path.exists():
-        raise UpcycleError(f"--revision {revision} goes with a hub id, but {model} is a local path")
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
-            return None
-        raise UpcycleError(f"{model} is a file: give the folder that holds config.json, or a .gguf")
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
-        raise UpcycleError(f"{model} does not exist: give a folder, a .gguf file or a hub id")
+        return None
     return _download(model, revision, accept)
 
 
@@ -376,6 +383,22 @@ def copy_companions(folder: Path, place: Path) -> None:
         copy = place / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
+    _drop_places(place / "tokenizer_config.json")
+
+
+def _drop_places(path: Path) -> None:
+    """A tokenizer's settings are published, so they name no place on the machine of their author.
+    Nobody reads these fields."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # there is none, or transformers says what is wrong with it
+    if not isinstance(fields, dict):
+        return
+    found = [key for key in PLACES if Path(str(fields.get(key))).is_absolute()]
+    if found:
+        kept = {key: value for key, value in fields.items() if key not in found}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def companions(folder: Path) -> Iterator[Path]:
@@ -383,7 +406,7 @@ def companions(folder: Path) -> Iterator[Path]:
     patterns = (
         "tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
         "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
-        "generation_config.json", "LICENSE*",
+        "generation_config.json", *LEGAL,
     )  # fmt: skip
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     yield from sorted(found)

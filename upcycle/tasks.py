@@ -53,16 +53,27 @@ def open_tasks(names: list[str]) -> Tasks:
 
 
 def run_tasks(
-    tasks: Tasks, folder: Path, against: Path | None, *, dtype: str, device: str, batch_size: int
+    tasks: Tasks,
+    folder: Path,
+    against: Path | None,
+    *,
+    adapter: Path | None = None,
+    dtype: str,
+    device: str,
+    batch_size: int,
 ) -> TaskScores:
     """Run the tasks on the model in a folder, and on the one it is compared with.
+
+    Args:
+        adapter: the folder of low-rank changes of the first model.
 
     Raises:
         UpcycleError: lm-eval fails.
     """
-    mine, other = (
-        _scores(tasks, place, dtype, device, batch_size) if place else {}
-        for place in (folder, against)
+    own = {"pretrained": str(folder)} | ({"peft": str(adapter)} if adapter else {})
+    mine = _scores(tasks, own, dtype, device, batch_size)
+    other = (
+        _scores(tasks, {"pretrained": str(against)}, dtype, device, batch_size) if against else {}
     )
     return {
         task: {name: (value, other.get(task, {}).get(name)) for name, value in metrics.items()}
@@ -71,7 +82,7 @@ def run_tasks(
 
 
 def _scores(
-    tasks: Tasks, folder: Path, dtype: str, device: str, batch_size: int
+    tasks: Tasks, model: dict[str, str], dtype: str, device: str, batch_size: int
 ) -> dict[str, dict[str, float]]:
     """Per task and metric."""
     from lm_eval import simple_evaluate
@@ -80,7 +91,7 @@ def _scores(
         try:
             results = simple_evaluate(
                 model="hf",
-                model_args={"pretrained": str(folder), "dtype": dtype},
+                model_args=model | {"dtype": dtype},
                 tasks=tasks.names,
                 task_manager=tasks.manager,
                 batch_size=batch_size,
@@ -88,7 +99,8 @@ def _scores(
             )
         except Exception as error:  # as above
             raise UpcycleError(
-                f"--tasks {','.join(tasks.names)}: lm-eval fails on {folder}: {_reason(error)}"
+                f"--tasks {','.join(tasks.names)}: lm-eval fails on {model['pretrained']}: "
+                f"{_reason(error)}"
             ) from error
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}
 

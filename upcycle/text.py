@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from upcycle.errors import UpcycleError
-from upcycle.paths import local_path
+from upcycle.paths import local_path, public_name
 
 Document = str | list[dict[str, Any]]
 """Text, or the messages of a chat."""
@@ -56,6 +56,11 @@ def texts(text: str) -> list[str]:
     if "+" not in text or local_path(text).is_file():
         return [text]
     return text.split("+")
+
+
+def public_texts(text: str) -> str:
+    """The texts that are joined by +, files by their names alone."""
+    return "+".join(map(public_name, texts(text)))
 
 
 def check_text(text: str, flag: str = "--calibration") -> None:

@@ -19,7 +19,21 @@ from upcycle.versions import versions
 
 class Origin(BaseModel, extra="allow"):
     name: str
+    """A hub id, or the way from the folder of the record."""
+    revision: str | None = None
     fingerprint: str | None = None
+
+    def place(self, folder: Path) -> Path | None:
+        """Where the dense model lies here, if it is not on the hub; `folder` holds the record."""
+        found = folder.resolve() / self.name
+        return found.resolve() if self.revision is None and found.exists() else None
+
+    def model(self, folder: Path) -> str | None:
+        """The dense model by the name that finds it from anywhere; None if nothing does."""
+        if self.revision is not None:
+            return self.name
+        place = self.place(folder)
+        return None if place is None else str(place)
 
 
 class Made(BaseModel, extra="allow"):
@@ -53,7 +67,7 @@ def open_job(
 ) -> Job:
     folder = stack.enter_context(checkpoint_folder(model))
     record = _record(folder)
-    origin = None if record.source is None else record.source.name
+    origin = None if record.source is None else record.source.model(folder)
     request = load_training(preset or _default_preset(record), settings, origin)
     for text in texts(request.data):
         check_text(text, "--data")

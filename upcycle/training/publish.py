@@ -9,14 +9,18 @@ from typing import Any
 
 import jinja2
 import torch
+import yaml
 from torch import Tensor
 
 from upcycle.check import TOLERANCE, load_result, relative_error
 from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
+from upcycle.frontmatter import read_card
+from upcycle.paths import local_path, public_name, way_from
 from upcycle.sink import partial_folder
 from upcycle.source import copy_companions, read_headers
-from upcycle.training.job import Job, Record
+from upcycle.text import public_texts
+from upcycle.training.job import Job
 from upcycle.training.settings import Training
 from upcycle.training.state import whole_model
 from upcycle.training.step import Row, Run
@@ -108,7 +112,7 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
     place = partial_folder(job.out)
     stored = next(iter(read_headers(folder).values())).dtype
     if settings.lora:
-        _write_adapter(plain, tensors, job.label, place)
+        _write_adapter(plain, tensors, job, place)
         written = _with_adapter(folder, place)
         _check_tensors(written, tensors)
         if settings.merge:
@@ -126,7 +130,7 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
             f"{error:.2g} of their spread (at most {TOLERANCE:g} is rounding)"
         )
     done = replace(done, reload_error=error)
-    _write_history(done, folder, place, job.record)
+    _write_history(done, job, place)
     return done
 
 
@@ -167,10 +171,20 @@ def _check_tensors(written: Any, expected: dict[str, Tensor]) -> None:
             raise CheckFailed(f"the written checkpoint holds another {name} than was trained")
 
 
-def _write_adapter(model: Any, tensors: dict[str, Tensor], label: str, place: Path) -> None:
-    model.peft_config["default"].base_model_name_or_path = label
-    model.save_pretrained(place, state_dict=tensors)
+def _write_adapter(model: Any, tensors: dict[str, Tensor], job: Job, place: Path) -> None:
+    model.peft_config["default"].base_model_name_or_path = base_from(job)
+    model.save_pretrained(place, state_dict=tensors, save_embedding_layers=False)
+    copy_companions(job.folder, place)
     (place / "README.md").unlink(missing_ok=True)  # peft's own card
+
+
+def base_from(job: Job) -> str:
+    """How an adapter at the job's place names the model that it changes: a hub id, or the way from
+    its folder; where there is none that may be published, it is to lie beside it."""
+    if not local_path(job.label).exists():
+        return job.label
+    way = way_from(job.out, job.folder)
+    return way if way.startswith("..") else f"../{way}"
 
 
 def _with_adapter(folder: Path, place: Path) -> Any:
@@ -181,30 +195,86 @@ def _with_adapter(folder: Path, place: Path) -> Any:
     return PeftModel.from_pretrained(base, place).eval()
 
 
-def _write_history(done: Finetuning, folder: Path, place: Path, record: Record) -> None:
+def _write_history(done: Finetuning, job: Job, place: Path) -> None:
     """upcycle.json and the card, with this run added to what they said."""
-    entry = finetuning_summary(done) | {"upcycle": version("upcycle")}
+    record = job.record
+    entry = _public_summary(done) | {"upcycle": version("upcycle")}
     # What the conversion measured is no longer true of these weights.
     entry["check_before"] = record.check
     history = [*record.training, entry]
     fields = record.model_dump(exclude_unset=True) | {"check": None, "training": history}
+    dense = None if record.source is None else record.source.place(job.folder)
+    if dense is not None:
+        fields["source"]["name"] = way_from(job.out, dense)
     (place / "upcycle.json").write_text(json.dumps(fields) + "\n")
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    section = environment.from_string(CARD).render(done=done, settings=done.settings)
+    if done.settings.lora and not done.settings.merge:
+        text = _adapter_card(done, job)
+    else:
+        card = job.folder / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    section = (
+        _environment().from_string(CARD).render(done=done, data=public_texts(done.settings.data))
+    )
     (place / "README.md").write_text(text + section, encoding="utf-8")
+
+
+def _public_summary(done: Finetuning) -> dict[str, Any]:
+    """What of a run may be published: of paths only the names."""
+    summary, teacher = finetuning_summary(done), done.settings.teacher
+    summary["settings"] |= {
+        "data": public_texts(done.settings.data),
+        "teacher": None if teacher is None else public_name(teacher),
+    }
+    return summary | {"model": public_name(done.model), "out": done.out.name}
+
+
+def _adapter_card(done: Finetuning, job: Job) -> str:
+    """README.md of low-rank changes, with front matter for the hub."""
+    base = base_from(job)
+    front = read_card(job.folder) | {
+        "base_model": public_name(job.label),
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "moe", "mixture-of-experts", "upcycle"],
+    }
+    return (
+        _environment()
+        .get_template("adapter.md.jinja")
+        .render(
+            front=yaml.safe_dump(front, sort_keys=False),
+            base=base,
+            local=base != job.label,
+            name=public_name(job.label),
+            settings=done.settings,
+            version=version("upcycle"),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("upcycle"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+        undefined=jinja2.StrictUndefined,
+    )
 
 
 CARD = """
 
 ## Training
 
+{% set settings = done.settings %}
 Trained by upcycle with preset `{{ settings.name }}` on {{ "{:,}".format(done.tokens) }} tokens of
-`{{ settings.data.split("/")[-1] }}`: {{ settings.total_steps }} steps of {{ settings.batch_size }}
+`{{ data }}`: {{ settings.total_steps }} steps of {{ settings.batch_size }}
 sequences of {{ settings.seq_len }}, learning rate {{ settings.lr }}\
 {% if settings.lora %}, low-rank changes of rank {{ settings.lora }}{% endif %}; the state after
-step {{ done.result_step }} was kept. What this card says above of quality was measured before.
+step {{ done.result_step }} was kept.\
+{% if not settings.lora or settings.merge %} What this card says above of quality was measured \
+before.{% endif %}
+
 
 | on held-out text | before | after |
 |---|---|---|

@@ -16,8 +16,8 @@ from pydantic import (
 
 from upcycle.errors import UpcycleError
 from upcycle.recipe import find_recipe, shipped_presets, validated, yaml_fields
-from upcycle.training.trainable import Train
 
+Train = Literal["router", "experts", "moe", "all"]
 OF_ROUTERS = ("balance", "z_loss", "dense_router_gradient", "router_warmup")
 """Settings that have an effect only where routers train."""
 Share = Annotated[float, Field(ge=0, le=1)]

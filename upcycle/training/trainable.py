@@ -1,15 +1,15 @@
 """Which parameters train, in the groups that people speak of."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from upcycle.errors import UpcycleError
 from upcycle.moe import MoEBlock
 from upcycle.training.routers import Scale
+from upcycle.training.settings import Train
 
-Train = Literal["router", "experts", "moe", "all"]
 GROUPS = ("router", "experts", "shared experts", "attention", "dense FFNs", "norms, embeddings")
 TRAINS: dict[Train, tuple[str, ...]] = {
     "router": ("router",),
