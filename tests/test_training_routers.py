@@ -290,8 +290,10 @@ def test_bias_moves_towards_the_experts_with_less_than_their_share(dense, moe):
     assert correction_bias(block).tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
 
 
-@pytest.mark.parametrize("spread", [1e-4, UNFITTED_SPREAD, SPREAD, 1.0])
-def test_bias_updates_even_out_the_load(dense, moe, spread):
+@pytest.mark.parametrize(
+    ("spread", "rate"), [(1e-4, 0.001), (UNFITTED_SPREAD, 0.001), (SPREAD, 0.002), (1.0, 0.02)]
+)
+def test_bias_updates_even_out_the_load(dense, moe, spread, rate):
     model = split_model(dense, moe, "glm4_moe", spread)
     blocks = moe_blocks(model)
     scales = measure_scales(model, blocks, TOKENS_BL)
@@ -306,7 +308,7 @@ def test_bias_updates_even_out_the_load(dense, moe, spread):
     for _ in range(30):
         counts, _ = uneven()
         for block, scale, count_E in zip(blocks, scales, counts, strict=True):
-            update_bias(block, count_E, 0.1 * scale.spread / 4)
+            update_bias(block, count_E, rate * scale.bias)
     assert uneven()[1] < 1 + (before - 1) / 2
 
 

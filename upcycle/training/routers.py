@@ -21,6 +21,8 @@ from upcycle.moe import MoEBlock, watch_selections
 TEMPERED = 3e-3
 """Logits that spread by less belong to a tempered router: well below the 0.01 of a split whose
 experts are not refit, so that no text makes it one in some layers only."""
+UNSCALED_BIAS = 0.05
+"""Logits that spread by this or more are an ordinary router's, as far as selection biases go."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,13 @@ class Scale:
     router: float = 1.0
     down_proj: float = 1.0
     spread: float = 1.0
-    """Standard deviation of a token's logits, tempered or not: the unit of selection biases."""
+    """Standard deviation of a token's logits, tempered or not."""
+
+    @property
+    def bias(self) -> float:
+        """Of the selection bias: a step moves that of an ordinary router by what was asked for, and
+        that of logits which hardly differ by as much less, or it alone would select."""
+        return min(1.0, self.spread / UNSCALED_BIAS)
 
 
 @dataclass
@@ -199,7 +207,7 @@ def update_bias(block: MoEBlock, count_E: Tensor, rate: float) -> None:
     tokens become more likely to be selected.
 
     Args:
-        rate: of the scores' own spread.
+        rate: by which each expert's bias moves.
     """
     bias_E = correction_bias(block)
     assert bias_E is not None

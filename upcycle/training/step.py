@@ -224,8 +224,7 @@ def _balance(run: Run, counts: list[Tensor]) -> Row:
     counts = [run.accelerator.reduce(count_E, "sum") for count_E in counts]
     if run.settings.balance_bias:
         for block, scale, count_E in zip(run.blocks, run.scales, counts, strict=True):
-            # A sigmoid's slope at 0.
-            update_bias(block, count_E, run.settings.balance_bias * scale.spread / 4)
+            update_bias(block, count_E, run.settings.balance_bias * scale.bias)
     return {
         "imbalance": sum(float(c.max() / c.mean()) for c in counts) / max(1, len(counts)),
         "dead": sum(int((count_E == 0).sum()) for count_E in counts),
