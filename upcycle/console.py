@@ -356,15 +356,12 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
     plan, check = conversion.plan, conversion.check
     if check is None:
         return
-    if plan.recipe.method.name == "copy":
+    if plan.equal:
         yield "The function is unchanged; train it further so that the copies come to differ."
         return
     found, worst = verdict(check.ratios), check.worst
     if plan.recipe.copies:
-        yield (
-            f"Perplexity is up to {worst.ratio:.2f} × the dense model's until the new neurons are "
-            "trained."
-        )
+        yield (f"Perplexity is up to {worst.ratio:.2f} × the dense model's until it is trained.")
         return
     colour, where = COLOURS[found.grade], f"{worst.ratio:.2f} × the dense model's at worst"
     if found.grade == "fine":
