@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -15,8 +16,10 @@ from safetensors import safe_open
 from torch.nn import functional
 
 from upcycle import UpcycleError
+from upcycle.errors import Diverged
 from upcycle.facts import read_log, read_record
 from upcycle.sink import partial_folder
+from upcycle.training import step
 from upcycle.training.data import training_data
 from upcycle.training.run import Watch, finetune
 from upcycle.training.settings import Training
@@ -361,16 +364,68 @@ def test_the_best_state_is_the_result(split, train, tmp_path):
     assert held_out_loss(last, QUICK) == pytest.approx(validations[8], abs=1e-4)
 
 
-def test_a_run_that_diverges_gives_the_model_back_or_says_so(split, train, tmp_path):
-    source = split()
-    done = train(source, lr=1e9)
-    assert not any(math.isfinite(row["loss"]) for row in done.log[-2:-1])
-    assert done.result_step == 0
-    assert changed_groups(source, done.out) == set()
-    with pytest.raises(UpcycleError, match=r"validation loss is nan after step [1-4]: lower --lr"):
-        train(source, tmp_path / "last", lr=1e9, keep_best=False)
-    assert not (tmp_path / "last").exists()
-    assert train(source, tmp_path / "late", lr=100.0).result_step == 0
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def strict_lines(path):
+    return [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_diverges_stops_at_that_step_and_leaves_the_best_state(split, train, tmp_path):
+    source, out = split(), tmp_path / "out"
+    with pytest.raises(Diverged) as caught:
+        train(source, lr=1e9, precision="no", warmup=0)
+    said = str(caught.value)
+    number = int(re.search(r"stopped at step (\d):", said)[1])
+    assert 1 <= number <= 4
+    assert re.search(r"is (nan|inf) \(learning rate 1e\+09 of --lr 1e\+09, precision no\)", said)
+    assert said.endswith(f"{out} holds the state after step 0, the best before")
+    assert changed_groups(source, out) == set()
+    assert torch.isfinite(logits(load(out))).all()
+    assert all(row["step"] <= number for row in strict_lines(out / "train_log.jsonl"))
+    assert not partial_folder(out).exists()
+
+
+def test_the_best_state_is_the_best_there_was(split, train, tmp_path, monkeypatch):
+    """Of a run that learns, until its third step has a loss that is no number."""
+    terms = step._terms
+
+    def broken(run, batch, counts):
+        yield from terms(run, batch, counts)
+        if run.step == 2:
+            yield "z_loss", torch.tensor(math.inf)
+
+    monkeypatch.setattr(step, "_terms", broken)
+    with pytest.raises(Diverged, match=r"stopped at step 3: .*after step 2, the best before"):
+        train(split(), validate_every=1)
+    rows = strict_lines(tmp_path / "out" / "train_log.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]
+    trained = read_json(tmp_path / "out" / "upcycle.json")["training"][-1]
+    assert trained["step"] == 2
+    assert trained["after"]["loss"] == rows[-1]["validation"]["loss"]
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "loss"])
+def test_weights_never_take_a_step_that_is_no_number(split, train, tmp_path, monkeypatch, name):
+    """Without a best state to go back to nothing is left."""
+    stepped = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: stepped.append(1))
+    gradients = step._gradients
+
+    def broken(run, *args):
+        row = gradients(run, *args)
+        if name == "loss":
+            return row | {"loss": math.nan}
+        next(p for p in run.model.parameters() if p.grad is not None).grad.fill_(math.inf)
+        return row
+
+    monkeypatch.setattr(step, "_gradients", broken)
+    with pytest.raises(Diverged, match=rf"stopped at step 1: the {name.replace('_', ' ')} is"):
+        train(split(), keep_best=False)
+    assert not stepped
+    assert not files(tmp_path)
 
 
 def test_a_held_out_row_of_one_token_spoils_nothing(split, train, tmp_path):

@@ -1,6 +1,5 @@
 """What a training run leaves: the checkpoint, checked by reading it again, and its history."""
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from torch import Tensor
 from upcycle.check import TOLERANCE, load_result, relative_error
 from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
+from upcycle.json_text import json_text
 from upcycle.sink import partial_folder
 from upcycle.source import copy_companions, read_headers
 from upcycle.training.job import Job, Record
@@ -188,7 +188,7 @@ def _write_history(done: Finetuning, folder: Path, place: Path, record: Record) 
     entry["check_before"] = record.check
     history = [*record.training, entry]
     fields = record.model_dump(exclude_unset=True) | {"check": None, "training": history}
-    (place / "upcycle.json").write_text(json.dumps(fields) + "\n")
+    (place / "upcycle.json").write_text(json_text(fields) + "\n")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
