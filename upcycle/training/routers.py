@@ -101,13 +101,10 @@ class RouterTap:
     def _add_dense_gradient(self, place: int) -> Callable[..., Tensor]:
         def hook(experts: Any, args: tuple[Tensor, Tensor, Tensor], y_TD: Tensor) -> Tensor:
             x_TD, chosen_TK, weights_TK = args
+            router = self.blocks[place].router
             scores_TE = self.score(self._logits[place])
-            # What a score is multiplied by on its way to a weight: renormalisation, scaling factor.
-            factor_T1 = weights_TK.sum(-1, keepdim=True) / scores_TE.gather(1, chosen_TK).sum(
-                -1, keepdim=True
-            )
             nothing_TD: Tensor = DenseRouterGradient.apply(  # type: ignore[no-untyped-call]
-                scores_TE * factor_T1.detach(),
+                all_weights(scores_TE, chosen_TK, weights_TK, _renormalises(router)),
                 x_TD,
                 experts.gate_up_proj,
                 experts.down_proj,
@@ -116,6 +113,26 @@ class RouterTap:
             return y_TD + nothing_TD
 
         return hook
+
+
+def all_weights(
+    scores_TE: Tensor, chosen_TK: Tensor, weights_TK: Tensor, renormalised: bool
+) -> Tensor:
+    """What each expert would count [T, E] if all ran, in the unit of the selected ones' weights.
+
+    As in DenseMixer's release, the sum that weights are divided by is a function of the logits for
+    the experts that are selected, and a constant for the others.
+    """
+    own_TK = scores_TE.gather(1, chosen_TK)
+    # What a score is multiplied by on its way to a weight: renormalisation, scaling factor.
+    factor_T1 = weights_TK.detach().sum(-1, keepdim=True) / own_TK.sum(-1, keepdim=True)
+    weights_TE = scores_TE * factor_T1.detach()
+    return weights_TE.scatter(1, chosen_TK, own_TK * factor_T1) if renormalised else weights_TE
+
+
+def _renormalises(router: Any) -> bool:
+    """Routers that always do have no such setting."""
+    return bool(getattr(router, "norm_topk_prob", True))
 
 
 def _logits(router: Any, x: Tensor) -> Tensor:
