@@ -1,7 +1,7 @@
 """What a training run leaves: the checkpoint, checked by reading it again, and its history."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from upcycle.evaluate import load_model, next_token_logits
 from upcycle.json_text import json_text
 from upcycle.sink import partial_folder
 from upcycle.source import copy_companions, read_headers
+from upcycle.training.data import Used
 from upcycle.training.job import Job, Record
 from upcycle.training.settings import Training
 from upcycle.training.state import whole_model
@@ -34,6 +35,7 @@ class Finetuning:
     out: Path
     settings: Training
     groups: Groups
+    used: tuple[Used, ...]
     log: list[Row]
     result_step: int
     """Whose state the result is."""
@@ -70,6 +72,7 @@ def finetuning_summary(done: Finetuning) -> dict[str, Any]:
         "out": str(done.out),
         "settings": done.settings.settings(),
         "groups": done.groups,
+        "used": [asdict(used) for used in done.used],
         "before": done.before,
         "after": done.after,
         "step": done.result_step,
@@ -97,6 +100,7 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
         out=job.out,
         settings=settings,
         groups=groups,
+        used=run.train.used,
         log=run.log,
         result_step=run.best_step if settings.keep_best else run.step,
         tokens=run.step * settings.step_tokens,

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from upcycle.moe import moe_blocks
 from upcycle.paths import local_path
 from upcycle.sink import ASIDE, Workspace, check_out, partial_folder
 from upcycle.source import read_config, read_headers
-from upcycle.training.data import Data, training_data
+from upcycle.training.data import Data, Used, training_data
 from upcycle.training.job import Job, job_fingerprint, open_job
 from upcycle.training.loop import make_optimizer, restore_best, train
 from upcycle.training.processes import accelerator_for
@@ -44,8 +44,8 @@ SCALE_TOKENS = 256
 class Watch:
     """What is told of a run's progress."""
 
-    begin: Callable[[Training, Groups], None] = lambda settings, groups: None
-    """Once, before the first step: what trains."""
+    begin: Callable[[Training, Groups, Sequence[Used]], None] = lambda settings, groups, used: None
+    """Once, before the first step: what trains, and on how much of each text."""
     row: Callable[[Row, int, int], None] = lambda row, done, total: None
     """Every line of the log, with the steps done and all steps."""
 
@@ -88,7 +88,7 @@ def finetune(
         stack.enter_context(_workspace(job, accelerator, overwrite=overwrite, resume=resume))
         run, groups = _prepare(job, accelerator, watch)
         if accelerator.is_main_process:
-            watch.begin(job.settings, groups)
+            watch.begin(job.settings, groups, run.train.used)
         stopped = _train(run)
         restore_best(run)
         done = publish(run, groups, job)
