@@ -179,7 +179,7 @@ def test_copies_with_new_neurons_are_to_be_trained(converted, shown):
     done = with_ratios(converted(method="drop", experts=2), 3.0, code=4.0)
     words = joined(shown(done))
     assert "Exactness: not expected: copies were changed." in words
-    assert "Perplexity is up to 4.00 × the dense model's until the new neurons are" in words
+    assert "Perplexity is up to 4.00 × the dense model's until it is trained." in words
     assert "Heal it" not in words
 
 

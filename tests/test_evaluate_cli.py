@@ -148,3 +148,18 @@ def test_a_folder_that_lacks_a_tensor_is_the_users_fault(split, text, tmp_path):
     result = run(tmp_path / "broken", "--text", text)
     assert result.exit_code == 2
     assert "does not load whole: missing_keys ['model.norm.weight']" in result.stderr
+
+
+def test_json_of_a_broken_model_is_json(dense, text, tmp_path):
+    """Whose perplexity is no number; what is read back is."""
+    model = load(dense())
+    model.lm_head.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    saved = tmp_path / "eval.json"
+    result = run(
+        tmp_path, "--text", text, "--tokens", 64, "--seq-len", 32, "--output", saved, "--json"
+    )
+    for written in (result.stdout, saved.read_text()):
+        assert "NaN" not in written.replace('"NaN"', "")
+        assert json.loads(written)["texts"][0]["perplexity"] == "NaN"

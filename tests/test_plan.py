@@ -211,16 +211,6 @@ def test_copies_of_any_width_need_no_divisor(dense):
             {"granularity": 2},
             "--granularity 2 goes with copies: for a split, raise --experts",
         ),
-        (
-            {"method": "copy", "granularity": 4, "top_k": 6},
-            "--top-k 6 is no multiple of --granularity 4, so tokens would get parts of a copy; "
-            "nearest: --top-k 4",
-        ),
-        (
-            {"method": "copy", "granularity": 4, "top_k": 2},
-            "--top-k 2 is no multiple of --granularity 4, so tokens would get parts of a copy; "
-            "nearest: --top-k 4",
-        ),
     ],
 )
 def test_counts_that_contradict_each_other(dense, settings, sentence):
@@ -229,15 +219,20 @@ def test_counts_that_contradict_each_other(dense, settings, sentence):
 
 def test_one_copy_per_token_where_the_router_would_learn_nothing(dense):
     assert refusal(dense, method="copy", top_k=1, target="mixtral") == (
-        "--top-k 1 gives each token one copy, and mixtral always renormalises its weights, so the "
+        "--top-k 1 gives each token one expert, and mixtral always renormalises its weight, so the "
         "router would get no gradient: raise --top-k, choose --target glm4_moe or qwen2_moe, or "
         "pass --allow-frozen-router"
     )
 
 
-def test_one_granular_copy_per_token_is_the_same(dense):
-    sentence = refusal(dense, method="copy", granularity=4, top_k=4, target="mixtral")
-    assert sentence.startswith("--top-k 4 gives each token one copy")
+def test_one_shard_per_token_is_the_same(dense):
+    sentence = refusal(dense, method="copy", granularity=4, top_k=1, target="mixtral")
+    assert sentence.startswith("--top-k 1 gives each token one expert")
+
+
+def test_one_copy_of_several_shards_has_weights_to_learn(dense):
+    made = upcycle.plan(str(dense()), method="copy", granularity=4, top_k=4)
+    assert (made.combine, made.target) == ("mean", "mixtral")
 
 
 def test_one_copy_per_token_names_only_targets_that_host_the_model(dense):

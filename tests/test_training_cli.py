@@ -73,6 +73,19 @@ def test_tables_go_to_stdout_and_progress_to_stderr(model, text, tmp_path):
     assert "the weights themselves, preset heal" in result.stderr + result.stdout
 
 
+def test_how_much_of_a_text_is_used_is_said_and_recorded(model, text, tmp_path):
+    result = run(model, "-o", tmp_path / "out", "--data", text, *QUICK)
+    said = " ".join(result.stderr.split())
+    (used,) = json.loads((tmp_path / "out" / "upcycle.json").read_text())["training"][-1]["used"]
+    assert used["text"] == text.name
+    assert used["total"] == pytest.approx(len(text.read_text()), rel=0.01)
+    assert (
+        f"{text.name}: {used['tokens']:,} of about {used['total']:,} tokens "
+        f"({100 * used['tokens'] / used['total']:.2g} %) train, from all over it; "
+        f"{used['held_out']:,} from its end validate."
+    ) in said
+
+
 def test_variables_of_the_environment_are_settings(model, text, tmp_path):
     env = {"UPCYCLE_TRAIN": "router", "UPCYCLE_NEXT_TOKEN": "2.5", "UPCYCLE_DATA": str(text)}
     env |= {"UPCYCLE_ROUTER_WARMUP": "0.25"}

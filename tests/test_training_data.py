@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from upcycle import UpcycleError
+from upcycle import text as text_module
 from upcycle.training.data import batch_rows, training_data
 
 TEMPLATE = (
@@ -62,15 +63,45 @@ def test_documents_are_joined_cut_and_only_the_last_row_is_padded(dense, tmp_pat
     assert not held.tokens_BL[~held.mask_BL].any()
 
 
-def test_the_first_tokens_train_and_those_after_them_validate(dense, text):
-    train, held = read(dense(), text, train_tokens=320, validation_tokens=48)
-    ids = torch.cat(tokens(train, held))
-    longer = torch.cat(tokens(*read(dense(), text)))
-    # Validation gets a tenth at most.
-    assert (len(train), len(held)) == (21, 2)
-    assert torch.equal(ids, longer[: len(ids)])
-    train, held = read(dense(), text, train_tokens=960, validation_tokens=48)
-    assert (len(train), len(held)) == (60, 3)
+@pytest.mark.parametrize("letters", [100, 300])
+def test_sequences_are_of_all_parts_of_a_text_and_its_end_validates(dense, tmp_path, letters):
+    """Whether the text is tokenised whole or, where it is long, in places."""
+    parts = "abcdefghij"
+    path = jsonl(tmp_path / "x.jsonl", *({"text": p * letters} for p in parts for _ in range(20)))
+    train, held = read(dense(), path, train_tokens=640, validation_tokens=48)
+    assert (len(train), len(held)) == (40, 3)
+    text = AutoTokenizer.from_pretrained(dense()).decode(train.tokens_BL.flatten())
+    assert [text.count(part) > 10 for part in parts] == [True] * 10
+    end = AutoTokenizer.from_pretrained(dense()).decode(held.tokens_BL.flatten())
+    assert set(end) <= set("j </s>")
+    (used,) = train.used
+    assert (used.text, used.tokens, used.held_out) == ("x.jsonl", 640, 48)
+    assert used.total == pytest.approx(200 * (letters + 1), rel=0.1)
+
+
+def test_a_text_that_is_used_up_says_so(dense, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("a" * 319)  # and the end of the sequence
+    train, _ = read(dense(), path)
+    (used,) = train.used
+    assert (used.tokens, used.held_out, used.total) == (288, 32, 320)
+
+
+def test_of_a_hub_dataset_the_first_sequences_train_and_the_next_validate(dense, monkeypatch):
+    """Which is read no further: nobody knows where it ends."""
+    rows = []
+
+    def stream(name):
+        for letter in "abcdefgh":
+            rows.append(letter)
+            yield letter * 159
+
+    monkeypatch.setattr(text_module, "_hub_dataset", stream)
+    train, held = read(dense(), "hf:some/data", train_tokens=320, validation_tokens=32)
+    assert rows == ["a", "b", "c"]
+    (used,) = train.used
+    assert (used.text, used.tokens, used.total) == ("hf:some/data", len(train) * 16, None)
+    assert set(AutoTokenizer.from_pretrained(dense()).decode(held.tokens_BL.flatten())) <= set("c ")
 
 
 def test_rows_that_validate_never_train(dense, text):

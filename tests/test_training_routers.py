@@ -174,15 +174,18 @@ def naive_mixture(scores_TE, x_TD, experts):
 
 
 def naive_scores(target, block, x_TD):
-    """Of all experts, in the unit of the selected ones' weights; what is constant is detached."""
+    """Of all experts, in the unit of the selected ones' weights; what is constant is detached. As
+    in DenseMixer's release, the sum of the selected ones' is constant for the others alone."""
     z_TE = x_TD @ block.router.weight.T
     if target == "glm4_moe":
         return 2 * z_TE.sigmoid()
     scores_TE = z_TE.softmax(-1)
     if target == "qwen2_moe":
         return scores_TE
-    top_TK = scores_TE.topk(block.router.top_k).values
-    return scores_TE / top_TK.sum(-1, keepdim=True).detach()
+    top = scores_TE.topk(block.router.top_k)
+    total_T1 = top.values.sum(-1, keepdim=True)
+    chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, top.indices, True)
+    return torch.where(chosen_TE, scores_TE / total_T1, scores_TE / total_T1.detach())
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -206,6 +209,33 @@ def test_dense_router_gradient_is_that_of_all_experts_running(dense, moe, target
     model.zero_grad()
     type(block.experts).forward(block.experts, x_TD, chosen_TK, weights_TK).backward(grad_TD)
     torch.testing.assert_close(gate_up_grad, block.experts.gate_up_proj.grad)
+
+
+@pytest.mark.parametrize("target", ["glm4_moe", "mixtral", "qwen2_moe"])
+def test_dense_router_gradient_of_renormalised_copies(dense, moe, target):
+    """The same, of targets that renormalise because they are told to, and of one expert a token."""
+    top_k = 1 if target == "mixtral" else 2
+    settings = {"method": "copy", "experts": 4, "top_k": top_k, "allow_frozen_router": True}
+    model = load(moe(dense(), target=target, **settings))
+    (block, *_), (x_TD, *_) = moe_blocks(model), inputs_of_routers(model)
+    for parameter in block.experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    RouterTap([block], dense_gradient=True, score=score_of(target))
+    chosen_TK = selected(block.router(x_TD))
+    z_TE = x_TD @ block.router.weight.T
+    scores_TE = z_TE.sigmoid() if target == "glm4_moe" else z_TE.softmax(-1)
+    total_T1 = scores_TE.gather(1, chosen_TK).sum(-1, keepdim=True)
+    chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+    naive_TE = torch.where(chosen_TE, scores_TE / total_T1, scores_TE / total_T1.detach())
+    y_TD = block.experts(x_TD, chosen_TK, naive_TE.gather(1, chosen_TK))
+    grad_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(0))
+    y_TD.backward(grad_TD, retain_graph=True)
+    actual_ED = block.router.weight.grad.clone()
+    model.zero_grad()
+    naive_mixture(naive_TE, x_TD, block.experts).backward(grad_TD)
+    expected_ED = block.router.weight.grad
+    assert expected_ED.std() > 0
+    torch.testing.assert_close(actual_ED, expected_ED, rtol=1e-3, atol=1e-4 * expected_ED.std())
 
 
 def test_dense_router_gradient_changes_no_output(dense, moe):
@@ -290,8 +320,10 @@ def test_bias_moves_towards_the_experts_with_less_than_their_share(dense, moe):
     assert correction_bias(block).tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
 
 
-@pytest.mark.parametrize("spread", [1e-4, UNFITTED_SPREAD, SPREAD, 1.0])
-def test_bias_updates_even_out_the_load(dense, moe, spread):
+@pytest.mark.parametrize(
+    ("spread", "rate"), [(1e-4, 0.001), (UNFITTED_SPREAD, 0.001), (SPREAD, 0.002), (1.0, 0.02)]
+)
+def test_bias_updates_even_out_the_load(dense, moe, spread, rate):
     model = split_model(dense, moe, "glm4_moe", spread)
     blocks = moe_blocks(model)
     scales = measure_scales(model, blocks, TOKENS_BL)
@@ -306,7 +338,7 @@ def test_bias_updates_even_out_the_load(dense, moe, spread):
     for _ in range(30):
         counts, _ = uneven()
         for block, scale, count_E in zip(blocks, scales, counts, strict=True):
-            update_bias(block, count_E, 0.1 * scale.spread / 4)
+            update_bias(block, count_E, rate * scale.bias)
     assert uneven()[1] < 1 + (before - 1) / 2
 
 

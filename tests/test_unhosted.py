@@ -22,7 +22,6 @@ REASONS = {
     "falcon": UNGATED,
     "starcoder2": UNGATED,
     "bert": "encoder",
-    "t5": "encoder-decoder",
     "cohere": "not a dense family that upcycle knows",
     "stablelm": "not a dense family that upcycle knows",
     "mamba": "not a dense family that upcycle knows",
@@ -58,6 +57,24 @@ def test_architecture_that_no_moe_hosts(refusal, model_type):
     assert model_type in sentence
     assert REASONS[model_type] in sentence
     assert "supported: gemma, granite, llama, mistral, olmo2, phi3, qwen2, qwen3" in sentence
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("t5", {"feed_forward_proj": "relu"}),
+        ("t5", {"feed_forward_proj": "gated-gelu"}),
+        ("umt5", {}),
+        ("bart", {}),
+        ("m2m_100", {}),
+    ],
+)
+def test_an_encoder_decoder_is_refused_whatever_its_ffn(refusal, model_type, fields):
+    """Of T5, version 1.0 has no gate and 1.1 has one."""
+    assert refusal(model_type, **fields) == (
+        f"{model_type} is an encoder-decoder, and upcycle converts decoders alone "
+        "(supported: gemma, granite, llama, mistral, olmo2, phi3, qwen2, qwen3)"
+    )
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)

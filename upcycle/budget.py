@@ -242,12 +242,7 @@ def _check_cut(parts: int, flag: str, num_neurons: int) -> None:
 
 
 def _check(geometry: Geometry) -> None:
-    top_k, granularity = geometry.top_k, geometry.granularity
-    if top_k > geometry.num_experts:
-        raise UpcycleError(f"--top-k {top_k} is more than the {geometry.num_experts} experts")
-    if top_k % granularity:
-        whole = max(top_k // granularity, 1) * granularity
+    if geometry.top_k > geometry.num_experts:
         raise UpcycleError(
-            f"--top-k {top_k} is no multiple of --granularity {granularity}, so tokens would get "
-            f"parts of a copy; nearest: --top-k {whole}"
+            f"--top-k {geometry.top_k} is more than the {geometry.num_experts} experts"
         )

@@ -1,6 +1,7 @@
 """Calibration text: from words to packed token sequences."""
 
 import hashlib
+import itertools
 import re
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ does differs more between topics than between tokens, so a few long documents wo
 the others."""
 LENGTH_OF_TOKEN = 8  # characters, more than most
 CUT_TOKENS = 64  # before a cut through a text, may be others than those of the whole
+SAMPLE = 4096  # characters of a document by which its tokens are guessed
 LONGEST_WORD = 512  # characters in which a cut looks for white space
 CHECK_WINDOW = 512
 """Tokens of a window on which the check measures, at most: built-in probes are short."""
@@ -150,20 +152,65 @@ def packed_tokens(
     Raises:
         UpcycleError: as there.
     """
-    wanted, most = sequences * seq_len, SPREAD * sequences * seq_len
-    if local_path(text).is_file():
-        length, most = sum(map(_length, documents(text, seed))), sys.maxsize
-        if length > SPREAD * LENGTH_OF_TOKEN * wanted:
-            found = _spaced_windows(folder, text, length, sequences, seq_len, seed)
-            if all(len(window) == seq_len for window in found):
-                return _token_tensor(found, folder, vocab_size)
-    ids = first_tokens(folder, vocab_size, text, most, seed=seed)
+    ids = drawn_tokens(folder, vocab_size, text, sequences, seq_len, seed=seed).ids
+    wanted = sequences * seq_len
     if len(ids) < wanted:
         raise UpcycleError(
             f"text {text!r} holds {len(ids):,} tokens, but {wanted:,} are needed {remedy}"
         )
+    return ids.view(-1, seq_len)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens of a text, in its order: windows from all over it, or all that it holds."""
+
+    ids: Tensor
+    """[windows x their length], or fewer."""
+    total: int | None
+    """How many tokens the text holds, roughly if it was not all read; None: nobody knows."""
+
+
+def drawn_tokens(
+    folder: Path,
+    vocab_size: int,
+    text: str,
+    sequences: int,
+    seq_len: int,
+    *,
+    seed: int,
+    spread: int = SPREAD,
+) -> Drawn:
+    """So many sequences from all over a text, the last of them from its end; all of a text that
+    holds less. See `packed_tokens`.
+
+    Args:
+        spread: how many times as many tokens may be read of what is not read in places.
+    """
+    wanted, most = sequences * seq_len, spread * sequences * seq_len
+    local = local_path(text).is_file()
+    if local:
+        length, most = sum(map(_length, documents(text, seed))), sys.maxsize
+        if length > spread * LENGTH_OF_TOKEN * wanted:
+            found = _spaced_windows(folder, text, length, sequences, seq_len, seed)
+            if all(len(window) == seq_len for window in found):
+                ids_BL = _token_tensor(found, folder, vocab_size)
+                rate = _tokens_of_a_character(folder, text, seed)
+                return Drawn(ids_BL.flatten(), round(length * rate))
+    ids = first_tokens(folder, vocab_size, text, most, seed=seed)
+    total = len(ids) if local or len(ids) < most else None
+    if len(ids) < wanted:
+        return Drawn(ids, total)
     ids_BL = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
-    return ids_BL[torch.linspace(0, len(ids_BL) - 1, sequences).round().long()]
+    rows = torch.linspace(0, len(ids_BL) - 1, sequences).round().long()
+    return Drawn(ids_BL[rows].flatten(), total)
+
+
+def _tokens_of_a_character(folder: Path, text: str, seed: int) -> float:
+    """On average, by what some documents begin with."""
+    tokenizer = load_tokenizer(folder)
+    pieces = [str(document)[:SAMPLE] for document in itertools.islice(documents(text, seed), 64)]
+    return sum(len(_ids_of(tokenizer, p)) for p in pieces) / max(1, sum(map(len, pieces)))
 
 
 def _spaced_windows(

@@ -64,7 +64,7 @@ class CheckReport:
 
     exact_error: float | None
     """Root mean square difference of the logits over their standard deviation, with every expert
-    on for a split; None for copies that were changed on purpose."""
+    on for a split; None for copies that were changed on purpose, or of which tokens get parts."""
     exact_tolerance: float
     kinds: list[KindResult]
     left_out: list[str]
@@ -204,7 +204,7 @@ def load_result(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:
     """How far the logits are from the dense model's [L, V]; None where they need not be equal."""
-    if plan.recipe.method.name == "copy":
+    if plan.equal:
         return relative_error(next_token_logits(model, exact_L), exact_LV)
     if not plan.recipe.copies:
         with _all_experts_on(model, plan):

@@ -2,7 +2,6 @@
 
 import gc
 import io
-import json
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.json_text import json_text
 from upcycle.options import (
     NOT_SETTINGS,
     REQUEST,
@@ -329,7 +329,7 @@ def evaluate(
             )
         summary = evaluation_summary(report)
         if output is not None:
-            local_path(output).write_text(json.dumps(summary, indent=2) + "\n")
+            local_path(output).write_text(json_text(summary, indent=2) + "\n")
         if card:
             write_speed(report)
         if json_:
@@ -472,7 +472,7 @@ def _check_file(output: Path | None) -> None:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.write(json_text(value) + "\n")
 
 
 def _first_process() -> bool:

@@ -3,11 +3,12 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from upcycle.planning import Plan
     from upcycle.report import Conversion
     from upcycle.tasks import TaskScores
+    from upcycle.training.data import Used
     from upcycle.training.publish import Finetuning
     from upcycle.training.run import Watch
     from upcycle.training.settings import Training
@@ -91,14 +93,31 @@ def _training_line(row: Mapping[str, Any]) -> str:
     return ", ".join([*parts, load, f"{row['tokens_per_second']:.0f} tokens/s"])
 
 
-def show_groups(settings: "Training", groups: Mapping[str, Mapping[str, int]]) -> None:
-    """What trains, before the first step."""
+def show_groups(
+    settings: "Training", groups: Mapping[str, Mapping[str, int]], used: "Sequence[Used]"
+) -> None:
+    """What trains, and on how much of each text, before the first step."""
     rows = {
         name: (count(row["parameters"]), count(row["trained"]) if row["trained"] else "–")
         for name, row in groups.items()
     }
     how = f"low-rank changes of rank {settings.lora}" if settings.lora else "the weights themselves"
     table(f"trained: {how}, preset {settings.name}", rows, "parameters", "trained")
+    for text in used:
+        err.print(_share(text), highlight=False)
+
+
+def _share(used: "Used") -> str:
+    """How much of a text is trained on, in a sentence."""
+    if used.total is None:
+        part = f"the first {used.tokens:,} tokens train, the next {used.held_out:,} validate"
+    else:
+        share = f"{100 * used.tokens / used.total:.2g} %"
+        part = (
+            f"{used.tokens:,} of about {used.total:,} tokens ({share}) train, from all over it; "
+            f"{used.held_out:,} from its end validate"
+        )
+    return f"{escape(used.text)}: {part}."
 
 
 def show_finetuning(done: "Finetuning") -> None:
@@ -359,15 +378,12 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
     plan, check = conversion.plan, conversion.check
     if check is None:
         return
-    if plan.recipe.method.name == "copy":
+    if plan.equal:
         yield "The function is unchanged; train it further so that the copies come to differ."
         return
     found, worst = verdict(check.ratios), check.worst
     if plan.recipe.copies:
-        yield (
-            f"Perplexity is up to {worst.ratio:.2f} × the dense model's until the new neurons are "
-            "trained."
-        )
+        yield (f"Perplexity is up to {worst.ratio:.2f} × the dense model's until it is trained.")
         return
     colour, where = COLOURS[found.grade], f"{worst.ratio:.2f} × the dense model's at worst"
     if found.grade == "fine":

@@ -8,5 +8,9 @@ class UpcycleError(Exception):
     """
 
 
+class Diverged(UpcycleError):
+    """Training came to a loss or a gradient that is no number; the best state before is kept."""
+
+
 class CheckFailed(Exception):
     """A finished conversion broke an invariant that it promises. A bug, never the user's fault."""

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from upcycle.architecture import Architecture
 from upcycle.recipe import Recipe
 from upcycle.targets import TARGETS, Combine, MoESpec, Runtime
@@ -28,8 +30,9 @@ def usage(recipe: Recipe, geometry: Geometry) -> str:
     )
 
 
-def warnings(recipe: Recipe, spec: MoESpec) -> Iterator[str]:
-    """Of sizes that some runtimes or kernels do not like, or that save nothing."""
+def warnings(recipe: Recipe, spec: MoESpec, target: str, dtype: torch.dtype) -> Iterator[str]:
+    """Of sizes that some runtimes or kernels do not like, or that save nothing, and of copies that
+    are not the dense model's equal."""
     geometry = spec.geometry
     if geometry.num_experts > LLAMA_CPP_MAX_EXPERTS:
         yield f"{geometry.num_experts} experts: llama.cpp builds before 2026-07 allow 512"
@@ -43,6 +46,33 @@ def warnings(recipe: Recipe, spec: MoESpec) -> Iterator[str]:
         yield f"--shared {asked:g} became {got:.3g}, so that all experts have the same width"
     if recipe.splits and geometry.top_k == geometry.num_experts:
         yield "top_k is all experts: nothing is switched off, nothing is saved"
+    if recipe.copies:
+        yield from _of_copies(recipe, geometry, target, dtype)
+
+
+def _of_copies(
+    recipe: Recipe, geometry: Geometry, target: str, dtype: torch.dtype
+) -> Iterator[str]:
+    """Why copies do not compute what the dense model does, before they are trained."""
+    top_k, granularity = geometry.top_k, geometry.granularity
+    if not geometry.whole_copies:
+        whole = max(top_k // granularity, 1) * granularity
+        yield (
+            f"--top-k {top_k} is no multiple of --granularity {granularity}, so tokens get parts "
+            "of copies: until it is trained, the result is not the dense model (--top-k "
+            f"{whole} would be)"
+        )
+    elif granularity > 1 and dtype != torch.float32 and not TARGETS[target].groups:
+        fitting = " or ".join(f"--target {name}" for name, t in TARGETS.items() if t.groups)
+        yield (
+            "below float32, two copies score the same on some tokens, which then get shards of "
+            f"both: {fitting} keeps copies whole, and so does --dtype float32"
+        )
+    if recipe.spread_gain:
+        yield (
+            "spread_gain multiplies gate_proj, too, in which an FFN is not linear: until it is "
+            "trained, the result is not the dense model"
+        )
 
 
 def runtime_refusals(

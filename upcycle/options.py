@@ -69,6 +69,13 @@ SharedExperts = Annotated[
 Granularity = Annotated[
     int | None, setting("Shards that each copy is cut into. [default: 1]", "--granularity")
 ]
+SpreadGain = Annotated[
+    bool | None,
+    setting(
+        "Spread copies' gain over three matrices, as arXiv:2410.07524 does; no longer exact.",
+        "--spread-gain/--no-spread-gain",
+    ),
+]
 Split = Annotated[
     str | None,
     setting(
@@ -185,6 +192,7 @@ REQUEST: Options = {
     "shared": (Shared, None),
     "shared_experts": (SharedExperts, None),
     "granularity": (Granularity, None),
+    "spread_gain": (SpreadGain, None),
     "split": (Split, None),
     "shared_by": (SharedBy, None),
     "router": (Router, None),
@@ -266,7 +274,7 @@ TRAINING = (
             "A .txt, .jsonl (text or chat messages) or .parquet file, builtin or "
             "hf:DATASET[:split[:column]]; several, joined by +, in equal parts.",
         ),
-        ("tokens", int, "To train on."),
+        ("tokens", int, "To train on, from all over a file; its end validates."),
         ("steps", int, "Instead of --tokens."),
         ("seq_len", int, "Tokens per sequence. [default: 512]"),
         ("batch_size", int, "Sequences per step, over all processes. [default: 8]"),
@@ -279,8 +287,13 @@ TRAINING = (
         ("next_token", float, "Weight of the next-token loss."),
         ("distill", float, "Weight of the KL divergence from the teacher."),
         ("match_layers", float, "Weight of the distance from the teacher's hidden states."),
-        ("balance", float, "Weight of the load-balancing loss."),
-        ("balance_bias", float, "Balance by a selection bias instead (glm4_moe): its step."),
+        ("balance", float, "Weight of the load-balancing loss, over the sequences of a step."),
+        (
+            "balance_bias",
+            float,
+            "Balance by a selection bias instead (glm4_moe): what a step moves it by, such as "
+            "0.001; scaled to a tempered router.",
+        ),
         ("z_loss", float, "Weight of the router z-loss."),
     )
     | _preset_options(

@@ -149,6 +149,12 @@ class Plan:
         return max(geometry.num_experts for geometry in possible)
 
     @property
+    def equal(self) -> bool:
+        """Whether the result must compute what the dense model does, of copies."""
+        whole = self.geometry.whole_copies and not self.recipe.spread_gain
+        return self.recipe.method.name == "copy" and whole
+
+    @property
     def refits(self) -> tuple[str, ...]:
         """The matrices of a `DenseFFN` that are refit to make up for what is off."""
         return COMPENSATIONS[self.recipe.compensate.name].refits
@@ -251,7 +257,9 @@ def make_plan(
         min_experts=TARGETS[target].min_experts,
     )
     combine = _combine(recipe, geometry, target, targets)
-    spec = MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
+    gains = TARGETS[target].gains(combine, geometry)
+    gains = gains.over_three_matrices() if recipe.spread_gain else gains
+    spec = MoESpec(geometry, gains, dense_layers)
     device = choose_device(recipe.device)
     calibration, left_out = _calibration(recipe, source, device)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -276,7 +284,7 @@ def make_plan(
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
-        warnings=(*warnings(recipe, spec), *left_out),
+        warnings=(*warnings(recipe, spec, target, dtype), *left_out),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
     )
     _check(plan, overwrite=overwrite)
@@ -357,10 +365,10 @@ def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
 
 
 def _router_needs_plain_weights(recipe: Recipe) -> bool:
-    """When a token gets one copy only, renormalised weights are constant, and the router would
-    get no gradient."""
-    one_copy = recipe.copies and recipe.top_k == recipe.granularity
-    return one_copy and not recipe.allow_frozen_router
+    """When a token gets one expert only, its renormalised weight is constant, and the router would
+    get no gradient. (One copy of several shards learns by how it weights these.)"""
+    one = recipe.copies and recipe.top_k == 1 and not recipe.allow_frozen_router
+    return one or recipe.spread_gain
 
 
 def _plain_weights(target: str) -> bool:
@@ -370,20 +378,23 @@ def _plain_weights(target: str) -> bool:
 def _combine(
     recipe: Recipe, geometry: Geometry, target: str, targets: Mapping[str, str]
 ) -> Combine:
-    """A split is a sum, copies are averaged, unless their router needs plain weights."""
+    """A split is a sum, copies are averaged, unless their router needs plain weights: then whole
+    ones count 1 each."""
     if not recipe.copies:
         return "sum"
     if not _router_needs_plain_weights(recipe):
         return "mean"
+    if recipe.spread_gain:
+        return "plain" if _plain_weights(target) else "mean"
     if not _plain_weights(target):
         others = [name for name, why in targets.items() if not why and _plain_weights(name)]
         choose = f"choose --target {' or '.join(others)}, " if others else ""
         raise UpcycleError(
-            f"--top-k {geometry.top_k} gives each token one copy, and {target} always renormalises "
-            f"its weights, so the router would get no gradient: raise --top-k, {choose}or pass "
+            f"--top-k 1 gives each token one expert, and {target} always renormalises "
+            f"its weight, so the router would get no gradient: raise --top-k, {choose}or pass "
             "--allow-frozen-router"
         )
-    return "sum"
+    return "sum" if geometry.whole_copies else "plain"
 
 
 def _units(

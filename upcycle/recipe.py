@@ -106,6 +106,10 @@ class Recipe(BaseModel):
     shared: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the FFN's neurons that a split keeps always on."""
     granularity: PositiveInt = 1
+    """Shards that each copy is cut into."""
+    spread_gain: bool = False
+    """Copies' weights stay as the router makes them, and what makes up for their size is spread
+    over an expert's three matrices, as in arXiv:2410.07524: no longer the dense model's equal."""
     split: PlugIn = Choice(name="coactivation")
     shared_by: PlugIn = Choice(name="energy")
     router: PlugIn | None = None

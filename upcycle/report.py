@@ -1,6 +1,5 @@
 """What a conversion leaves to read: upcycle.json for machines, a model card for people."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from upcycle.check import CheckReport, check_summary
 from upcycle.compensate import COMPENSATIONS
 from upcycle.dense_layers import DenseLayers
 from upcycle.frontmatter import read_card
+from upcycle.json_text import json_text
 from upcycle.memory import peak_bytes
 from upcycle.paths import local_path, public_name, way_from
 from upcycle.perturb import PERTURBS
@@ -116,7 +116,7 @@ def report_json(conversion: Conversion, layers: Iterable[dict[str, Any]]) -> str
     }
     report["plan"]["source"] = public_name(source.label)
     report["plan"]["recipe"]["calibration"] = public_texts(conversion.plan.recipe.calibration)
-    return json.dumps(report) + "\n"
+    return json_text(report) + "\n"
 
 
 def _public_check(check: CheckReport) -> CheckReport:

@@ -62,6 +62,8 @@ def check_methods(recipe: Recipe) -> None:
     parameters(ROUTERS, router_choice(recipe))
     if not recipe.splits:
         _check_alike(recipe)
+    if recipe.spread_gain and not recipe.copies:
+        raise UpcycleError("spread_gain goes with copies: a split and pruned copies are refit")
     if recipe.copies:
         _check_copies(recipe)
     elif recipe.granularity != 1:

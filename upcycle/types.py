@@ -192,6 +192,11 @@ class Geometry:
         return self.num_experts // self.granularity
 
     @property
+    def whole_copies(self) -> bool:
+        """Whether a token can get whole copies only, of copies."""
+        return self.top_k % self.granularity == 0
+
+    @property
     def shared_ratio(self) -> float:
         """Neurons that are always on, as a share of the dense FFN's."""
         return self.shared_size / self.num_neurons

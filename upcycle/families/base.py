@@ -81,7 +81,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
             not understood.
     """
     if config.model_type not in FAMILIES:
-        raise UpcycleError(unsupported_reason(config.model_type))
+        raise UpcycleError(unsupported_reason(config))
     family = FAMILIES[config.model_type]
     _refuse_unknown_fields(config, family)
     fields = {name: getattr(config, name, None) for name in CARRIED}
@@ -171,13 +171,12 @@ REASONS = {
     "gemma3": "is multimodal, and its text model has sandwich norms that no native MoE has",
     "gemma3_text": "has sandwich norms with two rotary bases, which no native MoE has",
     "gpt2": "has an ungated FFN with biases and learned positions, which no native MoE has",
-    "gpt_neox": "has an ungated FFN with biases in a parallel block, which no native MoE has",
+    "gpt_neox": "has an ungated FFN with biases, which no native MoE decoder has",
     "opt": "has an ungated FFN with biases and learned positions, which no native MoE has",
     "phi": "has an ungated FFN with biases in a parallel block, which no native MoE has",
-    "falcon": "has an ungated FFN in a parallel block, which no native MoE has",
+    "falcon": "has an ungated FFN, which no native MoE with its attention has",
     "starcoder2": "has an ungated FFN with biases, which no native MoE has",
     "bert": "is an encoder, and no native MoE encoder hosts it",
-    "t5": "is an encoder-decoder, and no native MoE hosts its gated FFN",
 }
 
 MOE_BY_ANOTHER_NAME = set(
@@ -185,8 +184,14 @@ MOE_BY_ANOTHER_NAME = set(
 )
 
 
-def unsupported_reason(model_type: str) -> str:
+def unsupported_reason(config: PreTrainedConfig) -> str:
+    model_type = config.model_type
     known = ", ".join(sorted(FAMILIES))
+    if getattr(config, "is_encoder_decoder", False):
+        return (
+            f"{model_type} is an encoder-decoder, and upcycle converts decoders alone "
+            f"(supported: {known})"
+        )
     if model_type in REASONS:
         return (
             f"{model_type} can't become a native MoE: it {REASONS[model_type]} (supported: {known})"

@@ -7,7 +7,10 @@ combine bridge that:
   its weights are equal to O(τ), and the missing gain is folded into down_proj or a config field;
   what a refit fits are the weights as they are. Where no runtime renormalises unless told to, the
   gain is E whatever top_k is, so top_k may be changed later.
-- `mean` (copies): weights add up to 1, and a mean of equal experts is the expert itself.
+- `mean` (copies): weights add up to 1, and a mean of equal experts is the expert itself, whatever
+  the router's logits are.
+- `plain` (copies whose weights are left as the score makes them): the dense FFN on average, if all
+  scores were the same.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +25,7 @@ from upcycle.registry import Registry
 from upcycle.types import DenseFFN, Geometry, MoELayer
 
 Named = Iterator[tuple[str, Tensor]]
-Combine = Literal["sum", "mean"]
+Combine = Literal["sum", "mean", "plain"]
 Runtime = Literal["llama.cpp", "vLLM", "MLX"]
 SharedWidth = Literal["any", "multiple", "none"]
 """Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
@@ -33,7 +36,7 @@ class Gains:
     """What turns a target's weighted mean into the combination that is wanted."""
 
     routed: float
-    """Folded into down_proj of every routed expert."""
+    """Folded into every routed expert: into its down_proj, unless it is spread."""
     shared: float
     """Folded into down_proj of the shared expert."""
     norm_topk_prob: bool
@@ -41,6 +44,12 @@ class Gains:
     """`routed_scaling_factor`, where the target has it."""
     all_on: float
     """Further factor on the routed experts once top_k is set to E (for the check)."""
+    spread: bool = False
+    """Whether each of an expert's three matrices takes the cube root of the gain."""
+
+    def over_three_matrices(self) -> "Gains":
+        """The same gain, spread, with nothing left to a config field."""
+        return replace(self, routed=self.routed * self.scale, scale=1.0, spread=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,8 @@ class MoETarget:
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
     """Tensors of a layer that the source does not have, given those that it has."""
     min_experts: int = 1
+    groups: bool = False
+    """Whether a token can be held to the best groups of experts (`n_group`, `topk_group`)."""
     shared_in_experts: bool = False
     """Whether the shared expert's width is given as a number of routed experts'."""
     lora: tuple[str, ...] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -122,14 +133,22 @@ class MoETarget:
         """The gains for this combination; see the module's docstring."""
         routing, num_experts = self.routing, geometry.num_experts
         shared = 1 / (routing.shared_gate or 1.0)
+        top_k = geometry.top_k
         if combine == "mean":
             # Each selected shard weighs 1 / G of what a whole copy does.
-            return Gains(geometry.granularity, shared, norm_topk_prob=True, scale=1.0, all_on=1.0)
+            gain = float(geometry.granularity)
+            if routing.score == "sigmoid":
+                return Gains(1.0, shared, norm_topk_prob=True, scale=gain, all_on=1.0)
+            return Gains(gain, shared, norm_topk_prob=True, scale=1.0, all_on=1.0)
+        # Of how many shards a copy has, how many a token gets.
+        share = geometry.granularity / top_k if combine == "plain" else 1.0
         if routing.score == "sigmoid":
-            return Gains(1.0, shared, norm_topk_prob=False, scale=2.0, all_on=1.0)
-        top_k = geometry.top_k
+            return Gains(1.0, shared, norm_topk_prob=False, scale=2.0 * share, all_on=1.0)
+        if combine == "plain":
+            gain = num_experts * share
+            return Gains(gain, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
         # Of one weight there is nothing to renormalise, and a router that should learn needs it.
-        one_of_each = routing.renormalises == "usually" and top_k == geometry.granularity
+        one_of_each = routing.renormalises == "usually" and top_k == 1
         if routing.renormalises == "optional" or one_of_each:
             return Gains(num_experts, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
         return Gains(top_k, shared, norm_topk_prob=True, scale=1.0, all_on=num_experts / top_k)
@@ -210,10 +229,21 @@ def attention_bias(arch: Architecture) -> bool:
 
 def with_gain(ffn: DenseFFN, gain: float) -> DenseFFN:
     """The FFN with its output multiplied; without rounding if the gain is a power of two."""
-    if gain == 1.0:
-        return ffn
-    down_DF = ffn.down_DF
-    return replace(ffn, down_DF=(down_DF.float() * gain).to(down_DF.dtype))
+    return replace(ffn, down_DF=_times(ffn.down_DF, gain))
+
+
+def with_routed_gain(ffn: DenseFFN, gains: Gains) -> DenseFFN:
+    """A routed expert with its gain. Spread over three matrices it is another function, as the
+    gate's activation is not linear (arXiv:2410.07524 does so all the same)."""
+    if not gains.spread:
+        return with_gain(ffn, gains.routed)
+    root = gains.routed ** (1 / 3)
+    gate_FD, up_FD = _times(ffn.gate_FD, root), _times(ffn.up_FD, root)
+    return replace(ffn, gate_FD=gate_FD, up_FD=up_FD, down_DF=_times(ffn.down_DF, root))
+
+
+def _times(matrix: Tensor, gain: float) -> Tensor:
+    return matrix if gain == 1.0 else (matrix.float() * gain).to(matrix.dtype)
 
 
 def shared_or_silent(layer: MoELayer, neurons: int) -> DenseFFN:
@@ -245,4 +275,4 @@ def per_expert(
     """The router and one set of three matrices per expert: the layout of most hubs' files."""
     yield router, layer.router_ED
     for e in range(layer.num_experts):
-        yield from separate(f"{prefix}{e}.", with_gain(layer.expert(e), gains.routed), names)
+        yield from separate(f"{prefix}{e}.", with_routed_gain(layer.expert(e), gains), names)

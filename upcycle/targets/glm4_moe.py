@@ -2,8 +2,12 @@
 
 A tempered router scores 0.5 everywhere, so `routed_scaling_factor: 2` makes every weight 1 and
 no weight needs a gain.
+
+Experts can be in groups, of which a token gets the best: the shards of a copy are one, so that a
+token gets whole copies even where two copies score the same.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from upcycle.targets.base import (
     with_gain,
 )
 from upcycle.targets.limits import no_window, shared_needed, silu_only, unscaled_rope, untied
-from upcycle.types import MoELayer
+from upcycle.types import Geometry, MoELayer
 
 
 def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
@@ -40,8 +44,7 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "num_experts_per_tok": geometry.top_k,
         "norm_topk_prob": spec.gains.norm_topk_prob,
         "routed_scaling_factor": spec.gains.scale,
-        "n_group": 1,
-        "topk_group": 1,
+        **groups(geometry),
         "first_k_dense_replace": len(spec.dense_layers),
         "num_mtp_layers": 0,
         "num_nextn_predict_layers": 0,
@@ -49,6 +52,16 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "use_qk_norm": Trait.QK_NORM in arch.traits,
         "rope_parameters": rope,
         "partial_rotary_factor": rope["partial_rotary_factor"],
+    }
+
+
+def groups(geometry: Geometry) -> dict[str, int]:
+    """A group per copy, and as many of them for a token as hold its experts."""
+    if geometry.granularity == 1:
+        return {"n_group": 1, "topk_group": 1}
+    return {
+        "n_group": geometry.copies,
+        "topk_group": math.ceil(geometry.top_k / geometry.granularity),
     }
 
 
@@ -78,6 +91,7 @@ TARGETS.add(
             "MLX": (shared_needed, untied, silu_only, no_window, unscaled_rope),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
+        groups=True,
         shared_in_experts=True,
         min_experts=2,  # it scores groups of experts by their best two
     ),

@@ -19,6 +19,7 @@ from upcycle.targets.base import (
     Routing,
     attention_bias,
     with_gain,
+    with_routed_gain,
 )
 from upcycle.targets.limits import heads_fill_hidden, no_biases, no_window, silu_only, unknown
 from upcycle.types import MoELayer
@@ -43,7 +44,7 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 
 def experts(layer: MoELayer, gains: Gains) -> Named:
     yield "block_sparse_moe.router.layer.weight", layer.router_ED
-    ffns = [with_gain(layer.expert(e), gains.routed) for e in range(layer.num_experts)]
+    ffns = [with_routed_gain(layer.expert(e), gains) for e in range(layer.num_experts)]
     fused = [torch.cat([ffn.gate_FD, ffn.up_FD]) for ffn in ffns]
     yield "block_sparse_moe.input_linear.weight", torch.stack(fused)
     yield "block_sparse_moe.output_linear.weight", torch.stack([ffn.down_DF for ffn in ffns])

@@ -1,15 +1,31 @@
-"""Training text: packed sequences, the last of them held out."""
+"""Training text: packed sequences from all over it, its end held out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from upcycle.calibrate import first_tokens
+from upcycle.calibrate import Drawn, drawn_tokens
 from upcycle.errors import UpcycleError
+from upcycle.paths import local_path
 from upcycle.rng import generator
 from upcycle.text import texts
+
+SPREAD = 2
+"""Less than calibration's: there is much more to train on."""
+
+
+@dataclass(frozen=True)
+class Used:
+    """How much of a text is trained on."""
+
+    text: str
+    tokens: int
+    held_out: int
+    """Tokens of its end, on which it is validated."""
+    total: int | None
+    """That the text holds; roughly, of a long one; None: nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +34,8 @@ class Data:
 
     tokens_BL: Tensor
     mask_BL: Tensor
+    used: tuple[Used, ...] = ()
+    """Of each text, where this is all of what is trained on."""
 
     def __len__(self) -> int:
         return len(self.tokens_BL)
@@ -38,9 +56,10 @@ def training_data(
 ) -> tuple[Data, Data]:
     """What to train on, and what to validate on.
 
-    Of several texts joined by +, each gives an equal part. Of each text the first tokens train and
-    the ones after them validate. A text that holds less than is asked for is used whole, its last
-    sequence padded; training then goes over it several times.
+    Of several texts joined by +, each gives an equal part. Sequences are taken evenly from all over
+    a text, but of a hub dataset the first ones; the last of them validate, the others train. A
+    text that holds less than is asked for is used whole, its last sequence padded; training then
+    goes over it several times.
 
     Args:
         folder: holds the tokenizer.
@@ -52,13 +71,24 @@ def training_data(
         UpcycleError: a text can't be read, or holds less than two sequences.
     """
     names = texts(text)
-    parts = []
+    parts, used = [], []
     for name in names:
         wanted = -(-(train_tokens + validation_tokens) // len(names))
-        ids = first_tokens(folder, vocab_size, name, wanted, seed=seed)
-        parts.append(_pack(name, ids, seq_len, validation_tokens // len(names)))
-    train, validation = zip(*parts, strict=True)
-    return _join(train), _join(validation)
+        rows, spread = -(-wanted // seq_len), 1 if name.startswith("hf:") else SPREAD
+        drawn = drawn_tokens(folder, vocab_size, name, rows, seq_len, seed=seed, spread=spread)
+        train, held = _pack(name, drawn.ids, seq_len, validation_tokens // len(names))
+        parts.append((train, held))
+        used.append(_used(name, drawn, train, held))
+    trains, helds = zip(*parts, strict=True)
+    return replace(_join(trains), used=tuple(used)), _join(helds)
+
+
+def _used(name: str, drawn: Drawn, train: Data, held: Data) -> Used:
+    tokens, held_out = (int(data.mask_BL.sum()) for data in (train, held))
+    # What was left out of a text, or what a rough count misses, is no more than it holds.
+    total = None if drawn.total is None else max(drawn.total, tokens + held_out)
+    path = local_path(name)
+    return Used(path.name if path.is_file() else name, tokens, held_out, total)
 
 
 def _pack(name: str, ids: Tensor, seq_len: int, validation_tokens: int) -> tuple[Data, Data]:

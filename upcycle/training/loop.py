@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from upcycle.json_text import json_text
 from upcycle.training.settings import Training
 from upcycle.training.state import load_state, put_back, read_notes, save_state
 from upcycle.training.step import Run, note, take_step
@@ -39,10 +40,10 @@ def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.A
 
 
 def train(run: Run) -> None:
-    """Run all steps that are left, from the saved state if there is one; the model is then what
-    the result shall be.
+    """Run all steps that are left, from the saved state if there is one.
 
     Raises:
+        Diverged: a loss or a gradient is no number.
         KeyboardInterrupt: the run was told to stop; its state is saved.
     """
     _take_up(run)
@@ -66,6 +67,10 @@ def train(run: Run) -> None:
             _save(run)
         if stop and run.step < total:
             raise KeyboardInterrupt
+
+
+def restore_best(run: Run) -> None:
+    """Make the model what the result shall be."""
     if run.settings.keep_best and run.best_step != run.step:
         put_back(run.plain, load_file(run.folder / "best.safetensors"))
 
@@ -83,13 +88,13 @@ def _take_up(run: Run) -> None:
     if notes is not None:
         load_state(run.folder, run.plain, run.optimizer)
         run.step, run.seconds = notes["step"], notes["seconds"]
-        run.best, run.best_step = notes["best"], notes["best_step"]
+        run.best, run.best_step = float(notes["best"]), notes["best_step"]
     lines = run.log_file.read_text().splitlines(True) if notes and run.log_file.exists() else []
     # A kill may have cut the last line short.
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     run.log = [row for row in rows if row["step"] <= run.step]
     if run.accelerator.is_main_process:
-        run.log_file.write_text("".join(json.dumps(row) + "\n" for row in run.log))
+        run.log_file.write_text("".join(json_text(row) + "\n" for row in run.log))
 
 
 def _save(run: Run) -> None:

@@ -35,22 +35,17 @@ def layer_match_loss(
     return sum(gaps[1:], gaps[0]) / len(gaps)
 
 
-def balance_loss(scores_TE: Tensor, chosen_TK: Tensor, mask_T: Tensor) -> Tensor:
+def balance_loss(scores_TE: Tensor, count_E: Tensor, mask_T: Tensor) -> Tensor:
     """Load balancing of Switch Transformers (arXiv:2101.03961): E Σₑ fₑ Pₑ, with f the share of
-    the selections that fall on an expert and P its mean score; 1 when both are uniform.
+    the selections that fall on an expert and P its mean score; 1 when both are uniform. (The
+    losses of transformers and Megatron are K times this one, of K experts per token.)
 
     Args:
         scores_TE: normalised to add up to 1 for each token.
+        count_E: selections of each expert, of these tokens or of more (arXiv:2501.11873).
     """
     weight_T = mask_T.float() / mask_T.sum()
-    share_E = load_share(chosen_TK, mask_T, scores_TE.shape[-1])
-    return scores_TE.shape[-1] * (share_E * (weight_T @ scores_TE)).sum()
-
-
-def load_share(chosen_TK: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
-    """The share of the selections that fall on each expert [E]."""
-    counts_E = chosen_TK[mask_T].flatten().bincount(minlength=num_experts)
-    return counts_E / counts_E.sum()
+    return scores_TE.shape[-1] * (count_E / count_E.sum() * (weight_T @ scores_TE)).sum()
 
 
 def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:

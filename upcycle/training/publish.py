@@ -1,8 +1,7 @@
 """What a training run leaves: the checkpoint, checked by reading it again, and its history."""
 
-import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ from upcycle.check import TOLERANCE, load_result, relative_error
 from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
 from upcycle.frontmatter import read_card
+from upcycle.json_text import json_text
 from upcycle.paths import local_path, public_name, way_from
 from upcycle.sink import partial_folder
 from upcycle.source import copy_companions, read_headers
 from upcycle.text import public_texts
+from upcycle.training.data import Used
 from upcycle.training.job import Job
 from upcycle.training.settings import Training
 from upcycle.training.state import whole_model
@@ -38,6 +39,7 @@ class Finetuning:
     out: Path
     settings: Training
     groups: Groups
+    used: tuple[Used, ...]
     log: list[Row]
     result_step: int
     """Whose state the result is."""
@@ -74,6 +76,7 @@ def finetuning_summary(done: Finetuning) -> dict[str, Any]:
         "out": str(done.out),
         "settings": done.settings.settings(),
         "groups": done.groups,
+        "used": [asdict(used) for used in done.used],
         "before": done.before,
         "after": done.after,
         "step": done.result_step,
@@ -101,6 +104,7 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
         out=job.out,
         settings=settings,
         groups=groups,
+        used=run.train.used,
         log=run.log,
         result_step=run.best_step if settings.keep_best else run.step,
         tokens=run.step * settings.step_tokens,
@@ -206,7 +210,7 @@ def _write_history(done: Finetuning, job: Job, place: Path) -> None:
     dense = None if record.source is None else record.source.place(job.folder)
     if dense is not None:
         fields["source"]["name"] = way_from(job.out, dense)
-    (place / "upcycle.json").write_text(json.dumps(fields) + "\n")
+    (place / "upcycle.json").write_text(json_text(fields) + "\n")
     if done.settings.lora and not done.settings.merge:
         text = _adapter_card(done, job)
     else:

@@ -21,6 +21,8 @@ from upcycle.moe import MoEBlock, watch_selections
 TEMPERED = 3e-3
 """Logits that spread by less belong to a tempered router: well below the 0.01 of a split whose
 experts are not refit, so that no text makes it one in some layers only."""
+UNSCALED_BIAS = 0.05
+"""Logits that spread by this or more are an ordinary router's, as far as selection biases go."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,13 @@ class Scale:
     router: float = 1.0
     down_proj: float = 1.0
     spread: float = 1.0
-    """Standard deviation of a token's logits, tempered or not: the unit of selection biases."""
+    """Standard deviation of a token's logits, tempered or not."""
+
+    @property
+    def bias(self) -> float:
+        """Of the selection bias: a step moves that of an ordinary router by what was asked for, and
+        that of logits which hardly differ by as much less, or it alone would select."""
+        return min(1.0, self.spread / UNSCALED_BIAS)
 
 
 @dataclass
@@ -93,13 +101,10 @@ class RouterTap:
     def _add_dense_gradient(self, place: int) -> Callable[..., Tensor]:
         def hook(experts: Any, args: tuple[Tensor, Tensor, Tensor], y_TD: Tensor) -> Tensor:
             x_TD, chosen_TK, weights_TK = args
+            router = self.blocks[place].router
             scores_TE = self.score(self._logits[place])
-            # What a score is multiplied by on its way to a weight: renormalisation, scaling factor.
-            factor_T1 = weights_TK.sum(-1, keepdim=True) / scores_TE.gather(1, chosen_TK).sum(
-                -1, keepdim=True
-            )
             nothing_TD: Tensor = DenseRouterGradient.apply(  # type: ignore[no-untyped-call]
-                scores_TE * factor_T1.detach(),
+                all_weights(scores_TE, chosen_TK, weights_TK, _renormalises(router)),
                 x_TD,
                 experts.gate_up_proj,
                 experts.down_proj,
@@ -108,6 +113,26 @@ class RouterTap:
             return y_TD + nothing_TD
 
         return hook
+
+
+def all_weights(
+    scores_TE: Tensor, chosen_TK: Tensor, weights_TK: Tensor, renormalised: bool
+) -> Tensor:
+    """What each expert would count [T, E] if all ran, in the unit of the selected ones' weights.
+
+    As in DenseMixer's release, the sum that weights are divided by is a function of the logits for
+    the experts that are selected, and a constant for the others.
+    """
+    own_TK = scores_TE.gather(1, chosen_TK)
+    # What a score is multiplied by on its way to a weight: renormalisation, scaling factor.
+    factor_T1 = weights_TK.detach().sum(-1, keepdim=True) / own_TK.sum(-1, keepdim=True)
+    weights_TE = scores_TE * factor_T1.detach()
+    return weights_TE.scatter(1, chosen_TK, own_TK * factor_T1) if renormalised else weights_TE
+
+
+def _renormalises(router: Any) -> bool:
+    """Routers that always do have no such setting."""
+    return bool(getattr(router, "norm_topk_prob", True))
 
 
 def _logits(router: Any, x: Tensor) -> Tensor:
@@ -199,7 +224,7 @@ def update_bias(block: MoEBlock, count_E: Tensor, rate: float) -> None:
     tokens become more likely to be selected.
 
     Args:
-        rate: of the scores' own spread.
+        rate: by which each expert's bias moves.
     """
     bias_E = correction_bias(block)
     assert bias_E is not None

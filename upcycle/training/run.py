@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import Diverged, UpcycleError
 from upcycle.evaluate import load_model
 from upcycle.moe import moe_blocks
 from upcycle.paths import local_path
 from upcycle.sink import ASIDE, Workspace, check_out, partial_folder
 from upcycle.source import read_config, read_headers
-from upcycle.training.data import Data, training_data
+from upcycle.training.data import Data, Used, training_data
 from upcycle.training.job import Job, job_fingerprint, open_job
-from upcycle.training.loop import make_optimizer, train
+from upcycle.training.loop import make_optimizer, restore_best, train
 from upcycle.training.processes import accelerator_for
 from upcycle.training.publish import LOG, Finetuning, publish
 from upcycle.training.routers import RouterTap, correction_bias, keep_float32, measure_scales
@@ -44,8 +44,8 @@ SCALE_TOKENS = 256
 class Watch:
     """What is told of a run's progress."""
 
-    begin: Callable[[Training, Groups], None] = lambda settings, groups: None
-    """Once, before the first step: what trains."""
+    begin: Callable[[Training, Groups, Sequence[Used]], None] = lambda settings, groups, used: None
+    """Once, before the first step: what trains, and on how much of each text."""
     row: Callable[[Row, int, int], None] = lambda row, done, total: None
     """Every line of the log, with the steps done and all steps."""
 
@@ -75,6 +75,8 @@ def finetune(
 
     Raises:
         UpcycleError: the request or its input is wrong.
+        Diverged: a loss or a gradient was no number; `out` holds the best state before, if
+            that was kept.
         CheckFailed: what was written is not what was trained.
         KeyboardInterrupt: stopped; the state is kept beside `out`.
     """
@@ -86,10 +88,31 @@ def finetune(
         stack.enter_context(_workspace(job, accelerator, overwrite=overwrite, resume=resume))
         run, groups = _prepare(job, accelerator, watch)
         if accelerator.is_main_process:
-            watch.begin(job.settings, groups)
+            watch.begin(job.settings, groups, run.train.used)
+        stopped = _train(run)
+        restore_best(run)
+        done = publish(run, groups, job)
+    if stopped is not None:
+        raise Diverged(
+            f"{stopped}; {job.out} holds the state after step {done.result_step}, the best before"
+        )
+    return done
+
+
+def _train(run: Run) -> Diverged | None:
+    """All steps; what they came to grief on, where there is a better state to go back to.
+
+    Raises:
+        Diverged: there is none.
+    """
+    try:
         with _stopping(run):
             train(run)
-        return publish(run, groups, job)
+    except Diverged as error:
+        if run.settings.keep_best and run.log:
+            return error
+        raise
+    return None
 
 
 def _room(job: Job) -> int:

@@ -74,8 +74,8 @@ class Training(BaseModel):
     balance: NonNegativeFloat = 0.0
     z_loss: NonNegativeFloat = 0.0
     balance_bias: NonNegativeFloat = 0.0
-    """Step of the selection bias over the scores' spread, where the target has one: balance without
-    a loss."""
+    """What a step moves the selection bias by, where the target has one: balance without a loss.
+    DeepSeek-V3 has 0.001 (arXiv:2412.19437). Scaled down for a tempered router."""
     dense_router_gradient: bool = False
 
     precision: Literal["no", "bf16", "fp16"] | None = None

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from upcycle.json_text import json_text
+
 STATE = "state.safetensors"
 
 
@@ -62,7 +64,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) 
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         draft,
-        metadata={"notes": json.dumps(notes)},
+        metadata={"notes": json_text(notes)},
     )
     draft.rename(path)
 

@@ -1,6 +1,5 @@
 """One step of training: the losses of a batch, their gradients, and what the routers did."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import Diverged, UpcycleError
+from upcycle.json_text import json_text
 from upcycle.moe import MoEBlock
 from upcycle.rng import draw_seed, generator
 from upcycle.targets import TARGETS
@@ -63,7 +63,7 @@ def note(run: Run, row: Row) -> None:
     run.log.append(row)
     if run.accelerator.is_main_process:
         with run.log_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json_text(row) + "\n")
     flat = row | row.get("validation", {})
     numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
     run.accelerator.log(numbers, step=row["step"])
@@ -85,21 +85,47 @@ def learning_rate(settings: Training, step: int, part: str) -> float:
 
 
 def take_step(run: Run) -> Row:
-    """One optimizer step over a batch that all processes share."""
+    """One optimizer step over a batch that all processes share.
+
+    Raises:
+        Diverged: a loss or the gradient is no number; the weights are as they were.
+    """
     settings, accelerator = run.settings, run.accelerator
     batches = _micro_batches(run)
     counted = sum(int(batch.mask_BL.sum()) for batch in batches)
+    counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in run.blocks]
+    row = _gradients(run, batches, counted, counts)
+    if run.step == 0:
+        _check_router_gradient(run)
+    row["grad_norm"] = float(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip))
+    row = _reduced(run, row)
+    check_finite(run, row, run.step + 1)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * learning_rate(settings, run.step, group["part"])
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    row["lr"] = settings.lr * learning_rate(settings, run.step, "other")
+    return {"step": run.step + 1} | row | {"tokens": counted} | _balance(run, counts)
+
+
+def _gradients(run: Run, batches: list[Data], counted: int, counts: list[Tensor]) -> Row:
+    """This process's part of the gradients of a batch, and its losses.
+
+    Args:
+        counted: tokens of the batch that are no padding.
+        counts: per block [E], to which each expert's selections are added.
+    """
+    settings, accelerator = run.settings, run.accelerator
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    row: Row = {"step": run.step + 1}
+    row: Row = {}
     # Of dropout, where a model has it.
     torch.manual_seed(
         draw_seed(generator(settings.seed, f"step {accelerator.process_index}", run.step))
     )
-    counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in run.blocks]
     for number, batch in enumerate(mine, 1):
         last = number == len(mine)
         with nullcontext() if last else accelerator.no_sync(run.model):
-            terms = dict(_terms(run, batch))
+            terms = dict(_terms(run, batch, counts))
             if run.step == 0 and number == 1:
                 _check_effect(run, terms)
             # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
@@ -109,18 +135,32 @@ def take_step(run: Run) -> Row:
             accelerator.backward(loss)
         for name, value in {"loss": loss / share, **terms}.items():
             row[name] = row.get(name, 0.0) + share * float(value.detach())
-        mask_T = batch.mask_BL.flatten().to(accelerator.device)
-        for count_E, routed in zip(counts, run.tap.routed, strict=True):
-            count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
-    if run.step == 0:
-        _check_router_gradient(run)
-    row["grad_norm"] = float(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip))
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * learning_rate(settings, run.step, group["part"])
-    row["lr"] = settings.lr * learning_rate(settings, run.step, "other")
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return _reduced(run, row) | {"tokens": counted} | _balance(run, counts)
+    return row
+
+
+def check_finite(run: Run, measured: dict[str, float], step: int) -> None:
+    """Stop at what is no number, before it gets into the weights or the log.
+
+    Args:
+        step: at which it was measured, counted from 1; 0 before all.
+
+    Raises:
+        Diverged: one of the values is not finite; of gradients, unless it is the loss scaler of
+            float16, which lowers itself and skips the step.
+    """
+    scaler = run.accelerator.scaler
+    rescaled = scaler is not None and scaler.get_scale() > 1
+    for name, value in measured.items():
+        if math.isfinite(value) or (name == "grad_norm" and rescaled):
+            continue
+        if step == 0:
+            raise Diverged(f"the {name} is {value:g} before the first step: the model is broken")
+        rate = run.settings.lr * learning_rate(run.settings, step - 1, "other")
+        raise Diverged(
+            f"training stopped at step {step}: the {name.replace('_', ' ')} is {value:g} "
+            f"(learning rate {rate:.3g} of --lr {run.settings.lr:g}, precision "
+            f"{run.accelerator.mixed_precision}): lower --lr, or train in another --precision"
+        )
 
 
 def _micro_batches(run: Run) -> list[Data]:
@@ -129,8 +169,9 @@ def _micro_batches(run: Run) -> list[Data]:
     return [run.train.take(part) for part in rows.split(settings.micro_batch)]
 
 
-def _terms(run: Run, batch: Data) -> Iterator[tuple[str, Tensor]]:
-    """The losses of a micro-batch that count, each unweighted, under their settings' names."""
+def _terms(run: Run, batch: Data, counts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The losses of a micro-batch that count, each unweighted, under their settings' names; its
+    selections are added to the step's counts."""
     settings, device = run.settings, run.accelerator.device
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
     mask_T = mask_BL.flatten()
@@ -146,6 +187,8 @@ def _terms(run: Run, batch: Data) -> Iterator[tuple[str, Tensor]]:
     # Of itself, accelerate rounds in all models but sharded ones.
     with run.tap.recording(), run.accelerator.autocast():
         out = run.model(**arguments)
+    for count_E, routed in zip(counts, run.tap.routed, strict=True):
+        count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
     if settings.next_token:
         yield "next_token", losses.next_token_loss(out.logits, tokens_BL, mask_BL)
     if settings.distill and expected is not None:
@@ -156,8 +199,8 @@ def _terms(run: Run, batch: Data) -> Iterator[tuple[str, Tensor]]:
     logits = [untempered(r.logits_TE, s) for r, s in zip(run.tap.routed, run.scales, strict=True)]
     if settings.balance:
         each = [
-            losses.balance_loss(_shares(run, z_TE), routed.chosen_TK, mask_T)
-            for z_TE, routed in zip(logits, run.tap.routed, strict=True)
+            losses.balance_loss(_shares(run, z_TE), run.accelerator.reduce(count_E, "sum"), mask_T)
+            for z_TE, count_E in zip(logits, counts, strict=True)
         ]
         yield "balance", torch.stack(each).mean()
     if settings.z_loss:
@@ -208,12 +251,13 @@ def _check_router_gradient(run: Run) -> None:
 
 def _fixed_weights(run: Run) -> bool:
     """Whether the routers' weights do not depend on their logits, so that a gradient would be
-    rounding."""
+    rounding; several alike, as those of a copy's shards, are not fixed."""
     settings = run.settings
     if settings.dense_router_gradient or settings.balance or settings.z_loss:
         return False
     return all(
-        bool((routed.weights_TK == routed.weights_TK[0, 0]).all())
+        routed.weights_TK.shape[1] == 1
+        and bool((routed.weights_TK == routed.weights_TK[0, 0]).all())
         and bool((routed.logits_TE != routed.logits_TE[0, 0]).any())
         for routed in run.tap.routed
     )
@@ -224,8 +268,7 @@ def _balance(run: Run, counts: list[Tensor]) -> Row:
     counts = [run.accelerator.reduce(count_E, "sum") for count_E in counts]
     if run.settings.balance_bias:
         for block, scale, count_E in zip(run.blocks, run.scales, counts, strict=True):
-            # A sigmoid's slope at 0.
-            update_bias(block, count_E, run.settings.balance_bias * scale.spread / 4)
+            update_bias(block, count_E, run.settings.balance_bias * scale.bias)
     return {
         "imbalance": sum(float(c.max() / c.mean()) for c in counts) / max(1, len(counts)),
         "dead": sum(int((count_E == 0).sum()) for count_E in counts),
@@ -236,7 +279,7 @@ def _reduced(run: Run, row: Row) -> Row:
     """The row with its losses averaged over processes."""
     if run.accelerator.num_processes == 1:
         return row
-    names = [name for name in row if name not in ("step", "grad_norm", "lr")]
+    names = [name for name in row if name != "grad_norm"]
     values = torch.tensor([row[name] for name in names], device=run.accelerator.device)
     means = run.accelerator.reduce(values, "mean").tolist()
     return row | dict(zip(names, means, strict=True))

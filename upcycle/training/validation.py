@@ -4,10 +4,9 @@ import math
 
 import torch
 
-from upcycle.errors import UpcycleError
 from upcycle.training import losses
 from upcycle.training.state import save_tensors, trained_tensors
-from upcycle.training.step import Run, note
+from upcycle.training.step import Run, check_finite, note
 
 LARGEST_LOSS = 700.0
 """Whose exponential is still a number."""
@@ -18,7 +17,7 @@ def validate(run: Run) -> None:
     """Measure on the held-out sequences, and keep the state if it is the best so far.
 
     Raises:
-        UpcycleError: the loss is not a number, and no better state has been kept.
+        Diverged: the loss is not a number.
     """
     accelerator, settings = run.accelerator, run.settings
     run.model.eval()
@@ -54,11 +53,7 @@ def validate(run: Run) -> None:
         measured |= {"perplexity_ratio": ratio, "kl": kl}
         if settings.distill:
             objective = settings.next_token * loss + settings.distill * kl
-    if run.best == math.inf and not math.isfinite(objective):
-        raise UpcycleError(
-            f"the validation loss is {loss:g} after step {run.step}: lower --lr, or train in "
-            "another --precision"
-        )
+    check_finite(run, {"validation loss": objective} | measured, run.step)
     if settings.keep_best and objective < run.best:
         run.best, run.best_step = objective, run.step
         tensors = trained_tensors(run.plain)
