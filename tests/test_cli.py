@@ -283,7 +283,6 @@ def test_convert_without_a_place(dense):
     [
         (CheckFailed("it differs"), "it differs; please report this"),
         (KeyboardInterrupt(), "interrupted; nothing was left behind"),
-        (MemoryError(), "out of memory: lower --calibration-tokens"),
         (OSError(28, "No space left on device", "x.safetensors"), "No space left on device: x.s"),
         (OSError("odd"), "odd"),
     ],
@@ -294,6 +293,33 @@ def test_anything_else_leaves_with_1(dense, tmp_path, monkeypatch, raised, sente
 
     monkeypatch.setattr(conversion, "run", fail)
     assert error("convert", dense(), "-o", tmp_path / "out", code=1).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_too_little_memory_leaves_with_2(dense, tmp_path, monkeypatch, raised):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(conversion, "run", fail)
+    sentence = error("convert", dense(), "-o", tmp_path / "out")
+    assert sentence.startswith("out of memory: lower --calibration-tokens")
+
+
+def test_a_bug_of_ours_shows(dense, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(conversion, "run", fail)
+    result = CliRunner().invoke(app, ["convert", str(dense()), "-o", str(tmp_path / "out")])
+    assert str(result.exception) == "a bug"
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,15 @@ from transformers import AutoModelForCausalLM
 
 from upcycle.anatomy import Size, expert_similarity, flops, measure_size
 from upcycle.calibrate import check_seq_len, packed_tokens
+from upcycle.config_fields import check_layers
 from upcycle.device import choose_device
 from upcycle.errors import UpcycleError
+from upcycle.foreign import blaming
 from upcycle.head import Decoded, decode, drop_layers
 from upcycle.history import fitted_on, identity
 from upcycle.moe import moe_blocks, watch_selections
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
-from upcycle.source import checkpoint_folder, read_config
+from upcycle.source import checkpoint_folder, read_config, read_headers
 from upcycle.speed import Speed, measure_speed
 from upcycle.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.text import check_text
@@ -344,16 +346,19 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         UpcycleError: it does not load, or not every tensor finds its place.
     """
+    check_layers(read_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
     with warnings.catch_warnings():
         # A target that always has a shared expert holds one of no neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        try:
+        with blaming(f"{folder} does not load in transformers"):
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UpcycleError(f"{folder} does not load in transformers: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")

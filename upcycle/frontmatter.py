@@ -6,6 +6,9 @@ from typing import Any
 
 import yaml
 
+from upcycle.errors import UpcycleError
+from upcycle.foreign import parse_yaml
+
 STATED = ("base_model", "license", "license_name", "license_link", "language")
 """What a card hands on."""
 GGUF_FIELDS = {
@@ -32,8 +35,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        front = parse_yaml(parts[1], card)
+    except UpcycleError:
         return {}
     return {key: front[key] for key in STATED if isinstance(front, dict) and front.get(key)}
 

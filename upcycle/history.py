@@ -1,8 +1,9 @@
 """What text a model was fitted on, as the upcycle.json beside its weights says."""
 
-import json
 from pathlib import Path
 
+from upcycle.errors import UpcycleError
+from upcycle.foreign import read_json
 from upcycle.paths import local_path
 from upcycle.text import texts
 
@@ -13,12 +14,12 @@ def fitted_on(folder: Path) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         named = [run["settings"]["data"] for run in record.get("training", [])]
         if record.get("plan", {}).get("calibration_tokens"):
             named.append(record["plan"]["recipe"]["calibration"])
         return {identity(text) for joined in named for text in texts(joined)}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (UpcycleError, KeyError, TypeError, AttributeError):
         return set()  # damaged, which is said by the commands that need it
 
 

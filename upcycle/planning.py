@@ -456,6 +456,12 @@ def _check_text(plan: Plan) -> None:
 
 def _check_memory(plan: Plan) -> None:
     free = free_memory(plan.device)
+    hidden = 4 * plan.fit_tokens * plan.source.arch.hidden_size
+    if hidden > free:
+        raise UpcycleError(
+            f"--calibration-tokens {plan.recipe.calibration_tokens} have hidden states of "
+            f"{hidden / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free: give fewer"
+        )
     if plan.check_bytes() > free:
         raise UpcycleError(
             f"the check holds the finished model, {plan.check_bytes() / 1e9:.1f} GB, but "

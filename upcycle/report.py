@@ -1,6 +1,7 @@
 """What a conversion leaves to read: upcycle.json for machines, a model card for people."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -170,4 +171,5 @@ def kind_name(text: str) -> str:
 
 def _public_name(source: str) -> str:
     """A hub's name as it is; of a local path only the last part, which may be published."""
-    return Path(source).resolve().name if local_path(source).exists() else source
+    name = Path(source).resolve().name if local_path(source).exists() else source
+    return os.fsencode(name).decode(errors="replace")  # a file's name need not be UTF-8
