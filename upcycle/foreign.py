@@ -127,7 +127,7 @@ class _NoAliases(yaml.SafeLoader):
 
 def _too_deep(value: Any) -> bool:
     level, depth = [value], 0
-    while level and depth <= DEEPEST:
+    while level and depth < DEEPEST:
         parts = [v.values() if isinstance(v, dict) else v for v in level if _holds(v)]
         level, depth = [inner for part in parts for inner in part if _holds(inner)], depth + 1
     return bool(level)
@@ -142,7 +142,9 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{field}={_short.repr(problem['input'])}: {message[0].lower()}{message[1:]}"
+    value = _short.repr(problem["input"])
+    value = value if len(value) <= 120 else f"{value[:60]} … {value[-40:]}"
+    return f"{field}={value}: {message[0].lower()}{message[1:]}"
 
 
 _short = reprlib.Repr()

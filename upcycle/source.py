@@ -264,11 +264,12 @@ def _weight_files(folder: Path) -> list[str]:
     if not isinstance(places, dict) or not places:
         raise UpcycleError(f"{index} has no weight_map")
     files = sorted({str(file) for file in places.values()})
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for file in files:
         if Path(file).name != file or file in (".", ".."):
-            raise UpcycleError(f"{index} names {file!r}, which is outside its folder")
-        if not (folder / file).is_file():
-            raise UpcycleError(f"{index} names {file}, which is not in {folder}")
+            raise UpcycleError(f"{index} names {file[:80]!r}, which is outside its folder")
+        if file not in there:  # no name is asked of the system: it may be no name of a file
+            raise UpcycleError(f"{index} names {file[:80]!r}, which is not in {folder}")
     return files
 
 
