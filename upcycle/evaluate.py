@@ -234,6 +234,7 @@ def _measure(
     Args:
         batch_size: for the speed, which is not measured if it is 0.
     """
+    seen = fitted_on(pair.folder)
     total = tokens_NBL.shape[:2].numel() * (1 if pair.dense_folder is None else 2)
     step = _counter(progress, total)
     references: list[list[Decoded] | None] = [None] * len(texts)
@@ -257,7 +258,7 @@ def _measure(
         speed = measure_speed(
             model, dense, batch_BL, lambda done, rounds: progress("timing", done, rounds)
         )
-    size, blocks, seen = measure_size(model), moe_blocks(model), fitted_on(pair.folder)
+    size, blocks = measure_size(model), moe_blocks(model)
     return Evaluation(
         model=pair.model,
         against=pair.against,

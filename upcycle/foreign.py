@@ -39,7 +39,8 @@ def out_of_memory(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """The first line of what an error says; and the second, where the first is only its heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = lines or [type(error).__name__]
+    if isinstance(error, KeyError) or not lines:
+        lines = [" ".join([type(error).__name__, *lines])]
     first = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return first if len(first) <= LONGEST else f"{first[:LONGEST]} …"
 

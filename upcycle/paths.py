@@ -4,11 +4,28 @@ import os
 import tempfile
 from pathlib import Path
 
+from upcycle.errors import UpcycleError
+
 
 def local_path(name: str | Path) -> Path:
     """A path with ~ as the home folder. Unlike for `Path.expanduser`, ~ and a name that is no
     user's begin a path like any other."""
     return Path(os.path.expanduser(name))  # noqa: PTH111
+
+
+def check_name(path: Path) -> None:
+    """Refuse the name of a folder that weights can't be in.
+
+    Raises:
+        UpcycleError: it is not UTF-8, which safetensors does not open.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = str(path).encode(errors="replace").decode()
+        raise UpcycleError(
+            f"{shown} has a name that is not UTF-8, which safetensors can't open: rename it"
+        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.foreign import blaming, parse_json
+from upcycle.paths import check_name
 from upcycle.source import DTYPES, INDEX, SINGLE
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -277,6 +278,7 @@ def check_out(out: Path, source: Path, size: int, *, overwrite: bool) -> None:
         source: the folder that is read from.
         size: bytes that will be written.
     """
+    check_name(out)
     if out.exists() and not out.is_dir():
         raise UpcycleError(f"-o {out} is a file: give a folder")
     if out.is_mount():

@@ -25,7 +25,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
 from upcycle.foreign import blamed, blaming, read_json
 from upcycle.frontmatter import write_gguf_card
-from upcycle.paths import local_path
+from upcycle.paths import check_name, local_path
 from upcycle.types import all_finite
 
 INDEX = "model.safetensors.index.json"
@@ -168,6 +168,7 @@ def model_folder(
     `accept` may raise on the config of a hub id before its weights are fetched.
     """
     path = local_path(model)
+    check_name(path)
     if revision is not None and path.exists():
         raise UpcycleError(f"--revision {revision} goes with a hub id, but {model} is a local path")
     if path.is_dir():
