@@ -522,7 +522,7 @@ def test_mixed_is_the_first_alone_where_nothing_is_fitted(dense):
 @pytest.mark.parametrize(("spare", "expected"), [(1, "builtin+self"), (-1, "builtin")])
 def test_mixed_is_the_first_alone_where_the_model_does_not_fit(dense, monkeypatch, spare, expected):
     weights = sum(i.nbytes for i in open_source(str(dense())).tensors.values())
-    free = SimpleNamespace(available=1.5 * weights + spare)
+    free = SimpleNamespace(available=1.5 * weights + spare, total=2**40)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     found, notes = planned_text(dense, "mixed")
     assert found == expected
@@ -657,6 +657,56 @@ def test_our_chats_are_plain_text_where_there_is_no_template(tiny):
     found = first_tokens(tiny.folder, 300, "probe:chat", 10_000, seed=0).tolist()
     expected = packed(tiny, [first])
     assert found[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "missing", "named"),
+    [
+        ("tokenizer.model", {"sentencepiece"}, "sentencepiece"),
+        ("spiece.model", {"google.protobuf"}, "protobuf"),
+        ("spiece.model", {"google.protobuf", "sentencepiece"}, "sentencepiece and protobuf"),
+        ("qwen.tiktoken", {"tiktoken"}, "tiktoken"),
+    ],
+)
+def test_a_library_that_a_tokenizer_needs_is_named(tmp_path, monkeypatch, file, missing, named):
+    (tmp_path / file).write_bytes(b"x")
+    monkeypatch.setattr(calibrate, "_is_installed", lambda module: module not in missing)
+    with pytest.raises(UpcycleError) as found:
+        calibrate.load_tokenizer(tmp_path)
+    assert str(found.value) == (
+        f"{tmp_path / file} is a tokenizer that is read by {named}: `pip install "
+        "upcycle[sentencepiece]`"
+    )
+
+
+def test_libraries_are_looked_for():
+    assert calibrate._is_installed("tokenizers")
+    assert not calibrate._is_installed("nowhere_at_all")
+    assert not calibrate._is_installed("nowhere_at_all.module")
+
+
+def test_why_a_tokenizer_is_none_is_said(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Nonesuch"}}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    with pytest.raises(UpcycleError, match=r"that transformers reads.*: KeyError"):
+        calibrate.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_panics_is_named(dense, tmp_path):
+    for path in dense().iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "zz", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UpcycleError, match=r"^the tokenizer in .* does not work: no entry found"):
+        first_tokens(tmp_path, 300, "builtin", 10, seed=0)
 
 
 def test_chats_in_a_file_need_a_template(tiny, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from upcycle.cli import app
 from upcycle.compensate import COMPENSATIONS
 from upcycle.perturb import PERTURBS
 from upcycle.recipe import SHARED_EXPERTS, Recipe, shipped_recipes
+from upcycle.report import kind_name
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
 from upcycle.source import copy_companions
@@ -337,6 +339,42 @@ def test_weights_too_large_for_float16(dense, tmp_path, method):
     assert [path.name for path in tmp_path.iterdir()] == ["big"]
 
 
+@pytest.mark.parametrize("name", ["a[/red][b", ":smile:"])
+def test_files_have_any_names(dense, tmp_path, name):
+    """Square brackets are rich's markup."""
+    source, out = tmp_path / name, tmp_path / f"{name}-out"
+    shutil.copytree(dense(), source)
+    (tmp_path / f"{name}.txt").write_text("abc " * 200)
+    text = ["--calibration", tmp_path / f"{name}.txt", *QUICK[2:]]
+    for arguments in (
+        ["plan", source, *text],
+        ["convert", source, "-o", out, *text],
+        ["inspect", out],
+        ["eval", out, "--text", tmp_path / f"{name}.txt", "--tokens", 16, "--seq-len", 8],
+        ["report", out, "-o", tmp_path / "page.html", "--text", tmp_path / f"{name}.txt",
+         "--tokens", 16, "--seq-len", 8],
+    ):  # fmt: skip
+        result = run(*arguments)
+        assert result.exit_code == 0, result.stderr
+        shown = "".join(re.sub("[│┃\n ]", "", result.stdout).split())
+        assert name in shown or arguments[0] == "report"
+
+
+def test_names_need_not_be_utf8(dense, tmp_path):
+    """safetensors opens none that are not; of a text, any will do."""
+    name, out = os.fsdecode(b"\xff"), tmp_path / "out"
+    shutil.copytree(dense(), tmp_path / name)
+    (tmp_path / f"{name}.txt").write_text("abc " * 200)
+    text = ["--calibration", tmp_path / f"{name}.txt", *QUICK[2:-2], "--json"]
+    for arguments in ((tmp_path / name, "-o", out), (dense(), "-o", tmp_path / f"{name}o")):
+        assert error("convert", *arguments, *text).endswith(
+            "a name that is not UTF-8, which safetensors can't open: rename it"
+        )
+    made = report("convert", dense(), "-o", out, *text[:-1])
+    assert made["plan"]["recipe"]["calibration"] == str(tmp_path / f"{name}.txt")
+    assert kind_name(str(tmp_path / f"{name}.txt")) == "\ufffd.txt"  # on the card
+
+
 def test_convert_without_a_place(dense):
     assert error("convert", dense()) == "name the folder for the result: -o OUT"
 
@@ -346,7 +384,6 @@ def test_convert_without_a_place(dense):
     [
         (CheckFailed("it differs"), "it differs; please report this"),
         (KeyboardInterrupt(), "interrupted; nothing was left behind"),
-        (MemoryError(), "out of memory: lower --calibration-tokens"),
         (OSError(28, "No space left on device", "x.safetensors"), "No space left on device: x.s"),
         (OSError("odd"), "odd"),
     ],
@@ -357,6 +394,33 @@ def test_anything_else_leaves_with_1(dense, tmp_path, monkeypatch, raised, sente
 
     monkeypatch.setattr(conversion, "run", fail)
     assert error("convert", dense(), "-o", tmp_path / "out", code=1).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_too_little_memory_leaves_with_2(dense, tmp_path, monkeypatch, raised):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(conversion, "run", fail)
+    sentence = error("convert", dense(), "-o", tmp_path / "out")
+    assert sentence.startswith("out of memory: lower --calibration-tokens")
+
+
+def test_a_bug_of_ours_shows(dense, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(conversion, "run", fail)
+    result = CliRunner().invoke(app, ["convert", str(dense()), "-o", str(tmp_path / "out")])
+    assert str(result.exception) == "a bug"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import upcycle
+from upcycle import UpcycleError
 from upcycle.evaluate import evaluate
 from upcycle.history import fitted_on, identity
 
@@ -53,10 +54,16 @@ def test_texts_of_training_count_too(split, tmp_path):
     assert fitted_on(copy) == fitted_on(split) | {"hf:a/b", "hf:c"}
 
 
-@pytest.mark.parametrize("record", ["[", "[]", "{}", '{"training": 5}', '{"plan": "x"}'])
+@pytest.mark.parametrize("record", ["[]", "{}", '{"training": 5}', '{"plan": "x"}'])
 def test_record_that_is_damaged_tells_nothing(tmp_path, record):
     (tmp_path / "upcycle.json").write_text(record)
     assert fitted_on(tmp_path) == set()
+
+
+def test_record_that_is_no_json_is_an_error(tmp_path):
+    (tmp_path / "upcycle.json").write_text("[" * 100_000)
+    with pytest.raises(UpcycleError, match=r"upcycle\.json is not what upcycle writes"):
+        fitted_on(tmp_path)
 
 
 def test_identity_of_what_is_no_file():

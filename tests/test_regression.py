@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle import UpcycleError
 from upcycle.regression import predictable_profiles, ridge
 
 T, D, E = 57, 9, 4
@@ -13,6 +14,12 @@ def make_pair(tokens=T, seed=0):
     rng = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(tokens, D, generator=rng) * torch.linspace(0.2, 3, D)
     return x_TD, torch.randn(tokens, E, generator=rng) + x_TD[:, :E]
+
+
+def test_nothing_is_fitted_on_zeros():
+    x_TD, y_TE = make_pair()
+    with pytest.raises(UpcycleError, match="there is nothing to fit on"):
+        ridge([(0 * x_TD, y_TE)], 0.01)
 
 
 def augmented_least_squares(x_TD, y_TE, strength):

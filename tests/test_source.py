@@ -473,7 +473,7 @@ def test_index_that_names_a_missing_shard(copy):
     folder = copy(shards=SHARD_SIZE)
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
-    assert_refused(folder, INDEX, f"names {shard.name}, which is not in {folder}")
+    assert_refused(folder, INDEX, f"names {shard.name!r}, which is not in {folder}")
 
 
 @pytest.mark.parametrize("place", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])

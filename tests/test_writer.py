@@ -339,12 +339,17 @@ def test_a_template_brings_its_own_special_tokens():
     seen = []
 
     def tokenize(text, **settings):
-        seen.append(settings["add_special_tokens"])
+        seen.append((text, settings["add_special_tokens"]))
         return {"input_ids": [1, 2]}
 
     class Tokenizer(SimpleNamespace):
         __call__ = staticmethod(tokenize)
 
-    tokenizer = Tokenizer(chat_template="x", apply_chat_template=lambda *_, **__: "<s>Why?")
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    tokenizer = Tokenizer(
+        chat_template=template,
+        get_chat_template=lambda: template,
+        special_tokens_map={"bos_token": "<s>"},
+    )
     assert writer._asked(tokenizer, "Why?") == [[1, 2]]
-    assert seen == [False]
+    assert seen == [("<s>Why?", False)]

@@ -1,6 +1,7 @@
 """Calibration text: from words to packed token sequences."""
 
 import hashlib
+import importlib.util
 import itertools
 import re
 import sys
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from upcycle.chat import ChatRefused, render_chat
 from upcycle.errors import UpcycleError
+from upcycle.foreign import blaming
 from upcycle.paths import local_path
 from upcycle.source import DenseSource, companions
-from upcycle.text import OURS, PROBES, TEMPLATE_ERRORS, Document, documents, texts
+from upcycle.text import OURS, PROBES, Document, documents, texts
 from upcycle.writer import Progress, written_tokens
 
 SPREAD = 8
@@ -301,8 +304,8 @@ def _token_ids(
             'template: give "text", or a model with a template'
         )
     try:
-        rendered = tokenizer.apply_chat_template(document, tokenize=False)
-    except TEMPLATE_ERRORS as error:
+        rendered = render_chat(tokenizer, document)
+    except ChatRefused as error:
         if ours:
             return _ids_of(tokenizer, plain)
         raise UpcycleError(
@@ -330,7 +333,8 @@ def _first_ids(tokenizer: Any, text: str, wanted: int, start: int = 0) -> list[i
 def _ids_of(tokenizer: Any, text: str, **settings: bool) -> list[int]:
     """Half of a surrogate pair, as JSON that was cut inside an emoji holds, becomes a "?"."""
     text = text.encode(errors="replace").decode()
-    return list(tokenizer(text, verbose=False, **settings)["input_ids"])
+    with blaming(f"the tokenizer in {tokenizer.name_or_path} does not work"):
+        return list(tokenizer(text, verbose=False, **settings)["input_ids"])
 
 
 def text_fingerprint(folder: Path, text: str) -> list[str]:
@@ -346,12 +350,40 @@ def text_fingerprint(folder: Path, text: str) -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        UpcycleError: there is none, it can't be read, or it needs a library that is not here.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises nothing narrower for a corrupt tokenizer.json
+    for pattern, libraries in LIBRARIES.items():
+        _check_libraries(folder, pattern, libraries)
+    with blaming(
+        f"{folder} holds no tokenizer that transformers reads, so no text can be tokenised (add "
+        "the model's tokenizer files, or pass --calibration none)"
+    ):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+LIBRARIES = {"*.model": ("sentencepiece", "google.protobuf"), "*.tiktoken": ("tiktoken",)}
+"""What reads a tokenizer of which there is no tokenizer.json. Of a missing one transformers says
+something else, if anything."""
+
+
+def _check_libraries(folder: Path, pattern: str, libraries: tuple[str, ...]) -> None:
+    files = sorted(folder.glob(pattern))
+    missing = [name for name in libraries if not _is_installed(name)]
+    if files and missing and not (folder / "tokenizer.json").is_file():
+        names = " and ".join(missing).replace("google.", "")
         raise UpcycleError(
-            f"{folder} holds no tokenizer that transformers reads, so no text can be "
-            "tokenised: add the model's tokenizer files, or pass --calibration none"
-        ) from error
+            f"{files[0]} is a tokenizer that is read by {names}: `pip install "
+            "upcycle[sentencepiece]`"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a module's package
+        return False

@@ -163,15 +163,12 @@ def _plan(options: Options) -> "Plan":
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    import yaml
+    from upcycle.foreign import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals:
         raise UpcycleError(f"--set {text!r} is not KEY=VALUE")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UpcycleError(f"--set {text!r}: the value is not YAML") from error
+    return key.strip(), parse_yaml(value, f"the value of --set {key.strip()}")
 
 
 Against = Annotated[str | None, typer.Option(help="The dense model that MODEL was made from.")]
@@ -485,7 +482,8 @@ def _errors(
     interrupted: str = "interrupted; nothing was left behind, unless --resume was given to go on "
     "later",
 ) -> Iterator[None]:
-    """One sentence instead of a traceback: exit code 2 for bad input, 1 for anything else."""
+    """One sentence instead of a traceback: exit code 2 for bad input and too little memory, 1 for
+    anything else."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -497,11 +495,12 @@ def _errors(
         _fail(interrupted, 1)
     except OSError as error:
         _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
-    except MemoryError:
-        _fail(
-            "out of memory: lower --calibration-tokens or --micro-batch, or pass --check none",
-            1,
-        )
+    except (MemoryError, RuntimeError) as error:
+        from upcycle.foreign import OUT_OF_MEMORY, out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        _fail(OUT_OF_MEMORY, 2)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from upcycle.training.settings import Training
 
 COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)  # :name: may be part of a file's name
+err = Console(stderr=True, emoji=False)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def show_finetuning(done: "Finetuning") -> None:
         if done.settings.lora and not done.settings.merge
         else ("loads with AutoModelForCausalLM.from_pretrained")
     )
-    out.print(f"[bold]{done.out}[/] {how}", highlight=False)
+    out.print(f"[bold]{escape(str(done.out))}[/] {how}", highlight=False)
 
 
 def _print_stage_once() -> "OnProgress":
@@ -159,8 +159,10 @@ def _print_stage_once() -> "OnProgress":
 
 
 def table(title: str, rows: Mapping[str, Any], *headings: str) -> None:
-    """Rows of a name and one or more values."""
-    grid = Table(title=title, title_justify="left", show_header=bool(headings), title_style="bold")
+    """Rows of a name and one or more values, which are no markup: files have any names."""
+    grid = Table(
+        title=Text(title), title_justify="left", show_header=bool(headings), title_style="bold"
+    )
     grid.add_column("", overflow="fold")
     for heading in headings or ("",):
         one_word = bool(heading) and " " not in heading  # which a narrow terminal must not cut
@@ -169,7 +171,8 @@ def table(title: str, rows: Mapping[str, Any], *headings: str) -> None:
         )
     for name, values in rows.items():
         cells = values if isinstance(values, tuple) else (values,)
-        grid.add_row(name, *(str(cell) for cell in cells))
+        plain = (cell if isinstance(cell, Text) else Text(str(cell)) for cell in (name, *cells))
+        grid.add_row(*plain)
     out.print(grid)
 
 
@@ -229,7 +232,7 @@ def show_warnings(plan: "Plan") -> None:
 
 def _show_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        err.print(f"[yellow]note[/]: {note}", highlight=False)
+        err.print(f"[yellow]note[/]: {escape(note)}", highlight=False)
 
 
 def _method(plan: "Plan") -> str:
@@ -301,7 +304,7 @@ def show_conversion(conversion: "Conversion") -> None:
         out.print(
             f"Perplexity on {check.tokens:,} tokens that nothing was fitted on, windows of "
             f"{check.window}."
-            + "".join(f" Left out: {kind_name(kind)}." for kind in check.left_out),
+            + "".join(f" Left out: {escape(kind_name(kind))}." for kind in check.left_out),
             highlight=False,
         )
         for sentence in _verdict(conversion):
@@ -309,7 +312,7 @@ def show_conversion(conversion: "Conversion") -> None:
     else:
         out.print("Not checked (--check none).", highlight=False)
     out.print(
-        f"[bold]{conversion.out}[/] loads with AutoModelForCausalLM.from_pretrained",
+        f"[bold]{escape(str(conversion.out))}[/] loads with AutoModelForCausalLM.from_pretrained",
         highlight=False,
     )
 
@@ -360,7 +363,7 @@ def _show_kinds(check: "CheckReport") -> None:
     colour = COLOURS[verdict(check.ratios).grade]
     rows = {}
     for kind in check.kinds:
-        mark = f"[{colour}]{kind.ratio:.2f}[/]" if kind is check.worst else f"{kind.ratio:.2f}"
+        mark = Text(f"{kind.ratio:.2f}", colour if kind is check.worst else "")
         rows[kind_name(kind.kind)] = (
             f"{kind.perplexity_dense:.2f}",
             f"{kind.perplexity_moe:.2f}",
@@ -386,20 +389,21 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
         yield (f"Perplexity is up to {worst.ratio:.2f} × the dense model's until it is trained.")
         return
     colour, where = COLOURS[found.grade], f"{worst.ratio:.2f} × the dense model's at worst"
+    name = escape(kind_name(worst.kind))
     if found.grade == "fine":
-        yield f"[{colour}]Fine as it is[/]: perplexity is {where} ({kind_name(worst.kind)})."
+        yield f"[{colour}]Fine as it is[/]: perplexity is {where} ({name})."
         return
     dose = f"about {found.tokens:,} tokens" if found.tokens else "millions of tokens"
     more = "--active" if plan.request.top_k is None else "--top-k"
     word = "Broken" if found.grade == "broken" else "Heal it"
     yield (
-        f"[{colour}]{word}[/]: perplexity is {where} ({kind_name(worst.kind)}). "
-        f"upcycle finetune {conversion.out} --data … with {dose}, or raise {more}."
+        f"[{colour}]{word}[/]: perplexity is {where} ({name}). "
+        f"upcycle finetune {escape(str(conversion.out))} --data … with {dose}, or raise {more}."
     )
     if found.add:
         yield (
-            f"{kind_name(found.add)} lost much more than the rest: add such text, "
-            f"--calibration {plan.recipe.calibration}+FILE."
+            f"{escape(kind_name(found.add))} lost much more than the rest: add such text, "
+            f"--calibration {escape(plan.recipe.calibration)}+FILE."
         )
 
 
@@ -417,10 +421,10 @@ def show_evaluation(report: "Evaluation") -> None:
     for result in report.texts:
         if not math.isfinite(result.perplexity):
             what = f"on {result.text} perplexity is {result.perplexity}: the logits overflow"
-            err.print(f"[yellow]note[/]: {what}", highlight=False)
+            err.print(f"[yellow]note[/]: {escape(what)}", highlight=False)
         if result.fitted:
             what = f"the model was fitted on {result.text}: on other text it may lose more"
-            err.print(f"[yellow]note[/]: {what}", highlight=False)
+            err.print(f"[yellow]note[/]: {escape(what)}", highlight=False)
 
 
 def _show_texts(title: str, report: "Evaluation") -> None:

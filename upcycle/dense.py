@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upcycle.errors import UpcycleError
+from upcycle.foreign import blaming
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
 PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
@@ -15,14 +16,8 @@ PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config on the meta device: modules, names and shapes, no memory."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UpcycleError(
-            f"transformers can't build a model from config.json: {reason}"
-        ) from error
+    with blaming("transformers can't build a model from config.json"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model.eval()
 
 

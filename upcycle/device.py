@@ -37,6 +37,13 @@ def free_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().total)
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
 def device_name(device: torch.device) -> str:
     """What its maker calls the GPU or the CPU, where the system says so."""
     if device.type == "cuda":

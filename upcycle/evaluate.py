@@ -24,14 +24,16 @@ from transformers import AutoModelForCausalLM
 from upcycle.adapter import adapter_base
 from upcycle.anatomy import Size, expert_similarity, flops, measure_size
 from upcycle.calibrate import check_seq_len, packed_tokens
+from upcycle.config_fields import check_layers
 from upcycle.device import choose_device
 from upcycle.errors import UpcycleError
+from upcycle.foreign import blaming
 from upcycle.head import Decoded, decode, drop_layers
 from upcycle.history import fitted_on, identity
 from upcycle.moe import moe_blocks, watch_selections
 from upcycle.paths import public_name
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
-from upcycle.source import checkpoint_folder, read_config
+from upcycle.source import checkpoint_folder, read_config, read_headers
 from upcycle.speed import Speed, measure_speed
 from upcycle.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.text import check_text
@@ -263,6 +265,7 @@ def _measure(
     Args:
         batch_size: for the speed, which is not measured if it is 0.
     """
+    seen = fitted_on(pair.adapter or pair.folder)
     total = tokens_NBL.shape[:2].numel() * (1 if pair.dense_folder is None else 2)
     step = _counter(progress, total)
     references: list[list[Decoded] | None] = [None] * len(texts)
@@ -289,7 +292,6 @@ def _measure(
             model, dense, batch_BL, lambda done, rounds: progress("timing", done, rounds)
         )
     size, blocks = measure_size(model), moe_blocks(model)
-    seen = fitted_on(pair.adapter or pair.folder)
     return Evaluation(
         model=pair.model,
         against=pair.against,
@@ -378,16 +380,19 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         UpcycleError: it does not load, or not every tensor finds its place.
     """
+    check_layers(read_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
     with warnings.catch_warnings():
         # A target that always has a shared expert holds one of no neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        try:
+        with blaming(f"{folder} does not load in transformers"):
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UpcycleError(f"{folder} does not load in transformers: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")

@@ -5,20 +5,28 @@ uses of the other files. So a file that is not what it should be is an error wit
 field, never half a page.
 """
 
-import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from upcycle.check import CheckReport
 from upcycle.dense_layers import DenseLayers
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import Evaluation, Progress, evaluate
+from upcycle.foreign import first_problem, parse_json
 from upcycle.inspection import inspect_model
-from upcycle.recipe import Choice, first_problem
+from upcycle.recipe import Choice
 from upcycle.sample import Sample, samples
 from upcycle.source import model_folder
 
@@ -61,7 +69,7 @@ class PlanFacts(BaseModel):
     top_k: int
     expert_size: int
     shared_size: int
-    active_ffn_ratio: float
+    active_ffn_ratio: FiniteFloat
     calibration_tokens: int
     warnings: list[str]
     runtimes: dict[str, str] = {}
@@ -83,7 +91,7 @@ class Training(BaseModel):
     step: int
     """Whose state was kept."""
     tokens: int
-    seconds: float
+    seconds: FiniteFloat
 
 
 class Record(BaseModel):
@@ -92,7 +100,7 @@ class Record(BaseModel):
     source: Source
     plan: PlanFacts
     check: CheckReport | None
-    seconds: dict[str, float]
+    seconds: dict[str, FiniteFloat]
     peak_memory: int
     dense_layers: DenseLayers | None = None
     training: list[Training] = []
@@ -106,18 +114,29 @@ class Record(BaseModel):
         return check
 
 
+def _not_absurd(value: float) -> float:
+    """What a diverged run may log: nothing finite that arithmetic would make infinite."""
+    if math.isfinite(value) and abs(value) > LARGEST:
+        raise ValueError(f"it is beyond {LARGEST:g}")
+    return value
+
+
+LARGEST = 1e300
+Logged = Annotated[float, AfterValidator(_not_absurd)]
+
+
 class Validation(BaseModel):
-    perplexity: float | None = None
-    kl: float | None = None
+    perplexity: Logged | None = None
+    kl: Logged | None = None
 
 
 class LogLine(BaseModel):
     """A line of train_log.jsonl."""
 
     step: int
-    loss: float | None = None
-    imbalance: float | None = None
-    tokens_per_second: float | None = None
+    loss: Logged | None = None
+    imbalance: Logged | None = None
+    tokens_per_second: FiniteFloat | None = None
     validation: Validation | None = None
 
 
@@ -162,7 +181,7 @@ def read_record(path: Path) -> Record | None:
         UpcycleError: it is something else.
     """
     expected = "what upcycle writes"
-    record = _json(_read(path), path, expected)
+    record = parse_json(_read(path), path, expected)
     if isinstance(record, dict) and "training" in record and "plan" not in record:
         return None
     return _parse(TypeAdapter(Record), record, path, expected)
@@ -178,7 +197,7 @@ def read_evaluation(path: Path, found: Facts) -> Measured:
     if not path.is_file():
         raise UpcycleError(f"--evaluation {path} is not a file: give one of `upcycle eval --json`")
     expected = "what `upcycle eval --json` prints"
-    value = _json(_read(path), path, expected)
+    value = parse_json(_read(path), path, expected)
     saved = _parse(TypeAdapter(Evaluation), value, path, expected)
     layers = {len(layer.load) for layer in saved.routing}
     experts = found.inspection.experts
@@ -232,7 +251,7 @@ def read_log(path: Path) -> list[LogLine]:
     for number, text in enumerate(_read(path).splitlines(), 1):
         where = f"line {number} of {path}"
         if text.strip():
-            lines.append(_parse(kind, _json(text, where, expected), where, expected))
+            lines.append(_parse(kind, parse_json(text, where, expected), where, expected))
     return lines
 
 
@@ -243,26 +262,12 @@ def _read(path: Path) -> str:
         raise UpcycleError(f"{path} is not text: restore or delete it") from error
 
 
-def _json(text: str, where: Path | str, expected: str) -> Any:
-    # Python's reader takes the NaN that a diverged run may log; pydantic's does not.
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UpcycleError(f"{where} is not {expected}: it is not JSON") from error
-
-
 def _parse(kind: TypeAdapter[Read], value: Any, where: Path | str, expected: str) -> Read:
     """A value from JSON as one of this kind."""
     try:
         return kind.validate_python(value)
     except ValidationError as error:
-        raise UpcycleError(f"{where} is not {expected}: {_problem(error)}") from error
-
-
-def _problem(error: ValidationError) -> str:
-    """The first problem, without a value that may be pages long."""
-    found = first_problem(error)
-    return found if len(found) < 200 else found[:80] + " … " + found[-80:]
+        raise UpcycleError(f"{where} is not {expected}: {first_problem(error)}") from error
 
 
 def check_page(out: Path, *, overwrite: bool) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from upcycle.errors import UpcycleError
+from upcycle.foreign import parse_yaml
 from upcycle.paths import HUB_ID
 
 STATED = ("base_model", "license", "license_name", "license_link", "language")
@@ -34,8 +36,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        front = parse_yaml(parts[1], card)
+    except UpcycleError:
         return {}
     stated = {key: front[key] for key in STATED if isinstance(front, dict) and front.get(key)}
     origins = stated.get("base_model", [])

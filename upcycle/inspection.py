@@ -1,6 +1,5 @@
 """What a model is, which methods there are, which machine this is: facts for people to look at."""
 
-import json
 import os
 import platform
 from pathlib import Path
@@ -8,10 +7,12 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from upcycle.budget import legal_parts
 from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
+from upcycle.foreign import first_problem, read_json
 from upcycle.perturb import PERTURBS
 from upcycle.planning import refusals
 from upcycle.recipe import Recipe
@@ -89,18 +90,45 @@ def _inspect_moe(label: str, folder: Path) -> dict[str, Any]:
 
 def _origin(record: Path) -> dict[str, Any]:
     """What upcycle.json says of how the checkpoint was made."""
+    fields = read_json(record, OURS)
+    if isinstance(fields, dict) and "plan" not in fields and "training" in fields:
+        return {}  # a model of other origin that was trained here
     try:
-        made = json.loads(record.read_text(encoding="utf-8"))
-        if "plan" not in made and "training" in made:
-            return {}  # a model of other origin that was trained here
-        return {
-            "made_from": made["source"]["name"],
-            "method": made["plan"]["method"],
-            "active_ffn_ratio": made["plan"]["active_ffn_ratio"],
-            "check": made["check"],
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise UpcycleError(f"{record} is not what upcycle writes: restore or delete it") from error
+        made = _Record.model_validate(fields)
+    except ValidationError as error:
+        raise UpcycleError(
+            f"{record} is not {OURS}: {first_problem(error)}: restore or delete it"
+        ) from error
+    return {
+        "made_from": made.source.name,
+        "method": made.plan.method,
+        "active_ffn_ratio": made.plan.active_ffn_ratio,
+        "check": made.check and made.check.model_dump(),
+    }
+
+
+OURS = "what upcycle writes"
+
+
+class _Source(BaseModel):
+    name: str
+
+
+class _Plan(BaseModel):
+    method: str
+    active_ffn_ratio: FiniteFloat
+
+
+class _Check(BaseModel, extra="allow"):
+    perplexity_ratio: float
+
+
+class _Record(BaseModel):
+    """What is shown of upcycle.json."""
+
+    source: _Source
+    plan: _Plan
+    check: _Check | None
 
 
 def is_routed(name: str) -> bool:

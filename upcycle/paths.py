@@ -19,7 +19,8 @@ def local_path(name: str | Path) -> Path:
 def public_name(name: str | Path) -> str:
     """A hub's name as it is; of a local path only the last part, which may be published."""
     path = local_path(name)
-    return path.resolve().name if path.exists() else str(name)
+    public = path.resolve().name if path.exists() else str(name)
+    return os.fsencode(public).decode(errors="replace")  # a file's name need not be UTF-8
 
 
 def check_model(model: str, revision: str | None = None) -> None:
@@ -46,6 +47,21 @@ def way_from(folder: Path, place: Path) -> str:
     if folder.parts[:2] != place.parts[:2]:
         return place.name
     return Path(os.path.relpath(place, folder)).as_posix()
+
+
+def check_name(path: Path) -> None:
+    """Refuse the name of a folder that weights can't be in.
+
+    Raises:
+        UpcycleError: it is not UTF-8, which safetensors does not open.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = str(path).encode(errors="replace").decode()
+        raise UpcycleError(
+            f"{shown} has a name that is not UTF-8, which safetensors can't open: rename it"
+        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.budget import geometries, geometry_of
 from upcycle.calibrate import CHECK_WINDOW, check_seq_len, load_tokenizer
 from upcycle.compensate import COMPENSATIONS
-from upcycle.device import choose_device, free_memory
+from upcycle.device import choose_device, free_memory, total_memory
 from upcycle.errors import UpcycleError
 from upcycle.notes import runtime_refusals, runtimes_lost, warnings
 from upcycle.paths import local_path
@@ -467,7 +467,13 @@ def _check_text(plan: Plan) -> None:
 
 
 def _check_memory(plan: Plan) -> None:
-    free = free_memory(plan.device)
+    free, there_is = free_memory(plan.device), total_memory(plan.device)
+    hidden = 4 * plan.fit_tokens * plan.source.arch.hidden_size
+    if hidden > there_is:
+        raise UpcycleError(
+            f"--calibration-tokens {plan.recipe.calibration_tokens} have hidden states of "
+            f"{hidden / 1e9:.1f} GB, but there are {there_is / 1e9:.1f} GB of memory: give fewer"
+        )
     if plan.check_bytes() > free:
         raise UpcycleError(
             f"the check holds the finished model, {plan.check_bytes() / 1e9:.1f} GB, but "

@@ -6,7 +6,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -18,6 +17,7 @@ from pydantic import (
 )
 
 from upcycle.errors import UpcycleError
+from upcycle.foreign import first_problem, parse_yaml
 from upcycle.paths import local_path
 from upcycle.registry import suggest
 
@@ -213,9 +213,10 @@ def load_recipe(
 def yaml_fields(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, named after it if they have no name of their own."""
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise UpcycleError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{path} is not YAML: it is not UTF-8 text") from error
+    fields = parse_yaml(text, path) or {}
     if not isinstance(fields, dict):
         raise UpcycleError(f"{path} is not a mapping of settings to values")
     return {"name": path.stem} | fields
@@ -270,11 +271,3 @@ def validated(kind: type[M], fields: Mapping[str, Any], where: str) -> M:
         return kind(**fields)
     except ValidationError as error:
         raise UpcycleError(f"{where}: {first_problem(error)}") from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's complaints, on one line."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{field}={problem['input']!r}: {message[0].lower()}{message[1:]}"

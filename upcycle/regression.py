@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from upcycle.errors import UpcycleError
+
 Pairs = Iterable[tuple[Tensor, Tensor]]
 """Inputs x [t, D] and targets y [t, E]."""
 
@@ -33,11 +35,20 @@ def predictable_profiles(pairs: Pairs, strength: float) -> Tensor:
 
 
 def _factor(pairs: Pairs, strength: float) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of xᵀx + λ, and xᵀy."""
+    """The Cholesky factor of xᵀx + λ, and xᵀy.
+
+    Raises:
+        UpcycleError: x is zero.
+    """
     xx_DD = xy_DE = torch.zeros((), dtype=torch.float64)
     for x_tD, y_tE in pairs:
         xx_DD = xx_DD + (x_tD.T @ x_tD).double()
         xy_DE = xy_DE + (x_tD.T @ y_tE).double()
     penalty = strength * xx_DD.diagonal().mean()
+    if not penalty > 0:
+        raise UpcycleError(
+            "there is nothing to fit on: the activations of a layer are all 0 on the calibration "
+            "text, so its weights are damaged"
+        )
     identity = torch.eye(len(xx_DD), dtype=xx_DD.dtype, device=xx_DD.device)
     return torch.linalg.cholesky(xx_DD + penalty * identity), xy_DE

@@ -6,8 +6,9 @@ from pydantic import ValidationError
 
 from upcycle.compensate import COMPENSATIONS
 from upcycle.errors import UpcycleError
+from upcycle.foreign import first_problem
 from upcycle.perturb import PERTURBS
-from upcycle.recipe import Choice, Recipe, first_problem
+from upcycle.recipe import Choice, Recipe
 from upcycle.registry import Method, Params, Registry, check_parameters, suggest
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED

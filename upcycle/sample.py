@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from upcycle.calibrate import load_tokenizer
+from upcycle.chat import ChatRefused, render_chat
 from upcycle.device import choose_device
 from upcycle.evaluate import choose_dtype, load_model
+from upcycle.foreign import blaming
 from upcycle.source import checkpoint_folder
 
 PROMPTS = (
@@ -66,17 +67,18 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     """What the model writes after the prompt; an answer, if its tokenizer has a chat template."""
     ids_1L = _prompt_ids(tokenizer, prompt).to(model.device)
     # Penalties that generation_config.json may ask for would hide that a model repeats itself.
-    written_1L = model.generate(
-        ids_1L,
-        attention_mask=torch.ones_like(ids_1L),
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=TOKENS,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    text: str = tokenizer.decode(written_1L[0, ids_1L.shape[1] :], skip_special_tokens=True)
+    with blaming("the model can't write text, perhaps by its generation_config.json"):
+        written_1L = model.generate(
+            ids_1L,
+            attention_mask=torch.ones_like(ids_1L),
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            max_new_tokens=TOKENS,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        text: str = tokenizer.decode(written_1L[0, ids_1L.shape[1] :], skip_special_tokens=True)
     return text
 
 
@@ -84,10 +86,8 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
     if tokenizer.chat_template is not None:
         message = {"role": "user", "content": prompt}
         try:
-            prompt = tokenizer.apply_chat_template(
-                [message], add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError:
+            prompt = render_chat(tokenizer, [message], add_generation_prompt=True)
+        except ChatRefused:
             pass  # one that takes no lone user message
         else:
             return _ids(tokenizer, prompt, add_special_tokens=False)

@@ -19,11 +19,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from upcycle.errors import UpcycleError
+from upcycle.foreign import blaming, parse_json
+from upcycle.paths import check_name
 from upcycle.source import DTYPES, INDEX, SINGLE
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 JOURNAL = "journal.jsonl"
 ASIDE = "aside"
+NOT_OURS = "is not what upcycle writes: drop --resume to start anew"
 WRITE_BYTES = 2**20
 """At a time. Longer writes may fill the page cache with huge pages, which can be dear to get: on a
 virtual machine, writes of 138 MB took the kernel 4.3 s for 2.8 GB, these 0.5 s."""
@@ -187,12 +190,21 @@ class Workspace:
     def _read_journal(self) -> list[dict[str, Any]]:
         """The entries of an earlier run."""
         journal = self.folder / JOURNAL
-        lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+        if not journal.exists():
+            return []
+        try:
+            lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
+        except UnicodeDecodeError as error:
+            raise UpcycleError(f"{journal} {NOT_OURS}") from error
         whole = [line for line in lines if line.endswith("\n")]
         if whole != lines:
             # A line cut short by a kill must not run into the next one.
             journal.write_text("".join(whole))
-        return [json.loads(line) for line in whole]
+        entries = [parse_json(line, journal) for line in whole]
+        keys = [entry.keys() if isinstance(entry, dict) else None for entry in entries]
+        if entries and keys != [{"fingerprint"}, *[{"unit", "record"}] * (len(entries) - 1)]:
+            raise UpcycleError(f"{journal} {NOT_OURS}")
+        return entries
 
     def keep(self, unit: str, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors aside that the rest of the run needs and the result does not hold."""
@@ -202,7 +214,9 @@ class Workspace:
 
     def kept(self, unit: str) -> dict[str, Tensor]:
         """What was put aside for a unit."""
-        return load_file(self._aside(unit))
+        path = self._aside(unit)
+        with blaming(f"{path} is damaged, so drop --resume to start anew"):
+            return load_file(path)
 
     def _aside(self, unit: str) -> Path:
         return self.folder / ASIDE / f"{unit}.safetensors"
@@ -264,6 +278,7 @@ def check_out(out: Path, source: Path, size: int, *, overwrite: bool) -> None:
         source: the folder that is read from.
         size: bytes that will be written.
     """
+    check_name(out)
     if out.exists() and not out.is_dir():
         raise UpcycleError(f"-o {out} is a file: give a folder")
     if out.is_mount():

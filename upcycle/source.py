@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from upcycle.architecture import Architecture
+from upcycle.config_fields import check_fields, check_layers
 from upcycle.dense import skeleton
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
+from upcycle.foreign import blamed, blaming, read_json
 from upcycle.frontmatter import write_gguf_card
-from upcycle.paths import check_model, local_path
+from upcycle.paths import check_model, check_name, local_path
 from upcycle.types import all_finite
 
 INDEX = "model.safetensors.index.json"
@@ -44,10 +45,6 @@ PLACES = (
 )
 """Fields of tokenizer_config.json in which some versions leave paths of their machine."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-# What transformers raises on a config whose fields are wrong.
-CONFIG_ERRORS = (
-    ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError,
-)  # fmt: skip
 SAMPLES = 64  # per weight file, of 4 kB, in a fingerprint
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -185,6 +182,7 @@ def model_folder(
     """
     check_model(model, revision)
     path = local_path(model)
+    check_name(path)
     if path.is_dir():
         return path
     if path.is_file():
@@ -202,6 +200,7 @@ def _open_folder(
     config = read_config(folder)
     arch = describe(config)
     tensors = read_headers(folder)
+    check_layers(arch.num_layers, len(tensors), folder)
     source = DenseSource(label, folder, config, arch, tensors, revision, temporary)
     return _verify(source)
 
@@ -223,19 +222,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
     fields = _read_json(path)
     if "model_type" not in fields:
         raise UpcycleError(f"{path} has no model_type, so it is not a transformers model")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-    except CONFIG_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise UpcycleError(f"{path} is not a config that transformers reads: {reason}") from error
+    check_fields(fields, path)
+    with blaming(f"{path} is not a config that transformers reads"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UpcycleError(f"{path} is not JSON: {error}") from error
+    fields = read_json(path)
     if not isinstance(fields, dict):
         raise UpcycleError(f"{path} is not a JSON object")
     return fields
@@ -279,11 +273,12 @@ def _weight_files(folder: Path) -> list[str]:
     if not isinstance(places, dict) or not places:
         raise UpcycleError(f"{index} has no weight_map")
     files = sorted({str(file) for file in places.values()})
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for file in files:
         if Path(file).name != file or file in (".", ".."):
-            raise UpcycleError(f"{index} names {file!r}, which is outside its folder")
-        if not (folder / file).is_file():
-            raise UpcycleError(f"{index} names {file}, which is not in {folder}")
+            raise UpcycleError(f"{index} names {file[:80]!r}, which is outside its folder")
+        if file not in there:  # no name is asked of the system: it may be no name of a file
+            raise UpcycleError(f"{index} names {file[:80]!r}, which is not in {folder}")
     return files
 
 
@@ -359,22 +354,22 @@ def _open_gguf(label: str, path: Path) -> DenseSource:
     place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         with redirect_stderr(io.StringIO()):  # its bars
-            config = AutoConfig.from_pretrained(**place)
+            config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
             describe(config)
-            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                **place, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
             config.save_pretrained(temporary.name)
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
             save_file(state, Path(temporary.name) / SINGLE, metadata={"format": "pt"})
-            AutoTokenizer.from_pretrained(**place).save_pretrained(temporary.name)
+            tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+            tokenizer.save_pretrained(temporary.name)
             write_gguf_card(path, Path(temporary.name))
     except UpcycleError:
         raise
     except Exception as error:  # readers of corrupt files raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UpcycleError(
-            f"{label} is not a GGUF file that transformers reads: {reason}"
-        ) from error
+        raise blamed(error, f"{label} is not a GGUF file that transformers reads") from error
     return _open_folder(label, Path(temporary.name), temporary=temporary)
 
 

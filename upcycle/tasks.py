@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UpcycleError
+from upcycle.foreign import reason
 
 TaskScores = dict[str, dict[str, tuple[float | None, float | None]]]
 """Per task and metric: the model's value, then that of the one it is compared with, or None."""
@@ -47,7 +48,7 @@ def open_tasks(names: list[str]) -> Tasks:
         except Exception as error:  # whatever a task's own code and the datasets library raise
             raise UpcycleError(
                 f"--tasks {','.join(names)} can't be loaded (their data come from the hub): "
-                f"{_reason(error)}"
+                f"{reason(error)}"
             ) from error
     return Tasks(names, manager)
 
@@ -91,7 +92,8 @@ def _scores(
         try:
             results = simple_evaluate(
                 model="hf",
-                model_args=model | {"dtype": dtype},
+                model_args=model
+                | {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True},
                 tasks=tasks.names,
                 task_manager=tasks.manager,
                 batch_size=batch_size,
@@ -100,7 +102,7 @@ def _scores(
         except Exception as error:  # as above
             raise UpcycleError(
                 f"--tasks {','.join(tasks.names)}: lm-eval fails on {model['pretrained']}: "
-                f"{_reason(error)}"
+                f"{reason(error)}"
             ) from error
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}
 
@@ -118,7 +120,3 @@ def _nearest(name: str, manager: Any) -> str:
     """The tail of an error about an unknown task. There are thousands: only the likeliest."""
     nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
     return f", did you mean {' or '.join(nearest)}?" if nearest else ": see `lm-eval ls tasks`"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

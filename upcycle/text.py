@@ -18,15 +18,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from upcycle.errors import UpcycleError
+from upcycle.foreign import blaming, parse_json
 from upcycle.paths import local_path, public_name
 
 Document = str | list[dict[str, Any]]
 """Text, or the messages of a chat."""
-TEMPLATE_ERRORS = (TemplateError, KeyError, TypeError, ValueError)
-"""What a chat template that refuses a chat raises."""
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 CORPUS = Path(str(resources.files("upcycle") / "corpus"))
 KINDS = ("encyclopedia", "web", "news", "fiction", "scholarly", "technical", "code", "chat")
@@ -175,10 +172,7 @@ def _jsonl(path: Path) -> Iterator[Document]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UpcycleError(f"{path}, line {number}, is not JSON: {error}") from error
+        row = parse_json(line, f"{path}, line {number},")
         row = row if isinstance(row, dict) else {}
         if isinstance(row.get("text"), str):
             yield row["text"]
@@ -205,18 +199,17 @@ def _parquet(path: Path) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError as error:
         raise UpcycleError(f"{path} needs `pip install upcycle[datasets]`") from error
-    try:
+    with blaming(f"{path} is not a parquet file"):
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UpcycleError(f"{path} is not a parquet file: {error}") from error
     if "text" not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise UpcycleError(f'{path} has no column "text" (it has {names})')
     kind = file.schema_arrow.field("text").type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise UpcycleError(f'{path}: column "text" holds {kind}, not strings')
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+    with blaming(f"{path} is damaged, or holds text that is not UTF-8"):
+        for batch in file.iter_batches(columns=["text"]):
+            yield from (text for text in batch.column(0).to_pylist() if text)
 
 
 def _hub_dataset(name: str) -> Iterator[str]:
@@ -226,7 +219,7 @@ def _hub_dataset(name: str) -> Iterator[str]:
         raise UpcycleError(f"hf:{name} needs `pip install upcycle[datasets]`") from error
     dataset, split, column = [*name.split(":"), "", ""][:3]
     split, column = split or "train", column or "text"
-    try:
+    with blaming(f"hf:{dataset} can't be loaded"):
         for row in datasets.load_dataset(dataset, split=split, streaming=True):
             if column not in row:
                 raise UpcycleError(
@@ -236,6 +229,3 @@ def _hub_dataset(name: str) -> Iterator[str]:
                 kind = type(row[column]).__name__
                 raise UpcycleError(f"hf:{dataset}: column {column!r} holds {kind}, not strings")
             yield row[column]
-    except (ConnectionError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UpcycleError(f"hf:{dataset} can't be loaded: {reason}") from error

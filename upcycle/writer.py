@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from upcycle.chat import ChatRefused, render_chat
 from upcycle.errors import UpcycleError
+from upcycle.foreign import blaming
 from upcycle.source import DenseSource, companions
-from upcycle.text import KINDS, TEMPLATE_ERRORS, openers, paragraphs
+from upcycle.text import KINDS, openers, paragraphs
 from upcycle.versions import versions
 
 LENGTH = 256  # tokens that are written after an opener, at most
@@ -56,7 +58,10 @@ def written_tokens(
     kept = _read(place)
     if kept is not None and len(kept) >= wanted:
         return kept
-    model = AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True)
+    with blaming(f"{source.folder} does not load in transformers"):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     model = model.to(device).eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
@@ -102,8 +107,8 @@ def _asked(tokenizer: Any, question: str) -> list[list[int]]:
         return []
     message = {"role": "user", "content": question}
     try:
-        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    except TEMPLATE_ERRORS:
+        text = render_chat(tokenizer, [message], add_generation_prompt=True)
+    except ChatRefused:
         return []
     # The template brings its own special tokens.
     return [_ids(tokenizer, text, add_special_tokens=False)]
@@ -142,18 +147,19 @@ def _write(model: Any, tokenizer: Any, prompts: list[list[int]]) -> Iterator[lis
     ids_BL = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
     seen_BL = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     small = sum(p.numel() for p in model.parameters()) < SMALL
-    written_BL = model.generate(
-        ids_BL.to(model.device),
-        attention_mask=seen_BL.to(model.device),
-        do_sample=True,
-        top_k=0,
-        top_p=TOP_P,
-        temperature=SMALL_TEMPERATURE if small else TEMPERATURE,
-        repetition_penalty=1.0,
-        max_new_tokens=LENGTH,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
-    )[:, longest:].tolist()
+    with blaming("the model can't write text, perhaps by its generation_config.json"):
+        written_BL = model.generate(
+            ids_BL.to(model.device),
+            attention_mask=seen_BL.to(model.device),
+            do_sample=True,
+            top_k=0,
+            top_p=TOP_P,
+            temperature=SMALL_TEMPERATURE if small else TEMPERATURE,
+            repetition_penalty=1.0,
+            max_new_tokens=LENGTH,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=pad,
+        )[:, longest:].tolist()
     for prompt, new in zip(prompts, written_BL, strict=True):
         end = next((i for i, token in enumerate(new) if token in ends), len(new))
         if repetition(new[:end]) <= REPETITION:

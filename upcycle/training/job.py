@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from upcycle.calibrate import check_seq_len, text_fingerprint
 from upcycle.errors import UpcycleError
+from upcycle.foreign import first_problem, read_json
 from upcycle.source import checkpoint_folder, fingerprint, open_source, read_config, read_headers
 from upcycle.text import check_text, texts
 from upcycle.training.settings import Training, load_training
@@ -95,9 +96,11 @@ def _record(folder: Path) -> Record:
         return Record()
     try:
         # Not by pydantic, whose reader does not take the NaN of a run that diverged.
-        return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UpcycleError(f"{path} is not what upcycle writes: restore or delete it") from error
+        return Record.model_validate(read_json(path, "what upcycle writes"))
+    except ValidationError as error:
+        raise UpcycleError(
+            f"{path} is not what upcycle writes: {first_problem(error)}: restore or delete it"
+        ) from error
 
 
 def _check_origin(origin: Origin, teacher: Path, folder: Path) -> None:

@@ -196,7 +196,7 @@ def _with_adapter(folder: Path, place: Path) -> Any:
     from peft import PeftModel
 
     base = load_model(folder, torch.float32, torch.device("cpu"))
-    return PeftModel.from_pretrained(base, place).eval()
+    return PeftModel.from_pretrained(base, place, use_safetensors=True).eval()
 
 
 def _write_history(done: Finetuning, job: Job, place: Path) -> None:

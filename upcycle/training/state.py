@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from upcycle.foreign import blaming
 from upcycle.json_text import json_text
 
 STATE = "state.safetensors"
@@ -71,7 +72,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Put the saved model and optimizer state back."""
-    tensors = load_file(folder / STATE)
+    with blaming(f"{folder / STATE} is damaged, so drop --resume to start anew"):
+        tensors = load_file(folder / STATE)
     put_back(model, _under(tensors, "model."))
     for number, parameter in enumerate(_parameters(optimizer)):
         saved = _under(tensors, f"optimizer.{number}.")
@@ -86,7 +88,10 @@ def read_notes(folder: Path) -> dict[str, Any] | None:
     """The notes of the saved state, if there is one."""
     if not (folder / STATE).is_file():
         return None
-    with safe_open(folder / STATE, framework="pt") as file:
+    with (
+        blaming(f"{folder / STATE} is damaged, so drop --resume to start anew"),
+        safe_open(folder / STATE, framework="pt") as file,
+    ):
         notes: dict[str, Any] = json.loads(file.metadata()["notes"])
     return notes
 
