@@ -414,7 +414,11 @@ def _merged(model: Any, adapter: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+            return (
+                PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+                .merge_and_unload()
+                .eval()
+            )
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UserWarning) as error:
         reason = str(error).splitlines()[0]
         raise UpcycleError(f"{adapter} does not fit the model that it names: {reason}") from error
