@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from upcycle.calibrate import load_tokenizer
 from upcycle.device import choose_device
 from upcycle.evaluate import choose_dtype, load_model
 from upcycle.source import checkpoint_folder
+from upcycle.tokens import load_tokenizer
 
 PROMPTS = (
     "What is the capital of France? Answer in a sentence:",

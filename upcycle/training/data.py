@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.calibrate import first_tokens
 from upcycle.errors import UpcycleError
 from upcycle.rng import generator
 from upcycle.text import texts
+from upcycle.tokens import Reader, open_reader
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,34 @@ def training_data(
         UpcycleError: a text can't be read, or holds less than two sequences.
     """
     names = texts(text)
+    reader = open_reader(folder, vocab_size)
     parts = []
     for name in names:
         wanted = -(-(train_tokens + validation_tokens) // len(names))
-        ids = first_tokens(folder, vocab_size, name, wanted, seed=seed)
-        parts.append(_pack(name, ids, seq_len, validation_tokens // len(names)))
+        ids = reader.first(name, -(-wanted * reader.body(seq_len) // seq_len), seed=seed)
+        parts.append(_pack(name, reader, ids, seq_len, validation_tokens // len(names)))
     train, validation = zip(*parts, strict=True)
     return _join(train), _join(validation)
 
 
-def _pack(name: str, ids: Tensor, seq_len: int, validation_tokens: int) -> tuple[Data, Data]:
-    if len(ids) < seq_len + 2:
+def _pack(
+    name: str, reader: Reader, ids: Tensor, seq_len: int, validation_tokens: int
+) -> tuple[Data, Data]:
+    length = reader.body(seq_len)
+    if len(ids) < length + 2:
         raise UpcycleError(
             f"--data {name!r} holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
             "least to train and validate on: lower --seq-len, or give more text"
         )
-    if len(ids) % seq_len == 1:
+    if not reader.front and len(ids) % length == 1:
         ids = ids[:-1]  # a sequence of one token predicts nothing
-    rows = -(-len(ids) // seq_len)
-    tokens_BL = torch.zeros(rows * seq_len, dtype=torch.int64)
-    tokens_BL[: len(ids)] = ids
-    tokens_BL = tokens_BL.view(rows, seq_len)
-    mask_BL = (torch.arange(rows * seq_len) < len(ids)).view(rows, seq_len)
+    rows = -(-len(ids) // length)
+    tokens_BT = torch.zeros(rows * length, dtype=torch.int64)
+    tokens_BT[: len(ids)] = ids
+    tokens_BL = reader.begun(tokens_BT.view(rows, length))
+    padded = rows * length - len(ids)
+    mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    mask_BL[-1, seq_len - padded :] = False
     held = max(1, min(validation_tokens // seq_len, rows // 10))
     whole = Data(tokens_BL, mask_BL)
     return whole.take(torch.arange(rows - held)), whole.take(torch.arange(rows - held, rows))
