@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UpcycleError
-from upcycle.paths import local_path
 from upcycle.source import DenseSource, companions
-from upcycle.text import PROBES, texts
+from upcycle.text import PROBES, text_files, texts
 from upcycle.tokens import Reader, open_reader
 from upcycle.writer import Progress, written_tokens
 
@@ -118,10 +117,8 @@ def check_seq_len(seq_len: int, config: PreTrainedConfig) -> None:
 def text_fingerprint(folder: Path, text: str) -> list[str]:
     """SHA-256 of what tokens are made from, where it lies here: the text's files, and those that
     travel with the model, its tokenizer's among them."""
-    named = (local_path(name) for name in texts(text))
-    files = [*companions(folder), *(path for path in named if path.is_file())]
     digests = []
-    for path in files:
+    for path in (*companions(folder), *text_files(text)):
         with path.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from upcycle.paths import local_path
-from upcycle.text import texts
+from upcycle.text import OURS, texts
 
 
 def fitted_on(folder: Path) -> set[str]:
@@ -23,6 +23,6 @@ def fitted_on(folder: Path) -> set[str]:
 
 
 def identity(text: str) -> str:
-    """The same for all names of a text: for a file, its whole path."""
+    """The same for all names of a text: for a file or folder, its whole path."""
     path = local_path(text)
-    return str(path.resolve()) if path.is_file() else text
+    return str(path.resolve()) if path.is_file() or (path.is_dir() and text not in OURS) else text

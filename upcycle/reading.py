@@ -99,8 +99,9 @@ def _open_dataset(path: str, config: str, split: str) -> Iterable[dict[str, Any]
 def _reason(error: Exception) -> str:
     """What `datasets` says, less its examples of Python; its second line has the configurations."""
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-    more = lines[1:2] if lines[0].startswith("Config name is missing") else []
-    return " ".join([lines[0], *more])
+    if not lines[0].startswith("Config name is missing"):
+        return lines[0]
+    return " ".join([*lines[:2], "as hf:DATASET@CONFIG"])
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -210,19 +211,24 @@ def _parquet(path: Path) -> Iterator[Document]:
     except ImportError as error:
         raise UpcycleError(f"{path} needs `pip install upcycle[datasets]`") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Else all groups of rows that have been read stay in memory.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
             names = file.schema_arrow.names
             if not any({*form} <= {*names} for form in FORMS):
                 raise UpcycleError(f"{path} {unread(names)}")
-            # Columns that no form has may be large.
-            batches = file.iter_batches(TABLE_ROWS, columns=sorted(FIELDS & {*names}))
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(_parquet_rows(file, sorted(FIELDS & {*names})), 1):
                 document = row_document(row, f"{path}, row {number}")
                 if document is not None:
                     yield document
     except (pyarrow.ArrowException, OSError) as error:
         raise UpcycleError(f"{path} is not a parquet file: {_reason(error)}") from error
+
+
+def _parquet_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Without the other columns, which may be large."""
+    for group in range(file.num_row_groups):
+        for batch in file.iter_batches(TABLE_ROWS, row_groups=[group], columns=columns):
+            yield from batch.to_pylist()
 
 
 READERS: dict[str, Callable[[Path], Iterator[Document]]] = {

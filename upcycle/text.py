@@ -59,6 +59,11 @@ class Shipped:
     local = False
     """Whether it lies here and is as long as it is, so that windows are taken from all of it."""
 
+    @property
+    def files(self) -> list[Path]:
+        """What the text is read from here, besides upcycle itself."""
+        return []
+
     def documents(self, seed: int) -> Iterator[Document]:
         if self.name == "builtin":
             return builtin(seed)
@@ -73,6 +78,10 @@ class File:
 
     path: Path
     local = True
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
 
     def documents(self, seed: int) -> Iterator[Document]:
         return read_file(self.path)
@@ -92,6 +101,11 @@ class DataSet:
     @property
     def local(self) -> bool:
         return Path(self.path).is_dir()
+
+    @property
+    def files(self) -> list[Path]:
+        found = Path(self.path).rglob("*") if self.local else ()
+        return sorted(path for path in found if path.is_file())
 
     def documents(self, seed: int) -> Iterator[Document]:
         return read_dataset(
@@ -157,6 +171,12 @@ def check_text(text: str, flag: str = "--calibration") -> None:
     if flag != "--text" and text in ("probes", *PROBES):
         raise UpcycleError(f"{flag} {text!r} is for --text alone: nothing is ever fitted on probes")
     parse(text, flag)
+
+
+def text_files(text: str) -> list[Path]:
+    """The files here that texts, joined by +, are read from."""
+    named = (name for name in texts(text) if name not in NAMES["--calibration"])
+    return [path for name in named for path in parse(name).files]
 
 
 def documents(text: str, seed: int) -> Iterator[Document]:
