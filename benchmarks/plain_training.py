@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from upcycle.calibrate import packed_tokens
 from upcycle.evaluate import compare
 from upcycle.moe import moe_blocks, watch_selections
+from upcycle.tokens import open_reader
 
 SEQ_LEN = 512
 
@@ -53,7 +53,8 @@ def same(before: list[Tensor], after: list[Tensor]) -> float:
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     def tokens(text: str, sequences: int) -> Tensor:
         config = AutoModelForCausalLM.from_pretrained(args.split).config
-        return packed_tokens(Path(args.split), config.vocab_size, text, sequences, SEQ_LEN)
+        reader = open_reader(Path(args.split), config.vocab_size)
+        return reader.windows(text, sequences, SEQ_LEN, seed=0)
 
     kinds = {
         "trained": tokens(args.trained, args.windows),

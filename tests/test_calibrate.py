@@ -11,14 +11,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tokenizers import processors
 from transformers import AutoTokenizer
 
 import upcycle
 from upcycle import UpcycleError, calibrate, conversion, writer
-from upcycle.calibrate import CHECK_WINDOW, calibration, first_tokens
+from upcycle import tokens as packing
+from upcycle.calibrate import CHECK_WINDOW, calibration
+from upcycle.rows import Exchange
 from upcycle.source import open_source
 from upcycle.text import PROBES, shipped
+from upcycle.tokens import open_reader
 
 EOS = 257
 TEXTS = ["first document", "", "zweites Dokument: äöü", "line\u2028separator"]
@@ -47,9 +49,14 @@ def tokens(source, text, sequences=2, seq_len=8, seed=0):
 
 
 def packed(source, texts) -> list[int]:
-    """The texts' tokens, an end-of-sequence token after each."""
+    """The texts' tokens, an end-of-sequence token after each that is not blank."""
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    return [token for text in texts for token in [*tokenizer.encode(text), EOS]]
+    written = (text for text in texts if text.strip())
+    return [token for text in written for token in [*tokenizer.encode(text), EOS]]
+
+
+def first(source, name, wanted):
+    return open_reader(source.folder, 300).first(str(name), wanted, seed=0)
 
 
 def refusal(source, text, **sizes) -> str:
@@ -123,11 +130,11 @@ def test_exactly_enough_text_is_enough(tiny, tmp_path):
 
 def test_only_a_few_times_as_much_is_read_as_needed(tiny, monkeypatch):
     def endless(name, seed):
-        for _ in range(calibrate.SPREAD):
+        for _ in range(packing.SPREAD):
             yield "x" * 15
         pytest.fail("more was read")
 
-    monkeypatch.setattr(calibrate, "documents", endless)
+    monkeypatch.setattr(packing, "documents", endless)
     assert tokens(tiny, "builtin", 2, 8).shape == (2, 8)
 
 
@@ -138,6 +145,18 @@ def test_sequences_come_from_all_over_a_text_in_order(tiny, tmp_path):
     found = tokens(tiny, path, 12)
     naive = [every_BL[round(i * (len(every_BL) - 1) / 11)] for i in range(12)]
     assert torch.equal(found, torch.stack(naive))
+
+
+def watch_tokenised(monkeypatch):
+    """Lengths of what is handed to the tokenizer."""
+    lengths, ids = [], packing.Reader._ids
+
+    def watched(self, text, **settings):
+        lengths.append(len(text))
+        return ids(self, text, **settings)
+
+    monkeypatch.setattr(packing.Reader, "_ids", watched)
+    return lengths
 
 
 def numbered(count):
@@ -190,23 +209,17 @@ def test_windows_begin_evenly_over_a_long_file(tiny, tmp_path, name):
 
 
 def test_no_more_of_a_long_file_is_tokenised_than_is_wanted(tiny, tmp_path, monkeypatch):
-    lengths, ids_of = [], calibrate._ids_of
-
-    def watched(tokenizer, text, **settings):
-        lengths.append(len(text))
-        return ids_of(tokenizer, text, **settings)
-
-    monkeypatch.setattr(calibrate, "_ids_of", watched)
+    lengths = watch_tokenised(monkeypatch)
     path, _ = write_documents(tmp_path / "a.txt", numbered(50_000))
     assert tokens(tiny, path, sequences=4, seq_len=16).shape == (4, 16)
     assert len(lengths) == 4
-    assert sum(lengths) <= 4 * 2 * calibrate.LENGTH_OF_TOKEN * 16
+    assert sum(lengths) <= 4 * 2 * packing.LENGTH_OF_TOKEN * 17
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_windows_of_a_short_file_reach_to_its_end(tiny, tmp_path, name):
     path, text = write_documents(tmp_path / name, numbered(100))
-    assert calibrate.SPREAD * 64 < len(text) < calibrate.SPREAD * 64 * calibrate.LENGTH_OF_TOKEN
+    assert packing.SPREAD * 64 < len(text) < packing.SPREAD * 64 * packing.LENGTH_OF_TOKEN
     found = decoded(tiny, tokens(tiny, path, sequences=4, seq_len=16))
     last = len(text) // 16 * 16
     assert (found[0], found[3]) == (text[:16], text[last - 16 : last])
@@ -215,8 +228,8 @@ def test_windows_of_a_short_file_reach_to_its_end(tiny, tmp_path, name):
 def test_file_whose_windows_would_run_into_each_other_is_tokenised_whole(
     tiny, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(calibrate, "LENGTH_OF_TOKEN", 1)
-    monkeypatch.setattr(calibrate, "SPREAD", 1)
+    monkeypatch.setattr(packing, "LENGTH_OF_TOKEN", 1)
+    monkeypatch.setattr(packing, "SPREAD", 1)
     path = tmp_path / "a.txt"
     path.write_text("x" * 14 + " yyy")
     whole = packed(tiny, [path.read_text()])
@@ -233,18 +246,6 @@ def test_windows_that_begin_in_a_chat_take_it_from_its_beginning(own, tmp_path):
     assert found == [f"word{i:06}\0word{i + 1:06}"[:16] for i in (0, 100, 200, 300)]
 
 
-def test_special_tokens_begin_documents_not_windows(own, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(own)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 256)]
-    )
-    (own / "tokenizer.json").unlink()
-    tokenizer.backend_tokenizer.save(str(own / "tokenizer.json"))
-    path, _ = write_documents(tmp_path / "a.txt", numbered(2000))
-    found = tokens(open_source(str(own)), path, sequences=4, seq_len=16)
-    assert (found == 256).nonzero().tolist() == [[0, 0]]
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_text_in_another_encoding(tiny, tmp_path, name):
     path = tmp_path / name
@@ -256,16 +257,19 @@ def test_text_in_another_encoding(tiny, tmp_path, name):
     ("line", "words"),
     [
         ("{text: 1}", "is not JSON"),
-        ('{"content": "x"}', 'has neither a "text" string'),
-        ('{"text": 5}', 'has neither a "text" string'),
-        ('"text"', 'has neither a "text" string'),
+        ('{"content": "x", "id": 1}', 'has none of "text", "messages", '),
+        ('{"content": "x", "id": 1}', "(it has content, id)"),
+        ('{"text": 5}', '"text" holds int, not a string'),
+        ('"text"', "is str, not an object with fields"),
         ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_jsonl_line_that_is_wrong(tiny, tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
-    assert refusal(tiny, path).startswith(f"{path}, line 2, {words}")
+    sentence = refusal(tiny, path)
+    assert sentence.startswith(f"{path}, line 2")
+    assert words in sentence
 
 
 @pytest.mark.parametrize("letters", ["abc de", "🙂"], ids=["short tokens", "several per letter"])
@@ -274,20 +278,15 @@ def test_long_text_is_read_as_far_as_needed(tiny, tmp_path, monkeypatch, letters
     path = tmp_path / "long.txt"
     path.write_text("".join(random.Random(0).choices(letters + "\n", k=200_000)))
     whole = packed(tiny, [path.read_text()])[:wanted]
-    lengths, ids_of = [], calibrate._ids_of
-    monkeypatch.setattr(
-        calibrate, "_ids_of", lambda tok, text: lengths.append(len(text)) or ids_of(tok, text)
-    )
-    first = calibrate.first_tokens(tiny.folder, 300, str(path), wanted, seed=0)
-    assert first.tolist() == whole
-    assert max(lengths) <= 16 * (wanted + calibrate.CUT_TOKENS)
+    lengths = watch_tokenised(monkeypatch)
+    assert first(tiny, path, wanted).tolist() == whole
+    assert max(lengths) <= 16 * (wanted + 1 + packing.CUT_TOKENS)
 
 
 def test_long_text_of_few_tokens_is_read_whole(tiny, tmp_path):
     path = tmp_path / "long.txt"
     path.write_text("ab" * 50)
-    first = calibrate.first_tokens(tiny.folder, 300, str(path), 1000, seed=0)
-    assert first.tolist() == packed(tiny, ["ab" * 50])
+    assert first(tiny, path, 1000).tolist() == packed(tiny, ["ab" * 50])
 
 
 def test_half_of_a_character_is_a_question_mark(tiny, tmp_path):
@@ -305,9 +304,9 @@ def test_mark_that_windows_begins_a_file_with(tiny, tmp_path):
 
 def test_parquet_that_is_wrong(tiny, tmp_path):
     path = write_parquet(tmp_path / "a.parquet", content=["x"], n=[1])
-    assert refusal(tiny, path) == f'{path} has no column "text" (it has content, n)'
+    assert refusal(tiny, path).endswith(" (it has content, n)")
     write_parquet(path, text=[1, 2])
-    assert refusal(tiny, path) == f'{path}: column "text" holds int64, not strings'
+    assert refusal(tiny, path) == f'{path}, row 1: "text" holds int, not a string'
     path.write_bytes(b"PAR1 no")
     assert refusal(tiny, path).startswith(f"{path} is not a parquet file: ")
 
@@ -315,7 +314,7 @@ def test_parquet_that_is_wrong(tiny, tmp_path):
 def test_empty_files(tiny, tmp_path):
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_text("")
-        assert "tokens, but 16 are needed" in refusal(tiny, tmp_path / name)
+        assert "holds 0 tokens, but 16 are needed" in refusal(tiny, tmp_path / name)
     empty = write_parquet(tmp_path / "a.parquet", text=pyarrow.array([], pyarrow.string()))
     assert "holds 0 tokens, but 16 are needed" in refusal(tiny, empty)
 
@@ -457,7 +456,7 @@ def test_one_text_that_can_not_be_read_is_named(tiny, three, tmp_path):
     bad.write_bytes(b"\xff" * 100)
     assert refusal(tiny, f"{three[0]}+{bad}").startswith(f"{bad} is not UTF-8 text (")
     lines = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"body": "x"}])
-    assert refusal(tiny, f"{three[0]}+{lines}").startswith(f"{lines}, line 2, has neither")
+    assert refusal(tiny, f"{three[0]}+{lines}").startswith(f"{lines}, line 2, has none of")
 
 
 @pytest.mark.parametrize(
@@ -622,8 +621,9 @@ def test_probes_are_of_every_kind_from_their_beginning(tiny, calibration, window
 
 
 def test_probe_that_is_shorter_than_a_window_is_one(tiny, monkeypatch):
-    monkeypatch.setattr(calibrate, "documents", lambda name, seed: iter(["x" * 20]))
-    assert {held.shape for held in calibrate.probes(tiny, 3, 64).values()} == {(1, 21)}
+    monkeypatch.setattr(packing, "documents", lambda name, seed: iter(["x" * 20]))
+    found = calibrate.probes(open_reader(tiny.folder, 300), 3, 64)
+    assert {held.shape for held in found.values()} == {(1, 21)}
 
 
 def test_windows_are_no_longer_than_probes_allow(tiny, tmp_path):
@@ -642,8 +642,8 @@ def test_without_windows_nothing_is_held_back(tiny, three):
 
 @pytest.mark.parametrize("name", ["builtin", "self", "none", "nowhere.txt"])
 def test_text_of_which_nothing_is_wanted_is_not_read(tiny, monkeypatch, name):
-    for reader in ("documents", "written_tokens"):
-        monkeypatch.setattr(calibrate, reader, lambda *_: pytest.fail("read"))
+    for place, reader in ((packing, "documents"), (calibrate, "written_tokens")):
+        monkeypatch.setattr(place, reader, lambda *_: pytest.fail("read"))
     found = calibrated(tiny, name, 0)
     assert found.fit_BL.shape == (0, 8)
     assert found.held == {}
@@ -653,9 +653,9 @@ def test_text_of_which_nothing_is_wanted_is_not_read(tiny, monkeypatch, name):
 
 
 def test_our_chats_are_plain_text_where_there_is_no_template(tiny):
-    first = "\n\n".join(turn["content"] for turn in shipped("probes", "chat")[0])
-    found = first_tokens(tiny.folder, 300, "probe:chat", 10_000, seed=0).tolist()
-    expected = packed(tiny, [first])
+    said = "\n\n".join(turn["content"] for turn in shipped("probes", "chat")[0])
+    found = first(tiny, "probe:chat", 10_000).tolist()
+    expected = packed(tiny, [said])
     assert found[: len(expected)] == expected
 
 
@@ -670,9 +670,9 @@ def test_our_chats_are_plain_text_where_there_is_no_template(tiny):
 )
 def test_a_library_that_a_tokenizer_needs_is_named(tmp_path, monkeypatch, file, missing, named):
     (tmp_path / file).write_bytes(b"x")
-    monkeypatch.setattr(calibrate, "_is_installed", lambda module: module not in missing)
+    monkeypatch.setattr(packing, "_is_installed", lambda module: module not in missing)
     with pytest.raises(UpcycleError) as found:
-        calibrate.load_tokenizer(tmp_path)
+        packing.load_tokenizer(tmp_path)
     assert str(found.value) == (
         f"{tmp_path / file} is a tokenizer that is read by {named}: `pip install "
         "upcycle[sentencepiece]`"
@@ -680,9 +680,9 @@ def test_a_library_that_a_tokenizer_needs_is_named(tmp_path, monkeypatch, file, 
 
 
 def test_libraries_are_looked_for():
-    assert calibrate._is_installed("tokenizers")
-    assert not calibrate._is_installed("nowhere_at_all")
-    assert not calibrate._is_installed("nowhere_at_all.module")
+    assert packing._is_installed("tokenizers")
+    assert not packing._is_installed("nowhere_at_all")
+    assert not packing._is_installed("nowhere_at_all.module")
 
 
 def test_why_a_tokenizer_is_none_is_said(tmp_path):
@@ -691,7 +691,7 @@ def test_why_a_tokenizer_is_none_is_said(tmp_path):
         '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     )
     with pytest.raises(UpcycleError, match=r"that transformers reads.*: KeyError"):
-        calibrate.load_tokenizer(tmp_path)
+        packing.load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_that_panics_is_named(dense, tmp_path):
@@ -706,7 +706,7 @@ def test_a_tokenizer_that_panics_is_named(dense, tmp_path):
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(UpcycleError, match=r"^the tokenizer in .* does not work: no entry found"):
-        first_tokens(tmp_path, 300, "builtin", 10, seed=0)
+        open_reader(tmp_path, 300).first("builtin", 10, seed=0)
 
 
 def test_chats_in_a_file_need_a_template(tiny, tmp_path):
@@ -714,14 +714,13 @@ def test_chats_in_a_file_need_a_template(tiny, tmp_path):
     assert "has no chat template" in refusal(tiny, path)
 
 
-def test_a_chat_of_ours_that_the_template_refuses_is_plain_text(tiny, monkeypatch):
-    tokenizer = calibrate.load_tokenizer(tiny.folder)
-    tokenizer.chat_template = "{{ raise_exception('no') }}"
+def test_a_chat_of_ours_that_the_template_refuses_is_plain_text(own):
+    (own / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    reader = open_reader(own, 300)
     chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
-    found = calibrate._token_ids(tokenizer, chat, tiny.folder, 100, ours=True)
-    assert found == tokenizer("ab\n\nc")["input_ids"]
+    assert reader.ids(Exchange(chat), 100) == [*reader.tokenizer("ab\n\nc")["input_ids"], EOS]
     with pytest.raises(UpcycleError, match="refuses the messages"):
-        calibrate._token_ids(tokenizer, chat, tiny.folder, 100)
+        reader.ids(chat, 100)
 
 
 def test_what_mixed_stands_for_is_part_of_a_runs_identity(dense):

@@ -172,7 +172,7 @@ def test_a_sample_of_few_sequences_leaves_none_out():
 )
 def test_damage_is_measured_on_short_pieces_of_all_sequences(rows, seq_len, pieces):
     tokens_BL = torch.arange(rows * seq_len).view(rows, seq_len)
-    cut_BL = dense_layers._cut(tokens_BL)
+    cut_BL = dense_layers._cut(tokens_BL, 0)
     assert cut_BL.shape == (pieces, min(seq_len, dense_layers.DAMAGE_LENGTH))
     assert (cut_BL.diff(dim=1) == 1).all()
     sources = [int(piece[0]) // seq_len for piece in cut_BL]
@@ -290,7 +290,7 @@ def test_all_trials_are_reported_and_none_is_made_twice(
     monkeypatch.setattr(dense_layers, "measure_damage", lambda *_: [0.1, 9.0, 0.1])
     plan = upcycle.plan(str(dense()), **PLAIN | {"calibration": str(text)} | settings)
     fit_BL = conversion._tokens(plan, quiet).fit_BL
-    chosen = choose_dense_layers(plan, fit_BL, lambda *step: steps.append(step))
+    chosen = choose_dense_layers(plan, fit_BL, (), lambda *step: steps.append(step))
     assert chosen.layers == proposed
     assert chosen.damage == [0.1, 9.0, 0.1]
     assert [trial.layers for trial in chosen.trials] == [(), proposed]

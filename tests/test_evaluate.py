@@ -13,7 +13,6 @@ from reference import load, read_json, selections
 
 from upcycle import UpcycleError, speed
 from upcycle import evaluate as stage
-from upcycle.calibrate import packed_tokens
 from upcycle.evaluate import (
     Evaluation,
     TextResult,
@@ -21,6 +20,7 @@ from upcycle.evaluate import (
     evaluation_summary,
 )
 from upcycle.moe import moe_blocks
+from upcycle.tokens import open_reader
 
 LENGTH = {"tokens": 192, "seq_len": 64}
 WINDOWS = LENGTH["tokens"] // LENGTH["seq_len"]
@@ -49,7 +49,8 @@ def other_text(tmp_path_factory):
 
 def naive_log_probs(folder, text):
     model = load(folder)
-    windows = packed_tokens(folder, SIZES["vocab_size"], str(text), WINDOWS, LENGTH["seq_len"])
+    reader = open_reader(folder, SIZES["vocab_size"])
+    windows = reader.windows(str(text), WINDOWS, LENGTH["seq_len"], seed=0)
     with torch.no_grad():
         return windows, model(windows).logits.double().log_softmax(-1)
 
@@ -157,7 +158,8 @@ def test_the_builtin_text_is_not_in_the_order_that_conversions_calibrate_on(dens
         lambda model, tokens, *rest: seen.append(tokens) or compare(model, tokens, *rest),
     )
     evaluate(str(dense()), ["builtin"], **LENGTH)
-    calibrated = packed_tokens(dense(), SIZES["vocab_size"], "builtin", WINDOWS, LENGTH["seq_len"])
+    reader = open_reader(dense(), SIZES["vocab_size"])
+    calibrated = reader.windows("builtin", WINDOWS, LENGTH["seq_len"], seed=0)
     assert not torch.equal(seen[0], calibrated)
 
 

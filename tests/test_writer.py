@@ -8,9 +8,9 @@ import torch
 from reference import load
 
 from upcycle import UpcycleError, writer
-from upcycle.calibrate import load_tokenizer
 from upcycle.source import open_source
 from upcycle.text import KINDS, openers, paragraphs
+from upcycle.tokens import load_tokenizer
 from upcycle.writer import repetition, written_tokens
 
 EOS, WANTED = 257, 700

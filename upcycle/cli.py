@@ -175,8 +175,7 @@ Against = Annotated[str | None, typer.Option(help="The dense model that MODEL wa
 Texts = Annotated[
     list[str] | None,
     typer.Option(
-        help="A .txt, .jsonl or .parquet file, probes, builtin or hf:… Repeatable. "
-        "[default: probes]",
+        help="A file or folder of text, probes, builtin or hf:… Repeatable. [default: probes]",
         show_default=False,
     ),
 ]
@@ -360,8 +359,7 @@ def report(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A .txt, .jsonl or .parquet file, probes, builtin or hf:… Repeatable. "
-            "[default: probes]",
+            help="A file or folder of text, probes, builtin or hf:… Repeatable. [default: probes]",
             show_default=False,
         ),
     ] = None,

@@ -100,7 +100,7 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     fit_BL = tokens.fit_BL
     lap("calibration text")
     if plan.undecided:
-        plan = _decide(plan, workspace, fit_BL, progress)
+        plan = _decide(plan, workspace, tokens, progress)
         lap(DENSE_LAYERS)
     _write_small_files(plan, workspace.folder)
     _write_weights(plan, workspace, fit_BL, progress)
@@ -120,10 +120,10 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     return conversion
 
 
-def _decide(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> Plan:
+def _decide(plan: Plan, workspace: Workspace, tokens: Calibration, progress: Progress) -> Plan:
     """The plan with the layers that are to stay dense, by measurement."""
     if DENSE_LAYERS not in workspace.records:
-        chosen = choose_dense_layers(plan, fit_BL, progress)
+        chosen = choose_dense_layers(plan, tokens.fit_BL, tokens.front, progress)
         workspace.done(DENSE_LAYERS, asdict(chosen))
     layers = tuple(workspace.records[DENSE_LAYERS]["layers"])
     decided = {"keep_dense": layers, "target": plan.target, "calibration": plan.recipe.calibration}

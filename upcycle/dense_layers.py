@@ -76,15 +76,18 @@ class Sample:
     """The text of each row that is held."""
 
 
-def choose_dense_layers(plan: Plan, fit_BL: Tensor, progress: Progress) -> DenseLayers:
+def choose_dense_layers(
+    plan: Plan, fit_BL: Tensor, front: tuple[int, ...], progress: Progress
+) -> DenseLayers:
     """The best of a few choices.
 
     Args:
         plan: with no layer dense.
         fit_BL: calibration tokens, of whose texts each gives a sequence in turn.
+        front: what begins each sequence.
     """
     sample = _sample(fit_BL, texts(plan.recipe.calibration))
-    damage = measure_damage(plan, _cut(sample.held_BL), progress)
+    damage = measure_damage(plan, _cut(sample.held_BL, len(front)), progress)
     dense = _losses(_stream_dense(plan, sample.held_BL), plan, len(sample.held_BL))
     trials: list[Trial] = []
 
@@ -229,10 +232,18 @@ def _sample(fit_BL: Tensor, names: list[str]) -> Sample:
     return Sample(torch.stack(fitted), torch.stack(rows[True]), tuple(named))
 
 
-def _cut(tokens_BL: Tensor) -> Tensor:
-    """Short pieces, evenly from all sequences: what a layer does differs between texts."""
+def _cut(tokens_BL: Tensor, front: int) -> Tensor:
+    """Short pieces, evenly from all sequences: what a layer does differs between texts.
+
+    Args:
+        front: how many tokens begin a sequence, and then each of its pieces.
+    """
+    front_BF, body_BT = tokens_BL[:, :front], tokens_BL[:, front:]
     length = min(DAMAGE_LENGTH, tokens_BL.shape[1])
-    pieces_BL = tokens_BL[:, : tokens_BL.shape[1] // length * length].reshape(-1, length)
+    part = length - front
+    count = body_BT.shape[1] // part
+    pieces_BT = body_BT[:, : count * part].reshape(-1, part)
+    pieces_BL = torch.cat([front_BF.repeat_interleave(count, 0), pieces_BT], 1)
     wanted = max(1, min(DAMAGE_TOKENS // length, len(pieces_BL)))
     return pieces_BL[torch.linspace(0, len(pieces_BL) - 1, wanted).round().long()]
 

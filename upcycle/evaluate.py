@@ -1,10 +1,11 @@
 """How good a model is on text, alone and against the dense model it was made from.
 
 Protocol: windows of the same length are taken evenly from all over a text, each is read on its own,
-and its first token is given. (The first ones would be about one or two topics, and that is what the
-numbers would then differ by.) Perplexity is the exponential of the mean over windows. One model's
-layers are in memory at a time, unless speed is measured, which takes both in turn: what is kept of
-the dense model are its hidden states and its head.
+and its first token is given: the beginning-of-sequence token, where the tokenizer puts one. (The
+first windows would be about one or two topics, and that is what the numbers would then differ by.)
+Perplexity is the exponential of the mean over windows. One model's layers are in memory at a time,
+unless speed is measured, which takes both in turn: what is kept of the dense model are its hidden
+states and its head.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from upcycle.adapter import adapter_base
 from upcycle.anatomy import Size, expert_similarity, flops, measure_size
-from upcycle.calibrate import check_seq_len, packed_tokens
+from upcycle.calibrate import check_seq_len
 from upcycle.config_fields import check_layers
 from upcycle.device import choose_device
 from upcycle.errors import UpcycleError
@@ -37,6 +38,7 @@ from upcycle.source import checkpoint_folder, read_config, read_headers
 from upcycle.speed import Speed, measure_speed
 from upcycle.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.text import check_text
+from upcycle.tokens import open_reader
 
 Step = Callable[[int], None]
 """Told how many windows are done."""
@@ -207,12 +209,9 @@ def evaluate(
         adapter = None if named == folder else named
         check_seq_len(seq_len, read_config(folder))
         kind = choose_dtype(dtype, folder, place)
-        vocab_size = _vocab_size(folder, dense_folder)
+        reader = open_reader(folder, _vocab_size(folder, dense_folder))
         tokens_NBL = torch.stack(
-            [
-                packed_tokens(folder, vocab_size, text, windows, seq_len, seed=BUILTIN_SEED)
-                for text in texts
-            ]
+            [reader.windows(text, windows, seq_len, seed=BUILTIN_SEED) for text in texts]
         )
         pair = _Pair(model, folder, adapter, against, dense_folder, kind, place)
         measured = _measure(pair, texts, tokens_NBL, batch_size if speed else 0, progress)

@@ -134,8 +134,8 @@ Target = Annotated[
 Calibration = Annotated[
     str | None,
     setting(
-        "mixed (builtin and self) | builtin | self | a .txt, .jsonl or .parquet file | "
-        "hf:DATASET[:split[:column]] | none; several, joined by +, in equal parts. "
+        "mixed (builtin and self) | builtin | self | a file or folder of text | "
+        "hf:DATASET[@config][:split[:column]] | none; several, joined by +, in equal parts. "
         "[default: mixed]",
         "--calibration",
     ),
@@ -271,8 +271,8 @@ TRAINING = (
         (
             "data",
             str,
-            "A .txt, .jsonl (text or chat messages) or .parquet file, builtin or "
-            "hf:DATASET[:split[:column]]; several, joined by +, in equal parts.",
+            "A file or folder of text or chats, builtin or "
+            "hf:DATASET[@config][:split[:column]]; several, joined by +, in equal parts.",
         ),
         ("tokens", int, "To train on, from all over a file; its end validates."),
         ("steps", int, "Instead of --tokens."),

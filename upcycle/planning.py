@@ -14,7 +14,7 @@ from torch import Tensor
 from upcycle.architecture import Architecture, Trait
 from upcycle.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.budget import geometries, geometry_of
-from upcycle.calibrate import CHECK_WINDOW, check_seq_len, load_tokenizer
+from upcycle.calibrate import CHECK_WINDOW, check_seq_len
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory, total_memory
 from upcycle.errors import UpcycleError
@@ -36,6 +36,7 @@ from upcycle.source import DenseSource
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS, Combine, Gains, MoESpec, Runtime, common_fields
 from upcycle.text import PROBES, texts
+from upcycle.tokens import load_tokenizer
 from upcycle.types import DenseFFN, Geometry, MoELayer
 
 WRITING = 1.5  # times its weights is what a model takes in memory that writes text

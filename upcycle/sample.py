@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from upcycle.calibrate import load_tokenizer
 from upcycle.chat import ChatRefused, render_chat
 from upcycle.device import choose_device
 from upcycle.evaluate import choose_dtype, load_model
 from upcycle.foreign import blaming
 from upcycle.source import checkpoint_folder
+from upcycle.tokens import load_tokenizer
 
 PROMPTS = (
     "What is the capital of France? Answer in a sentence:",

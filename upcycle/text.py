@@ -1,6 +1,6 @@
 """Text: what the names of texts mean, and the documents that they hold.
 
-A text is a file, a hub dataset, or one of those that need neither:
+A text is a file, a data set in a folder or on the hub, or one of those that need neither:
 
 - `builtin`: prose of many kinds, chats and source code that ship with upcycle (`corpus/docs`), and
   modules of Python's standard library;
@@ -14,17 +14,15 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.foreign import blaming, parse_json
 from upcycle.paths import local_path, public_name
+from upcycle.reading import COMPRESSED, ENDINGS, ending, read_dataset, read_file
+from upcycle.rows import Document, Exchange
 
-Document = str | list[dict[str, Any]]
-"""Text, or the messages of a chat."""
-SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 CORPUS = Path(str(resources.files("upcycle") / "corpus"))
 KINDS = ("encyclopedia", "web", "news", "fiction", "scholarly", "technical", "code", "chat")
 """Of builtin text, in the order in which they are shown."""
@@ -33,6 +31,7 @@ PARTING = "\n%\n"
 PROBES = tuple(f"probe:{kind}" for kind in KINDS)
 OURS = ("builtin", "probes", *PROBES)
 """Texts that ship with upcycle."""
+HUB = "hf:DATASET[@config][:split[:column]]"
 NAMES = {
     "--calibration": ("mixed", "builtin", "self", "none"),
     "--data": ("builtin",),
@@ -48,9 +47,75 @@ MODULES = """
 """.split()
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """What ships with upcycle: `builtin`, `probes`, or one of the latter."""
+
+    name: str
+    local = False
+    """Whether it lies here and is as long as it is, so that windows are taken from all of it."""
+
+    @property
+    def files(self) -> list[Path]:
+        """What the text is read from here, besides upcycle itself."""
+        return []
+
+    def documents(self, seed: int) -> Iterator[Document]:
+        if self.name == "builtin":
+            return builtin(seed)
+        if self.name == "probes":
+            return _mixed([shipped("probes", kind) for kind in KINDS])
+        return iter(shipped("probes", self.name.removeprefix("probe:")))
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of text, or of rows."""
+
+    path: Path
+    local = True
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def documents(self, seed: int) -> Iterator[Document]:
+        return read_file(self.path)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set on the hub, or a folder of one. What is empty is left to `datasets`."""
+
+    label: str
+    """How errors name it."""
+    path: str
+    config: str = ""
+    split: str = ""
+    column: str = ""
+
+    @property
+    def local(self) -> bool:
+        return Path(self.path).is_dir()
+
+    @property
+    def files(self) -> list[Path]:
+        found = Path(self.path).rglob("*") if self.local else ()
+        return sorted(path for path in found if path.is_file())
+
+    def documents(self, seed: int) -> Iterator[Document]:
+        return read_dataset(
+            self.label, self.path, config=self.config, split=self.split, column=self.column
+        )
+
+
+Text = Shipped | File | DataSet
+"""A text that has documents; what the model writes has none that could be read again."""
+
+
 def texts(text: str) -> list[str]:
-    """The texts that are joined by +, unless a file has that name."""
-    if "+" not in text or local_path(text).is_file():
+    """The names of texts that are joined by +, unless a file or folder has that name."""
+    if "+" not in text or local_path(text).exists():
         return [text]
     return text.split("+")
 
@@ -60,28 +125,59 @@ def public_texts(text: str) -> str:
     return "+".join(map(public_name, texts(text)))
 
 
+def parse(text: str, flag: str = "--text") -> Text:
+    """The text that a name means.
+
+    Raises:
+        UpcycleError: it means none.
+    """
+    if text in OURS:
+        return Shipped(text)
+    if text.startswith("hf:"):
+        return _data_set(text, flag)
+    path = local_path(text)
+    if text and path.is_dir():
+        return DataSet(text, str(path))
+    if not path.is_file():
+        raise UpcycleError(
+            f"{flag} {text!r} is not a file: give {', '.join(NAMES[flag])}, {HUB}, or a file or "
+            f"folder of text ({', '.join(ENDINGS)})"
+        )
+    if ending(path) not in ENDINGS:
+        raise UpcycleError(
+            f"{flag} {text!r} ends in {ending(path)!r}: known are {', '.join(ENDINGS)}, also "
+            f"followed by {', '.join(COMPRESSED)}"
+        )
+    return File(path)
+
+
+def _data_set(text: str, flag: str) -> DataSet:
+    name, split, column = [*text.removeprefix("hf:").split(":"), "", ""][:3]
+    path, _, config = name.partition("@")
+    if local_path(name).is_dir():
+        path, config = name, ""
+    if not path:
+        raise UpcycleError(f"{flag} {text!r} names no dataset: {HUB}")
+    folder = local_path(path)
+    return DataSet(f"hf:{name}", str(folder) if folder.is_dir() else path, config, split, column)
+
+
 def check_text(text: str, flag: str = "--calibration") -> None:
     """Raise the errors about a text that can be known without reading it.
 
     `mixed`, `self` and `none` are calibration texts only; on probes models are only measured.
     """
-    names = NAMES[flag]
-    if text in names or (flag == "--text" and text in PROBES):
+    if text in NAMES[flag]:
         return
-    if text.startswith("hf:"):
-        if not text.removeprefix("hf:").split(":")[0]:
-            raise UpcycleError(f"{flag} {text!r} names no dataset: hf:DATASET")
-        return
-    path = local_path(text)
-    if not path.is_file():
-        raise UpcycleError(
-            f"{flag} {text!r} is not a file: give {', '.join(names)}, "
-            "hf:DATASET[:split[:column]] or a .txt, .jsonl or .parquet file"
-        )
-    if path.suffix not in SUFFIXES:
-        raise UpcycleError(
-            f"{flag} {text!r} ends in {path.suffix!r}: known are {', '.join(SUFFIXES)}"
-        )
+    if flag != "--text" and text in ("probes", *PROBES):
+        raise UpcycleError(f"{flag} {text!r} is for --text alone: nothing is ever fitted on probes")
+    parse(text, flag)
+
+
+def text_files(text: str) -> list[Path]:
+    """The files here that texts, joined by +, are read from."""
+    named = (name for name in texts(text) if name not in NAMES["--calibration"])
+    return [path for name in named for path in parse(name).files]
 
 
 def documents(text: str, seed: int) -> Iterator[Document]:
@@ -93,20 +189,7 @@ def documents(text: str, seed: int) -> Iterator[Document]:
     Raises:
         UpcycleError: the text can't be read.
     """
-    if text == "builtin":
-        return builtin(seed)
-    if text in PROBES:
-        return iter(shipped("probes", text.removeprefix("probe:")))
-    if text == "probes":
-        return _mixed([shipped("probes", kind) for kind in KINDS])
-    if text.startswith("hf:"):
-        return _hub_dataset(text.removeprefix("hf:"))
-    path = local_path(text)
-    if path.suffix == ".jsonl":
-        return _jsonl(path)
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    return iter([_read_text(path)])
+    return parse(text).documents(seed)
 
 
 def builtin(seed: int) -> Iterator[Document]:
@@ -132,7 +215,7 @@ def shipped(folder: str, kind: str) -> list[Document]:
     """The documents of one kind in a folder of the corpus: `docs` or `probes`."""
     if kind == "chat":
         lines = (CORPUS / folder / "chat.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["messages"] for line in lines]
+        return [Exchange(json.loads(line)["messages"]) for line in lines]
     text = (CORPUS / folder / f"{kind}.txt").read_text(encoding="utf-8")
     return [document.strip("\n") for document in text.split(PARTING)]
 
@@ -157,75 +240,3 @@ def _standard_library() -> list[Document]:
     paths = [folder / f"{name}.py" for name in MODULES]
     modules = (path.read_text(encoding="utf-8") for path in paths if path.is_file())
     return [module[:MODULE_MOST] for module in modules]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
-    except UnicodeDecodeError as error:
-        raise UpcycleError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-
-
-def _jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{path}, line {number},")
-        row = row if isinstance(row, dict) else {}
-        if isinstance(row.get("text"), str):
-            yield row["text"]
-        elif _is_chat(row.get("messages")):
-            yield row["messages"]
-        else:
-            raise UpcycleError(
-                f'{path}, line {number}, has neither a "text" string nor a "messages" list'
-            )
-
-
-def _is_chat(messages: Any) -> bool:
-    """A template would render anything else as nothing."""
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(isinstance(message, dict) for message in messages)
-    )
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UpcycleError(f"{path} needs `pip install upcycle[datasets]`") from error
-    with blaming(f"{path} is not a parquet file"):
-        file = pyarrow.parquet.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names)
-        raise UpcycleError(f'{path} has no column "text" (it has {names})')
-    kind = file.schema_arrow.field("text").type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UpcycleError(f'{path}: column "text" holds {kind}, not strings')
-    with blaming(f"{path} is damaged, or holds text that is not UTF-8"):
-        for batch in file.iter_batches(columns=["text"]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
-
-
-def _hub_dataset(name: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UpcycleError(f"hf:{name} needs `pip install upcycle[datasets]`") from error
-    dataset, split, column = [*name.split(":"), "", ""][:3]
-    split, column = split or "train", column or "text"
-    with blaming(f"hf:{dataset} can't be loaded"):
-        for row in datasets.load_dataset(dataset, split=split, streaming=True):
-            if column not in row:
-                raise UpcycleError(
-                    f"hf:{dataset} has no column {column!r} (it has {', '.join(row)})"
-                )
-            if not isinstance(row[column], str):
-                kind = type(row[column]).__name__
-                raise UpcycleError(f"hf:{dataset}: column {column!r} holds {kind}, not strings")
-            yield row[column]

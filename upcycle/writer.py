@@ -23,6 +23,7 @@ from upcycle.errors import UpcycleError
 from upcycle.foreign import blaming
 from upcycle.source import DenseSource, companions
 from upcycle.text import KINDS, openers, paragraphs
+from upcycle.tokens import front_tokens
 from upcycle.versions import versions
 
 LENGTH = 256  # tokens that are written after an opener, at most
@@ -49,7 +50,8 @@ def written_tokens(
     progress: Progress = lambda stage, done, total: None,
 ) -> Tensor:
     """At least `wanted` tokens of documents that the model writes, each followed by the
-    end-of-sequence token. Loads the whole model. What it has written is kept in the user's cache.
+    end-of-sequence token and without what begins a text. Loads the whole model. What it has written
+    is kept in the user's cache.
 
     Raises:
         UpcycleError: all that it writes repeats itself.
@@ -73,7 +75,7 @@ def written_tokens(
             progress("writing text", before, wanted)
             count = min(TOGETHER, SOME_MORE + (wanted - before) // LENGTH)
             for document in _write(model, tokenizer, list(itertools.islice(prompts, count))):
-                found += document
+                found += _unbegun(document, tokenizer)
             if len(found) == before:
                 raise UpcycleError(
                     "the model repeats itself in all that it writes, which nothing can be fitted "
@@ -164,6 +166,14 @@ def _write(model: Any, tokenizer: Any, prompts: list[list[int]]) -> Iterator[lis
         end = next((i for i, token in enumerate(new) if token in ends), len(new))
         if repetition(new[:end]) <= REPETITION:
             yield [*prompt, *new[:end], *([tokenizer.eos_token_id] if ends else [])]
+
+
+def _unbegun(document: list[int], tokenizer: Any) -> list[int]:
+    """Without what begins a text, which windows bring, or what the model wrote of it."""
+    front, end = front_tokens(tokenizer), tokenizer.eos_token_id
+    if tuple(document[: len(front)]) == front:
+        document = document[len(front) :]
+    return [token for token in document if token not in front or token == end]
 
 
 def _ends(model: Any, tokenizer: Any) -> tuple[set[int], int]:

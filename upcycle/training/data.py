@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.calibrate import Drawn, drawn_tokens
 from upcycle.errors import UpcycleError
-from upcycle.paths import local_path
+from upcycle.paths import public_name
 from upcycle.rng import generator
-from upcycle.text import texts
+from upcycle.text import parse, texts
+from upcycle.tokens import Reader, open_reader
 
 SPREAD = 2
 """Less than calibration's: there is much more to train on."""
@@ -71,39 +71,44 @@ def training_data(
         UpcycleError: a text can't be read, or holds less than two sequences.
     """
     names = texts(text)
+    reader = open_reader(folder, vocab_size)
     parts, used = [], []
     for name in names:
         wanted = -(-(train_tokens + validation_tokens) // len(names))
-        rows, spread = -(-wanted // seq_len), 1 if name.startswith("hf:") else SPREAD
-        drawn = drawn_tokens(folder, vocab_size, name, rows, seq_len, seed=seed, spread=spread)
-        train, held = _pack(name, drawn.ids, seq_len, validation_tokens // len(names))
+        rows, spread = -(-wanted // seq_len), SPREAD if parse(name).local else 1
+        drawn = reader.drawn(name, rows, reader.body(seq_len), seed=seed, spread=spread)
+        train, held = _pack(name, reader, drawn.ids, seq_len, validation_tokens // len(names))
         parts.append((train, held))
-        used.append(_used(name, drawn, train, held))
+        used.append(_used(name, reader.total(name, drawn, seed=seed), train, held))
     trains, helds = zip(*parts, strict=True)
     return replace(_join(trains), used=tuple(used)), _join(helds)
 
 
-def _used(name: str, drawn: Drawn, train: Data, held: Data) -> Used:
+def _used(name: str, total: int | None, train: Data, held: Data) -> Used:
     tokens, held_out = (int(data.mask_BL.sum()) for data in (train, held))
     # What was left out of a text, or what a rough count misses, is no more than it holds.
-    total = None if drawn.total is None else max(drawn.total, tokens + held_out)
-    path = local_path(name)
-    return Used(path.name if path.is_file() else name, tokens, held_out, total)
+    total = None if total is None else max(total, tokens + held_out)
+    return Used(public_name(name), tokens, held_out, total)
 
 
-def _pack(name: str, ids: Tensor, seq_len: int, validation_tokens: int) -> tuple[Data, Data]:
-    if len(ids) < seq_len + 2:
+def _pack(
+    name: str, reader: Reader, ids: Tensor, seq_len: int, validation_tokens: int
+) -> tuple[Data, Data]:
+    length = reader.body(seq_len)
+    if len(ids) < length + 2:
         raise UpcycleError(
             f"--data {name!r} holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
             "least to train and validate on: lower --seq-len, or give more text"
         )
-    if len(ids) % seq_len == 1:
+    if not reader.front and len(ids) % length == 1:
         ids = ids[:-1]  # a sequence of one token predicts nothing
-    rows = -(-len(ids) // seq_len)
-    tokens_BL = torch.zeros(rows * seq_len, dtype=torch.int64)
-    tokens_BL[: len(ids)] = ids
-    tokens_BL = tokens_BL.view(rows, seq_len)
-    mask_BL = (torch.arange(rows * seq_len) < len(ids)).view(rows, seq_len)
+    rows = -(-len(ids) // length)
+    tokens_BT = torch.zeros(rows * length, dtype=torch.int64)
+    tokens_BT[: len(ids)] = ids
+    tokens_BL = reader.begun(tokens_BT.view(rows, length))
+    padded = rows * length - len(ids)
+    mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    mask_BL[-1, seq_len - padded :] = False
     held = max(1, min(validation_tokens // seq_len, rows // 10))
     whole = Data(tokens_BL, mask_BL)
     return whole.take(torch.arange(rows - held)), whole.take(torch.arange(rows - held, rows))
