@@ -339,6 +339,20 @@ def test_weights_too_large_for_float16(dense, tmp_path, method):
     assert [path.name for path in tmp_path.iterdir()] == ["big"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "x" * 5000], ["recipes", "x" * 5000], ["inspect", "x" * 5000]],
+)
+def test_a_name_that_is_too_long_leaves_with_2(arguments):
+    sentence = error(*arguments)
+    assert sentence.startswith("File name too long: xxx")
+    assert len(sentence) < 300
+
+
+def test_settings_of_any_size_leave_with_2(dense):
+    assert "give a size such as 5GB" in error("plan", dense(), "--max-shard-size", "9" * 400 + "GB")
+
+
 @pytest.mark.parametrize("name", ["a[/red][b", ":smile:"])
 def test_files_have_any_names(dense, tmp_path, name):
     """Square brackets are rich's markup."""

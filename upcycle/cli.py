@@ -1,5 +1,6 @@
 """The command line: parse, call, render. The only place that ends the process."""
 
+import errno
 import gc
 import io
 import os
@@ -492,13 +493,18 @@ def _errors(
     except KeyboardInterrupt:
         _fail(interrupted, 1)
     except OSError as error:
-        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+        where = f": {str(error.filename)[:200]}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", 2 if error.errno in BAD_NAME else 1)
     except (MemoryError, RuntimeError) as error:
         from upcycle.foreign import OUT_OF_MEMORY, out_of_memory
 
         if not out_of_memory(error):
             raise
         _fail(OUT_OF_MEMORY, 2)
+
+
+BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a path that nobody could have meant."""
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

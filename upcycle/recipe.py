@@ -37,7 +37,7 @@ SHARED_EXPERTS = (
     "--experts 14 --shared 0.125"
 )
 M = TypeVar("M", bound=BaseModel)
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
 class Choice(BaseModel):

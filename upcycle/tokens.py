@@ -299,13 +299,16 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    for pattern, libraries in LIBRARIES.items():
-        _check_libraries(folder, pattern, libraries)
-    with blaming(
-        f"{folder} holds no tokenizer that transformers reads, so no text can be tokenised (add "
-        "the model's tokenizer files, or pass --calibration none)"
-    ):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        with blaming(
+            f"{folder} holds no tokenizer that transformers reads, so no text can be tokenised "
+            "(add the model's tokenizer files, or pass --calibration none)"
+        ):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except UpcycleError:
+        for pattern, libraries in LIBRARIES.items():
+            _check_libraries(folder, pattern, libraries)
+        raise
 
 
 LIBRARIES = {"*.model": ("sentencepiece", "google.protobuf"), "*.tiktoken": ("tiktoken",)}

@@ -33,7 +33,7 @@ class Training(BaseModel):
     paper: str = ""
 
     train: Train = "moe"
-    lora: PositiveInt | None = None
+    lora: Annotated[PositiveInt, Field(le=2**20)] | None = None
     """Rank of low-rank changes; None trains the weights themselves."""
     lora_alpha: PositiveInt | None = None
     """Low-rank changes count alpha / rank; None: 2 x rank."""
@@ -44,7 +44,7 @@ class Training(BaseModel):
     tokens: PositiveInt | None = None
     steps: PositiveInt | None = None
     seq_len: PositiveInt = Field(default=512, ge=8)
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = Field(default=8, le=2**20)
     """Sequences per step, over all processes."""
     micro_batch: PositiveInt = 1
     """Sequences that a process holds activations of at a time."""
