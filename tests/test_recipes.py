@@ -23,6 +23,15 @@ def test_shipped_recipe_says_what_it_is(name):
     assert "\n" not in recipe.summary
 
 
+@pytest.mark.parametrize("name", [name for name in SHIPPED if load_recipe(name).paper])
+def test_departures_say_what_the_paper_or_its_code_does(name):
+    departures = load_recipe(name).departures
+    assert departures
+    for departure in departures:
+        assert "paper" in departure or "released" in departure
+        assert not departure.endswith(".")
+
+
 def test_default_recipe_is_shipped_and_these_are_its_settings():
     written, library = load_recipe().settings(), Recipe().settings()
     assert written.keys() == library.keys()

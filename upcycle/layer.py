@@ -133,7 +133,7 @@ def _split_layer(
     score_F = torch.zeros(num_neurons)
     if plan.geometry.shared_size:
         params = parameters(SHARED, recipe.shared_by)
-        # The split's own randomness: both find the same clusters of tokens.
+        # The split's own randomness, as for the router: all find the same clusters of tokens.
         rng = generator(recipe.seed, "split", layer)
         score_F = SHARED[recipe.shared_by.name].run(activations, plan.geometry, params, rng).cpu()
     order_F = score_F.argsort(descending=True, stable=True)
@@ -148,7 +148,7 @@ def _split_layer(
         parameters(SPLITS, recipe.split),
         generator(recipe.seed, "split", layer),
     )
-    router_ED = _route(plan, layer, routed, members_EM)
+    router_ED = _route(plan, generator(recipe.seed, "split", layer), routed, members_EM)
     return router_ED, ExpertLayout(routed_R[members_EM], shared_S)
 
 
@@ -160,15 +160,17 @@ def _copy_layer(
     geometry = plan.geometry
     neurons_F = torch.arange(activations.ffn.num_neurons)
     copies_NF = neurons_F.expand(geometry.copies, -1)
-    router_ND = _route(plan, layer, activations, copies_NF)
+    rng = generator(plan.recipe.seed, "router", layer)
+    router_ND = _route(plan, rng, activations, copies_NF)
     shards_GM = neurons_F.view(geometry.granularity, -1)
     layout = ExpertLayout(shards_GM.repeat(geometry.copies, 1), neurons_F[:0])
     return router_ND.repeat_interleave(geometry.granularity, dim=0), layout
 
 
-def _route(plan: Plan, layer: int, activations: LayerActivations, experts_EM: Tensor) -> Tensor:
+def _route(
+    plan: Plan, rng: torch.Generator, activations: LayerActivations, experts_EM: Tensor
+) -> Tensor:
     choice = router_choice(plan.recipe)
-    rng = generator(plan.recipe.seed, "router", layer)
     return ROUTERS[choice.name].run(activations, experts_EM, parameters(ROUTERS, choice), rng)
 
 

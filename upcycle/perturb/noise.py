@@ -1,6 +1,9 @@
 """Noise: add a little Gaussian noise to every copy.
 
 An ablation of sparse upcycling, arXiv:2212.05055, and of drop-upcycling, arXiv:2502.19261.
+
+Departure: the latter's code adds N(0, 0.02) to a random half of the neurons. Here all weights get
+noise, in proportion to their matrix's own standard deviation.
 """
 
 import torch

@@ -2,6 +2,9 @@
 
 MoEfication's centre router (unit rows), arXiv:2110.01786; with `normalize: false` EMoE's avg-k,
 arXiv:2310.10908, and ExpertWeaver's, arXiv:2602.15521.
+
+Departure from MoEfication: there the nearest centres by distance are selected, which subtracts
+|c|² / 2 from the dot product with centre c. A router without a bias can't.
 """
 
 import torch

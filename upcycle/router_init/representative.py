@@ -3,8 +3,9 @@
 CMoE, arXiv:2502.04416: the neuron whose activation profile lies nearest to the expert's mean
 profile stands for the expert, which scores |act(gate x) * (up x)|.
 
-Departure: that score is not linear in x and no native target holds it. The rows are its ridge
-regression on x.
+Departures: that score is not linear in x and no native target holds it. The rows are its ridge
+regression on x. A profile is |h|, where the paper's is the markers that the neurons are clustered
+by.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,11 @@
 
 Neuron i's profile is its activation |h_i(t)| on a sample of tokens, scaled to unit length;
 balanced k-means on the profiles makes the experts. With `markers`, a profile only marks the tokens
-on which the neuron is among the strongest, as in CMoE (arXiv:2502.04416).
+on which the neuron is among the strongest, and the clusters start at the neurons that are marked
+most often, as in CMoE (arXiv:2502.04416).
+
+Departures from CMoE: only routed neurons are marked, distances are squared (L1 in its code, which
+assigns once), and only a sample of the tokens is looked at.
 """
 
 import torch
@@ -10,7 +14,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upcycle.clustering import balanced_kmeans
+from upcycle.clustering import balanced_kmeans, balanced_lloyd
 from upcycle.registry import Params
 from upcycle.split.base import split_from_activations
 from upcycle.types import LayerActivations
@@ -35,9 +39,10 @@ def split(
     sample = activations.sample(params.tokens)
     profile_FT = torch.cat([_profile(h_tF, params.markers).T for _, h_tF in sample.chunks()], dim=1)
     if params.markers is None:
-        profile_FT = normalize(profile_FT, dim=1)
-    members_EM, _ = balanced_kmeans(profile_FT, num_experts, rng)
-    return members_EM
+        return balanced_kmeans(normalize(profile_FT, dim=1), num_experts, rng)[0]
+    mark_FT = profile_FT.float().cpu()
+    most_marked_E = mark_FT.sum(1).argsort(descending=True, stable=True)[:num_experts]
+    return balanced_lloyd(mark_FT, mark_FT[most_marked_E])[0]
 
 
 def _profile(h_tF: Tensor, markers: int | None) -> Tensor:
