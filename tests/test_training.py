@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from upcycle import UpcycleError
 from upcycle.facts import read_log, read_record
+from upcycle.frontmatter import split_card
 from upcycle.sink import partial_folder
 from upcycle.training.data import training_data
 from upcycle.training.run import Watch, finetune
@@ -563,7 +564,7 @@ def test_every_run_is_in_the_history(split, train, tmp_path):
         assert Training(**entry["settings"]) == done.settings.model_copy(update=public)
         assert entry["after"] == done.after
     card = (second.out / "README.md").read_text()
-    assert card.startswith((source / "README.md").read_text())
+    assert split_card((source / "README.md").read_text())[1] in card
     assert card.count("\n## Training\n") == 2
     assert f"{second.after['perplexity']:.3f}" in card
     assert read_record(second.out / "upcycle.json").training[1].step == second.result_step

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.hub import check_repo, push
 from upcycle.options import (
     NOT_SETTINGS,
     REQUEST,
@@ -23,6 +24,8 @@ from upcycle.options import (
     Options,
     Out,
     Overwrite,
+    Private,
+    PushToHub,
     Revision,
     Set,
     with_options,
@@ -71,6 +74,8 @@ def _every_command(
 def convert(
     options: Options,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
 ) -> None:
     """Convert a dense checkpoint into a Mixture-of-Experts, and check the result.
 
@@ -91,6 +96,7 @@ def convert(
     with _errors():
         if options["out"] is None:
             raise UpcycleError("name the folder for the result: -o OUT")
+        check_repo(push_to_hub, private=private)
         _check_conversion(options)
         with _importing():
             from upcycle import console
@@ -108,6 +114,8 @@ def convert(
             _print_json(conversion_summary(done))
         else:
             console.show_conversion(done)
+        if push_to_hub is not None:
+            console.show_push(push(done.out, push_to_hub, private=private), quiet=as_json)
     return None
 
 
@@ -227,6 +235,8 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the state of a run that was stopped.")
     ] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     json_: Json = False,
 ) -> None:
     """Train a Mixture-of-Experts further: heal a split, or let copies come to differ.
@@ -248,6 +258,7 @@ def finetune(
         settings |= dict(_assignment(text) for text in set_ or [])
         if out is None:
             raise UpcycleError("name the folder for the result: -o OUT")
+        check_repo(push_to_hub, private=private)
         check_finetuning(model, recipe, settings)
         from upcycle import console
         from upcycle.training.publish import finetuning_summary
@@ -270,6 +281,8 @@ def finetune(
             _print_json(finetuning_summary(done))
         else:
             console.show_finetuning(done)
+        if push_to_hub is not None:
+            console.show_push(push(done.out, push_to_hub, private=private), quiet=json_)
 
 
 @app.command("eval")
