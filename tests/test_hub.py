@@ -23,7 +23,7 @@ class Hub(BaseHTTPRequestHandler):
         hub = self.server
         hub.asked.append(self.path)
         if hub.down in self.path:
-            return self.answer({"error": "you may not write here"}, 403)
+            return self.answer({"error": "you may not write here"}, 400)
         if self.path == "/api/repos/create":
             hub.made = json.loads(body)
             name = "/".join(filter(None, (hub.made.get("organization"), hub.made["name"])))
