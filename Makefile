@@ -31,6 +31,9 @@ check: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
 
 # What `upcycle recipes` and errors say of methods without torch.
 catalogue: $(BIN)/.installed

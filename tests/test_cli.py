@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 import torch
@@ -157,7 +158,11 @@ for words, code in json.loads(sys.stdin.read()):
     assert done.stderr.lower().count("error") >= len(cases) - len(GOOD)
 
 
-def test_version(dense):
+def test_types_are_shipped():
+    assert (resources.files("upcycle") / "py.typed").is_file()
+
+
+def test_version():
     assert run("--version").stdout == f"{upcycle.__version__}\n"
 
 
@@ -288,7 +293,11 @@ def test_dry_run_is_plan(dense, tmp_path):
 
 
 def test_plan_and_convert_take_the_same_options():
-    assert options("convert").keys() - options("plan").keys() == {"--dry-run"}
+    assert options("convert").keys() - options("plan").keys() == {
+        "--dry-run",
+        "--push-to-hub",
+        "--private",
+    }
     assert options("plan").keys() <= options("convert").keys()
 
 

@@ -122,6 +122,8 @@ def card(folder):
 
 def test_card_of_an_adapter_is_its_own(place):
     front, text = card(place / "adapter")
+    after = read_json(place / "adapter" / "upcycle.json")["training"][0]["after"]
+    assert front.pop("model-index") == results("adapter", after)
     assert front == {
         "base_model": "moe",
         "base_model_relation": "adapter",
@@ -133,6 +135,23 @@ def test_card_of_an_adapter_is_its_own(place):
     assert "of rank 2 to the Mixture-of-Experts `moe`" in text
     assert text.count("## Training") == 1
     assert "said above" not in text
+
+
+def results(name, after):
+    metrics = [
+        {"type": "perplexity", "value": after["perplexity"]},
+        {"type": "perplexity over the dense model's", "value": after["perplexity_ratio"]},
+    ]
+    dataset = {"name": "notes.txt, held out", "type": "notes.txt"}
+    row = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+    return [{"name": name, "results": [row]}]
+
+
+def test_card_after_training_has_the_numbers_of_the_trained_weights(place):
+    before, (front, _) = card(place / "moe")[0], card(place / "healed")
+    assert before["model-index"][0]["name"] == "moe"
+    after = read_json(place / "healed" / "upcycle.json")["training"][0]["after"]
+    assert front == before | {"model-index": results("healed", after)}
 
 
 def test_code_of_the_adapters_card_loads_it_from_anywhere(place, tmp_path, monkeypatch):

@@ -186,8 +186,18 @@ def test_unchecked_conversion_says_so(dense, tmp_path):
 
 
 def test_card_is_tagged_for_the_hub(source, tmp_path):
-    convert(source, tmp_path / "out")
+    done = convert(source, tmp_path / "out")
     front, text = card(tmp_path / "out")
+    (index,) = front.pop("model-index")
+    assert index["name"] == "out"
+    assert [row["dataset"]["type"] for row in index["results"]] == list(PROBES)
+    for row, kind in zip(index["results"], done.check.kinds, strict=True):
+        assert row["task"] == {"type": "text-generation"}
+        assert row["dataset"]["name"] == f"{kind.kind.removeprefix('probe:')}, built in"
+        assert row["metrics"] == [
+            {"type": "perplexity", "value": kind.perplexity_moe},
+            {"type": "perplexity over the dense model's", "value": kind.ratio},
+        ]
     assert front == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -239,6 +249,8 @@ def test_card_hands_on_the_base_model_and_the_language_that_the_source_card_stat
     convert(source, tmp_path / "out", check="none")
     front, _ = card(tmp_path / "out")
     assert (front["base_model"], front["language"]) == ("org/tiny", ["en"])
+    assert front["base_model_relation"] == "finetune"
+    assert "model-index" not in front  # nothing was measured
     assert "name" not in front
 
 
@@ -270,6 +282,7 @@ def test_hub_source_is_the_base_model(dense, tmp_path, monkeypatch):
     convert("org/tiny", tmp_path / "out", check="none")
     front, text = card(tmp_path / "out")
     assert front["base_model"] == ["org/tiny"]
+    assert front["base_model_relation"] == "finetune"
     assert "Made from `org/tiny`" in text
     assert report(tmp_path / "out")["source"]["revision"] == COMMIT
 

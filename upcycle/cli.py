@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.hub import check_repo, push
 from upcycle.json_text import json_text
 from upcycle.options import (
     NOT_SETTINGS,
@@ -24,6 +25,8 @@ from upcycle.options import (
     Options,
     Out,
     Overwrite,
+    Private,
+    PushToHub,
     Revision,
     Set,
     with_options,
@@ -72,6 +75,8 @@ def _every_command(
 def convert(
     options: Options,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
 ) -> None:
     """Convert a dense checkpoint into a Mixture-of-Experts, and check the result.
 
@@ -92,6 +97,7 @@ def convert(
     with _errors():
         if options["out"] is None:
             raise UpcycleError("name the folder for the result: -o OUT")
+        check_repo(push_to_hub, private=private)
         _check_conversion(options)
         with _importing():
             from upcycle import console
@@ -109,6 +115,8 @@ def convert(
             _print_json(conversion_summary(done))
         else:
             console.show_conversion(done)
+        if push_to_hub is not None:
+            console.show_push(push(done.out, push_to_hub, private=private), quiet=as_json)
     return None
 
 
@@ -224,6 +232,8 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the state of a run that was stopped.")
     ] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     json_: Json = False,
 ) -> None:
     """Train a Mixture-of-Experts further: heal a split, or let copies come to differ.
@@ -245,6 +255,7 @@ def finetune(
         settings |= dict(_assignment(text) for text in set_ or [])
         if out is None:
             raise UpcycleError("name the folder for the result: -o OUT")
+        check_repo(push_to_hub, private=private)
         check_finetuning(model, recipe, settings)
         from upcycle import console
         from upcycle.training.publish import finetuning_summary
@@ -267,6 +278,8 @@ def finetune(
             _print_json(finetuning_summary(done))
         else:
             console.show_finetuning(done)
+        if push_to_hub is not None:
+            console.show_push(push(done.out, push_to_hub, private=private), quiet=json_)
 
 
 @app.command("eval")

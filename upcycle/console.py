@@ -147,6 +147,11 @@ def show_finetuning(done: "Finetuning") -> None:
     out.print(f"[bold]{escape(str(done.out))}[/] {how}", highlight=False)
 
 
+def show_push(url: str, *, quiet: bool) -> None:
+    """Where the result is; beside a JSON object, not on stdout."""
+    (err if quiet else out).print(f"Pushed to {url}", highlight=False, markup=False)
+
+
 def _print_stage_once() -> "OnProgress":
     seen: set[str] = set()
 

@@ -1,6 +1,7 @@
 """The front matter of model cards: what a source states of its origin and licence."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,49 @@ def read_card(folder: Path) -> dict[str, Any]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n")
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        front = parse_yaml(parts[1], card)
-    except UpcycleError:
-        return {}
-    stated = {key: front[key] for key in STATED if isinstance(front, dict) and front.get(key)}
+    front, _ = split_card(card.read_text(encoding="utf-8", errors="replace"))
+    stated = {key: front[key] for key in STATED if front.get(key)}
     origins = stated.get("base_model", [])
     if not all(re.fullmatch(HUB_ID, str(name)) for name in _listed(origins)):
         del stated["base_model"]  # the path by which some trainer knew it
     return stated
 
 
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """The fields of a card's front matter, and the text below it; of one without, all of it."""
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}, text
+    try:
+        front = parse_yaml(parts[1], "a card")
+    except UpcycleError:
+        return {}, text
+    return (front, parts[2]) if isinstance(front, dict) else ({}, text)
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def with_results(
+    front: dict[str, Any], name: str, results: Iterable[tuple[str, str, dict[str, float]]]
+) -> dict[str, Any]:
+    """The front matter with what was measured, as the hub shows it (model-index), in place of what
+    it said before.
+
+    Args:
+        results: per text its identifier, its name for people, and metrics by their names.
+    """
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    rows = [
+        EvalResult("text-generation", text, called, metric, value)
+        for text, called, metrics in results
+        for metric, value in metrics.items()
+    ]
+    if not rows:
+        return front
+    return front | {"model-index": eval_results_to_model_index(name, rows)}
 
 
 def write_gguf_card(path: Path, folder: Path) -> None:

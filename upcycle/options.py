@@ -178,6 +178,13 @@ Resume = Annotated[
         "--resume", help="Go on after the last finished layer; keep finished layers if stopped."
     ),
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub", metavar="REPO", help="Upload the finished result to this repository."
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make that repository a private one.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 # The options of every command that plans a conversion, written once: see with_options.

@@ -9,10 +9,10 @@ from typing import Any
 import jinja2
 import yaml
 
-from upcycle.check import CheckReport, check_summary
+from upcycle.check import CheckReport, KindResult, check_summary
 from upcycle.compensate import COMPENSATIONS
 from upcycle.dense_layers import DenseLayers
-from upcycle.frontmatter import read_card
+from upcycle.frontmatter import read_card, with_results
 from upcycle.json_text import json_text
 from upcycle.memory import peak_bytes
 from upcycle.paths import local_path, public_name, way_from
@@ -156,6 +156,11 @@ def model_card(conversion: Conversion) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["moe", "mixture-of-experts", "upcycle", plan.target, plan.recipe.method.name],
     }
+    if "base_model" in front:
+        front["base_model_relation"] = "finetune"
+    kinds = conversion.check.kinds if conversion.check else []
+    results = [(public_name(k.kind), kind_name(k.kind), _metrics(k)) for k in kinds]
+    front = with_results(front, conversion.out.resolve().name, results)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("upcycle"),
         autoescape=False,
@@ -176,6 +181,10 @@ def model_card(conversion: Conversion) -> str:
         compensation=COMPENSATIONS[plan.recipe.compensate.name],
         version=version("upcycle"),
     )
+
+
+def _metrics(kind: KindResult) -> dict[str, float]:
+    return {"perplexity": kind.perplexity_moe, "perplexity over the dense model's": kind.ratio}
 
 
 def kind_name(text: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from upcycle.check import TOLERANCE, load_result, relative_error
 from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
-from upcycle.frontmatter import read_card
+from upcycle.frontmatter import read_card, split_card, with_results
 from upcycle.json_text import json_text
 from upcycle.paths import local_path, public_name, way_from
 from upcycle.sink import partial_folder
@@ -214,8 +214,7 @@ def _write_history(done: Finetuning, job: Job, place: Path) -> None:
     if done.settings.lora and not done.settings.merge:
         text = _adapter_card(done, job)
     else:
-        card = job.folder / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        text = _card_before(done, job)
     section = (
         _environment().from_string(CARD).render(done=done, data=public_texts(done.settings.data))
     )
@@ -232,6 +231,25 @@ def _public_summary(done: Finetuning) -> dict[str, Any]:
     return summary | {"model": public_name(done.model), "out": done.out.name}
 
 
+def _card_before(done: Finetuning, job: Job) -> str:
+    """The model's card, if it has one, with the result's numbers in its front matter."""
+    card = job.folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    front, text = split_card(text)
+    if not front:
+        return text
+    front.pop("model-index", None)
+    return f"---\n{yaml.safe_dump(_with_after(front, done), sort_keys=False)}---\n{text}"
+
+
+def _with_after(front: dict[str, Any], done: Finetuning) -> dict[str, Any]:
+    """The front matter with what was measured after training."""
+    data = public_texts(done.settings.data)
+    names = {"perplexity": "perplexity", "perplexity_ratio": "perplexity over the dense model's"}
+    metrics = {called: done.after[name] for name, called in names.items() if name in done.after}
+    return with_results(front, done.out.name, [(data, f"{data}, held out", metrics)])
+
+
 def _adapter_card(done: Finetuning, job: Job) -> str:
     """README.md of low-rank changes, with front matter for the hub."""
     base = base_from(job)
@@ -246,7 +264,7 @@ def _adapter_card(done: Finetuning, job: Job) -> str:
         _environment()
         .get_template("adapter.md.jinja")
         .render(
-            front=yaml.safe_dump(front, sort_keys=False),
+            front=yaml.safe_dump(_with_after(front, done), sort_keys=False),
             base=base,
             local=base != job.label,
             name=public_name(job.label),
