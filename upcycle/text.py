@@ -136,7 +136,7 @@ def parse(text: str, flag: str = "--text") -> Text:
     if text.startswith("hf:"):
         return _data_set(text, flag)
     path = local_path(text)
-    if text and path.is_dir():
+    if path.name and path.is_dir():  # what is here, or everything, is no text
         return DataSet(text, str(path))
     if not path.is_file():
         raise UpcycleError(
