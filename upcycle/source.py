@@ -1,14 +1,13 @@
 """Where dense weights come from: a folder, a hub id or a GGUF file. The only reader of weights."""
 
 import hashlib
-import io
 import json
 import math
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -24,7 +22,6 @@ from upcycle.architecture import Architecture
 from upcycle.dense import skeleton
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
-from upcycle.frontmatter import write_gguf_card
 from upcycle.paths import local_path
 from upcycle.types import all_finite
 
@@ -341,33 +338,19 @@ def _download(model: str, revision: str | None, accept: Callable[[PreTrainedConf
 
 
 def _open_gguf(label: str, path: Path) -> DenseSource:
-    """A GGUF file, dequantised by transformers to float32 in a temporary folder."""
+    """A GGUF file, dequantised to float32 in a temporary folder."""
     try:
-        import gguf  # noqa: F401
+        from upcycle.gguf_source import unpack
     except ImportError as error:
         raise UpcycleError(f"{label}: reading GGUF needs `pip install gguf`") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     temporary = tempfile.TemporaryDirectory(prefix="upcycle-gguf-")
-    place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        with redirect_stderr(io.StringIO()):  # its bars
-            config = AutoConfig.from_pretrained(**place)
-            describe(config)
-            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-            config.save_pretrained(temporary.name)
-            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-            state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
-            save_file(state, Path(temporary.name) / SINGLE, metadata={"format": "pt"})
-            AutoTokenizer.from_pretrained(**place).save_pretrained(temporary.name)
-            write_gguf_card(path, Path(temporary.name))
+        unpack(label, path, Path(temporary.name), accept=describe)
     except UpcycleError:
         raise
     except Exception as error:  # readers of corrupt files raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UpcycleError(
-            f"{label} is not a GGUF file that transformers reads: {reason}"
-        ) from error
+        raise UpcycleError(f"{label} is not a whole GGUF file: {reason}") from error
     return _open_folder(label, Path(temporary.name), temporary=temporary)
 
 
