@@ -27,6 +27,7 @@ from upcycle.errors import UpcycleError
 from upcycle.head import Decoded, decode, drop_layers
 from upcycle.history import fitted_on, identity
 from upcycle.moe import moe_blocks, watch_selections
+from upcycle.names import KEY_MAPPING
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
 from upcycle.source import checkpoint_folder, read_config
 from upcycle.speed import Speed, measure_speed
@@ -349,7 +350,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                key_mapping=KEY_MAPPING,
             )
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0]

@@ -18,7 +18,7 @@ from upcycle.calibrate import CHECK_WINDOW, check_seq_len, load_tokenizer
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory
 from upcycle.errors import UpcycleError
-from upcycle.notes import runtime_refusals, runtimes_lost, warnings
+from upcycle.notes import runtime_refusals, runtimes_lost, source_notes, warnings
 from upcycle.paths import local_path
 from upcycle.recipe import Recipe
 from upcycle.registry import suggest
@@ -275,7 +275,7 @@ def make_plan(
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
-        warnings=(*warnings(recipe, spec), *left_out),
+        warnings=(*source_notes(source, dtype), *warnings(recipe, spec), *left_out),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
     )
     _check(plan, overwrite=overwrite)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from upcycle.errors import UpcycleError
+from upcycle.names import KEY_MAPPING
 from upcycle.source import DenseSource, companions
 from upcycle.text import KINDS, TEMPLATE_ERRORS, openers, paragraphs
 from upcycle.versions import versions
@@ -56,7 +57,9 @@ def written_tokens(
     kept = _read(place)
     if kept is not None and len(kept) >= wanted:
         return kept
-    model = AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, local_files_only=True, key_mapping=KEY_MAPPING
+    )
     model = model.to(device).eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
