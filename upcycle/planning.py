@@ -74,7 +74,7 @@ class Plan:
     params_active: int
     warnings: tuple[str, ...]
     runtimes: Mapping[Runtime, str]
-    """Every runtime beside transformers, with the reason that it does not run the result, or an
+    """Every runtime beside transformers 5, with the reason that it does not run the result, or an
     empty string."""
 
     @property
