@@ -1,5 +1,6 @@
 """Every dense family on every target that hosts it: the converted model computes what it must."""
 
+import math
 import shutil
 
 import pytest
@@ -27,7 +28,7 @@ from reference import (
     weights,
 )
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import UpcycleError
@@ -322,6 +323,22 @@ class TestPositions:
         assert config["rope_scaling"] == (scaling if kind else None)
         assert config.get("partial_rotary_factor", 1.0) == 1.0
         assert ("partial_rotary_factor" in config) == (target == "glm4_moe")  # 0.5 by default
+
+    @pytest.mark.parametrize("given", [{}, {"factor": 3.0}, {"attention_factor": 1.3}])
+    def test_long_rope_is_what_transformers_4_computes(self, dense, moe, given):
+        """It wants the original length at the top, and looks at no factor but its share in the
+        longest."""
+        rope = long_rope(1.0)["rope_parameters"] | {"original_max_position_embeddings": 32} | given
+        source = dense(rope_parameters=rope)
+        config = read_json(moe(source, target="mixtral", **TWO_OF_FOUR) / "config.json")
+        scaling, original = config["rope_scaling"], config["original_max_position_embeddings"]
+        assert original == 32
+        assert scaling["long_factor"] == rope["long_factor"]
+        share = config["max_position_embeddings"] / original
+        by_share = math.sqrt(1 + math.log(share) / math.log(original))
+        rotary = AutoModelForCausalLM.from_pretrained(source).model.rotary_emb
+        found = scaling.get("attention_factor") or by_share
+        assert found == pytest.approx(rotary.attention_scaling)
 
 
 def test_the_number_of_experts_has_its_name_of_transformers_4_too(dense, moe):

@@ -647,6 +647,15 @@ TIED = {"tie_word_embeddings": True}
 ROUTED = {"experts": 8, "keep_dense": "none"}
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
 MIXED_WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 6,
+        "long_factor": [4.0] * 6,
+        "original_max_position_embeddings": 64,
+    }
+}
 NONE_SHARED = ROUTED | {"shared": 0, "top_k": 2}
 COPIES = {"method": "copy", "experts": 4, "top_k": 2}
 
@@ -680,6 +689,12 @@ COPIES = {"method": "copy", "experts": 4, "top_k": 2}
         ("vLLM", "qwen3", {}, {}),
         ("vLLM", "granite", {}, {}),
         ("vLLM", "olmo2", {}, {}),
+        ("transformers 4", "llama", TIED, {"keep_dense": [1]}),
+        ("transformers 4", "llama", {"head_dim": 32}, COPIES),
+        ("transformers 4", "llama", LONGROPE, {}),
+        ("transformers 4", "mistral", {"head_dim": 12}, {"target": "qwen2_moe"}),
+        ("transformers 4", "qwen2", {}, {"target": "granitemoeshared"}),
+        ("transformers 4", "olmo2", {}, {}),
     ],
 )
 def test_nothing_is_said_of_a_runtime_that_runs_the_result(
@@ -710,6 +725,15 @@ def test_nothing_is_said_of_a_runtime_that_runs_the_result(
         ("MLX", "qwen3", {"attention_bias": True}, {}, "attention has no biases"),
         ("MLX", "mistral", {}, COPIES, "attention sees further than 16 tokens"),
         ("MLX", "granite", {}, {}, "it does not know the architecture"),
+        ("transformers 4", "llama", {"head_dim": 32}, {}, "heads must be of 48 / 4 channels"),
+        ("transformers 4", "gemma", {}, {}, "heads must be of 48 / 4 channels, not 16"),
+        (
+            "transformers 4",
+            "qwen2",
+            MIXED_WINDOW,
+            {},
+            "all layers must have the same sliding window",
+        ),
         ("vLLM", "gemma", {}, {}, "experts compute silu, not gelu_pytorch_tanh"),
         ("vLLM", "qwen2", {}, {"target": "granitemoeshared"}, "attention has no biases"),
         ("vLLM", "qwen3", {"attention_bias": True}, {}, "attention has no bias on its output"),

@@ -1,17 +1,15 @@
-"""Where weights are read from: folders, GGUF files, the hub cache; and inputs that are wrong."""
+"""Where weights are read from: folders and the hub cache; and inputs that are wrong."""
 
 import json
 import shutil
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-import yaml
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import upcycle
@@ -139,12 +137,6 @@ def test_unused_rotary_buffer_is_dropped(copy):
     assert name not in open_source(str(folder)).tensors
 
 
-def test_head_of_a_tied_model_is_dropped(copy):
-    folder = copy(tie_word_embeddings=True)
-    edit_weights(folder, lambda state: state.update({"lm_head.weight": torch.ones(272, 48)}))
-    assert "lm_head.weight" not in open_source(str(folder)).tensors
-
-
 def test_fingerprint_tells_shapes_and_config_apart(dense):
     models = [dense(), dense(num_hidden_layers=1), dense(rope_theta=5000.0), dense("qwen2")]
     prints = [open_source(str(folder)).fingerprint() for folder in models]
@@ -185,139 +177,6 @@ def test_companions_are_the_small_files_only(copy):
         "LICENSE", "merges.txt", "chat_template.jinja", "generation_config.json",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-
-
-# --- GGUF ------------------------------------------------------------------------------------
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers.": "blk.",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.": "attn_",
-    "post_attention_layernorm": "ffn_norm",
-    "input_layernorm": "attn_norm",
-    "mlp.": "ffn_",
-    "_proj": "",
-}
-
-
-def write_gguf(path: Path, folder: Path, **general) -> Path:
-    """A tiny llama as llama.cpp stores it, in float32.
-
-    Args:
-        general: what its metadata says of the model, with `__` for a dot.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(path), "llama")
-    for key, value in general.items():
-        add = writer.add_array if isinstance(value, list) else writer.add_string
-        add("general." + key.replace("__", "."), value)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config["vocab_size"])
-    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    tokens = [*sorted(vocab, key=vocab.get), "ab"]
-    tokens += [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for name, tensor in load_file(folder / SINGLE).items():
-        for ours, theirs in GGUF_NAMES.items():
-            name = name.replace(ours, theirs)
-        for kind, count in heads.items():
-            if kind in name:  # llama.cpp interleaves the two halves of the rotary dimension
-                tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_gguf_yields_the_weights_and_the_tokenizer(dense, tmp_path):
-    folder = dense(num_hidden_layers=1)
-    opened = open_source(str(write_gguf(tmp_path / "tiny.gguf", folder)))
-    found, expected = opened.read(list(opened.tensors)), load_file(folder / SINGLE)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert opened.fingerprint() == open_source(str(tmp_path / "tiny.gguf")).fingerprint()
-    text = "def cab(): # 5"
-    tokens = AutoTokenizer.from_pretrained(opened.folder).encode(text)
-    assert AutoTokenizer.from_pretrained(opened.folder).decode(tokens) == text
-
-
-def test_gguf_converts_and_leaves_no_temporary_folder(dense, tmp_path, monkeypatch):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(source.tempfile, "tempdir", str(temporary))
-    path = write_gguf(tmp_path / "tiny.gguf", dense(num_hidden_layers=1))
-    conversion = upcycle.convert(str(path), tmp_path / "out", **QUICK)
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert list(temporary.iterdir()) == [conversion.plan.source.folder]
-    del conversion
-    assert list(temporary.iterdir()) == []
-
-
-LICENCE = {"license": "other", "license__name": "mine", "license__link": "https://l.org/mine"}
-HUB = "https://huggingface.co/"
-
-
-@pytest.mark.parametrize(
-    ("general", "expected"),
-    [
-        (
-            LICENCE | {"languages": ["en", "no"]},
-            {
-                "license": "other", "license_name": "mine", "license_link": "https://l.org/mine",
-                "language": ["en", "no"],
-            },
-        ),
-        (
-            {"base_model__1__repo_url": HUB + "org/b", "base_model__0__repo_url": HUB + "org/a"},
-            {"base_model": ["org/a", "org/b"]},
-        ),
-        (
-            {"base_model__0__repo_url": HUB + "org/parent", "source__url": HUB + "org/itself"},
-            {"base_model": ["org/itself"]},
-        ),
-        ({"source__huggingface__repository": "org/itself"}, {"base_model": ["org/itself"]}),
-        ({"url": "https://example.org/a/b", "repo_url": "a/b", "name": "a/b"}, {}),
-    ],
-)  # fmt: skip
-def test_card_of_a_gguf_hands_on_what_its_metadata_states(dense, tmp_path, general, expected):
-    path = write_gguf(tmp_path / "tiny.gguf", dense(num_hidden_layers=1), **general)
-    upcycle.convert(str(path), tmp_path / "out", **QUICK)
-    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
-    made = ("library_name", "pipeline_tag", "tags")
-    assert {key: value for key, value in front.items() if key not in made} == expected
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"not a GGUF file", b"GGUF\3\0\0\0" + b"\1" * 60],
-    ids=["empty", "other", "cut"],
-)
-def test_corrupt_gguf(tmp_path, content):
-    path = tmp_path / "bad.gguf"
-    path.write_bytes(content)
-    assert_refused(path, str(path), "GGUF")
-
-
-def test_missing_gguf(tmp_path):
-    assert_refused(tmp_path / "none.gguf", "none.gguf does not exist")
 
 
 # --- the hub ---------------------------------------------------------------------------------

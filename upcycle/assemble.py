@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from upcycle.architecture import Architecture
+from upcycle.names import EMBEDDINGS
 from upcycle.targets import Gains, MoETarget
 from upcycle.types import Activation, DenseFFN, MoELayer
 
 Named = Iterator[tuple[str, Tensor]]
 FFN = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
-EMBEDDINGS = "model.embed_tokens.weight"
 
 
 def dense_ffn(tensors: Mapping[str, Tensor], act: Activation) -> DenseFFN:

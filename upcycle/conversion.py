@@ -17,7 +17,6 @@ from transformers import CONFIG_MAPPING
 from transformers.activations import ACT2FN
 
 from upcycle.assemble import (
-    EMBEDDINGS,
     assemble_embeddings,
     assemble_head,
     assemble_layer,
@@ -29,6 +28,7 @@ from upcycle.dense import HiddenStream
 from upcycle.dense_layers import DenseLayers, choose_dense_layers
 from upcycle.errors import UpcycleError
 from upcycle.layer import ConvertedLayer, convert_layer
+from upcycle.names import EMBEDDINGS
 from upcycle.planning import Plan, make_plan
 from upcycle.report import Conversion, model_card, report_json
 from upcycle.sink import CheckpointWriter, Workspace

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers.activations import ACT2FN
 
-from upcycle.assemble import EMBEDDINGS, dense_ffn
+from upcycle.assemble import dense_ffn
 from upcycle.dense import HiddenStream
+from upcycle.names import EMBEDDINGS
 from upcycle.planning import Plan
 from upcycle.types import DenseFFN, LayerActivations
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from upcycle.assemble import EMBEDDINGS, dense_ffn
+from upcycle.assemble import dense_ffn
 from upcycle.budget import moe_share
 from upcycle.damage import measure_damage
 from upcycle.dense import PREDICTED_TOKENS, HiddenStream
 from upcycle.errors import UpcycleError
 from upcycle.layer import convert_layer
+from upcycle.names import EMBEDDINGS
 from upcycle.planning import Plan, make_plan
 from upcycle.targets import TARGETS
 from upcycle.text import texts

@@ -32,6 +32,7 @@ from upcycle.foreign import blaming
 from upcycle.head import Decoded, decode, drop_layers
 from upcycle.history import fitted_on, identity
 from upcycle.moe import moe_blocks, watch_selections
+from upcycle.names import KEY_MAPPING
 from upcycle.paths import public_name
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
 from upcycle.source import checkpoint_folder, read_config, read_headers
@@ -391,6 +392,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                key_mapping=KEY_MAPPING,
             )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:

@@ -1,7 +1,7 @@
 """The front matter of model cards: what a source states of its origin and licence."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +78,15 @@ def with_results(
     return front | {"model-index": eval_results_to_model_index(name, rows)}
 
 
-def write_gguf_card(path: Path, folder: Path) -> None:
+def write_gguf_card(fields: Mapping[str, Any], folder: Path) -> None:
     """A README.md in the folder that states what the metadata of a GGUF file does."""
-    from gguf import GGUFReader
-
-    fields = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
     front = {key: fields[name] for key, name in GGUF_FIELDS.items() if name in fields}
     if origins := _origins(fields):
         front["base_model"] = origins
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\n", encoding="utf-8")
 
 
-def _origins(fields: dict[str, Any]) -> list[str]:
+def _origins(fields: Mapping[str, Any]) -> list[str]:
     """Hub ids of the nearest models that the metadata names."""
     for pattern in ORIGINS:
         places = {

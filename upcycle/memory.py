@@ -18,9 +18,8 @@ INTERPRETER = 420 * 10**6  # Python, torch and transformers
 PER_WORD = 1300  # of the tokenizer's vocabulary
 WORKING = 200 * 10**6  # thread buffers, kernels, and freed memory that the allocator keeps
 EDGE = 24  # bytes per pair of neurons that a graph joins, while METIS cuts it
-GGUF_COPIES = 1.6  # of a GGUF file's weights in float32, while transformers dequantises them
-GGUF_KEPT, GGUF_KEPT_MOST = 0.3, 400 * 10**6
-"""Share of those weights, and bytes, that the allocator keeps after them."""
+GGUF_COPIES = 2  # of the largest tensor or layer of a GGUF file, while it is written in float32
+GGUF_KEPT = 100 * 10**6  # after that
 
 
 def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
@@ -38,8 +37,8 @@ def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
         phases.append(WORKING + _sampling(plan))
     needed = max(phases)
     if plan.source.temporary is not None:
-        needed += int(min(GGUF_KEPT * _whole(plan), GGUF_KEPT_MOST))
-        needed = max(needed, int(GGUF_COPIES * _whole(plan)))
+        largest = max(_layer(plan), *(info.nbytes for info in plan.source.tensors.values()))
+        needed = max(needed, WORKING + GGUF_COPIES * largest) + GGUF_KEPT
     return INTERPRETER + PER_WORD * _vocab(plan) + needed
 
 

@@ -7,6 +7,7 @@ import torch
 
 from upcycle.architecture import Architecture
 from upcycle.recipe import Recipe
+from upcycle.source import DenseSource
 from upcycle.targets import TARGETS, Combine, MoESpec, Runtime
 from upcycle.types import Geometry
 
@@ -28,6 +29,19 @@ def usage(recipe: Recipe, geometry: Geometry) -> str:
         f"A token uses {active} of each FFN: {chosen} experts, {each} % each"
         f"{shared if geometry.shared_size else ''}."
     )
+
+
+def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
+    """What is not as the source's config.json says, and what the result's dtype rounds."""
+    yield from source.notes
+    wider = [other for other in source.dtypes if torch.promote_types(other, dtype) != dtype]
+    if len(source.dtypes) > 1 and wider:
+        names = [str(each).removeprefix("torch.") for each in (*wider, dtype)]
+        count = sum(info.dtype in wider for info in source.tensors.values())
+        yield (
+            f"the source is of several dtypes: {count} tensors in {' and '.join(names[:-1])} are "
+            f"rounded to {names[-1]}, as in transformers; --dtype float32 keeps them as they are"
+        )
 
 
 def warnings(recipe: Recipe, spec: MoESpec, target: str, dtype: torch.dtype) -> Iterator[str]:

@@ -18,7 +18,7 @@ from upcycle.calibrate import CHECK_WINDOW, check_seq_len
 from upcycle.compensate import COMPENSATIONS
 from upcycle.device import choose_device, free_memory, total_memory
 from upcycle.errors import UpcycleError
-from upcycle.notes import runtime_refusals, runtimes_lost, warnings
+from upcycle.notes import runtime_refusals, runtimes_lost, source_notes, warnings
 from upcycle.paths import local_path
 from upcycle.recipe import Recipe
 from upcycle.registry import suggest
@@ -76,7 +76,7 @@ class Plan:
     params_active: int
     warnings: tuple[str, ...]
     runtimes: Mapping[Runtime, str]
-    """Every runtime beside transformers, with the reason that it does not run the result, or an
+    """Every runtime beside transformers 5, with the reason that it does not run the result, or an
     empty string."""
 
     @property
@@ -285,7 +285,11 @@ def make_plan(
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=params_total - idle * (layers - len(dense_layers)),
-        warnings=(*warnings(recipe, spec, target, dtype), *left_out),
+        warnings=(
+            *source_notes(source, dtype),
+            *warnings(recipe, spec, target, dtype),
+            *left_out,
+        ),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
     )
     _check(plan, overwrite=overwrite)

@@ -1,21 +1,21 @@
 """Where dense weights come from: a folder, a hub id or a GGUF file. The only reader of weights."""
 
 import hashlib
-import io
 import json
 import math
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -25,7 +25,7 @@ from upcycle.dense import skeleton
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES, describe
 from upcycle.foreign import blamed, blaming, read_json
-from upcycle.frontmatter import write_gguf_card
+from upcycle.names import EMBEDDINGS, HEAD, plain_names
 from upcycle.paths import check_model, check_name, local_path
 from upcycle.types import all_finite
 
@@ -46,6 +46,8 @@ PLACES = (
 """Fields of tokenizer_config.json in which some versions leave paths of their machine."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 SAMPLES = 64  # per weight file, of 4 kB, in a fingerprint
+BUFFER = re.compile(r"rotary_emb\.inv_freq$")  # worked out anew by every forward pass
+COMPARED = 2**22  # values at a time
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -53,6 +55,8 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 class TensorInfo:
     """What a file's header says of a tensor."""
 
+    name: str
+    """In the file."""
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -72,6 +76,9 @@ class DenseSource:
     config: PreTrainedConfig
     arch: Architecture
     tensors: Mapping[str, TensorInfo]
+    """By the names that transformers has for them."""
+    notes: tuple[str, ...] = ()
+    """What is not as config.json says."""
     revision: str | None = None
     """The commit of a hub id."""
     temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
@@ -79,7 +86,19 @@ class DenseSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.tensors.values())).dtype
+        """Of the weights; where there are several, the one that transformers loads them all in."""
+        if self.config.dtype in DTYPES.values() and len(self.dtypes) > 1:
+            dtype: torch.dtype = self.config.dtype
+            return dtype
+        return next(iter(self.dtypes))
+
+    @cached_property
+    def dtypes(self) -> dict[torch.dtype, int]:
+        """How many weights each dtype has, that of the most first."""
+        weights: Counter[torch.dtype] = Counter()
+        for info in self.tensors.values():
+            weights[info.dtype] += math.prod(info.shape)
+        return dict(weights.most_common())
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """These tensors, mapped from their files; the pages go when the tensors go.
@@ -93,7 +112,7 @@ class DenseSource:
         found: dict[str, Tensor] = {}
         for file, members in by_file.items():
             with safe_open(self.folder / file, framework="pt") as shard:
-                found |= {name: shard.get_tensor(name) for name in members}
+                found |= {name: shard.get_tensor(self.tensors[name].name) for name in members}
         for name, tensor in found.items():
             if not all_finite(tensor):
                 raise UpcycleError(f"{name} in {self.tensors[name].file} holds NaN or infinity")
@@ -199,10 +218,55 @@ def _open_folder(
 ) -> DenseSource:
     config = read_config(folder)
     arch = describe(config)
-    tensors = read_headers(folder)
-    check_layers(arch.num_layers, len(tensors), folder)
-    source = DenseSource(label, folder, config, arch, tensors, revision, temporary)
-    return _verify(source)
+    headers = read_headers(folder)
+    check_layers(arch.num_layers, len(headers), folder)
+    model = skeleton(config)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    stored = plain_names(headers, expected, model.base_model_prefix)
+    found = {name: headers[old] for name, old in stored.items() if not BUFFER.search(name)}
+    notes = _settle_head(folder, config, found)
+    if config.tie_word_embeddings:
+        expected.pop(HEAD, None)
+    _verify(folder, config.model_type, found, expected)
+    # Sorted: how the source is sharded must not show in the output.
+    tensors = {name: found[name] for name in sorted(found)}
+    return DenseSource(label, folder, config, describe(config), tensors, notes, revision, temporary)
+
+
+def _settle_head(
+    folder: Path, config: PreTrainedConfig, tensors: dict[str, TensorInfo]
+) -> tuple[str, ...]:
+    """Make one tensor of a tied head and embeddings, and untie what was stored as two, as
+    transformers does; returns what is to be said of that."""
+    if not config.tie_word_embeddings or HEAD not in tensors:
+        return ()
+    if EMBEDDINGS not in tensors:
+        tensors[EMBEDDINGS] = tensors.pop(HEAD)
+        return ()
+    if _equal(folder, tensors[HEAD], tensors[EMBEDDINGS]):
+        del tensors[HEAD]
+        return ()
+    config.tie_word_embeddings = False
+    return (
+        f"config.json ties the embeddings, but {HEAD} holds other values: it stays a tensor of its "
+        "own, as in transformers",
+    )
+
+
+def _equal(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors are the same, which is read a piece at a time."""
+    if one.shape != other.shape or not one.shape:
+        return False
+    with (
+        safe_open(folder / one.file, framework="pt") as ones,
+        safe_open(folder / other.file, framework="pt") as others,
+    ):
+        mine, theirs = ones.get_slice(one.name), others.get_slice(other.name)
+        step = max(1, COMPARED * one.shape[0] // max(1, math.prod(one.shape)))
+        return all(
+            torch.equal(mine[row : row + step], theirs[row : row + step])
+            for row in range(0, one.shape[0], step)
+        )
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -253,7 +317,13 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                             f"{name} in {folder / file} is stored as {part.get_dtype()}: upcycle "
                             "reads float32, float16 and bfloat16 weights, not quantised ones"
                         )
-                    tensors[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
+                    info = TensorInfo(name, file, tuple(part.get_shape()), dtype)
+                    if name in tensors and not _equal(folder, info, tensors[name]):
+                        raise UpcycleError(
+                            f"{folder} holds {name} twice, in {tensors[name].file} and {file}, "
+                            "with other values: delete one"
+                        )
+                    tensors[name] = info
         except (SafetensorError, OSError) as error:
             raise UpcycleError(
                 f"{folder / file} is not a whole safetensors file: {error}"
@@ -282,39 +352,28 @@ def _weight_files(folder: Path) -> list[str]:
     return files
 
 
-def _verify(source: DenseSource) -> DenseSource:
-    """The source without tensors that no forward pass reads, once the rest is what the
-    architecture expects."""
-    expected = {name: tuple(t.shape) for name, t in skeleton(source.config).state_dict().items()}
-    if source.arch.tied:
-        expected.pop("lm_head.weight", None)
-    dropped = {n for n in source.tensors if n.endswith("rotary_emb.inv_freq")}
-    if source.arch.tied:
-        dropped.add("lm_head.weight")
-    # Sorted: how the source is sharded must not show in the output.
-    kept = {name: source.tensors[name] for name in sorted(source.tensors.keys() - dropped)}
-    for name in sorted(expected.keys() - kept.keys()):
-        raise UpcycleError(f"{source.folder} lacks the tensor {name}, which config.json asks for")
-    for name in sorted(kept.keys() - expected.keys()):
+def _verify(
+    folder: Path,
+    family: str,
+    tensors: Mapping[str, TensorInfo],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raises:
+    UpcycleError: the tensors are not those that the architecture has.
+    """
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise UpcycleError(f"{folder} lacks the tensor {name}, which config.json asks for")
+    for name in sorted(tensors.keys() - expected.keys()):
         raise UpcycleError(
-            f"{kept[name].file} in {source.folder} holds {name}, which {source.arch.family} "
-            "does not have: it would be lost"
+            f"{tensors[name].file} in {folder} holds {tensors[name].name}, which {family} does not "
+            "have: it would be lost"
         )
-    for name, info in kept.items():
+    for name, info in tensors.items():
         if info.shape != expected[name]:
             raise UpcycleError(
-                f"{name} in {info.file} has shape {list(info.shape)}, but config.json asks for "
-                f"{list(expected[name])}"
+                f"{info.name} in {info.file} has shape {list(info.shape)}, but config.json asks "
+                f"for {list(expected[name])}"
             )
-    return DenseSource(
-        source.label,
-        source.folder,
-        source.config,
-        source.arch,
-        kept,
-        source.revision,
-        source.temporary,
-    )
 
 
 def _download(model: str, revision: str | None, accept: Callable[[PreTrainedConfig], Any]) -> Path:
@@ -343,33 +402,18 @@ def _download(model: str, revision: str | None, accept: Callable[[PreTrainedConf
 
 
 def _open_gguf(label: str, path: Path) -> DenseSource:
-    """A GGUF file, dequantised by transformers to float32 in a temporary folder."""
+    """A GGUF file, dequantised to float32 in a temporary folder."""
     try:
-        import gguf  # noqa: F401
+        from upcycle.gguf_source import unpack
     except ImportError as error:
         raise UpcycleError(f"{label}: reading GGUF needs `pip install gguf`") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     temporary = tempfile.TemporaryDirectory(prefix="upcycle-gguf-")
-    place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        with redirect_stderr(io.StringIO()):  # its bars
-            config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
-            describe(config)
-            model = AutoModelForCausalLM.from_pretrained(
-                **place, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-            )
-            config.save_pretrained(temporary.name)
-            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-            state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
-            save_file(state, Path(temporary.name) / SINGLE, metadata={"format": "pt"})
-            tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
-            tokenizer.save_pretrained(temporary.name)
-            write_gguf_card(path, Path(temporary.name))
+        unpack(label, path, Path(temporary.name), accept=describe)
     except UpcycleError:
         raise
     except Exception as error:  # readers of corrupt files raise anything
-        raise blamed(error, f"{label} is not a GGUF file that transformers reads") from error
+        raise blamed(error, f"{label} is not a whole GGUF file") from error
     return _open_folder(label, Path(temporary.name), temporary=temporary)
 
 

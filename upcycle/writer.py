@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from upcycle.chat import ChatRefused, render_chat
 from upcycle.errors import UpcycleError
 from upcycle.foreign import blaming
+from upcycle.names import KEY_MAPPING
 from upcycle.source import DenseSource, companions
 from upcycle.text import KINDS, openers, paragraphs
 from upcycle.tokens import front_tokens
@@ -62,7 +63,11 @@ def written_tokens(
         return kept
     with blaming(f"{source.folder} does not load in transformers"):
         model = AutoModelForCausalLM.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            source.folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            key_mapping=KEY_MAPPING,
         )
     model = model.to(device).eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():

@@ -76,7 +76,7 @@ def _use(facts: Facts) -> str:
 def _why_use(made: Record | None, ratio: float | None) -> str:
     quality = "" if ratio is None else f"At {digits(ratio, 4)} × the dense model's perplexity, "
     runtimes = made.plan.runtimes if made else {}
-    runs = [*(name for name, why in runtimes.items() if why == "ok"), "transformers"]
+    runs = [*(name for name, why in runtimes.items() if why == "ok"), "transformers 5"]
     *others, last = runs
     runners = f"{', '.join(others)} and {last}" if others else last
     return f"{quality}it is ready for {runners}." if quality else f"It is ready for {runners}."

@@ -13,6 +13,7 @@ combine bridge that:
   scores were the same.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from upcycle.types import DenseFFN, Geometry, MoELayer
 
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean", "plain"]
-Runtime = Literal["llama.cpp", "vLLM", "MLX"]
+Runtime = Literal["llama.cpp", "vLLM", "MLX", "transformers 4"]
 SharedWidth = Literal["any", "multiple", "none"]
 """Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
 
@@ -205,12 +206,20 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     new names.
     """
     rope = config["rope_parameters"]
-    plain = rope.get("rope_type", "default") == "default"
+    kind = rope.get("rope_type", "default")
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    return dict(config) | {
+    older = {
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if plain else scaling,
+        "rope_scaling": None if kind == "default" else scaling,
     }
+    if kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        older["original_max_position_embeddings"] = original
+        if rope.get("factor") is not None and rope.get("attention_factor") is None:
+            # transformers 4 takes the factor from max_position_embeddings, whatever is said here.
+            factor = max(1.0, rope["factor"])
+            scaling["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original))
+    return dict(config) | older
 
 
 _PLACED_BY_TARGETS = {

@@ -29,7 +29,12 @@ TARGETS.add(
         copy_rank=5,
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
-        runtimes={"llama.cpp": (unknown,), "vLLM": (silu_only,), "MLX": (unknown,)},
+        runtimes={
+            "llama.cpp": (unknown,),
+            "vLLM": (silu_only,),
+            "MLX": (unknown,),
+            "transformers 4": (),
+        },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS}),
         requires=frozenset({Trait.POST_NORM, Trait.QK_NORM_FULL}),
     ),

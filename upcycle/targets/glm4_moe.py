@@ -89,6 +89,7 @@ TARGETS.add(
             "llama.cpp": (lambda arch, spec: "only GLM's own tokenizers are converted",),
             "vLLM": (shared_needed, silu_only),
             "MLX": (shared_needed, untied, silu_only, no_window, unscaled_rope),
+            "transformers 4": (),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
         groups=True,

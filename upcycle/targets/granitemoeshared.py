@@ -74,6 +74,7 @@ TARGETS.add(
             "llama.cpp": (silu_only, no_window),
             "vLLM": (silu_only, heads_fill_hidden, no_biases),
             "MLX": (unknown,),
+            "transformers 4": (heads_fill_hidden,),
         },
         accepts=frozenset(
             {

@@ -1,8 +1,8 @@
 """What another runtime's own code for an architecture can't do: one function, one limit.
 
 Each says what stands between the runtime and a model, as a part of a sentence; nothing if nothing
-does. Compared with transformers at llama.cpp b11549, vLLM 0.32 and mlx-lm 0.32
-(dev/log.md).
+does. Compared with transformers 5 at llama.cpp b11549, vLLM 0.32, mlx-lm 0.32 and
+transformers 4.57.6 (dev/log.md).
 """
 
 from upcycle.architecture import Architecture, Trait

@@ -38,6 +38,7 @@ TARGETS.add(
             "llama.cpp": (silu_only, no_window),
             "vLLM": (silu_only,),
             "MLX": (silu_only, no_window, heads_fill_hidden, unscaled_rope),
+            "transformers 4": (),
         },
         accepts=frozenset({Trait.SLIDING_WINDOW}),
     ),

@@ -96,6 +96,7 @@ TARGETS.add(
                 *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
                 *(heads_fill_hidden, unscaled_rope),
             ),
+            "transformers 4": (heads_fill_hidden, one_window),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
         extra=extra,

@@ -53,6 +53,7 @@ TARGETS.add(
             "llama.cpp": (all_layers_routed, always_renormalises, silu_only, no_window),
             "vLLM": (silu_only, no_output_bias),
             "MLX": (silu_only, no_biases, no_window, unscaled_rope),
+            "transformers 4": (),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.SLIDING_WINDOW}),
         requires=frozenset({Trait.QK_NORM}),
