@@ -274,6 +274,7 @@ TRAINING = (
             "A .txt, .jsonl (text or chat messages) or .parquet file, builtin or "
             "hf:DATASET[:split[:column]]; several, joined by +, in equal parts.",
         ),
+        ("assistant_only_loss", bool, "Learn the assistant's turns of chats alone."),
         ("tokens", int, "To train on, from all over a file; its end validates."),
         ("steps", int, "Instead of --tokens."),
         ("seq_len", int, "Tokens per sequence. [default: 512]"),

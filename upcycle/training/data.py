@@ -1,16 +1,18 @@
 """Training text: packed sequences from all over it, its end held out."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from upcycle.calibrate import Drawn, drawn_tokens
+from upcycle.calibrate import Drawn, drawn_tokens, load_tokenizer
 from upcycle.errors import UpcycleError
 from upcycle.paths import local_path
 from upcycle.rng import generator
-from upcycle.text import texts
+from upcycle.text import documents, texts
+from upcycle.training.assistant import chat_stream
 
 SPREAD = 2
 """Less than calibration's: there is much more to train on."""
@@ -30,10 +32,12 @@ class Used:
 
 @dataclass(frozen=True)
 class Data:
-    """Token ids and which of them are text, the rest being padding; [sequences, seq_len] each."""
+    """Token ids, which of them are text, the rest being padding, and which of these are to be
+    learnt; [sequences, seq_len] each."""
 
     tokens_BL: Tensor
     mask_BL: Tensor
+    scored_BL: Tensor
     used: tuple[Used, ...] = ()
     """Of each text, where this is all of what is trained on."""
 
@@ -41,7 +45,18 @@ class Data:
         return len(self.tokens_BL)
 
     def take(self, rows: Tensor) -> "Data":
-        return Data(self.tokens_BL[rows], self.mask_BL[rows])
+        return Data(self.tokens_BL[rows], self.mask_BL[rows], self.scored_BL[rows])
+
+    @property
+    def foretelling_BL(self) -> Tensor:
+        """Tokens after which one comes that is to be learnt, as far as the sequence tells."""
+        last_B1 = self.scored_BL[:, -1:]
+        return self.mask_BL & torch.cat([self.scored_BL[:, 1:], last_B1], dim=1)
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are to be learnt; of a sequence's first none can be foretold."""
+        return int(self.scored_BL[:, 1:].sum())
 
 
 def training_data(
@@ -53,6 +68,7 @@ def training_data(
     train_tokens: int,
     validation_tokens: int,
     seed: int,
+    assistant_only: bool = False,
 ) -> tuple[Data, Data]:
     """What to train on, and what to validate on.
 
@@ -66,6 +82,8 @@ def training_data(
         text: files, `builtin` or `hf:…`, as for calibration; .jsonl may hold chats ("messages").
         train_tokens, validation_tokens: how many to read at most; validation gets at most a tenth
             of what there is, but at least one sequence.
+        assistant_only: of chats only the assistant's turns are to be learnt. Sequences that hold
+            nothing of them are left out.
 
     Raises:
         UpcycleError: a text can't be read, or holds less than two sequences.
@@ -75,8 +93,12 @@ def training_data(
     for name in names:
         wanted = -(-(train_tokens + validation_tokens) // len(names))
         rows, spread = -(-wanted // seq_len), 1 if name.startswith("hf:") else SPREAD
-        drawn = drawn_tokens(folder, vocab_size, name, rows, seq_len, seed=seed, spread=spread)
-        train, held = _pack(name, drawn.ids, seq_len, validation_tokens // len(names))
+        if assistant_only:
+            drawn, scored = _chats(folder, name, rows, seq_len, seed)
+        else:
+            drawn = drawn_tokens(folder, vocab_size, name, rows, seq_len, seed=seed, spread=spread)
+            scored = torch.ones_like(drawn.ids, dtype=torch.bool)
+        train, held = _pack(name, drawn.ids, scored, seq_len, validation_tokens // len(names))
         parts.append((train, held))
         used.append(_used(name, drawn, train, held))
     trains, helds = zip(*parts, strict=True)
@@ -91,7 +113,29 @@ def _used(name: str, drawn: Drawn, train: Data, held: Data) -> Used:
     return Used(path.name if path.is_file() else name, tokens, held_out, total)
 
 
-def _pack(name: str, ids: Tensor, seq_len: int, validation_tokens: int) -> tuple[Data, Data]:
+def _chats(folder: Path, name: str, rows: int, seq_len: int, seed: int) -> tuple[Drawn, Tensor]:
+    """As `drawn_tokens`, and which of the tokens the assistant wrote."""
+    most = sys.maxsize if local_path(name).is_file() else rows * seq_len
+    found = chat_stream(load_tokenizer(folder), documents(name, seed), folder, most)
+    ids, scored = torch.tensor(found[0], dtype=torch.int64), torch.tensor(found[1])
+    total = len(ids) if len(ids) < most else None
+    whole = len(ids) // seq_len * seq_len
+    kept = scored[:whole].view(-1, seq_len)[:, 1:].any(1).nonzero()[:, 0]
+    if len(kept) < 2:
+        raise UpcycleError(
+            f"--data {name!r} holds {len(kept)} sequences of {seq_len} with words of the "
+            "assistant, but two are the least to train and validate on: lower --seq-len, or give "
+            "more chats"
+        )
+    if len(kept) > rows:
+        kept = kept[torch.linspace(0, len(kept) - 1, rows).round().long()]
+    ids_BL, scored_BL = ids[:whole].view(-1, seq_len), scored[:whole].view(-1, seq_len)
+    return Drawn(ids_BL[kept].flatten(), total), scored_BL[kept].flatten()
+
+
+def _pack(
+    name: str, ids: Tensor, scored: Tensor, seq_len: int, validation_tokens: int
+) -> tuple[Data, Data]:
     if len(ids) < seq_len + 2:
         raise UpcycleError(
             f"--data {name!r} holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
@@ -105,12 +149,18 @@ def _pack(name: str, ids: Tensor, seq_len: int, validation_tokens: int) -> tuple
     tokens_BL = tokens_BL.view(rows, seq_len)
     mask_BL = (torch.arange(rows * seq_len) < len(ids)).view(rows, seq_len)
     held = max(1, min(validation_tokens // seq_len, rows // 10))
-    whole = Data(tokens_BL, mask_BL)
+    scored_BL = torch.zeros_like(mask_BL)
+    scored_BL.view(-1)[: len(ids)] = scored[: len(ids)]
+    whole = Data(tokens_BL, mask_BL, scored_BL)
     return whole.take(torch.arange(rows - held)), whole.take(torch.arange(rows - held, rows))
 
 
 def _join(parts: tuple[Data, ...]) -> Data:
-    return Data(torch.cat([p.tokens_BL for p in parts]), torch.cat([p.mask_BL for p in parts]))
+    return Data(
+        torch.cat([p.tokens_BL for p in parts]),
+        torch.cat([p.mask_BL for p in parts]),
+        torch.cat([p.scored_BL for p in parts]),
+    )
 
 
 def batch_rows(sequences: int, batch_size: int, step: int, seed: int) -> Tensor:

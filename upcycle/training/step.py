@@ -93,8 +93,9 @@ def take_step(run: Run) -> Row:
     settings, accelerator = run.settings, run.accelerator
     batches = _micro_batches(run)
     counted = sum(int(batch.mask_BL.sum()) for batch in batches)
+    scored = sum(batch.scored for batch in batches)
     counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in run.blocks]
-    row = _gradients(run, batches, counted, counts)
+    row = _gradients(run, batches, scored, counts)
     if run.step == 0:
         _check_router_gradient(run)
     row["grad_norm"] = float(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip))
@@ -108,11 +109,11 @@ def take_step(run: Run) -> Row:
     return {"step": run.step + 1} | row | {"tokens": counted} | _balance(run, counts)
 
 
-def _gradients(run: Run, batches: list[Data], counted: int, counts: list[Tensor]) -> Row:
+def _gradients(run: Run, batches: list[Data], scored: int, counts: list[Tensor]) -> Row:
     """This process's part of the gradients of a batch, and its losses.
 
     Args:
-        counted: tokens of the batch that are no padding.
+        scored: tokens of the batch that are to be learnt.
         counts: per block [E], to which each expert's selections are added.
     """
     settings, accelerator = run.settings, run.accelerator
@@ -129,7 +130,7 @@ def _gradients(run: Run, batches: list[Data], counted: int, counts: list[Tensor]
             if run.step == 0 and number == 1:
                 _check_effect(run, terms)
             # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
-            share = int(batch.mask_BL.sum()) / counted * accelerator.num_processes
+            share = batch.scored / scored * accelerator.num_processes
             weighted = {name: getattr(settings, name) * term for name, term in terms.items()}
             loss = share * torch.stack(list(weighted.values())).sum()
             accelerator.backward(loss)
@@ -174,6 +175,7 @@ def _terms(run: Run, batch: Data, counts: list[Tensor]) -> Iterator[tuple[str, T
     selections are added to the step's counts."""
     settings, device = run.settings, run.accelerator.device
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
+    scored_BL, foretelling_BL = batch.scored_BL.to(device), batch.foretelling_BL.to(device)
     mask_T = mask_BL.flatten()
     arguments = {
         "input_ids": tokens_BL,
@@ -190,9 +192,9 @@ def _terms(run: Run, batch: Data, counts: list[Tensor]) -> Iterator[tuple[str, T
     for count_E, routed in zip(counts, run.tap.routed, strict=True):
         count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
     if settings.next_token:
-        yield "next_token", losses.next_token_loss(out.logits, tokens_BL, mask_BL)
+        yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
     if settings.distill and expected is not None:
-        yield "distill", losses.distillation_loss(out.logits, expected.logits, mask_BL)
+        yield "distill", losses.distillation_loss(out.logits, expected.logits, foretelling_BL)
     if settings.match_layers and expected is not None:
         hidden = out.hidden_states[1:], expected.hidden_states[1:]
         yield "match_layers", losses.layer_match_loss(*hidden, mask_BL)
