@@ -288,7 +288,7 @@ TRAINING = (
         ("next_token", float, "Weight of the next-token loss."),
         ("distill", float, "Weight of the KL divergence from the teacher."),
         ("match_layers", float, "Weight of the distance from the teacher's hidden states."),
-        ("balance", float, "Weight of the load-balancing loss, over the sequences of a step."),
+        ("balance", float, "Weight of the load-balancing loss, over all sequences of a step."),
         (
             "balance_bias",
             float,
