@@ -16,6 +16,7 @@ from reference import (
 
 import upcycle
 from upcycle import UpcycleError
+from upcycle.training.run import finetune
 
 COPIES, SHARDS = 8, 4
 PER_COPY = {"method": "copy", "experts": COPIES, "granularity": SHARDS, "calibration": "none"}
@@ -185,3 +186,23 @@ def test_the_check_measures_whole_copies(dense, tmp_path):
     wanted = PER_COPY | {"calibration": "builtin", "seq_len": 32, "top_k": SHARDS}
     done = upcycle.convert(str(dense()), tmp_path / "out", **wanted)
     assert done.check.exact_error < 1e-5
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["mixtral", "glm4_moe"])
+def test_one_copy_per_token_trains_its_router_without_a_balancing_loss(
+    dense, moe, text, tmp_path, target
+):
+    """By how it weights the copy's shards, whose weights are all the same at first."""
+    folder = moe(dense(), target=target, top_k=SHARDS, **PER_COPY)
+    settings = {"steps": 2, "seq_len": 32, "batch_size": 2, "validation_tokens": 32, "lr": 1e-3}
+    quiet = {"balance": 0, "z_loss": 0, "keep_best": False, "warmup": 0}
+    done = finetune(
+        str(folder), tmp_path / "out", preset="specialise", data=str(text), **settings, **quiet
+    )
+    before, after = (routers(load(f)) for f in (folder, done.out))
+    for one, other in zip(before, after, strict=True):
+        moved_EG = (other.weight - one.weight).detach().view(COPIES, SHARDS, -1)
+        assert (moved_EG != moved_EG[:, :1]).any()

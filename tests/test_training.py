@@ -366,6 +366,18 @@ def test_the_best_state_is_the_result(split, train, tmp_path):
     assert held_out_loss(last, QUICK) == pytest.approx(validations[8], abs=1e-4)
 
 
+def test_balance_is_of_the_whole_batch_whatever_its_parts(split, train, tmp_path):
+    """Of four sequences at once, or one by one."""
+    wanted = {"balance": 5.0, "z_loss": 0.0, "keep_best": False, "warmup": 0}
+    logs = [
+        train(split(), tmp_path / str(size), micro_batch=size, **wanted).log for size in (4, 2, 1)
+    ]
+    for other in logs[1:]:
+        for row, expected in zip(other, logs[0], strict=True):
+            for name in row.keys() & {"balance", "grad_norm", "loss"}:
+                assert row[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
 def no_constant(name):
     raise AssertionError(f"{name} is not JSON")
 
@@ -393,8 +405,8 @@ def test_the_best_state_is_the_best_there_was(split, train, tmp_path, monkeypatc
     """Of a run that learns, until its third step has a loss that is no number."""
     terms = step._terms
 
-    def broken(run, batch, counts):
-        yield from terms(run, batch, counts)
+    def broken(run, *args):
+        yield from terms(run, *args)
         if run.step == 2:
             yield "z_loss", torch.tensor(math.inf)
 

@@ -39,11 +39,24 @@ def render_chat(
         ChatRefused: the template raises an error.
         UpcycleError: it does not come to an end.
     """
+    answer = _render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    return str(answer["text"])
+
+
+def render_marked(
+    tokenizer: Any, messages: list[dict[str, Any]]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The same, and the characters, from and to, that its `{% generation %}` marks enclose."""
+    answer = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+    return str(answer["text"]), [(begin, end) for begin, end in answer["marked"]]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], **settings: bool) -> dict[str, Any]:
     # What tokenizers' apply_chat_template does.
     request = dict(tokenizer.special_tokens_map) | {
         "conversations": [[{k: v for k, v in turn.items() if v is not None} for turn in messages]],
         "chat_template": tokenizer.get_chat_template(),
-        "add_generation_prompt": add_generation_prompt,
+        **settings,
     }
     answer = _ask(json.dumps(request))
     if "refused" in answer:
@@ -53,10 +66,10 @@ def render_chat(
             f"the tokenizer's chat template does not come to an end ({answer['endless']}): give "
             "text without chats, or correct the template"
         )
-    return answer["text"]
+    return answer
 
 
-def _ask(request: str) -> dict[str, str]:
+def _ask(request: str) -> dict[str, Any]:
     """What the process answers; it is ended if it does not do so in time."""
     process = _process()
     assert process.stdin is not None
@@ -73,7 +86,7 @@ def _ask(request: str) -> dict[str, str]:
         process.kill()
         process.communicate()
         return {"endless": "it broke off" if ready else f"{SECONDS:.0f} s"}
-    answer: dict[str, str] = json.loads(line)
+    answer: dict[str, Any] = json.loads(line)
     return answer
 
 

@@ -18,14 +18,14 @@ MEMORY = 4 * 2**30
 def answer(request: dict[str, object]) -> dict[str, object]:
     """The text, or the template's error."""
     try:
-        rendered, _ = render_jinja_template(**request)
+        rendered, marked = render_jinja_template(**request)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         return {"refused": str(error) or type(error).__name__}
     except (RecursionError, MemoryError, OverflowError) as error:
         return {"endless": type(error).__name__}
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"}
-    return {"text": rendered[0]}
+    return {"text": rendered[0], "marked": marked[0] if marked else []}
 
 
 def main() -> None:

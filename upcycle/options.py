@@ -281,6 +281,7 @@ TRAINING = (
             "A file or folder of text or chats, builtin or "
             "hf:DATASET[@config][:split[:column]]; several, joined by +, in equal parts.",
         ),
+        ("assistant_only_loss", bool, "Learn the assistant's turns of chats alone."),
         ("tokens", int, "To train on, from all over a file; its end validates."),
         ("steps", int, "Instead of --tokens."),
         ("seq_len", int, "Tokens per sequence. [default: 512]"),
@@ -294,7 +295,7 @@ TRAINING = (
         ("next_token", float, "Weight of the next-token loss."),
         ("distill", float, "Weight of the KL divergence from the teacher."),
         ("match_layers", float, "Weight of the distance from the teacher's hidden states."),
-        ("balance", float, "Weight of the load-balancing loss, over the sequences of a step."),
+        ("balance", float, "Weight of the load-balancing loss, over all sequences of a step."),
         (
             "balance_bias",
             float,

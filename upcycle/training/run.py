@@ -204,6 +204,7 @@ def _data(job: Job) -> tuple[Data, Data]:
         train_tokens=settings.total_steps * settings.step_tokens,
         validation_tokens=settings.validation_tokens,
         seed=settings.seed,
+        assistant_only=settings.assistant_only_loss,
     )
 
 

@@ -41,6 +41,8 @@ class Training(BaseModel):
     """Add low-rank changes to the weights at the end and write a plain checkpoint."""
 
     data: str = "builtin"
+    assistant_only_loss: bool = False
+    """Learn the assistant's turns of chats alone, by the tokenizer's chat template."""
     tokens: PositiveInt | None = None
     steps: PositiveInt | None = None
     seq_len: PositiveInt = Field(default=512, ge=8)

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from upcycle.foreign import blaming
@@ -29,6 +30,10 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def put_back(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """What `trained_tensors` gave."""
+    for module in model.modules():
+        # What a forward pass has gathered of the shards would outlive their new values.
+        if isinstance(module, FSDPModule):
+            module.reshard()
     for name, tensor in _changing(model):
         tensor.copy_(_like(tensors[name], tensor))
 

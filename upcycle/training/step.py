@@ -93,8 +93,9 @@ def take_step(run: Run) -> Row:
     settings, accelerator = run.settings, run.accelerator
     batches = _micro_batches(run)
     counted = sum(int(batch.mask_BL.sum()) for batch in batches)
+    scored = sum(batch.scored for batch in batches)
     counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in run.blocks]
-    row = _gradients(run, batches, counted, counts)
+    row = _gradients(run, batches, scored, counts)
     if run.step == 0:
         _check_router_gradient(run)
     row["grad_norm"] = float(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip))
@@ -108,11 +109,11 @@ def take_step(run: Run) -> Row:
     return {"step": run.step + 1} | row | {"tokens": counted} | _balance(run, counts)
 
 
-def _gradients(run: Run, batches: list[Data], counted: int, counts: list[Tensor]) -> Row:
+def _gradients(run: Run, batches: list[Data], scored: int, counts: list[Tensor]) -> Row:
     """This process's part of the gradients of a batch, and its losses.
 
     Args:
-        counted: tokens of the batch that are no padding.
+        scored: tokens of the batch that are to be learnt.
         counts: per block [E], to which each expert's selections are added.
     """
     settings, accelerator = run.settings, run.accelerator
@@ -122,20 +123,40 @@ def _gradients(run: Run, batches: list[Data], counted: int, counts: list[Tensor]
     torch.manual_seed(
         draw_seed(generator(settings.seed, f"step {accelerator.process_index}", run.step))
     )
+    load = _load(run, mine) if settings.balance and len(batches) > 1 else counts
     for number, batch in enumerate(mine, 1):
         last = number == len(mine)
         with nullcontext() if last else accelerator.no_sync(run.model):
-            terms = dict(_terms(run, batch, counts))
+            terms = dict(_terms(run, batch, counts, load))
             if run.step == 0 and number == 1:
                 _check_effect(run, terms)
             # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
-            share = int(batch.mask_BL.sum()) / counted * accelerator.num_processes
+            share = batch.scored / scored * accelerator.num_processes
             weighted = {name: getattr(settings, name) * term for name, term in terms.items()}
             loss = share * torch.stack(list(weighted.values())).sum()
             accelerator.backward(loss)
         for name, value in {"loss": loss / share, **terms}.items():
             row[name] = row.get(name, 0.0) + share * float(value.detach())
     return row
+
+
+@torch.no_grad()
+def _load(run: Run, mine: list[Data]) -> list[Tensor]:
+    """Per block [E], how often the whole batch selects each expert, by a pass of its own: balance
+    is of all of it, so every part must know it before the first gradient."""
+    device = run.accelerator.device
+    counts = [torch.zeros(block.num_experts, device=device) for block in run.blocks]
+    for batch in mine:
+        with run.tap.recording(), run.accelerator.autocast():
+            run.model(input_ids=batch.tokens_BL.to(device), use_cache=False)
+        _count(run, batch.mask_BL.flatten().to(device), counts)
+    return [run.accelerator.reduce(count_E, "sum") for count_E in counts]
+
+
+def _count(run: Run, mask_T: Tensor, counts: list[Tensor]) -> None:
+    """Add what the last pass selected to the counts."""
+    for count_E, routed in zip(counts, run.tap.routed, strict=True):
+        count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
 
 
 def check_finite(run: Run, measured: dict[str, float], step: int) -> None:
@@ -169,11 +190,18 @@ def _micro_batches(run: Run) -> list[Data]:
     return [run.train.take(part) for part in rows.split(settings.micro_batch)]
 
 
-def _terms(run: Run, batch: Data, counts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _terms(
+    run: Run, batch: Data, counts: list[Tensor], load: list[Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """The losses of a micro-batch that count, each unweighted, under their settings' names; its
-    selections are added to the step's counts."""
+    selections are added to the step's counts.
+
+    Args:
+        load: the whole batch's counts, or `counts` itself if this is the whole of it.
+    """
     settings, device = run.settings, run.accelerator.device
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
+    scored_BL, foretelling_BL = batch.scored_BL.to(device), batch.foretelling_BL.to(device)
     mask_T = mask_BL.flatten()
     arguments = {
         "input_ids": tokens_BL,
@@ -187,20 +215,19 @@ def _terms(run: Run, batch: Data, counts: list[Tensor]) -> Iterator[tuple[str, T
     # Of itself, accelerate rounds in all models but sharded ones.
     with run.tap.recording(), run.accelerator.autocast():
         out = run.model(**arguments)
-    for count_E, routed in zip(counts, run.tap.routed, strict=True):
-        count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
+    _count(run, mask_T, counts)
     if settings.next_token:
-        yield "next_token", losses.next_token_loss(out.logits, tokens_BL, mask_BL)
+        yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
     if settings.distill and expected is not None:
-        yield "distill", losses.distillation_loss(out.logits, expected.logits, mask_BL)
+        yield "distill", losses.distillation_loss(out.logits, expected.logits, foretelling_BL)
     if settings.match_layers and expected is not None:
         hidden = out.hidden_states[1:], expected.hidden_states[1:]
         yield "match_layers", losses.layer_match_loss(*hidden, mask_BL)
     logits = [untempered(r.logits_TE, s) for r, s in zip(run.tap.routed, run.scales, strict=True)]
     if settings.balance:
         each = [
-            losses.balance_loss(_shares(run, z_TE), run.accelerator.reduce(count_E, "sum"), mask_T)
-            for z_TE, count_E in zip(logits, counts, strict=True)
+            losses.balance_loss(_shares(run, z_TE), count_E, mask_T)
+            for z_TE, count_E in zip(logits, load, strict=True)
         ]
         yield "balance", torch.stack(each).mean()
     if settings.z_loss:

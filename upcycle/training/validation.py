@@ -28,20 +28,20 @@ def validate(run: Run) -> None:
     padded = torch.cat([rows, rows[:1].expand(-len(rows) % world)])
     for number, row in enumerate(padded[accelerator.process_index :: world].tolist()):
         batch = run.validation.take(torch.tensor([row]))
-        tokens_BL, mask_BL = (
-            batch.tokens_BL.to(accelerator.device),
-            batch.mask_BL.to(accelerator.device),
+        tokens_BL, scored_BL, foretelling_BL = (
+            each.to(accelerator.device)
+            for each in (batch.tokens_BL, batch.scored_BL, batch.foretelling_BL)
         )
         with accelerator.autocast():
             logits_BLV = run.model(input_ids=tokens_BL, use_cache=False).logits
-        means = [1.0, float(losses.next_token_loss(logits_BLV, tokens_BL, mask_BL)), 0.0, 0.0]
+        means = [1.0, float(losses.next_token_loss(logits_BLV, tokens_BL, scored_BL)), 0.0, 0.0]
         if run.teacher is not None:
             with accelerator.autocast():
                 expected_BLV = run.teacher(input_ids=tokens_BL, use_cache=False).logits
-            means[2] = float(losses.next_token_loss(expected_BLV, tokens_BL, mask_BL))
-            means[3] = float(losses.distillation_loss(logits_BLV, expected_BLV, mask_BL))
+            means[2] = float(losses.next_token_loss(expected_BLV, tokens_BL, scored_BL))
+            means[3] = float(losses.distillation_loss(logits_BLV, expected_BLV, foretelling_BL))
         counts = number * world + accelerator.process_index < len(rows)
-        weight = float(mask_BL[:, 1:].sum()) * counts
+        weight = batch.scored * counts
         sums += weight * torch.tensor(means, device=sums.device)
     run.model.train()
     summed = accelerator.reduce(sums, "sum")
