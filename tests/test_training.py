@@ -6,13 +6,15 @@ import math
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from processes import kill, killed
 from reference import experts, gap, load, logits, read_json, routers, weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from upcycle import UpcycleError
 from upcycle.facts import read_log, read_record
@@ -202,7 +204,8 @@ def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monke
     monkeypatch.setattr(publish, "load_result", wrong)
     with pytest.raises(publish.CheckFailed, match=r"another model\.norm\.weight"):
         train(split(), precision="bf16")
-    assert not files(tmp_path)
+    assert files(tmp_path) >= {Path(".out.partial/aside/state.safetensors")}
+    assert not (tmp_path / "out").exists()
 
 
 def test_mixed_precision_ends_with_its_run(split, train, tmp_path):
@@ -422,18 +425,26 @@ def test_what_stands_in_out_is_safe(split, train, tmp_path):
         train(first.out, first.out, overwrite=True)
 
 
-def test_a_failure_leaves_a_former_result(split, train, monkeypatch):
-    done = train(split())
+def test_a_full_disk_leaves_a_former_result_and_the_saved_state(split, train, monkeypatch):
+    done = train(split(), seed=1)
     before = {path: path.read_bytes() for path in done.out.iterdir()}
 
-    def fail(*_):
-        raise OSError("disk full")
+    def fail(self, place, **_):
+        (place / "model.safetensors").write_bytes(b"torn")
+        (place / ".tmp1234").write_bytes(b"torn")
+        message = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise SafetensorError(message)
 
-    monkeypatch.setattr("upcycle.training.publish._write_model", fail)
-    with pytest.raises(OSError, match="disk full"):
-        train(split(), overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", fail)
+        sentence = r"beside .*out: No space left on device; make room, then --resume goes on from "
+        with pytest.raises(UpcycleError, match=sentence + "step 4"):
+            train(split(), overwrite=True)
     assert {path: path.read_bytes() for path in done.out.iterdir()} == before
-    assert files(done.out.parent) == {p.relative_to(done.out.parent) for p in [done.out, *before]}
+    resumed = train(split(), overwrite=True, resume=True)
+    assert not list(resumed.out.glob(".*"))
+    assert trained_bytes(resumed) == trained_bytes(train(split(), done.out.parent / "other"))
+    assert sorted(p.name for p in done.out.parent.iterdir()) == ["other", "out"]
 
 
 # --- going on --------------------------------------------------------------------------------
@@ -575,7 +586,7 @@ def test_a_model_that_upcycle_did_not_make_trains_too(dense, moe, train, tmp_pat
     (source / "README.md").unlink()
     done = train(source, preset=None)
     assert done.settings.name == "specialise"
-    assert read_json(done.out / "upcycle.json").keys() == {"check", "training"}
+    assert read_json(done.out / "upcycle.json").keys() == {"check", "training", "run"}
     assert (done.out / "README.md").is_file()
 
 

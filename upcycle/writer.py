@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from upcycle.errors import UpcycleError
+from upcycle.paths import write_whole
 from upcycle.source import DenseSource, companions
 from upcycle.text import KINDS, TEMPLATE_ERRORS, openers, paragraphs
 from upcycle.versions import versions
@@ -203,8 +204,6 @@ def _keep(place: Path, tokens: Tensor) -> None:
     """A cache that can't be written is no reason to stop."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(tokens.tolist()), encoding="utf-8")
-        beside.replace(place)
+        write_whole(place, json.dumps(tokens.tolist()))
     except OSError:
         pass

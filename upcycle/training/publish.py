@@ -9,12 +9,14 @@ from typing import Any
 
 import jinja2
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from upcycle.check import TOLERANCE, load_result, relative_error
 from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
-from upcycle.sink import partial_folder
+from upcycle.paths import disk_errors
+from upcycle.sink import Identity, begun_run, result_folder
 from upcycle.source import copy_companions, read_headers
 from upcycle.training.job import Job, Record
 from upcycle.training.settings import Training
@@ -105,7 +107,7 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
     )
     if not run.accelerator.is_main_process:
         return done
-    place = partial_folder(job.out)
+    place = result_folder(job.out)
     stored = next(iter(read_headers(folder).values())).dtype
     if settings.lora:
         _write_adapter(plain, tensors, job.label, place)
@@ -143,7 +145,8 @@ def _write_model(
         name: tensor if name.endswith("correction_bias") else tensor.to(stored)
         for name, tensor in tensors.items()
     }
-    model.save_pretrained(place, state_dict=kept)
+    with disk_errors():
+        model.save_pretrained(place, state_dict=kept)
     shutil.copyfile(folder / "config.json", place / "config.json")
     copy_companions(folder, place)
     written = {name: (info.shape, info.dtype) for name, info in read_headers(place).items()}
@@ -169,7 +172,8 @@ def _check_tensors(written: Any, expected: dict[str, Tensor]) -> None:
 
 def _write_adapter(model: Any, tensors: dict[str, Tensor], label: str, place: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = label
-    model.save_pretrained(place, state_dict=tensors)
+    with disk_errors():
+        model.save_pretrained(place, state_dict=tensors)
     (place / "README.md").unlink(missing_ok=True)  # peft's own card
 
 
@@ -188,7 +192,9 @@ def _write_history(done: Finetuning, folder: Path, place: Path, record: Record) 
     entry["check_before"] = record.check
     history = [*record.training, entry]
     fields = record.model_dump(exclude_unset=True) | {"check": None, "training": history}
+    fields["run"] = TypeAdapter(Identity | None).dump_python(begun_run(done.out))
     (place / "upcycle.json").write_text(json.dumps(fields) + "\n")
+    (place / LOG).write_text("".join(json.dumps(row) + "\n" for row in done.log))
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)

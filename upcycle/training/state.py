@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from upcycle.paths import whole_file
+
 STATE = "state.safetensors"
 
 
@@ -58,13 +60,12 @@ def save_state(
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """One file, whole or as it was before."""
-    draft = path.with_suffix(".draft")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        draft,
-        metadata={"notes": json.dumps(notes)},
-    )
-    draft.rename(path)
+    with whole_file(path) as draft:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            draft,
+            metadata={"notes": json.dumps(notes)},
+        )
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
