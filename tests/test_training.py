@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from upcycle import UpcycleError
+from upcycle import AlreadyFinished, UpcycleError
+from upcycle.device import torch_threads
+from upcycle.evaluate import load_model
 from upcycle.facts import read_log, read_record
 from upcycle.sink import partial_folder
 from upcycle.training.data import training_data
@@ -522,6 +524,45 @@ def test_killed_and_resumed_is_the_same_as_never_stopped(split, train, tmp_path,
     with log.open("a") as file:
         file.write('{"step": 5, "lo')  # a line cut short
     assert trained_bytes(train(split(), resume=True, **settings)) == trained_bytes(whole)
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(split, train):
+    done = train(split(), resume=True)
+    before = {path: path.read_bytes() for path in done.out.iterdir()}
+    with pytest.raises(AlreadyFinished, match="out is the finished result of this run"):
+        train(split(), resume=True)
+    with pytest.raises(UpcycleError, match="exists and is not empty"):
+        train(split(), resume=True, steps=5)
+    assert {path: path.read_bytes() for path in done.out.iterdir()} == before
+
+
+def test_resume_goes_on_with_the_threads_that_the_run_began_with(split, train):
+    seen = []
+    with torch_threads(2), pytest.raises(KeyboardInterrupt):
+        train(split(), watch=at_step(2, interrupt))
+    watch = Watch(row=lambda row, *_: seen.append(torch.get_num_threads()))
+    done = train(split(), resume=True, watch=watch)
+    assert set(seen) == {2}
+    assert read_json(done.out / "upcycle.json")["run"]["threads"] == 2
+
+
+@pytest.mark.parametrize("name", ["model", "text"])
+def test_what_changes_while_it_is_loaded_is_noticed(split, train, repeated, tmp_path, name):
+    source = shutil.copytree(split(), tmp_path / "source")
+    text = shutil.copy(repeated, tmp_path / "text.txt")
+    path = source / "model.safetensors" if name == "model" else Path(text)
+
+    def touch_up(*arguments):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        return load_model(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("upcycle.training.run.load_model", touch_up)
+        with pytest.raises(UpcycleError, match="changed while it was read"):
+            train(source, data=str(text))
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_same_request_goes_on(split, train, tmp_path):

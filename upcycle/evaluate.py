@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +29,7 @@ from upcycle.head import Decoded, decode, drop_layers
 from upcycle.history import fitted_on, identity
 from upcycle.moe import moe_blocks, watch_selections
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
-from upcycle.source import checkpoint_folder, read_config
+from upcycle.source import checkpoint_folder, read_config, reading_whole
 from upcycle.speed import Speed, measure_speed
 from upcycle.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.text import check_text
@@ -344,14 +345,14 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         UpcycleError: it does not load, or not every tensor finds its place.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), reading_whole():
         # A target that always has a shared expert holds one of no neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True
             )
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise UpcycleError(f"{folder} does not load in transformers: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, modeling_utils
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from upcycle.architecture import Architecture
@@ -213,6 +213,23 @@ def reading(path: Path) -> Iterator[Any]:
             yield shard
     except (SafetensorError, OSError) as error:
         raise UpcycleError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+@contextmanager
+def reading_whole() -> Iterator[None]:
+    """Within it, transformers reads a checkpoint into memory. It maps the files otherwise, and as
+    long as the model lives, one that changes changes the weights, and one that is cut short ends
+    the process without a word."""
+    mapped = modeling_utils.safe_open
+
+    def read(*arguments: Any, **settings: Any) -> Any:
+        return mapped(*arguments, **settings | {"backend": "pread"})
+
+    modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
 
 
 def open_source(model: str, *, revision: str | None = None) -> DenseSource:

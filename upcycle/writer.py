@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from upcycle.errors import UpcycleError
 from upcycle.paths import write_whole
-from upcycle.source import DenseSource, companions
+from upcycle.source import DenseSource, companions, reading_whole
 from upcycle.text import KINDS, TEMPLATE_ERRORS, openers, paragraphs
 from upcycle.versions import versions
 
@@ -57,7 +58,11 @@ def written_tokens(
     kept = _read(place)
     if kept is not None and len(kept) >= wanted:
         return kept
-    model = AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True)
+    try:
+        with reading_whole():
+            model = AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True)
+    except (SafetensorError, OSError) as error:
+        raise UpcycleError(f"{source.folder} does not load in transformers: {error}") from error
     model = model.to(device).eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)

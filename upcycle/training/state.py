@@ -70,7 +70,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Put the saved model and optimizer state back."""
-    tensors = load_file(folder / STATE)
+    tensors = load_file(folder / STATE, backend="pread")
     put_back(model, _under(tensors, "model."))
     for number, parameter in enumerate(_parameters(optimizer)):
         saved = _under(tensors, f"optimizer.{number}.")
