@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_tokenizer
+from processes import kill, killed
 from reference import load, weights
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -60,6 +61,24 @@ def test_by_default_eight_thousand_tokens_of_probes_are_read(dense):
     report = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert [row["text"] for row in report["texts"]] == ["probes"]
     assert (report["tokens"], report["window"]) == (8192, 512)
+
+
+def test_output_that_is_killed_or_fails_leaves_the_former_file(dense, text, tmp_path, monkeypatch):
+    file = tmp_path / "eval.json"
+    file.write_text("former")
+
+    def act():
+        monkeypatch.setattr("os.fsync", kill)
+        run(dense(), "--text", text, "--output", file)
+
+    assert killed(act)
+    assert file.read_text() == "former"
+    link = tmp_path / "latest.json"
+    link.symlink_to(file)
+    assert run(dense(), "--text", text, "--output", link).exit_code == 0
+    assert json.loads(file.read_text())["texts"]
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "latest.json"]
 
 
 def test_output_holds_the_same_object(dense, text, tmp_path):

@@ -442,6 +442,7 @@ def test_room_that_an_interrupted_run_takes_counts_as_free(dense, tmp_path, monk
     assert "free" in refusal(dense, out=out)
     (partial_folder(out) / "aside").mkdir(parents=True)
     (partial_folder(out) / "aside" / "layer 0.safetensors").write_bytes(b"x")
+    (partial_folder(out) / "journal.jsonl").write_text('{"fingerprint": "a", "threads": 1}\n')
     assert upcycle.plan(str(dense()), out).out == out
 
 

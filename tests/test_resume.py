@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from models import PLAIN_SPLIT
 from processes import kill, killed
 from reference import content
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import UpcycleError, conversion, planning
+from upcycle import AlreadyFinished, UpcycleError, conversion, planning
 from upcycle.cli import app
+from upcycle.device import torch_threads
 from upcycle.sink import CheckpointWriter, Workspace, partial_folder
 
 SETTINGS = PLAIN_SPLIT | {
@@ -244,6 +247,105 @@ def test_another_text_of_the_same_name_can_not_resume(dense, out, tmp_path):
     text.write_text("something else\n" * 400)
     with pytest.raises(UpcycleError, match="begun with another source, text, recipe or version"):
         upcycle.convert(str(dense()), out, resume=True, **SETTINGS | request)
+
+
+def change_a_byte(folder, name) -> None:
+    """Of a tensor, in place; the file keeps its times."""
+    for path in folder.glob("*.safetensors"):
+        times = path.stat()
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name].view(-1)[-1] *= -1
+            save_file(tensors, path, metadata={"format": "pt"})
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_source_that_changed_after_a_kill_can_not_resume(dense, out, tmp_path):
+    """However little, and in whichever layer."""
+    source = shutil.copytree(dense(), tmp_path / "source")
+    start_and_kill(lambda: source, out, "before layer 1", check="none")
+    change_a_byte(source, "model.layers.2.mlp.up_proj.weight")
+    with pytest.raises(UpcycleError, match="begun with another source, text, recipe or version"):
+        upcycle.convert(str(source), out, resume=True, **SETTINGS, check="none")
+    change_a_byte(source, "model.layers.2.mlp.up_proj.weight")
+    upcycle.convert(str(source), out, resume=True, **SETTINGS, check="none")
+
+
+@pytest.mark.parametrize(
+    ("settings", "at", "changed"),
+    [
+        ({"check": "none"}, 0, 2),
+        ({"method": "copy", "keep_dense": [], "check": "none"}, 0, 2),
+        ({"check": "fast"}, 2, 0),
+    ],
+    ids=["split, before its layer is read", "copies", "before the check reads it again"],
+)
+def test_source_that_changes_while_it_is_converted_is_noticed(
+    dense, out, tmp_path, monkeypatch, settings, at, changed
+):
+    source = shutil.copytree(dense(), tmp_path / "source")
+    name = f"model.layers.{changed}.mlp.up_proj.weight"
+    at_layer(monkeypatch, at, lambda: change_a_byte(source, name))
+    with pytest.raises(UpcycleError, match=f"{name} in .* changed while it was read"):
+        upcycle.convert(str(source), out, **SETTINGS | settings)
+    assert not out.exists()
+
+
+# --- the end of a run ------------------------------------------------------------------------
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(dense, out):
+    upcycle.convert(str(dense()), out, resume=True, **SETTINGS)
+    before = hashes(out)
+    for overwrite in (False, True):
+        with pytest.raises(AlreadyFinished, match="out is the finished result of this run"):
+            upcycle.convert(str(dense()), out, resume=True, overwrite=overwrite, **SETTINGS)
+    assert hashes(out) == before
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_loop_around_resume_ends(dense, out):
+    arguments = ["convert", str(dense()), "-o", str(out), *FLAGS, "--check", "none", "--resume"]
+    first, second = (CliRunner().invoke(app, arguments) for _ in range(2))
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    sentence = f"{out} is the finished result of this run: nothing is left to do\n"
+    assert second.stdout == sentence
+    printed = CliRunner().invoke(app, [*arguments, "--json"])
+    assert printed.exit_code == 0
+    assert json.loads(printed.stdout) == json.loads((out / "upcycle.json").read_text())
+
+
+def test_resuming_beside_the_result_of_another_request_is_refused(dense, out):
+    upcycle.convert(str(dense()), out, **SETTINGS)
+    before = hashes(out)
+    code, sentence = command(dense, out, "--resume", "--seed", "1")
+    assert code == 2
+    assert "exists and is not empty: choose another, or --overwrite" in sentence
+    assert hashes(out) == before
+    assert command(dense, out, "--resume", "--seed", "1", "--overwrite")[0] == 0
+    assert hashes(out) != before
+
+
+# --- threads ---------------------------------------------------------------------------------
+
+
+def test_resume_goes_on_with_the_threads_that_the_run_began_with(dense, out, tmp_path):
+    """Sums are dealt out among them, so that their number shows in the bytes."""
+    for threads, place in ((2, out), (1, tmp_path / "one")):
+        with torch_threads(threads):
+            start_and_kill(dense, place, "before layer 1", check="none")
+    seen = []
+
+    def progress(*_):
+        seen.append(torch.get_num_threads())
+
+    with torch_threads(1):
+        upcycle.convert(str(dense()), out, resume=True, progress=progress, **SETTINGS, check="none")
+        assert torch.get_num_threads() == 1
+    assert set(seen) == {2}
+    assert json.loads((out / "upcycle.json").read_text())["run"]["threads"] == 2
+    with torch_threads(1), pytest.raises(AlreadyFinished):
+        upcycle.convert(str(dense()), out, resume=True, **SETTINGS, check="none")
 
 
 # --- interrupts and failures -----------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Where weights are read from: folders and the hub cache; and inputs that are wrong."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import UpcycleError, source
 from upcycle.cli import app
-from upcycle.source import INDEX, SINGLE, companions, open_source
+from upcycle.evaluate import load_model
+from upcycle.source import INDEX, SINGLE, companions, fingerprint, open_source
 from upcycle.types import all_finite
 
 SHARD_SIZE = "60KB"
@@ -144,6 +146,88 @@ def test_fingerprint_tells_shapes_and_config_apart(dense):
     assert prints[0] == open_source(str(models[0])).fingerprint()
 
 
+def flip(folder, name, element=-1):
+    """Change the sign of one element in place, and leave size and times of the file alone."""
+    path = folder / SINGLE
+    times = path.stat()
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))[name]
+        start, end = header["data_offsets"]
+        width = (end - start) // torch.Size(header["shape"]).numel()
+        place = 8 + size + (end if element < 0 else start) + element * width + width - 1
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 0x80]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("element", [0, 7, -1])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_fingerprint_is_of_all_bytes(copy, name, element):
+    folder = copy()
+    before = open_source(str(folder)).fingerprint(), fingerprint(folder)
+    flip(folder, name, element)
+    after = open_source(str(folder)).fingerprint(), fingerprint(folder)
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    flip(folder, name, element)
+    assert (open_source(str(folder)).fingerprint(), fingerprint(folder)) == before
+
+
+def test_fingerprint_is_the_same_however_the_source_is_sharded(dense):
+    one, many = dense(), dense(shards=SHARD_SIZE)
+    assert open_source(str(one)).fingerprint() == open_source(str(many)).fingerprint()
+
+
+def test_fingerprint_tells_dtypes_of_the_same_bytes_apart(copy):
+    folder = copy(dtype=torch.bfloat16)
+    before = open_source(str(folder)).fingerprint()
+
+    def reinterpret(state):
+        state |= {name: tensor.view(torch.float16) for name, tensor in state.items()}
+
+    edit_weights(folder, reinterpret)
+    assert open_source(str(folder)).fingerprint() != before
+
+
+def test_tensor_that_changes_after_the_fingerprint_is_noticed(copy):
+    folder = copy()
+    opened = open_source(str(folder))
+    opened.fingerprint()
+    flip(folder, "model.norm.weight")
+    opened.read(["model.embed_tokens.weight"])
+    with pytest.raises(UpcycleError, match=r"model\.norm\.weight in .* changed while it was read"):
+        opened.read(["model.norm.weight"])
+    with pytest.raises(UpcycleError, match=r"model\.norm\.weight in .* changed while it was read"):
+        opened.verify()
+
+
+def test_file_that_is_cut_short_while_it_is_read_is_an_error(copy):
+    folder = copy()
+    opened = open_source(str(folder))
+    os.truncate(folder / SINGLE, (folder / SINGLE).stat().st_size // 2)
+    for act in (lambda: opened.read(opened.outer_names()), opened.fingerprint):
+        with pytest.raises(UpcycleError, match=r"model\.safetensors is not a whole safetensors"):
+            act()
+    with pytest.raises(UpcycleError, match="does not load in transformers"):
+        load_model(folder, torch.float32, torch.device("cpu"))
+
+
+def test_what_was_read_stays_whatever_happens_to_the_file(copy):
+    """Mapped bytes would change with it, or end the process."""
+    folder = copy()
+    names = open_source(str(folder)).outer_names()
+    found = open_source(str(folder)).read(names)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    expected = {name: tensor.clone() for name, tensor in found.items()}
+    (folder / SINGLE).write_bytes(b"")
+    for name in names:
+        assert torch.equal(found[name], expected[name])
+        assert torch.equal(model.state_dict()[name], expected[name])
+
+
 def test_norms_in_float32_beside_bfloat16_weights(copy):
     folder = copy(dtype=torch.bfloat16)
 
@@ -179,6 +263,33 @@ def test_companions_are_the_small_files_only(copy):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "tokenizer_backup.txt", "README.md", "additional_chat_templates"]
+)
+def test_link_out_of_the_checkpoint_is_not_published(copy, tmp_path, name):
+    folder, outside = copy(), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "id.jinja").write_text("secret")
+    target = outside if name.startswith("additional") else outside / "id.jinja"
+    (folder / name).symlink_to(target)
+    assert_refused(folder, name, "is a link out of its folder", "put a copy in its place")
+    moe = tmp_path / "moe"
+    with pytest.raises(UpcycleError, match="is a link out of its folder"):
+        upcycle.finetune(str(folder), moe, data="builtin")
+    assert not moe.exists()
+
+
+def test_link_within_the_checkpoint_is_copied(copy, tmp_path):
+    folder = copy()
+    (folder / "terms.txt").write_text("mine")
+    (folder / "LICENSE").symlink_to("terms.txt")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    upcycle.convert(str(link), tmp_path / "out", **QUICK)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "mine"
+    assert not (tmp_path / "out" / "LICENSE").is_symlink()
+
+
 # --- the hub ---------------------------------------------------------------------------------
 
 
@@ -202,6 +313,28 @@ def test_hub_id_is_found_in_the_cache(hub, dense):
     opened = open_source("org/tiny")
     assert (opened.folder, opened.label, opened.revision) == (snapshot, "org/tiny", COMMIT)
     assert opened.read_layer(0)
+
+
+def test_files_of_the_hub_cache_are_links_to_blobs_of_the_same_repository(hub, dense, tmp_path):
+    snapshot = cache_model(hub, "org/tiny", dense())
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(p for p in [*snapshot.rglob("*")] if p.is_file()):
+        path.rename(blobs / str(number))
+        path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
+    upcycle.convert("org/tiny", tmp_path / "out", **QUICK)
+    for path in companions(snapshot):
+        copied = tmp_path / "out" / path.relative_to(snapshot)
+        assert copied.read_bytes() == path.read_bytes()
+        assert not copied.is_symlink()
+    other = hub / "models--org--other" / "blobs"
+    other.mkdir(parents=True)
+    (other / "0").write_text("secret")
+    (snapshot / "LICENSE").symlink_to(other / "0")
+    with pytest.raises(UpcycleError, match="is a link out of its folder"):
+        upcycle.plan("org/tiny", **QUICK)
 
 
 @pytest.mark.parametrize("revision", ["v1", COMMIT])

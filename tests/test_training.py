@@ -13,11 +13,14 @@ import pytest
 import torch
 from processes import kill, killed
 from reference import experts, gap, load, logits, read_json, routers, weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from upcycle import UpcycleError
+from upcycle import AlreadyFinished, UpcycleError
+from upcycle.device import torch_threads
 from upcycle.errors import Diverged
+from upcycle.evaluate import load_model
 from upcycle.facts import read_log, read_record
 from upcycle.frontmatter import split_card
 from upcycle.sink import partial_folder
@@ -207,7 +210,8 @@ def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monke
     monkeypatch.setattr(publish, "load_result", wrong)
     with pytest.raises(publish.CheckFailed, match=r"another model\.norm\.weight"):
         train(split(), precision="bf16")
-    assert not files(tmp_path)
+    assert files(tmp_path) >= {Path(".out.partial/aside/state.safetensors")}
+    assert not (tmp_path / "out").exists()
 
 
 def test_mixed_precision_ends_with_its_run(split, train, tmp_path):
@@ -503,18 +507,26 @@ def test_what_stands_in_out_is_safe(split, train, tmp_path):
         train(first.out, first.out, overwrite=True)
 
 
-def test_a_failure_leaves_a_former_result(split, train, monkeypatch):
-    done = train(split())
+def test_a_full_disk_leaves_a_former_result_and_the_saved_state(split, train, monkeypatch):
+    done = train(split(), seed=1)
     before = {path: path.read_bytes() for path in done.out.iterdir()}
 
-    def fail(*_):
-        raise OSError("disk full")
+    def fail(self, place, **_):
+        (place / "model.safetensors").write_bytes(b"torn")
+        (place / ".tmp1234").write_bytes(b"torn")
+        message = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise SafetensorError(message)
 
-    monkeypatch.setattr("upcycle.training.publish._write_model", fail)
-    with pytest.raises(OSError, match="disk full"):
-        train(split(), overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", fail)
+        sentence = r"beside .*out: No space left on device; make room, then --resume goes on from "
+        with pytest.raises(UpcycleError, match=sentence + "step 4"):
+            train(split(), overwrite=True)
     assert {path: path.read_bytes() for path in done.out.iterdir()} == before
-    assert files(done.out.parent) == {p.relative_to(done.out.parent) for p in [done.out, *before]}
+    resumed = train(split(), overwrite=True, resume=True)
+    assert not list(resumed.out.glob(".*"))
+    assert trained_bytes(resumed) == trained_bytes(train(split(), done.out.parent / "other"))
+    assert sorted(p.name for p in done.out.parent.iterdir()) == ["other", "out"]
 
 
 # --- going on --------------------------------------------------------------------------------
@@ -594,6 +606,45 @@ def test_killed_and_resumed_is_the_same_as_never_stopped(split, train, tmp_path,
     assert trained_bytes(train(split(), resume=True, **settings)) == trained_bytes(whole)
 
 
+def test_resuming_a_finished_run_says_so_and_changes_nothing(split, train):
+    done = train(split(), resume=True)
+    before = {path: path.read_bytes() for path in done.out.iterdir()}
+    with pytest.raises(AlreadyFinished, match="out is the finished result of this run"):
+        train(split(), resume=True)
+    with pytest.raises(UpcycleError, match="exists and is not empty"):
+        train(split(), resume=True, steps=5)
+    assert {path: path.read_bytes() for path in done.out.iterdir()} == before
+
+
+def test_resume_goes_on_with_the_threads_that_the_run_began_with(split, train):
+    seen = []
+    with torch_threads(2), pytest.raises(KeyboardInterrupt):
+        train(split(), watch=at_step(2, interrupt))
+    watch = Watch(row=lambda row, *_: seen.append(torch.get_num_threads()))
+    done = train(split(), resume=True, watch=watch)
+    assert set(seen) == {2}
+    assert read_json(done.out / "upcycle.json")["run"]["threads"] == 2
+
+
+@pytest.mark.parametrize("name", ["model", "text"])
+def test_what_changes_while_it_is_loaded_is_noticed(split, train, repeated, tmp_path, name):
+    source = shutil.copytree(split(), tmp_path / "source")
+    text = shutil.copy(repeated, tmp_path / "text.txt")
+    path = source / "model.safetensors" if name == "model" else Path(text)
+
+    def touch_up(*arguments):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        return load_model(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("upcycle.training.run.load_model", touch_up)
+        with pytest.raises(UpcycleError, match="changed while it was read"):
+            train(source, data=str(text))
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_the_same_request_goes_on(split, train, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(split(), watch=at_step(2, interrupt))
@@ -658,7 +709,7 @@ def test_a_model_that_upcycle_did_not_make_trains_too(dense, moe, train, tmp_pat
     (source / "README.md").unlink()
     done = train(source, preset=None)
     assert done.settings.name == "specialise"
-    assert read_json(done.out / "upcycle.json").keys() == {"check", "training"}
+    assert read_json(done.out / "upcycle.json").keys() == {"check", "training", "run"}
     assert (done.out / "README.md").is_file()
 
 

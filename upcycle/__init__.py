@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.errors import AlreadyFinished, CheckFailed, UpcycleError
 
 if TYPE_CHECKING:
     from upcycle.conversion import Progress
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from upcycle.training.run import finetune
 
 __version__ = version("upcycle")
-__all__ = ["CheckFailed", "UpcycleError", "convert", "finetune", "plan"]
+__all__ = ["AlreadyFinished", "CheckFailed", "UpcycleError", "convert", "finetune", "plan"]
 
 
 def plan(
@@ -29,6 +29,7 @@ def plan(
     recipe: str | Path = "default",
     revision: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     **settings: Any,
 ) -> "Plan":
     """What `convert` would build; reads no weights and writes nothing.
@@ -38,7 +39,7 @@ def plan(
         out: where the result would go; the room there is checked.
         recipe: a shipped recipe or a YAML file.
         revision: of a hub id.
-        overwrite: as in `convert`.
+        overwrite, resume: as in `convert`.
         settings: fields of the recipe to replace, such as `experts=8`.
 
     Raises:
@@ -51,7 +52,7 @@ def plan(
     loaded = load_recipe(recipe, settings)
     source = open_source(model, revision=revision)
     place = None if out is None else Path(out)
-    return make_plan(source, loaded, place, overwrite=overwrite)
+    return make_plan(source, loaded, place, overwrite=overwrite, resume=resume)
 
 
 def convert(
@@ -73,6 +74,7 @@ def convert(
         progress: called with (stage, done, total).
 
     Raises:
+        AlreadyFinished: the run to resume has left its result.
         UpcycleError: as `plan` does, or the weights or the text are bad; nothing is written.
         CheckFailed: the result broke an invariant; nothing is published.
     """
@@ -84,6 +86,7 @@ def convert(
         recipe=recipe,
         revision=revision,
         overwrite=overwrite,
+        resume=resume,
         **settings,
     )
     quiet: Progress = lambda stage, done, total: None  # noqa: E731

@@ -3,6 +3,7 @@
 import errno
 import gc
 import io
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from upcycle.errors import CheckFailed, UpcycleError
+from upcycle.errors import AlreadyFinished, CheckFailed, UpcycleError
 from upcycle.hub import check_repo, push
 from upcycle.json_text import json_text
 from upcycle.options import (
@@ -94,7 +95,7 @@ def convert(
     """
     if dry_run:
         return _show_plan(options)
-    with _errors():
+    with _errors(as_json=options["json_"]):
         if options["out"] is None:
             raise UpcycleError("name the folder for the result: -o OUT")
         check_repo(push_to_hub, private=private)
@@ -167,6 +168,7 @@ def _plan(options: Options) -> "Plan":
         recipe=options["recipe"],
         revision=options["revision"],
         overwrite=options["overwrite"],
+        resume=options["resume"],
         **_recipe_settings(options),
     )
 
@@ -248,7 +250,7 @@ def finetune(
     * `upcycle finetune copies --recipe specialise --data hf:DATASET --tokens 50000000 -o out`
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
-    with _errors("interrupted; --resume goes on from the last saved state"):
+    with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):
         from upcycle.preflight import check_finetuning
 
         settings = {name: value for name, value in options.items() if value is not None}
@@ -339,7 +341,10 @@ def evaluate(
             )
         summary = evaluation_summary(report)
         if output is not None:
-            local_path(output).write_text(json_text(summary, indent=2) + "\n")
+            place = local_path(output)
+            # A link to a file stays one; the file that it leads to is replaced.
+            place = place.resolve() if place.is_file() else place
+            write_whole(place, json_text(summary, indent=2) + "\n")
         if card:
             write_speed(report)
         if json_:
@@ -476,7 +481,10 @@ def _check_file(output: Path | None) -> None:
         raise UpcycleError(f"--output {output} is a folder: give a file")
     if not path.parent.is_dir():
         raise UpcycleError(f"--output {output}: {output.parent} is no folder: make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    needed = [path] if path.exists() else []
+    if path.is_file() or not path.exists():
+        needed.append(path.resolve().parent)  # in which the new file takes the former one's place
+    if not all(os.access(place, os.W_OK) for place in needed):
         raise UpcycleError(f"--output {output} can't be written: give another file")
 
 
@@ -493,12 +501,21 @@ def _first_process() -> bool:
 def _errors(
     interrupted: str = "interrupted; nothing was left behind, unless --resume was given to go on "
     "later",
+    *,
+    as_json: bool = False,
 ) -> Iterator[None]:
-    """One sentence instead of a traceback: exit code 2 for bad input and too little memory, 1 for
-    anything else."""
+    """One sentence instead of a traceback: exit code 2 for bad input and too little
+    memory, 1 for anything else.
+
+    Args:
+        interrupted: what is said of an interrupt.
+        as_json: whether the result is printed as JSON, an earlier one's too.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
+    except AlreadyFinished as finished:
+        _show_finished(finished, as_json=as_json)
     except UpcycleError as error:
         _fail(str(error), 2)
     except CheckFailed as error:
@@ -518,6 +535,18 @@ def _errors(
 
 BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 """What the system says of a path that nobody could have meant."""
+
+
+def _show_finished(finished: AlreadyFinished, *, as_json: bool) -> None:
+    """Of a result that an earlier run has left: what upcycle.json says of its last run, or a
+    sentence."""
+    if not _first_process():
+        return
+    if not as_json:
+        sys.stdout.write(f"{finished}\n")
+        return
+    record = json.loads((finished.out / "upcycle.json").read_text(encoding="utf-8"))
+    _print_json(record["training"][-1] if record.get("training") else record)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,15 +23,23 @@ from upcycle.assemble import (
     dense_ffn,
 )
 from upcycle.calibrate import Calibration, calibration, text_fingerprint
-from upcycle.check import run_check
+from upcycle.check import CheckReport, run_check
 from upcycle.dense import HiddenStream
 from upcycle.dense_layers import DenseLayers, choose_dense_layers
-from upcycle.errors import UpcycleError
+from upcycle.device import torch_threads
+from upcycle.errors import CheckFailed, UpcycleError
 from upcycle.layer import ConvertedLayer, convert_layer
 from upcycle.names import EMBEDDINGS
 from upcycle.planning import Plan, make_plan
 from upcycle.report import Conversion, model_card, report_json
-from upcycle.sink import CheckpointWriter, Workspace
+from upcycle.sink import (
+    CheckpointWriter,
+    Identity,
+    Workspace,
+    begun_run,
+    check_unfinished,
+    recorded_run,
+)
 from upcycle.source import copy_companions
 from upcycle.targets import TARGETS, older_spellings
 from upcycle.types import Activation, DenseFFN, ExpertLayout, LayerActivations, all_finite
@@ -62,31 +70,42 @@ def run(
         progress: called as stages move.
 
     Raises:
+        AlreadyFinished: the run to resume has left its result.
         UpcycleError: the input is wrong in a way that only its weights or text show.
         CheckFailed: the result broke an invariant; nothing is published.
     """
     if plan.out is None:
         raise ValueError("the plan has no output folder")
-    workspace = Workspace(plan.out, fingerprint(plan), resume=resume)
-    try:
-        conversion = _fill(plan, plan.out, workspace, progress)
-        workspace.publish(overwrite=overwrite)
-    except BaseException:
-        workspace.abandon()
-        raise
+    begun = None
+    if resume:
+        # What is there was made by a run with its own number of threads.
+        made = recorded_run(plan.out)
+        check_unfinished(plan.out, identity(plan, made.threads if made else 1), overwrite=overwrite)
+        begun = begun_run(plan.out)
+    threads = begun.threads if begun else torch.get_num_threads()
+    with torch_threads(threads):
+        workspace = Workspace(plan.out, identity(plan, threads), resume=resume)
+        try:
+            conversion = _fill(plan, plan.out, workspace, progress)
+            workspace.publish(overwrite=overwrite)
+        except BaseException:
+            workspace.abandon()
+            raise
     return conversion
 
 
-def fingerprint(plan: Plan) -> str:
-    """Of everything that the output's bytes depend on."""
+def identity(plan: Plan, threads: int) -> Identity:
+    """Of a run with so many threads: everything that the output's bytes depend on."""
     ingredients = {
         "source": plan.source.fingerprint(),
         "text": text_fingerprint(plan.source.folder, plan.recipe.calibration),
         # Which texts `mixed` stands for depends on the memory that is free.
         "recipe": plan.request.settings() | {"calibration": plan.recipe.calibration},
         "versions": versions(),
+        "threads": threads,
     }
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+    return Identity(digest, threads)
 
 
 def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Conversion:
@@ -102,22 +121,38 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     if plan.undecided:
         plan = _decide(plan, workspace, tokens, progress)
         lap(DENSE_LAYERS)
-    _write_small_files(plan, workspace.folder)
+    _write_small_files(plan, workspace.result)
     _write_weights(plan, workspace, fit_BL, progress)
     lap("conversion")
     peak = peak_memory()
     check = None
     if plan.recipe.check != "none":
-        all_on = _all_on(plan, workspace)
-        check = run_check(plan, workspace.folder, tokens.held, progress, all_on)
+        check = _check(plan, workspace, tokens.held, progress)
         lap("check")
     chosen = workspace.records.get(DENSE_LAYERS)
     dense_layers = None if chosen is None else TypeAdapter(DenseLayers).validate_python(chosen)
-    conversion = Conversion(plan, out, check, seconds, peak, dense_layers)
+    conversion = Conversion(plan, workspace.run, out, check, seconds, peak, dense_layers)
     records = [workspace.records[unit] for unit in plan.units if unit.startswith("layer ")]
-    (workspace.folder / "upcycle.json").write_text(report_json(conversion, records), "utf-8")
-    (workspace.folder / "README.md").write_text(model_card(conversion), "utf-8")
+    (workspace.result / "upcycle.json").write_text(report_json(conversion, records), "utf-8")
+    (workspace.result / "README.md").write_text(model_card(conversion), "utf-8")
     return conversion
+
+
+def _check(
+    plan: Plan, workspace: Workspace, held: Mapping[str, Tensor], progress: Progress
+) -> CheckReport:
+    """`run_check`, by a source that is still the same: transformers reads it anew.
+
+    Raises:
+        UpcycleError: it is not.
+    """
+    try:
+        report = run_check(plan, workspace.result, held, progress, _all_on(plan, workspace))
+    except (CheckFailed, UpcycleError):
+        plan.source.verify()
+        raise
+    plan.source.verify()
+    return report
 
 
 def _decide(plan: Plan, workspace: Workspace, tokens: Calibration, progress: Progress) -> Plan:
@@ -168,7 +203,7 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
 
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
     source = plan.source
-    writer = CheckpointWriter(workspace.folder, plan.specs, plan.recipe.max_shard_size)
+    writer = CheckpointWriter(workspace.result, plan.specs, plan.recipe.max_shard_size)
     outer = source.canonical(source.read(source.outer_names()))
     stream = dense = None
     if plan.streams:

@@ -1,4 +1,6 @@
-"""The one exception that people see."""
+"""The exceptions that people see."""
+
+from pathlib import Path
 
 
 class UpcycleError(Exception):
@@ -14,3 +16,14 @@ class Diverged(UpcycleError):
 
 class CheckFailed(Exception):
     """A finished conversion broke an invariant that it promises. A bug, never the user's fault."""
+
+
+class AlreadyFinished(Exception):
+    """A run that was to be resumed has left its result, so there is nothing to do.
+
+    The command line says so and exits with code 0, so that a loop around `--resume` ends.
+    """
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(f"{out} is the finished result of this run: nothing is left to do")
+        self.out = out

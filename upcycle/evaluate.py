@@ -35,7 +35,7 @@ from upcycle.moe import moe_blocks, watch_selections
 from upcycle.names import KEY_MAPPING
 from upcycle.paths import public_name
 from upcycle.routing import LayerRouting, count_pairs, layer_routing, utilisation
-from upcycle.source import checkpoint_folder, read_config, read_headers
+from upcycle.source import checkpoint_folder, read_config, read_headers, reading_whole
 from upcycle.speed import Speed, measure_speed
 from upcycle.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.text import check_text
@@ -381,7 +381,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         UpcycleError: it does not load, or not every tensor finds its place.
     """
     check_layers(read_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), reading_whole():
         # A target that always has a shared expert holds one of no neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         with blaming(f"{folder} does not load in transformers"):

@@ -32,7 +32,7 @@ from upcycle.request import (
     router_method,
 )
 from upcycle.sink import TensorSpec, check_out
-from upcycle.source import DenseSource
+from upcycle.source import DenseSource, check_own_files
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS, Combine, Gains, MoESpec, Runtime, common_fields
 from upcycle.text import PROBES, texts
@@ -237,6 +237,7 @@ def make_plan(
     out: Path | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Plan:
     """Decide everything; see `Plan`.
 
@@ -292,7 +293,7 @@ def make_plan(
         ),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
     )
-    _check(plan, overwrite=overwrite)
+    _check(plan, overwrite=overwrite, resume=resume)
     return plan
 
 
@@ -441,14 +442,15 @@ def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
     return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
 
 
-def _check(plan: Plan, *, overwrite: bool) -> None:
+def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     """What a plan that is whole may still come to grief on."""
+    check_own_files(plan.source.folder)
     _check_feedback(plan)
     _check_text(plan)
     _check_memory(plan)
     if plan.out is not None:
         room = plan.bytes + plan.aside_bytes()
-        check_out(plan.out, plan.source.folder, room, overwrite=overwrite)
+        check_out(plan.out, plan.source.folder, room, overwrite=overwrite, resume=resume)
 
 
 def _check_feedback(plan: Plan) -> None:

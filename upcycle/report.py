@@ -21,6 +21,7 @@ from upcycle.planning import Plan
 from upcycle.registry import Method
 from upcycle.router_init import ROUTERS
 from upcycle.shared_experts import SHARED
+from upcycle.sink import Identity
 from upcycle.split import SPLITS
 from upcycle.targets import TARGETS
 from upcycle.text import public_texts
@@ -33,6 +34,7 @@ class Conversion:
     """A finished conversion."""
 
     plan: Plan
+    run: Identity
     out: Path
     check: CheckReport | None
     seconds: Mapping[str, float]
@@ -112,6 +114,7 @@ def report_json(conversion: Conversion, layers: Iterable[dict[str, Any]]) -> str
             "revision": source.revision,
             "fingerprint": source.fingerprint(),
         },
+        "run": asdict(conversion.run),
         "layers": list(layers),
     }
     report["plan"]["source"] = public_name(source.label)

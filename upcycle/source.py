@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, modeling_utils
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from upcycle.architecture import Architecture
 from upcycle.config_fields import check_fields, check_layers
@@ -45,7 +46,7 @@ PLACES = (
 )
 """Fields of tokenizer_config.json in which some versions leave paths of their machine."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-SAMPLES = 64  # per weight file, of 4 kB, in a fingerprint
+HASH_BYTES = 2**20  # at a time, which stay in the cache of the processor
 BUFFER = re.compile(r"rotary_emb\.inv_freq$")  # worked out anew by every forward pass
 COMPARED = 2**22  # values at a time
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -83,6 +84,9 @@ class DenseSource:
     """The commit of a hub id."""
     temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
     """Holds the dequantised weights of a GGUF file for as long as the source lives."""
+    digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Of every tensor's bytes, once `fingerprint` has looked at them: what is read later must be
+    the same."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,22 +105,44 @@ class DenseSource:
         return dict(weights.most_common())
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """These tensors, mapped from their files; the pages go when the tensors go.
+        """These tensors, in memory of their own: a mapped file that is cut short would end the
+        process.
 
         Raises:
-            UpcycleError: a tensor holds NaN or infinity.
+            UpcycleError: a tensor holds NaN or infinity, can't be read, or has changed.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         found: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            with safe_open(self.folder / file, framework="pt") as shard:
+            with reading(self.folder / file) as shard:
                 found |= {name: shard.get_tensor(self.tensors[name].name) for name in members}
         for name, tensor in found.items():
             if not all_finite(tensor):
                 raise UpcycleError(f"{name} in {self.tensors[name].file} holds NaN or infinity")
+            self._compare(name, xxh3_128_hexdigest(_bytes(tensor)))
         return found
+
+    def _compare(self, name: str, digest: str) -> None:
+        if self.digests.get(name, digest) != digest:
+            raise UpcycleError(
+                f"{name} in {self.folder / self.tensors[name].file} changed while it was read: "
+                "leave the source as it is, and start anew"
+            )
+
+    def verify(self) -> None:
+        """Read all bytes again, as a check does that others do the reading for.
+
+        Raises:
+            UpcycleError: they are no longer those of `fingerprint`.
+        """
+        for name, digest in self._hash().items():
+            self._compare(name, digest)
+
+    def _hash(self) -> dict[str, str]:
+        found = hash_tensors(self.folder, {info.file for info in self.tensors.values()})
+        return {name: found.get(info.name, "absent") for name, info in self.tensors.items()}
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """A layer's tensors by their names below `model.layers.N.`, as the source spells them."""
@@ -141,23 +167,97 @@ class DenseSource:
         }
 
     def fingerprint(self) -> str:
-        return fingerprint(self.folder, {info.file for info in self.tensors.values()})
+        """Of config.json and the tensors with all their bytes; what is read from now on must be
+        what was read for it.
+
+        Raises:
+            UpcycleError: a file is cut short.
+        """
+        if not self.digests:
+            self.digests.update(self._hash())
+        return _digest(self.folder, self.tensors, self.digests)
 
 
-def fingerprint(folder: Path, files: Iterable[str]) -> str:
-    """SHA-256 of config.json and, per weight file, of its size, header and a sample of its bytes:
-    every tensor's name, shape and place, and enough of the values to tell two checkpoints apart
-    without reading them whole."""
+def fingerprint(folder: Path) -> str:
+    """The same of any checkpoint, dense or not."""
+    tensors = read_headers(folder)
+    digests = hash_tensors(folder, {info.file for info in tensors.values()})
+    return _digest(folder, tensors, digests)
+
+
+def _digest(folder: Path, tensors: Mapping[str, TensorInfo], digests: Mapping[str, str]) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(files):
-        size = (folder / file).stat().st_size
-        digest.update(f"{file}:{size}:".encode())
-        with (folder / file).open("rb") as stream:
-            digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
-            for place in range(SAMPLES):
-                stream.seek(place * size // SAMPLES)
-                digest.update(stream.read(4096))
+    for name in sorted(tensors):
+        info = tensors[name]
+        digest.update(json.dumps([name, str(info.dtype), info.shape, digests[name]]).encode())
     return digest.hexdigest()
+
+
+def hash_tensors(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """XXH3 of every tensor's bytes in these files, by name: fast enough (over 10 GB a second) to
+    be done with every run.
+
+    Raises:
+        UpcycleError: a file is cut short.
+    """
+    digests = {}
+    for file in sorted(files):
+        with reading(folder / file), (folder / file).open("rb", buffering=0) as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+            header.pop("__metadata__", None)
+            for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                start, end = info["data_offsets"]
+                stream.seek(8 + size + start)
+                digests[name] = _hash_next(stream, end - start)
+    return digests
+
+
+def _hash_next(stream: Any, size: int) -> str:
+    """Of so many bytes of a file from where it stands."""
+    digest, room = xxh3_128(), memoryview(bytearray(min(size, HASH_BYTES)))
+    while size:
+        count = stream.readinto(room[:size])
+        if not count:
+            raise OSError("the file ends before its tensors do")
+        digest.update(room[:count])
+        size -= count
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.flatten().view(torch.uint8).numpy()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Any]:
+    """A safetensors file that is read into memory and not mapped.
+
+    Raises:
+        UpcycleError: it is not one, is cut short, or can't be read.
+    """
+    try:
+        with safe_open(path, framework="pt", backend="pread") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise UpcycleError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+@contextmanager
+def reading_whole() -> Iterator[None]:
+    """Within it, transformers reads a checkpoint into memory. It maps the files otherwise, and as
+    long as the model lives, one that changes changes the weights, and one that is cut short ends
+    the process without a word."""
+    mapped = modeling_utils.safe_open
+
+    def read(*arguments: Any, **settings: Any) -> Any:
+        return mapped(*arguments, **settings | {"backend": "pread"})
+
+    modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
 
 
 def open_source(model: str, *, revision: str | None = None) -> DenseSource:
@@ -257,10 +357,7 @@ def _equal(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
     """Whether two tensors are the same, which is read a piece at a time."""
     if one.shape != other.shape or not one.shape:
         return False
-    with (
-        safe_open(folder / one.file, framework="pt") as ones,
-        safe_open(folder / other.file, framework="pt") as others,
-    ):
+    with reading(folder / one.file) as ones, reading(folder / other.file) as others:
         mine, theirs = ones.get_slice(one.name), others.get_slice(other.name)
         step = max(1, COMPARED * one.shape[0] // max(1, math.prod(one.shape)))
         return all(
@@ -307,27 +404,22 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
-        try:
-            with safe_open(folder / file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    part = shard.get_slice(name)
-                    dtype = DTYPES.get(part.get_dtype())
-                    if dtype is None:
-                        raise UpcycleError(
-                            f"{name} in {folder / file} is stored as {part.get_dtype()}: upcycle "
-                            "reads float32, float16 and bfloat16 weights, not quantised ones"
-                        )
-                    info = TensorInfo(name, file, tuple(part.get_shape()), dtype)
-                    if name in tensors and not _equal(folder, info, tensors[name]):
-                        raise UpcycleError(
-                            f"{folder} holds {name} twice, in {tensors[name].file} and {file}, "
-                            "with other values: delete one"
-                        )
-                    tensors[name] = info
-        except (SafetensorError, OSError) as error:
-            raise UpcycleError(
-                f"{folder / file} is not a whole safetensors file: {error}"
-            ) from error
+        with reading(folder / file) as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                part = shard.get_slice(name)
+                dtype = DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise UpcycleError(
+                        f"{name} in {folder / file} is stored as {part.get_dtype()}: upcycle "
+                        "reads float32, float16 and bfloat16 weights, not quantised ones"
+                    )
+                info = TensorInfo(name, file, tuple(part.get_shape()), dtype)
+                if name in tensors and not _equal(folder, info, tensors[name]):
+                    raise UpcycleError(
+                        f"{folder} holds {name} twice, in {tensors[name].file} and {file}, "
+                        "with other values: delete one"
+                    )
+                tensors[name] = info
     return tensors
 
 
@@ -417,6 +509,36 @@ def _open_gguf(label: str, path: Path) -> DenseSource:
     return _open_folder(label, Path(temporary.name), temporary=temporary)
 
 
+def own_file(path: Path, folder: Path) -> Path:
+    """The path of a file below a checkpoint's folder that may go into a result. What is a link may
+    lead to a file that nobody meant to publish.
+
+    Raises:
+        UpcycleError: it leads out of the folder (or, in the hub's cache, out of the blobs of the
+            same repository).
+    """
+    home, target = folder.resolve(), path.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(root) for root in roots):
+        raise UpcycleError(
+            f"{path} is a link out of its folder, to {target}, which would be published with the "
+            "result: put a copy in its place, or delete the link"
+        )
+    return path
+
+
+def check_own_files(folder: Path) -> None:
+    """Raise before the work what would keep a checkpoint's files from going along.
+
+    Raises:
+        UpcycleError: one is a link out of the folder.
+    """
+    for path in (folder / "config.json", folder / "README.md", *companions(folder)):
+        own_file(path, folder)
+
+
 def copy_companions(folder: Path, place: Path) -> None:
     for path in companions(folder):
         copy = place / path.relative_to(folder)
@@ -441,11 +563,15 @@ def _drop_places(path: Path) -> None:
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """Files that travel with a checkpoint as they are: tokenizer, generation config, licence."""
+    """Files that travel with a checkpoint as they are: tokenizer, generation config, licence.
+
+    Raises:
+        UpcycleError: as `own_file`.
+    """
     patterns = (
         "tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
         "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
         "generation_config.json", *LEGAL,
     )  # fmt: skip
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    yield from sorted(found)
+    yield from (own_file(path, folder) for path in sorted(found))

@@ -22,7 +22,8 @@ from upcycle.chat import ChatRefused, render_chat
 from upcycle.errors import UpcycleError
 from upcycle.foreign import blaming
 from upcycle.names import KEY_MAPPING
-from upcycle.source import DenseSource, companions
+from upcycle.paths import write_whole
+from upcycle.source import DenseSource, companions, reading_whole
 from upcycle.text import KINDS, openers, paragraphs
 from upcycle.tokens import front_tokens
 from upcycle.versions import versions
@@ -61,7 +62,7 @@ def written_tokens(
     kept = _read(place)
     if kept is not None and len(kept) >= wanted:
         return kept
-    with blaming(f"{source.folder} does not load in transformers"):
+    with blaming(f"{source.folder} does not load in transformers"), reading_whole():
         model = AutoModelForCausalLM.from_pretrained(
             source.folder,
             local_files_only=True,
@@ -224,8 +225,6 @@ def _keep(place: Path, tokens: Tensor) -> None:
     """A cache that can't be written is no reason to stop."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(tokens.tolist()), encoding="utf-8")
-        beside.replace(place)
+        write_whole(place, json.dumps(tokens.tolist()))
     except OSError:
         pass

@@ -12,7 +12,15 @@ from pydantic import BaseModel, ValidationError
 from upcycle.calibrate import check_seq_len, text_fingerprint
 from upcycle.errors import UpcycleError
 from upcycle.foreign import first_problem, read_json
-from upcycle.source import checkpoint_folder, fingerprint, open_source, read_config, read_headers
+from upcycle.sink import Identity
+from upcycle.source import (
+    check_own_files,
+    checkpoint_folder,
+    fingerprint,
+    open_source,
+    read_config,
+    read_headers,
+)
 from upcycle.text import check_text, texts
 from upcycle.training.settings import Training, load_training
 from upcycle.versions import versions
@@ -67,6 +75,7 @@ def open_job(
     model: str, out: Path, preset: str | Path | None, settings: dict[str, Any], stack: ExitStack
 ) -> Job:
     folder = stack.enter_context(checkpoint_folder(model))
+    check_own_files(folder)
     record = _record(folder)
     origin = None if record.source is None else record.source.model(folder)
     request = load_training(preset or _default_preset(record), settings, origin)
@@ -144,17 +153,16 @@ def _depth_and_width(folder: Path) -> tuple[int, int]:
     return config.num_hidden_layers, config.hidden_size
 
 
-def job_fingerprint(job: Job, processes: int) -> str:
-    """Of everything that the result depends on."""
+def job_identity(job: Job, processes: int, threads: int) -> Identity:
+    """Of a run by so many processes of so many threads: everything that the result depends on."""
     models = [folder for folder in (job.folder, job.teacher) if folder is not None]
     ingredients = {
-        "models": [
-            fingerprint(folder, {info.file for info in read_headers(folder).values()})
-            for folder in models
-        ],
+        "models": [fingerprint(folder) for folder in models],
         "data": text_fingerprint(job.folder, job.settings.data),
         "request": job.settings.settings(),
         "processes": processes,
         "versions": versions(),
+        "threads": threads,
     }
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+    return Identity(digest, threads)

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import torch
 import yaml
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from upcycle.check import TOLERANCE, load_result, relative_error
@@ -16,8 +17,8 @@ from upcycle.errors import CheckFailed
 from upcycle.evaluate import load_model, next_token_logits
 from upcycle.frontmatter import read_card, split_card, with_results
 from upcycle.json_text import json_text
-from upcycle.paths import local_path, public_name, way_from
-from upcycle.sink import partial_folder
+from upcycle.paths import disk_errors, local_path, public_name, way_from
+from upcycle.sink import Identity, begun_run, result_folder
 from upcycle.source import copy_companions, read_headers
 from upcycle.text import public_texts
 from upcycle.training.data import Used
@@ -113,7 +114,7 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
     )
     if not run.accelerator.is_main_process:
         return done
-    place = partial_folder(job.out)
+    place = result_folder(job.out)
     stored = next(iter(read_headers(folder).values())).dtype
     if settings.lora:
         _write_adapter(plain, tensors, job, place)
@@ -151,7 +152,8 @@ def _write_model(
         name: tensor if name.endswith("correction_bias") else tensor.to(stored)
         for name, tensor in tensors.items()
     }
-    model.save_pretrained(place, state_dict=kept)
+    with disk_errors():
+        model.save_pretrained(place, state_dict=kept)
     shutil.copyfile(folder / "config.json", place / "config.json")
     copy_companions(folder, place)
     written = {name: (info.shape, info.dtype) for name, info in read_headers(place).items()}
@@ -177,7 +179,8 @@ def _check_tensors(written: Any, expected: dict[str, Tensor]) -> None:
 
 def _write_adapter(model: Any, tensors: dict[str, Tensor], job: Job, place: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = base_from(job)
-    model.save_pretrained(place, state_dict=tensors, save_embedding_layers=False)
+    with disk_errors():
+        model.save_pretrained(place, state_dict=tensors, save_embedding_layers=False)
     copy_companions(job.folder, place)
     (place / "README.md").unlink(missing_ok=True)  # peft's own card
 
@@ -210,7 +213,9 @@ def _write_history(done: Finetuning, job: Job, place: Path) -> None:
     dense = None if record.source is None else record.source.place(job.folder)
     if dense is not None:
         fields["source"]["name"] = way_from(job.out, dense)
+    fields["run"] = TypeAdapter(Identity | None).dump_python(begun_run(done.out))
     (place / "upcycle.json").write_text(json_text(fields) + "\n")
+    (place / LOG).write_text("".join(json_text(row) + "\n" for row in done.log))
     if done.settings.lora and not done.settings.merge:
         text = _adapter_card(done, job)
     else:

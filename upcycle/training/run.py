@@ -1,5 +1,7 @@
 """`upcycle finetune`: from a checkpoint and a text to a checkpoint that is whole or absent."""
 
+import errno
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,20 +14,30 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from upcycle.device import torch_threads
 from upcycle.errors import Diverged, UpcycleError
 from upcycle.evaluate import load_model
 from upcycle.moe import moe_blocks
 from upcycle.paths import local_path
-from upcycle.sink import ASIDE, Workspace, check_out, partial_folder
+from upcycle.sink import (
+    ASIDE,
+    Identity,
+    Workspace,
+    begun_run,
+    check_out,
+    check_unfinished,
+    partial_folder,
+    recorded_run,
+)
 from upcycle.source import read_config, read_headers
 from upcycle.training.data import Data, Used, training_data
-from upcycle.training.job import Job, job_fingerprint, open_job
+from upcycle.training.job import Job, job_identity, open_job
 from upcycle.training.loop import make_optimizer, restore_best, train
 from upcycle.training.processes import accelerator_for
 from upcycle.training.publish import LOG, Finetuning, publish
 from upcycle.training.routers import RouterTap, correction_bias, keep_float32, measure_scales
 from upcycle.training.settings import Training
-from upcycle.training.state import torch_dtype
+from upcycle.training.state import read_notes, torch_dtype
 from upcycle.training.step import Row, Run, score_of
 from upcycle.training.trainable import (
     Groups,
@@ -36,6 +48,7 @@ from upcycle.training.trainable import (
     trained,
 )
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 SCALE_TOKENS = 256
 """Of the validation text, to measure routers on."""
 
@@ -74,6 +87,7 @@ def finetune(
         settings: fields of `Training` to replace.
 
     Raises:
+        AlreadyFinished: the run to resume has left its result.
         UpcycleError: the request or its input is wrong.
         Diverged: a loss or a gradient was no number; `out` holds the best state before, if
             that was kept.
@@ -83,10 +97,19 @@ def finetune(
     watch = watch or Watch()
     with ExitStack() as stack:
         job = open_job(model, local_path(out).resolve(), preset, settings, stack)
-        check_out(job.out, job.folder, _room(job), overwrite=overwrite)
+        check_out(job.out, job.folder, _room(job), overwrite=overwrite, resume=resume)
         accelerator = stack.enter_context(accelerator_for(job.settings))
-        stack.enter_context(_workspace(job, accelerator, overwrite=overwrite, resume=resume))
+        identity = _identity(job, accelerator.num_processes, overwrite=overwrite, resume=resume)
+        stack.enter_context(torch_threads(identity.threads))
+        stack.enter_context(
+            _workspace(job, identity, accelerator, overwrite=overwrite, resume=resume)
+        )
         run, groups = _prepare(job, accelerator, watch)
+        if job_identity(job, accelerator.num_processes, identity.threads) != identity:
+            raise UpcycleError(
+                f"{job.label} or its text changed while it was read: leave it as it is, and start "
+                "anew"
+            )
         if accelerator.is_main_process:
             watch.begin(job.settings, groups, run.train.used)
         stopped = _train(run)
@@ -115,6 +138,22 @@ def _train(run: Run) -> Diverged | None:
     return None
 
 
+def _identity(job: Job, processes: int, *, overwrite: bool, resume: bool) -> Identity:
+    """What the run is known by; if it is resumed, with its threads of before.
+
+    Raises:
+        AlreadyFinished: it has left its result.
+        UpcycleError: there is another result, which is not to be overwritten.
+    """
+    begun = None
+    if resume:
+        made = recorded_run(job.out)
+        known = job_identity(job, processes, made.threads if made else 1)
+        check_unfinished(job.out, known, overwrite=overwrite)
+        begun = begun_run(job.out)
+    return job_identity(job, processes, begun.threads if begun else torch.get_num_threads())
+
+
 def _room(job: Job) -> int:
     """Bytes that a run writes, in float32: weights, two moments, the best weights, the result."""
     sizes = [torch.Size(info.shape).numel() for info in read_headers(job.folder).values()]
@@ -123,14 +162,21 @@ def _room(job: Job) -> int:
 
 @contextmanager
 def _workspace(
-    job: Job, accelerator: Accelerator, *, overwrite: bool, resume: bool
+    job: Job, identity: Identity, accelerator: Accelerator, *, overwrite: bool, resume: bool
 ) -> Iterator[None]:
-    """The folder beside `out`, made and published by the first process."""
+    """The folder beside `out`, made and published by the first process. A state that has been
+    saved there stays until the result is published, whatever happens.
+
+    Raises:
+        UpcycleError: there is no room.
+    """
     workspace = None
     if accelerator.is_main_process:
-        fingerprint = job_fingerprint(job, accelerator.num_processes)
-        workspace = Workspace(job.out, fingerprint, resume=resume)
+        workspace = Workspace(job.out, identity, resume=resume)
         (workspace.folder / ASIDE).mkdir(exist_ok=True)
+        # A run that was killed while it wrote its result may have left a part of one.
+        shutil.rmtree(workspace.result)
+        workspace.result.mkdir()
     accelerator.wait_for_everyone()
     try:
         yield
@@ -138,9 +184,18 @@ def _workspace(
             workspace.publish(overwrite=overwrite)
     except BaseException as error:
         if workspace is not None:
-            workspace.resume |= isinstance(error, KeyboardInterrupt)
+            saved = read_notes(workspace.folder / ASIDE)
+            workspace.resume |= saved is not None or isinstance(error, KeyboardInterrupt)
             workspace.abandon()
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise _no_room(job.out, error, saved) from error
         raise
+
+
+def _no_room(out: Path, error: OSError, saved: dict[str, Any] | None) -> UpcycleError:
+    """What to do about a full disk, by the notes of the state that was saved before."""
+    after = "start anew" if saved is None else f"--resume goes on from step {saved['step']}"
+    return UpcycleError(f"can't write beside {out}: {error.strerror}; make room, then {after}")
 
 
 def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Groups]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from upcycle.foreign import blaming
 from upcycle.json_text import json_text
+from upcycle.paths import whole_file
 
 STATE = "state.safetensors"
 
@@ -66,19 +67,18 @@ def save_state(
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """One file, whole or as it was before."""
-    draft = path.with_suffix(".draft")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        draft,
-        metadata={"notes": json_text(notes)},
-    )
-    draft.rename(path)
+    with whole_file(path) as draft:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            draft,
+            metadata={"notes": json_text(notes)},
+        )
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Put the saved model and optimizer state back."""
     with blaming(f"{folder / STATE} is damaged, so drop --resume to start anew"):
-        tensors = load_file(folder / STATE)
+        tensors = load_file(folder / STATE, backend="pread")
     put_back(model, _under(tensors, "model."))
     for number, parameter in enumerate(_parameters(optimizer)):
         saved = _under(tensors, f"optimizer.{number}.")
