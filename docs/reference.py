@@ -10,8 +10,9 @@ from typing import Any
 
 import typer
 
+from upcycle.catalogue import describe_presets, describe_recipes
+from upcycle.catalogue import methods as registered
 from upcycle.cli import app
-from upcycle.inspection import describe_methods, describe_presets, describe_recipes
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"
@@ -59,7 +60,7 @@ def methods_page() -> str:
             ((f"`{p['name']}`", p["summary"], paper(p["paper"])) for p in presets),
         ),
     ]
-    for kind, methods in groupby(describe_methods(), key=lambda method: str(method["kind"])):
+    for kind, methods in groupby(registered(), key=lambda method: str(method["kind"])):
         parts += [f"## {OF_KIND.get(kind, kind)}\n", methods_table(methods)]
     return "\n".join(parts)
 
