@@ -37,8 +37,8 @@ check: $(BIN)/.installed
 
 # What `upcycle recipes` and errors say of methods without torch.
 catalogue: $(BIN)/.installed
-	$(BIN)/python -c 'import json; from upcycle.inspection import registered; \
-	print(json.dumps(registered(), indent=1))' > upcycle/catalogue.json
+	$(BIN)/python -c 'import json; from upcycle.conversion.inspection import registered; \
+	print(json.dumps(registered(), indent=1))' > upcycle/conversion/catalogue.json
 
 format: $(BIN)/.installed
 	$(BIN)/ruff format .

@@ -20,7 +20,7 @@ from command import upcycle
 from rich.console import Console
 from rich.table import Table
 
-from upcycle.text import KINDS, shipped
+from upcycle.models.text import KINDS, shipped
 
 
 def convert(args: argparse.Namespace, calibration: str, texts: list[str]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from upcycle.calibrate import calibration_tokens
-from upcycle.source import open_source
+from upcycle.models.calibration import calibration_tokens
+from upcycle.models.source import open_source
 
 
 @torch.inference_mode()

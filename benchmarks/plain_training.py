@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from upcycle.evaluate import compare
-from upcycle.moe import moe_blocks, watch_selections
-from upcycle.tokens import open_reader
+from upcycle.evaluation.run import compare
+from upcycle.models.blocks import moe_blocks, watch_selections
+from upcycle.models.tokens import open_reader
 
 SEQ_LEN = 512
 

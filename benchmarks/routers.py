@@ -32,16 +32,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear, normal
 from transformers.activations import ACT2FN
 
 from upcycle import plan
-from upcycle.assemble import EMBEDDINGS, dense_ffn
-from upcycle.calibrate import calibration_tokens
-from upcycle.dense import HiddenStream
-from upcycle.layer import convert_layer
-from upcycle.planning import Plan
-from upcycle.rng import generator
+from upcycle.conversion.layer import convert_layer
+from upcycle.conversion.plan import Plan
+from upcycle.core.rng import generator
+from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
+from upcycle.models.assemble import EMBEDDINGS, dense_ffn
+from upcycle.models.calibration import calibration_tokens
+from upcycle.models.source import DenseSource
+from upcycle.models.stream import HiddenStream
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.ridge import expert_energies
-from upcycle.source import DenseSource
-from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
 
 Router = Callable[[Tensor], Tensor]
 """Scores [T, E] for inputs x [T, D]; a token takes the experts that score highest."""

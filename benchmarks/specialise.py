@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upcycle.source import read_config
-from upcycle.training.data import batch_rows, training_data
-from upcycle.training.settings import Training, load_training
-from upcycle.training.step import learning_rate
+from upcycle.finetune.data import batch_rows, training_data
+from upcycle.finetune.settings import Training, load_training
+from upcycle.finetune.step import learning_rate
+from upcycle.models.source import read_config
 
 
 def flag(setting: str) -> str:

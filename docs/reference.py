@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
-from upcycle.catalogue import describe_presets, describe_recipes
-from upcycle.catalogue import methods as registered
 from upcycle.cli import app
+from upcycle.conversion.catalogue import describe_presets, describe_recipes
+from upcycle.conversion.catalogue import methods as registered
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"

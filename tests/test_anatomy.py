@@ -8,9 +8,9 @@ from models import SIZES
 from reference import experts, load, read_json
 from torch import nn
 
-from upcycle.anatomy import expert_similarity, flops, measure_size
-from upcycle.moe import moe_blocks
-from upcycle.targets import TARGETS
+from upcycle.evaluation.size import expert_similarity, flops, measure_size
+from upcycle.models.blocks import moe_blocks
+from upcycle.models.targets import TARGETS
 
 FAMILIES = {"qwen3_moe": "qwen3", "granitemoeshared": "granite", "flex_olmo": "olmo2"}
 

@@ -10,10 +10,10 @@ from reference import load, logits
 from torch.nn import functional
 
 from upcycle import UpcycleError
-from upcycle.tokens import Reader, front_tokens
-from upcycle.training.assistant import assistant_tokens
-from upcycle.training.data import training_data
-from upcycle.training.run import finetune
+from upcycle.finetune.assistant import assistant_tokens
+from upcycle.finetune.data import training_data
+from upcycle.finetune.run import finetune
+from upcycle.models.tokens import Reader, front_tokens
 
 PLAIN = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}</s>{% endfor %}"

@@ -10,7 +10,7 @@ from models import SIZES
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.budget import (
+from upcycle.conversion.geometry import (
     default_parts,
     default_width,
     geometries,
@@ -18,8 +18,8 @@ from upcycle.budget import (
     legal_parts,
     moe_share,
 )
-from upcycle.recipe import Recipe, load_recipe
-from upcycle.types import Geometry
+from upcycle.conversion.recipe import Recipe, load_recipe
+from upcycle.core.types import Geometry
 
 F, LAYERS = 16384, 4
 """64 parts of 256 neurons."""

@@ -14,13 +14,16 @@ import torch
 from transformers import AutoTokenizer
 
 import upcycle
-from upcycle import UpcycleError, calibrate, conversion, writer
-from upcycle import tokens as packing
-from upcycle.calibrate import CHECK_WINDOW, calibration
-from upcycle.rows import Exchange
-from upcycle.source import open_source
-from upcycle.text import PROBES, shipped
-from upcycle.tokens import open_reader
+from upcycle import UpcycleError
+from upcycle.conversion import run as conversion
+from upcycle.models import calibration as calibrate
+from upcycle.models import own_text as writer
+from upcycle.models import tokens as packing
+from upcycle.models.calibration import CHECK_WINDOW, calibration
+from upcycle.models.rows import Exchange
+from upcycle.models.source import open_source
+from upcycle.models.text import PROBES, shipped
+from upcycle.models.tokens import open_reader
 
 EOS = 257
 TEXTS = ["first document", "", "zweites Dokument: äöü", "line\u2028separator"]

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from reference import load, read_json
 from torch import nn
 
-from upcycle.moe import moe_blocks
-from upcycle.targets import TARGETS
+from upcycle.models.blocks import moe_blocks
+from upcycle.models.targets import TARGETS
 
 HOSTS = {
     "qwen2_moe": ("llama", {"shared": 0.25, "experts": 6}),

@@ -3,8 +3,9 @@
 import pytest
 from models import make_tokenizer
 
-from upcycle import UpcycleError, chat
-from upcycle.chat import ChatRefused, render_chat
+from upcycle import UpcycleError
+from upcycle.models import chat
+from upcycle.models.chat import ChatRefused, render_chat
 
 CHAT = [{"role": "user", "content": "é \ud83d <b>"}, {"role": "assistant", "content": None}]
 TEMPLATE = (

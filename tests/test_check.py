@@ -12,15 +12,18 @@ from reference import load, routers, selections
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import CheckFailed, UpcycleError, check, conversion, planning
-from upcycle.assemble import assemble_head
-from upcycle.check import CheckReport, KindResult, check_summary
+from upcycle import CheckFailed, UpcycleError
 from upcycle.cli import app
-from upcycle.evaluate import Comparison
+from upcycle.conversion import check
+from upcycle.conversion import plan as planning
+from upcycle.conversion import run as conversion
+from upcycle.conversion.check import CheckReport, KindResult, check_summary
+from upcycle.evaluation.run import Comparison
+from upcycle.evaluation.verdict import verdict
+from upcycle.models.assemble import assemble_head
+from upcycle.models.targets import base
+from upcycle.models.text import PROBES
 from upcycle.split import SPLITS
-from upcycle.targets import base
-from upcycle.text import PROBES
-from upcycle.verdict import verdict
 
 TOKENS = 128
 SETTINGS = PLAIN_SPLIT | {"router_spread": 0.1, "calibration_tokens": 128, "seq_len": 64}

@@ -16,18 +16,21 @@ from reference import load
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import CheckFailed, budget, conversion, planning
+from upcycle import CheckFailed
 from upcycle.cli import app
-from upcycle.compensate import COMPENSATIONS
-from upcycle.perturb import PERTURBS
-from upcycle.recipe import SHARED_EXPERTS, Recipe, shipped_recipes
-from upcycle.report import kind_name
+from upcycle.conversion import geometry as budget
+from upcycle.conversion import plan as planning
+from upcycle.conversion import run as conversion
+from upcycle.conversion.card import kind_name
+from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, shipped_recipes
+from upcycle.models.source import copy_companions
+from upcycle.models.targets import TARGETS
+from upcycle.models.text import PROBES
 from upcycle.router_init import ROUTERS
-from upcycle.shared_experts import SHARED
-from upcycle.source import copy_companions
 from upcycle.split import SPLITS
-from upcycle.targets import TARGETS
-from upcycle.text import PROBES
+from upcycle.split.copies import PERTURBS
+from upcycle.split.shared import SHARED
 
 COMMANDS = ["convert", "plan", "finetune", "eval", "inspect", "report", "recipes", "env"]
 QUICK = """
@@ -172,13 +175,20 @@ def test_copies_import_no_other_method_s_libraries(dense, tmp_path):
     out = ["-o", tmp_path / "out", "--method", "copy", "--check", "none", "--json"]
     modules = imported(program, "convert", dense(), *out)
     assert "torch" in modules
-    unneeded = {"sklearn", "datasets", "pymetis", "pyarrow", "upcycle.training", "upcycle.charts"}
+    unneeded = {
+        "sklearn",
+        "datasets",
+        "pymetis",
+        "pyarrow",
+        "upcycle.finetune",
+        "upcycle.evaluation.page.charts",
+    }
     unneeded |= {"transformers.models.auto.tokenization_auto", "transformers.trainer"}
     assert not unneeded & modules
 
 
 def test_methods_import_their_libraries_when_they_run():
-    modules = imported("import upcycle.split, upcycle.router_init, upcycle.compensate")
+    modules = imported("import upcycle.split, upcycle.router_init, upcycle.conversion.compensate")
     assert not {"scipy", "pymetis", "transformers"} & modules
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from upcycle.clustering import (
+from upcycle.core.clustering import (
     balanced_assignment,
     balanced_kmeans,
     spread_rows,

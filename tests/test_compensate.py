@@ -9,11 +9,11 @@ import torch
 from reference import naive_hidden
 from torch.nn.functional import silu
 
-from upcycle.compensate import COMPENSATIONS
-from upcycle.errors import UpcycleError
-from upcycle.recipe import Choice
-from upcycle.request import parameters
-from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
+from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.recipe import Choice
+from upcycle.conversion.request import parameters
+from upcycle.core.errors import UpcycleError
+from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
 
 D, F, T = 12, 40, 150
 STRENGTHS = [0.01, 0.3, 10.0]
@@ -26,7 +26,7 @@ JITTER = 1e-6
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr("upcycle.compensate.descent.BATCH", BATCH)
+    monkeypatch.setattr("upcycle.conversion.compensate.descent.BATCH", BATCH)
 
 
 def normal(*shape, seed):
@@ -170,8 +170,8 @@ def test_no_compensation_touches_its_input(name):
 @pytest.mark.parametrize("held", [True, False])
 def test_no_compensation_depends_on_chunking(name, monkeypatch, tokens_per_chunk, held):
     whole = compensate(name, make_activations(), some_on(), make_weights())
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", tokens_per_chunk * F)
-    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", T * F if held else 0)
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", tokens_per_chunk * F)
+    monkeypatch.setattr("upcycle.core.types.HELD_ELEMENTS", T * F if held else 0)
     chunked = compensate(name, make_activations(), some_on(), make_weights())
     for matrix in MATRICES:
         torch.testing.assert_close(

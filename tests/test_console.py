@@ -10,10 +10,11 @@ from models import PLAIN_SPLIT
 from rich.console import Console
 
 import upcycle
-from upcycle import console, planning
-from upcycle.catalogue import describe_presets, describe_recipes, methods
-from upcycle.dense_layers import DenseLayers, Trial
-from upcycle.text import PROBES
+from upcycle import console
+from upcycle.conversion import plan as planning
+from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
+from upcycle.conversion.dense_layers import DenseLayers, Trial
+from upcycle.models.text import PROBES
 
 WIDTH = 80
 QUICK = PLAIN_SPLIT | {"split": "random", "calibration_tokens": 256, "seq_len": 64}

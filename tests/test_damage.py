@@ -8,8 +8,8 @@ from models import SIZES
 from reference import load, logits
 
 import upcycle
-from upcycle.damage import measure_damage, strongest
-from upcycle.types import DenseFFN
+from upcycle.conversion.damage import measure_damage, strongest
+from upcycle.core.types import DenseFFN
 
 F, LAYERS = SIZES["intermediate_size"], SIZES["num_hidden_layers"]
 TOKENS_BL = torch.randint(0, 256, (5, 60), generator=torch.Generator().manual_seed(3))

@@ -8,10 +8,10 @@ import torch
 from models import FAMILIES, SIZES
 from reference import gap, load, logits
 
-import upcycle.dense
-from upcycle.dense import HiddenStream
-from upcycle.errors import UpcycleError
-from upcycle.source import open_source
+import upcycle.models.stream
+from upcycle.core.errors import UpcycleError
+from upcycle.models.source import open_source
+from upcycle.models.stream import HiddenStream
 
 D, LAYERS = SIZES["hidden_size"], SIZES["num_hidden_layers"]
 TOKENS_BL = torch.randint(0, 256, (70, 60), generator=torch.Generator().manual_seed(3))
@@ -200,7 +200,7 @@ def test_log_probs_are_those_of_the_model_and_of_the_models_with_one_ffn_replace
 
 @pytest.mark.parametrize("at_once", [7, 60, 512])
 def test_last_log_probs_are_those_of_the_last_sequences(dense, monkeypatch, at_once):
-    monkeypatch.setattr(upcycle.dense, "PREDICTED_TOKENS", at_once)
+    monkeypatch.setattr(upcycle.models.stream, "PREDICTED_TOKENS", at_once)
     source = open_source(str(dense("granite")))
     outer = source.read(source.outer_names())
     stream = HiddenStream(

@@ -15,16 +15,19 @@ from reference import load, logits, read_json
 from safetensors.torch import load_file, save_file
 
 import upcycle
-from upcycle import UpcycleError, conversion, dense_layers, writer
-from upcycle.dense_layers import (
+from upcycle import UpcycleError
+from upcycle.conversion import dense_layers
+from upcycle.conversion import run as conversion
+from upcycle.conversion.dense_layers import (
     Sample,
     Trial,
     best_dense_layers,
     choose_dense_layers,
     try_layers,
 )
-from upcycle.planning import make_plan
-from upcycle.sink import partial_folder
+from upcycle.conversion.plan import make_plan
+from upcycle.models import own_text as writer
+from upcycle.models.writer import partial_folder
 
 F, LAYERS = SIZES["intermediate_size"], SIZES["num_hidden_layers"]
 DEEP = 6

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from upcycle import planning
 from upcycle.cli import app
+from upcycle.conversion import plan as planning
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -11,16 +11,17 @@ import torch
 from models import SIZES, make_tokenizer
 from reference import load, read_json, selections
 
-from upcycle import UpcycleError, speed
-from upcycle import evaluate as stage
-from upcycle.evaluate import (
+from upcycle import UpcycleError
+from upcycle.evaluation import run as stage
+from upcycle.evaluation import speed
+from upcycle.evaluation.run import (
     Evaluation,
     TextResult,
     evaluate,
     evaluation_summary,
 )
-from upcycle.moe import moe_blocks
-from upcycle.tokens import open_reader
+from upcycle.models.blocks import moe_blocks
+from upcycle.models.tokens import open_reader
 
 LENGTH = {"tokens": 192, "seq_len": 64}
 WINDOWS = LENGTH["tokens"] // LENGTH["seq_len"]

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import evaluate as stage
-from upcycle import speed
 from upcycle.cli import app
+from upcycle.evaluation import run as stage
+from upcycle.evaluation import speed
 
 LENGTH = ["--tokens", "64", "--seq-len", "64"]
 

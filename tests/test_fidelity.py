@@ -11,10 +11,10 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import cosine_similarity, normalize, silu
 
 import upcycle
-from upcycle.clustering import balanced_kmeans
-from upcycle.layer import convert_layer
-from upcycle.rng import generator
-from upcycle.types import DenseFFN, LayerActivations
+from upcycle.conversion.layer import convert_layer
+from upcycle.core.clustering import balanced_kmeans
+from upcycle.core.rng import generator
+from upcycle.core.types import DenseFFN, LayerActivations
 
 D, F, T = 48, 512, 400
 WIDE = {"intermediate_size": F, "num_hidden_layers": 1}

@@ -10,9 +10,9 @@ import torch
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.evaluate import evaluate
-from upcycle.foreign import DEEPEST, blaming, first_problem, parse_json, parse_yaml, read_json
-from upcycle.recipe import Recipe
+from upcycle.conversion.recipe import Recipe
+from upcycle.core.foreign import DEEPEST, blaming, first_problem, parse_json, parse_yaml, read_json
+from upcycle.evaluation.run import evaluate
 
 
 class PanicException(BaseException):

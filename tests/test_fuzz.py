@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from upcycle import UpcycleError
 from upcycle.cli import app
-from upcycle.recipe import shipped_presets, shipped_recipes
-from upcycle.training.settings import load_training
+from upcycle.conversion.recipe import shipped_presets, shipped_recipes
+from upcycle.finetune.settings import load_training
 
 INPUTS = int(os.environ.get("UPCYCLE_FUZZ_INPUTS", "0"))
 SECONDS = 60

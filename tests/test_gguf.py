@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
-from upcycle import UpcycleError, source
-from upcycle.source import open_source
+from upcycle import UpcycleError
+from upcycle.models import source
+from upcycle.models.source import open_source
 
 QUICK = {
     "split": "contiguous",

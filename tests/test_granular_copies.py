@@ -16,7 +16,7 @@ from reference import (
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.training.run import finetune
+from upcycle.finetune.run import finetune
 
 COPIES, SHARDS = 8, 4
 PER_COPY = {"method": "copy", "experts": COPIES, "granularity": SHARDS, "calibration": "none"}

@@ -6,7 +6,7 @@ from models import SIZES
 from reference import TOKENS
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from upcycle.head import decode, drop_layers
+from upcycle.models.head import decode, drop_layers
 
 WINDOW = TOKENS[0]
 MODELS = {

@@ -7,8 +7,8 @@ import pytest
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.evaluate import evaluate
-from upcycle.history import fitted_on, identity
+from upcycle.evaluation.run import evaluate
+from upcycle.models.history import fitted_on, identity
 
 SIZE = {"tokens": 64, "seq_len": 64}
 

@@ -5,8 +5,8 @@ import torch
 from reference import naive_hidden
 from torch.nn.functional import silu
 
-from upcycle.innovation import STRENGTH, innovations
-from upcycle.types import DenseFFN, LayerActivations
+from upcycle.core.innovation import STRENGTH, innovations
+from upcycle.core.types import DenseFFN, LayerActivations
 
 D, F, T = 10, 24, 200
 NEURONS, OTHERS = torch.tensor([20, 3, 4, 5, 11, 17]), torch.tensor([0, 7, 8, 23, 12])
@@ -45,7 +45,7 @@ def naive_innovations(activations, weight_T):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("tokens_per_chunk", [7, T])
 def test_they_are_what_a_regression_on_the_others_leaves(monkeypatch, seed, tokens_per_chunk):
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", tokens_per_chunk * F)
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", tokens_per_chunk * F)
     activations, weight_T = make_activations(seed), make_weights(seed)
     found = innovations(activations, NEURONS, OTHERS, weight_T)
     expected_TR = naive_innovations(activations, weight_T)

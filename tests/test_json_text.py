@@ -6,7 +6,7 @@ import math
 import pytest
 from pydantic import BaseModel
 
-from upcycle.json_text import json_text
+from upcycle.core.json_text import json_text
 
 
 def strict(text):

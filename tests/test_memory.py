@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import upcycle
-from upcycle.memory import peak_bytes
+from upcycle.conversion.memory import peak_bytes
 
 CLOSE = 1.4
 """Of an estimate over what was measured: the interpreter differs between machines and runs, too."""

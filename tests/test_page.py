@@ -17,15 +17,16 @@ import torch
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
-import upcycle.page
-from upcycle import UpcycleError, charts, facts
+import upcycle.evaluation.page
+from upcycle import UpcycleError
 from upcycle.cli import app
-from upcycle.evaluate import Evaluation, evaluation_summary
-from upcycle.page.quality import overall
-from upcycle.page.routing import pairs, related, together
-from upcycle.page.words import digits, public_name
-from upcycle.routing import count_pairs, independent_pairs, layer_routing, pair_counts
-from upcycle.sample import Sample
+from upcycle.evaluation.page import charts, facts
+from upcycle.evaluation.page.quality import overall
+from upcycle.evaluation.page.routing import pairs, related, together
+from upcycle.evaluation.page.words import digits, public_name
+from upcycle.evaluation.routing import count_pairs, independent_pairs, layer_routing, pair_counts
+from upcycle.evaluation.run import Evaluation, evaluation_summary
+from upcycle.evaluation.sample import Sample
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = [
@@ -162,7 +163,9 @@ def render(found):
         [facts.LogLine(**line) for line in found["log"]],
     )
     samples = [Sample(**values) for values in found["samples"]]
-    return upcycle.page.render(shown, facts.Measured(evaluated(found["evaluation"]), samples))
+    return upcycle.evaluation.page.render(
+        shown, facts.Measured(evaluated(found["evaluation"]), samples)
+    )
 
 
 def evaluated(values):
@@ -688,7 +691,7 @@ def test_failure_leaves_the_former_page(model, saved, tmp_path, monkeypatch, sta
         raise OSError("no more room")
 
     if stage == "render":
-        monkeypatch.setattr(upcycle.page, "render", fail)
+        monkeypatch.setattr(upcycle.evaluation.page, "render", fail)
     else:
         monkeypatch.setattr(facts.Path, "replace", fail)
     assert run(model, "-o", out, "--evaluation", saved, "--overwrite").exit_code == 1

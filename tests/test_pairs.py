@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import upcycle
-from upcycle.errors import UpcycleError
-from upcycle.families import FAMILIES, describe
-from upcycle.targets import TARGETS
+from upcycle.core.errors import UpcycleError
+from upcycle.models.families import FAMILIES, describe
+from upcycle.models.targets import TARGETS
 
 LLAMA_LIKE = {"qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"}
 HOSTS = {

@@ -11,7 +11,7 @@ from processes import kill, killed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from upcycle.paths import disk_errors, whole_file, write_whole
+from upcycle.core.paths import disk_errors, whole_file, write_whole
 
 
 def names(folder):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from upcycle.errors import UpcycleError
-from upcycle.perturb import PERTURBS
-from upcycle.recipe import Choice
-from upcycle.request import parameters
-from upcycle.types import DenseFFN
+from upcycle.conversion.recipe import Choice
+from upcycle.conversion.request import parameters
+from upcycle.core.errors import UpcycleError
+from upcycle.core.types import DenseFFN
+from upcycle.split.copies import PERTURBS
 
 D, F = 24, 64
 OFFSET = {"gate_FD": 0.0, "up_FD": 0.3, "down_DF": -3.0}

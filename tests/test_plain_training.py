@@ -7,7 +7,7 @@ from models import PLAIN_SPLIT
 from reference import load, selections
 
 import upcycle
-from upcycle import conversion
+from upcycle.conversion import run as conversion
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 SETTINGS = PLAIN_SPLIT | {

@@ -17,15 +17,17 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import upcycle
-from upcycle import UpcycleError, dense_layers, planning
-from upcycle.clustering import balanced_kmeans
-from upcycle.inspection import is_routed
-from upcycle.notes import usage
+from upcycle import UpcycleError
+from upcycle.conversion import dense_layers
+from upcycle.conversion import plan as planning
+from upcycle.conversion.inspection import is_routed
+from upcycle.conversion.notes import usage
+from upcycle.core.clustering import balanced_kmeans
+from upcycle.models.source import DTYPES, DenseSource
+from upcycle.models.targets import TARGETS, Runtime
+from upcycle.models.text import KINDS
+from upcycle.models.writer import Workspace, partial_folder
 from upcycle.router_init import kmeans
-from upcycle.sink import Workspace, partial_folder
-from upcycle.source import DTYPES, DenseSource
-from upcycle.targets import TARGETS, Runtime
-from upcycle.text import KINDS
 
 QUICK = {"calibration_tokens": 64, "seq_len": 64, "check": "none"}
 

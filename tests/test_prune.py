@@ -23,13 +23,15 @@ from torch.nn.functional import silu
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import CheckFailed, UpcycleError, console, conversion, facts, planning
+from upcycle import CheckFailed, UpcycleError, console
 from upcycle.cli import app
-from upcycle.layer import ConvertedLayer
-from upcycle.page import origin
-from upcycle.prune import ALL_TOKENS, overall_strength, strongest_neurons
-from upcycle.recipe import load_recipe
-from upcycle.types import DenseFFN, LayerActivations
+from upcycle.conversion import plan as planning
+from upcycle.conversion import run as conversion
+from upcycle.conversion.layer import ConvertedLayer
+from upcycle.conversion.prune import ALL_TOKENS, overall_strength, strongest_neurons
+from upcycle.conversion.recipe import load_recipe
+from upcycle.core.types import DenseFFN, LayerActivations
+from upcycle.evaluation.page import facts, origin
 
 EXPERTS, SEQ_LEN, GAIN = 4, 64, {"qwen2_moe": 4, "mixtral": 1, "glm4_moe": 1}
 PRUNE = {
@@ -118,7 +120,7 @@ def test_an_expert_without_tokens_keeps_what_is_strongest_overall():
 
 
 def test_what_is_strongest_overall_is_seen_on_a_sample(monkeypatch):
-    monkeypatch.setattr("upcycle.prune.RANKING_TOKENS", 10)
+    monkeypatch.setattr("upcycle.conversion.prune.RANKING_TOKENS", 10)
     rng = torch.Generator().manual_seed(2)
     ffn, x_TD = random_ffn(rng), torch.randn(50, 8, generator=rng)
     weight_T = torch.rand(50, generator=rng)
@@ -199,7 +201,7 @@ def test_each_expert_is_refit_on_its_own_tokens(convert, family, target, sequent
 
 
 def test_descent_changes_an_experts_own_copies_of_neurons(convert, monkeypatch):
-    monkeypatch.setattr("upcycle.compensate.descent.BATCH", 16)
+    monkeypatch.setattr("upcycle.conversion.compensate.descent.BATCH", 16)
     descent = {"compensate": {"name": "descent", "rate": 0.1}, "calibration_tokens": 40 * SEQ_LEN}
     run = convert(**descent, sequential=True)
     assert run.done.check.exact_error < 1e-3
@@ -245,7 +247,7 @@ def test_tokens_reach_their_expert_a_batch_at_a_time(monkeypatch):
     gate_FD, up_FD = torch.randn(2, experts * neurons, hidden, generator=rng)
     ffn = DenseFFN(gate_FD, up_FD, torch.randn(hidden, experts * neurons, generator=rng), silu)
     converted = ConvertedLayer.of_pruned(ffn, torch.arange(experts * neurons) % 12, router_ED)
-    monkeypatch.setattr("upcycle.layer.BATCH_TOKENS", 7)
+    monkeypatch.setattr("upcycle.conversion.layer.BATCH_TOKENS", 7)
 
     def weigh(logits_TE):
         top_T1 = logits_TE.topk(1)

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.adapter import adapter_base
 from upcycle.cli import app
-from upcycle.evaluate import evaluate
-from upcycle.paths import way_from
-from upcycle.training.run import finetune
+from upcycle.core.paths import way_from
+from upcycle.evaluation.run import evaluate
+from upcycle.finetune.run import finetune
+from upcycle.models.adapter import adapter_base
 
 CONVERT = PLAIN_SPLIT | {"calibration_tokens": 128, "seq_len": 64, "experts": 4, "top_k": 2}
 TRAIN = {

@@ -10,10 +10,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from upcycle import UpcycleError, reading
-from upcycle.calibrate import text_fingerprint
-from upcycle.rows import Part, row_document
-from upcycle.text import DataSet, check_text, documents, parse
+from upcycle import UpcycleError
+from upcycle.models import reading
+from upcycle.models.calibration import text_fingerprint
+from upcycle.models.rows import Part, row_document
+from upcycle.models.text import DataSet, check_text, documents, parse
 
 CHAT = [
     {"role": "system", "content": "Be kind."},

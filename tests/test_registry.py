@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 import upcycle
-from upcycle.catalogue import CATALOGUE, check_names
-from upcycle.compensate import COMPENSATIONS
-from upcycle.errors import UpcycleError
-from upcycle.families import FAMILIES
-from upcycle.inspection import registered
-from upcycle.perturb import PERTURBS
-from upcycle.recipe import load_recipe, shipped_recipes
-from upcycle.registry import Registry, suggest
+from upcycle.conversion.catalogue import CATALOGUE, check_names
+from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.inspection import registered
+from upcycle.conversion.recipe import load_recipe, shipped_recipes
+from upcycle.core.errors import UpcycleError
+from upcycle.core.registry import Registry, suggest
+from upcycle.models.families import FAMILIES
+from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS
-from upcycle.shared_experts import SHARED
 from upcycle.split import SPLITS
-from upcycle.targets import TARGETS
+from upcycle.split.copies import PERTURBS
+from upcycle.split.shared import SHARED
 
 PACKAGE = Path(upcycle.__file__).parent
 FOLDERS = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from upcycle import UpcycleError
-from upcycle.regression import predictable_profiles, ridge
+from upcycle.core.regression import predictable_profiles, ridge
 
 T, D, E = 57, 9, 4
 

@@ -15,11 +15,11 @@ from models import PLAIN_SPLIT
 from reference import read_json, weights
 
 import upcycle
-from upcycle import planning
-from upcycle.recipe import Recipe
-from upcycle.report import model_card
-from upcycle.source import open_source
-from upcycle.text import PROBES
+from upcycle.conversion import plan as planning
+from upcycle.conversion.card import model_card
+from upcycle.conversion.recipe import Recipe
+from upcycle.models.source import open_source
+from upcycle.models.text import PROBES
 
 SETTINGS = {"calibration_tokens": 128, "seq_len": 64}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import AlreadyFinished, UpcycleError, conversion, planning
+from upcycle import AlreadyFinished, UpcycleError
 from upcycle.cli import app
-from upcycle.device import torch_threads
-from upcycle.sink import CheckpointWriter, Workspace, partial_folder
+from upcycle.conversion import plan as planning
+from upcycle.conversion import run as conversion
+from upcycle.core.machine import torch_threads
+from upcycle.models.writer import CheckpointWriter, Workspace, partial_folder
 
 SETTINGS = PLAIN_SPLIT | {
     "calibration_tokens": 128, "seq_len": 64, "max_shard_size": "100KB", "keep_dense": [1],

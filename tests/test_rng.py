@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from upcycle.rng import draw_seed, generator
+from upcycle.core.rng import draw_seed, generator
 
 
 def draws(rng):

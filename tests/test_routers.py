@@ -8,13 +8,13 @@ import torch
 from reference import naive_hidden
 from torch.nn.functional import silu
 
-from upcycle.errors import UpcycleError
-from upcycle.recipe import Choice
-from upcycle.request import parameters
+from upcycle.conversion.recipe import Choice
+from upcycle.conversion.request import parameters
+from upcycle.core.errors import UpcycleError
+from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.representative import representatives
 from upcycle.router_init.ridge import expert_energies
-from upcycle.types import DenseFFN, LayerActivations
 
 D, F, E, T = 24, 64, 4, 130
 FITTED = [name for name in ROUTERS if ROUTERS[name].needs_activations]
@@ -94,7 +94,7 @@ def test_no_router_touches_its_input(name):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_no_router_depends_on_chunking(name, monkeypatch):
     whole_ED = route(name, make_activations(), make_experts())
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 7 * F)
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", 7 * F)
     torch.testing.assert_close(
         route(name, make_activations(), make_experts()), whole_ED, rtol=1e-4, atol=1e-5
     )

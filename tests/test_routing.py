@@ -6,7 +6,13 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from upcycle.routing import co_selection, count_pairs, layer_routing, relative_entropy, utilisation
+from upcycle.evaluation.routing import (
+    co_selection,
+    count_pairs,
+    layer_routing,
+    relative_entropy,
+    utilisation,
+)
 
 EXPERTS, TOKENS, TOP_K = 6, 200, 3
 

@@ -7,7 +7,7 @@ from models import PLAIN_SPLIT
 from reference import experts, load, logits, moe_layers, routers
 
 import upcycle
-from upcycle.targets import TARGETS
+from upcycle.models.targets import TARGETS
 
 FAMILY = {"qwen3_moe": "qwen3", "flex_olmo": "olmo2", "granitemoeshared": "granite"}
 """Of a dense model that the target takes; else llama."""

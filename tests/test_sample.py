@@ -5,7 +5,7 @@ import torch
 from models import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from upcycle.sample import PROMPTS, TOKENS, continuation, samples
+from upcycle.evaluation.sample import PROMPTS, TOKENS, continuation, samples
 
 CHAT = "{% for m in messages %}<s>{{ m.content }}{% endfor %}</s>"
 STOP = 257

@@ -32,11 +32,13 @@ from safetensors.torch import save_file
 from torch.nn.functional import silu
 
 import upcycle
-from upcycle import CheckFailed, UpcycleError, conversion, planning
-from upcycle.dense import HiddenStream
-from upcycle.layer import ConvertedLayer
-from upcycle.sink import CheckpointWriter, Workspace
-from upcycle.types import DenseFFN, ExpertLayout, LayerActivations
+from upcycle import CheckFailed, UpcycleError
+from upcycle.conversion import plan as planning
+from upcycle.conversion import run as conversion
+from upcycle.conversion.layer import ConvertedLayer
+from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
+from upcycle.models.stream import HiddenStream
+from upcycle.models.writer import CheckpointWriter, Workspace
 
 PAIRS = [
     ("llama", "qwen2_moe"),
@@ -105,7 +107,7 @@ def settings_for(target, **settings):
 def short_check_and_small_batches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(planning.CHECK_TOKENS, "fast", 64)
-        patch.setattr("upcycle.compensate.descent.BATCH", 32)
+        patch.setattr("upcycle.conversion.compensate.descent.BATCH", 32)
         yield
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from reference import naive_hidden
 
-from upcycle.clustering import balanced_kmeans
-from upcycle.errors import UpcycleError
-from upcycle.recipe import Choice
-from upcycle.request import parameters
-from upcycle.shared_experts import SHARED
-from upcycle.shared_experts.consensus import seniority
-from upcycle.types import DenseFFN, Geometry, LayerActivations
+from upcycle.conversion.recipe import Choice
+from upcycle.conversion.request import parameters
+from upcycle.core.clustering import balanced_kmeans
+from upcycle.core.errors import UpcycleError
+from upcycle.core.types import DenseFFN, Geometry, LayerActivations
+from upcycle.split.shared import SHARED
+from upcycle.split.shared.consensus import seniority
 
 D, F, T = 24, 40, 19
 GEOMETRY = Geometry(F, num_experts=3, top_k=1, expert_size=10, shared_size=10)
@@ -49,7 +49,7 @@ def test_every_rule_scores_every_neuron(name, activations):
 @pytest.mark.parametrize("name", SHARED)
 def test_no_rule_depends_on_chunking(name, activations, monkeypatch):
     whole_F = score(name, activations)
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 3 * F)
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", 3 * F)
     assert len(list(activations.chunks())) == 7
     torch.testing.assert_close(score(name, activations), whole_F)
 

@@ -15,8 +15,10 @@ from processes import killed as killed_process
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from upcycle import AlreadyFinished, UpcycleError, sink
-from upcycle.sink import (
+from upcycle import AlreadyFinished, UpcycleError
+from upcycle.models import writer as sink
+from upcycle.models.source import INDEX, SINGLE
+from upcycle.models.writer import (
     JOURNAL,
     WRITE_BYTES,
     CheckpointWriter,
@@ -28,7 +30,6 @@ from upcycle.sink import (
     check_unfinished,
     partial_folder,
 )
-from upcycle.source import INDEX, SINGLE
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

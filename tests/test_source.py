@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import UpcycleError, source
+from upcycle import UpcycleError
 from upcycle.cli import app
-from upcycle.evaluate import load_model
-from upcycle.source import INDEX, SINGLE, companions, fingerprint, open_source
-from upcycle.types import all_finite
+from upcycle.core.types import all_finite
+from upcycle.evaluation.run import load_model
+from upcycle.models import source
+from upcycle.models.source import INDEX, SINGLE, companions, fingerprint, open_source
 
 SHARD_SIZE = "60KB"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -4,9 +4,9 @@ import pytest
 import torch
 from reference import load
 
-from upcycle import speed
-from upcycle.device import device_name
-from upcycle.speed import measure_speed, tokens_per_second
+from upcycle.core.machine import device_name
+from upcycle.evaluation import speed
+from upcycle.evaluation.speed import measure_speed, tokens_per_second
 
 WINDOWS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from upcycle import UpcycleError, speed
-from upcycle import evaluate as stage
+from upcycle import UpcycleError
 from upcycle.cli import app
-from upcycle.evaluate import evaluate
-from upcycle.speed import Speed
-from upcycle.speed_card import BEGIN, END, write_speed
+from upcycle.evaluation import run as stage
+from upcycle.evaluation import speed
+from upcycle.evaluation.run import evaluate
+from upcycle.evaluation.speed import Speed
+from upcycle.evaluation.speed_card import BEGIN, END, write_speed
 
 BESIDE = Speed(2, 1, "bfloat16", "grouped_mm", 1500.0, 30.0, 1000.0, 40.0, "Some CPU")
 ALONE = replace(BESIDE, prefill_against=None, decode_against=None)

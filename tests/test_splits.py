@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from upcycle.errors import UpcycleError
-from upcycle.recipe import Choice
-from upcycle.request import parameters
-from upcycle.rng import generator
+from upcycle.conversion.recipe import Choice
+from upcycle.conversion.request import parameters
+from upcycle.core.errors import UpcycleError
+from upcycle.core.rng import generator
+from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.split import SPLITS
 from upcycle.split.coactivation_graph import (
     coactivation_counts,
@@ -19,7 +20,6 @@ from upcycle.split.coactivation_graph import (
     edges,
     rebalance,
 )
-from upcycle.types import DenseFFN, LayerActivations
 
 D, F, E, T = 24, 64, 4, 192
 PURITY = 0.9
@@ -137,7 +137,7 @@ def test_no_split_touches_its_input_or_global_randomness(name):
 def test_no_split_depends_on_chunking(name, monkeypatch):
     activations, _ = make_planted(0)
     whole = split(name, activations, **PLANTED.get(name, {}))
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 5 * F)
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", 5 * F)
     assert torch.equal(split(name, activations, **PLANTED.get(name, {})), whole)
 
 

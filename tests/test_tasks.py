@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from upcycle import UpcycleError
-from upcycle.tasks import open_tasks, run_tasks
+from upcycle.evaluation.tasks import open_tasks, run_tasks
 
 RESULTS = {
     "moe": {"toy": {"alias": "toy", "acc,none": 0.25, "acc_stderr,none": "N/A"}},

@@ -6,8 +6,18 @@ from itertools import accumulate, islice
 
 import pytest
 
-from upcycle import UpcycleError, text
-from upcycle.text import KINDS, PROBES, builtin, check_text, documents, openers, paragraphs, shipped
+from upcycle import UpcycleError
+from upcycle.models import text
+from upcycle.models.text import (
+    KINDS,
+    PROBES,
+    builtin,
+    check_text,
+    documents,
+    openers,
+    paragraphs,
+    shipped,
+)
 
 CODE = "standard library"
 

@@ -13,13 +13,16 @@ from reference import load
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from upcycle import UpcycleError, calibrate, reading, writer
-from upcycle.dense_layers import DAMAGE_LENGTH, _cut
-from upcycle.evaluate import evaluate
-from upcycle.source import open_source
-from upcycle.text import PROBES
-from upcycle.tokens import front_tokens, open_reader
-from upcycle.training.data import training_data
+from upcycle import UpcycleError
+from upcycle.conversion.dense_layers import DAMAGE_LENGTH, _cut
+from upcycle.evaluation.run import evaluate
+from upcycle.finetune.data import training_data
+from upcycle.models import calibration as calibrate
+from upcycle.models import own_text as writer
+from upcycle.models import reading
+from upcycle.models.source import open_source
+from upcycle.models.text import PROBES
+from upcycle.models.tokens import front_tokens, open_reader
 
 BOS, EOS, VOCAB = 256, 257, 272
 TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>\n{% endfor %}"

@@ -18,17 +18,17 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from upcycle import AlreadyFinished, UpcycleError
-from upcycle.device import torch_threads
-from upcycle.errors import Diverged
-from upcycle.evaluate import load_model
-from upcycle.facts import read_log, read_record
-from upcycle.frontmatter import split_card
-from upcycle.sink import partial_folder
-from upcycle.training import step
-from upcycle.training.data import training_data
-from upcycle.training.run import Watch, finetune
-from upcycle.training.settings import Training
-from upcycle.training.step import learning_rate
+from upcycle.core.errors import Diverged
+from upcycle.core.machine import torch_threads
+from upcycle.evaluation.page.facts import read_log, read_record
+from upcycle.evaluation.run import load_model
+from upcycle.finetune import step
+from upcycle.finetune.data import training_data
+from upcycle.finetune.run import Watch, finetune
+from upcycle.finetune.settings import Training
+from upcycle.finetune.step import learning_rate
+from upcycle.models.frontmatter import split_card
+from upcycle.models.writer import partial_folder
 
 TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]
 QUICK = {
@@ -199,7 +199,7 @@ def test_a_bfloat16_checkpoint_stays_one(dense, split, train, settings):
 
 def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monkeypatch):
     """Even where rounding blurs the logits."""
-    from upcycle.training import publish
+    from upcycle.finetune import publish
 
     def wrong(*args):
         model = load_model(*args)
@@ -639,7 +639,7 @@ def test_what_changes_while_it_is_loaded_is_noticed(split, train, repeated, tmp_
         return load_model(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("upcycle.training.run.load_model", touch_up)
+        patch.setattr("upcycle.finetune.run.load_model", touch_up)
         with pytest.raises(UpcycleError, match="changed while it was read"):
             train(source, data=str(text))
     assert not (tmp_path / "out").exists()

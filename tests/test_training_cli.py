@@ -10,8 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from upcycle.cli import app
-from upcycle.sink import partial_folder
-from upcycle.training.settings import Training, shipped_presets
+from upcycle.finetune.settings import Training, shipped_presets
+from upcycle.models.writer import partial_folder
 
 QUICK = "--steps 2 --seq-len 32 --batch-size 2 --set validation_tokens=32 --lr 1e-3".split()
 
@@ -152,7 +152,7 @@ def test_tracker_that_is_not_installed(model, text, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_says_how_to_go_on(model, text, tmp_path, monkeypatch):
-    from upcycle.training import loop
+    from upcycle.finetune import loop
 
     out, step = tmp_path / "out", loop.take_step
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from upcycle import UpcycleError
-from upcycle import text as text_module
-from upcycle.training.data import batch_rows, training_data
+from upcycle.finetune.data import batch_rows, training_data
+from upcycle.models import text as text_module
 
 TEMPLATE = (
     "{% for m in messages %}"

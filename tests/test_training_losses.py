@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from upcycle.training import losses
-from upcycle.training.routers import Scale, untempered
+from upcycle.finetune import losses
+from upcycle.finetune.routers import Scale, untempered
 
 B, L, V, E, K, D = 3, 7, 11, 6, 2, 5
 MASK_BL = torch.ones(B, L, dtype=torch.bool)

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 import upcycle
 from upcycle.cli import app
-from upcycle.training import loop
-from upcycle.training.run import finetune
+from upcycle.finetune import loop
+from upcycle.finetune.run import finetune
 
 SETTINGS = {
     "preset": "heal", "steps": 3, "seq_len": 32, "batch_size": 4, "micro_batch": 1,

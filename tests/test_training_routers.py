@@ -7,10 +7,9 @@ import torch
 from reference import load, logits, routers, selected, selections
 from torch import nn
 
-from upcycle.moe import moe_blocks
-from upcycle.planning import EXACT_SPREAD, SPREAD, UNFITTED_SPREAD
-from upcycle.training.loop import make_optimizer
-from upcycle.training.routers import (
+from upcycle.conversion.plan import EXACT_SPREAD, SPREAD, UNFITTED_SPREAD
+from upcycle.finetune.loop import make_optimizer
+from upcycle.finetune.routers import (
     RouterTap,
     Scale,
     correction_bias,
@@ -18,9 +17,10 @@ from upcycle.training.routers import (
     measure_scales,
     update_bias,
 )
-from upcycle.training.settings import Training
-from upcycle.training.step import score_of
-from upcycle.training.trainable import freeze_all_but, members, trained
+from upcycle.finetune.settings import Training
+from upcycle.finetune.step import score_of
+from upcycle.finetune.trainable import freeze_all_but, members, trained
+from upcycle.models.blocks import moe_blocks
 
 TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]
 GAIN = {"qwen2_moe": 8, "mixtral": 2, "glm4_moe": 1, "granitemoeshared": 2}

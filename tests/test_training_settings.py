@@ -3,7 +3,7 @@
 import pytest
 
 from upcycle import UpcycleError
-from upcycle.training.settings import (
+from upcycle.finetune.settings import (
     DEFAULT_TOKENS,
     Training,
     load_training,

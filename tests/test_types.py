@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.types import (
+from upcycle.core.types import (
     DenseFFN,
     ExpertLayout,
     Geometry,
@@ -94,7 +94,7 @@ def test_to_converts_every_matrix_and_leaves_the_original():
 
 @pytest.mark.parametrize("chunk_elements", [1, 3 * F, 2**24])
 def test_chunks_cover_the_tokens_in_order(monkeypatch, chunk_elements):
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", chunk_elements)
     activations = LayerActivations(make_ffn(0), make_inputs())
     chunks = list(activations.chunks())
     assert all(len(x_tD) == len(h_tF) for x_tD, h_tF in chunks)
@@ -104,7 +104,7 @@ def test_chunks_cover_the_tokens_in_order(monkeypatch, chunk_elements):
 
 
 def test_chunks_stay_below_the_limit(monkeypatch):
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 3 * F + 1)
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", 3 * F + 1)
     sizes = [len(x_tD) for x_tD, _ in LayerActivations(make_ffn(0), make_inputs()).chunks()]
     assert sizes == [3, 3, 3, 2]
 
@@ -270,7 +270,7 @@ NEURONS = {"whole": range(F), "some": [30, 2, 17], "some of some": [39, 2]}
 @pytest.mark.parametrize("held", HELD)
 def test_chunks_are_the_same_whether_activations_are_held_or_not(monkeypatch, held, part):
     def chunks(limit):
-        monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", limit)
+        monkeypatch.setattr("upcycle.core.types.HELD_ELEMENTS", limit)
         return list(PARTS[part](LayerActivations(make_ffn(0), make_inputs())).chunks())
 
     for (x_tD, h_tF), (other_tD, other_tF) in zip(chunks(HELD[held]), chunks(0), strict=True):
@@ -281,8 +281,8 @@ def test_chunks_are_the_same_whether_activations_are_held_or_not(monkeypatch, he
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("held", HELD)
 def test_chunks_of_any_size_cover_the_tokens_of_a_part(monkeypatch, held, part):
-    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", 3 * F)
+    monkeypatch.setattr("upcycle.core.types.HELD_ELEMENTS", HELD[held])
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", 3 * F)
     activations = PARTS[part](LayerActivations(make_ffn(0), make_inputs()))
     place_T = torch.arange(len(activations.x_TD))
     chunks = activations.chunks(place_T, -place_T)
@@ -295,7 +295,7 @@ def test_chunks_of_any_size_cover_the_tokens_of_a_part(monkeypatch, held, part):
 @pytest.mark.parametrize(("held", "runs"), [("held", 1), ("just held", 1), ("not held", 4)])
 def test_what_is_held_is_worked_out_once(monkeypatch, held, runs):
     """Two passes over the whole, and one over each of two parts."""
-    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
+    monkeypatch.setattr("upcycle.core.types.HELD_ELEMENTS", HELD[held])
     calls, ffn = [], make_ffn(0)
     act = lambda gate_TF: calls.append(len(gate_TF)) or ffn.act(gate_TF)  # noqa: E731
     counted = DenseFFN(ffn.gate_FD, ffn.up_FD, ffn.down_DF, act)
@@ -310,8 +310,8 @@ def test_what_is_held_is_worked_out_once(monkeypatch, held, runs):
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("chunk_elements", [3 * F, 2**24])
 def test_output_is_the_ffns_token_by_token(monkeypatch, held, part, chunk_elements):
-    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr("upcycle.core.types.HELD_ELEMENTS", HELD[held])
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", chunk_elements)
     ffn, x_TD = make_ffn(0), make_inputs()
     down_DF = ffn.down_DF.double().numpy()
     hidden = [naive_hidden(ffn, x_D) for x_D in x_TD.double().numpy()]
@@ -326,8 +326,8 @@ def test_output_is_the_ffns_token_by_token(monkeypatch, held, part, chunk_elemen
 def test_energy_is_the_sum_over_tokens_of_what_a_neuron_adds(
     monkeypatch, held, part, chunk_elements
 ):
-    monkeypatch.setattr("upcycle.types.HELD_ELEMENTS", HELD[held])
-    monkeypatch.setattr("upcycle.types.CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr("upcycle.core.types.HELD_ELEMENTS", HELD[held])
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", chunk_elements)
     ffn, x_TD = make_ffn(0), make_inputs()
     down_DF = ffn.down_DF.double().numpy()
     hidden = [naive_hidden(ffn, x_D) for x_D in x_TD.double().numpy()]

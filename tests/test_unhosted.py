@@ -8,7 +8,7 @@ from models import SIZES
 from transformers import CONFIG_MAPPING
 
 import upcycle
-from upcycle.errors import UpcycleError
+from upcycle.core.errors import UpcycleError
 
 UNGATED = "ungated FFN"
 REASONS = {

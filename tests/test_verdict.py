@@ -2,7 +2,7 @@
 
 import pytest
 
-from upcycle.verdict import HEALING, Verdict, verdict
+from upcycle.evaluation.verdict import HEALING, Verdict, verdict
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ import pytest
 import torch
 from reference import load
 
-from upcycle import UpcycleError, writer
-from upcycle.source import open_source
-from upcycle.text import KINDS, openers, paragraphs
-from upcycle.tokens import load_tokenizer
-from upcycle.writer import repetition, written_tokens
+from upcycle import UpcycleError
+from upcycle.models import own_text as writer
+from upcycle.models.own_text import repetition, written_tokens
+from upcycle.models.source import open_source
+from upcycle.models.text import KINDS, openers, paragraphs
+from upcycle.models.tokens import load_tokenizer
 
 EOS, WANTED = 257, 700
 CPU = torch.device("cpu")

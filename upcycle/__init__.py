@@ -10,13 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.errors import AlreadyFinished, CheckFailed, UpcycleError
+from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
 
 if TYPE_CHECKING:
-    from upcycle.conversion import Progress
-    from upcycle.planning import Plan
-    from upcycle.report import Conversion
-    from upcycle.training.run import finetune
+    from upcycle.conversion.card import Conversion
+    from upcycle.conversion.plan import Plan
+    from upcycle.conversion.run import Progress
+    from upcycle.finetune.publish import Finetuning
+    from upcycle.finetune.run import Watch
 
 __version__ = version("upcycle")
 __all__ = ["AlreadyFinished", "CheckFailed", "UpcycleError", "convert", "finetune", "plan"]
@@ -45,9 +46,9 @@ def plan(
     Raises:
         UpcycleError: the request can't be carried out; the sentence says why and what to change.
     """
-    from upcycle.planning import make_plan
-    from upcycle.recipe import load_recipe
-    from upcycle.source import open_source
+    from upcycle.conversion.plan import make_plan
+    from upcycle.conversion.recipe import load_recipe
+    from upcycle.models.source import open_source
 
     loaded = load_recipe(recipe, settings)
     source = open_source(model, revision=revision)
@@ -70,7 +71,7 @@ def convert(
 
     Args:
         overwrite: replace a former output at `out`.
-        resume: go on from the last finished layer; see `upcycle.conversion.run`.
+        resume: go on from the last finished layer; see `upcycle.conversion.run.run`.
         progress: called with (stage, done, total).
 
     Raises:
@@ -78,7 +79,7 @@ def convert(
         UpcycleError: as `plan` does, or the weights or the text are bad; nothing is written.
         CheckFailed: the result broke an invariant; nothing is published.
     """
-    from upcycle.conversion import run
+    from upcycle.conversion.run import run
 
     made = plan(
         model,
@@ -93,10 +94,25 @@ def convert(
     return run(made, overwrite=overwrite, resume=resume, progress=progress or quiet)
 
 
-def __getattr__(name: str) -> Any:
-    """`finetune`, whose imports take seconds."""
-    if name == "finetune":
-        from upcycle.training.run import finetune
+def finetune(
+    model: str,
+    out: str | Path,
+    *,
+    preset: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    watch: "Watch | None" = None,
+    **settings: Any,
+) -> "Finetuning":
+    """Train a Mixture-of-Experts further; its arguments are those of `upcycle.finetune.run`."""
+    from upcycle.finetune.run import finetune as train
 
-        return finetune
-    raise AttributeError(f"module 'upcycle' has no attribute {name!r}")
+    return train(
+        model,
+        out,
+        preset=preset,
+        overwrite=overwrite,
+        resume=resume,
+        watch=watch,
+        **settings,
+    )

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from upcycle.errors import AlreadyFinished, CheckFailed, UpcycleError
-from upcycle.hub import check_repo, push
-from upcycle.json_text import json_text
+from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
+from upcycle.core.json_text import json_text
+from upcycle.core.paths import check_model, local_path, write_whole
+from upcycle.models.hub import check_repo, push
 from upcycle.options import (
     NOT_SETTINGS,
     REQUEST,
@@ -32,10 +33,9 @@ from upcycle.options import (
     Set,
     with_options,
 )
-from upcycle.paths import check_model, local_path, write_whole
 
 if TYPE_CHECKING:
-    from upcycle.planning import Plan
+    from upcycle.conversion.plan import Plan
 
 app = typer.Typer(
     name="upcycle",
@@ -102,8 +102,8 @@ def convert(
         _check_conversion(options)
         with _importing():
             from upcycle import console
-            from upcycle.conversion import run
-            from upcycle.report import conversion_summary
+            from upcycle.conversion.card import conversion_summary
+            from upcycle.conversion.run import run
 
         _quiet_model_loading()
         made, as_json = _plan(options), options["json_"]
@@ -133,7 +133,7 @@ def _show_plan(options: Options) -> None:
         _check_conversion(options)
         with _importing():
             from upcycle import console
-            from upcycle.report import plan_summary
+            from upcycle.conversion.card import plan_summary
 
         _quiet_model_loading()
         made = _plan(options)
@@ -145,7 +145,7 @@ def _show_plan(options: Options) -> None:
 
 def _check_conversion(options: Options) -> None:
     """Raise what is wrong with the request, as far as it shows without torch."""
-    from upcycle.preflight import check_conversion
+    from upcycle.conversion.preflight import check_conversion
 
     check_conversion(
         options["model"], options["recipe"], options["revision"], _recipe_settings(options)
@@ -174,7 +174,7 @@ def _plan(options: Options) -> "Plan":
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    from upcycle.foreign import parse_yaml
+    from upcycle.core.foreign import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals:
@@ -251,7 +251,7 @@ def finetune(
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
     with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):
-        from upcycle.preflight import check_finetuning
+        from upcycle.conversion.preflight import check_finetuning
 
         settings = {name: value for name, value in options.items() if value is not None}
         settings |= dict(_assignment(text) for text in set_ or [])
@@ -260,8 +260,8 @@ def finetune(
         check_repo(push_to_hub, private=private)
         check_finetuning(model, recipe, settings)
         from upcycle import console
-        from upcycle.training.publish import finetuning_summary
-        from upcycle.training.run import finetune as train
+        from upcycle.finetune.publish import finetuning_summary
+        from upcycle.finetune.run import finetune as train
 
         _quiet_model_loading()
         with console.watching_training(quiet=json_ or not _first_process()) as watch:
@@ -313,14 +313,14 @@ def evaluate(
     * `upcycle eval out --against MODEL --speed --card`
     """
     with _errors():
-        from upcycle.preflight import check_evaluation
+        from upcycle.conversion.preflight import check_evaluation
 
         _check_file(output)
         check_evaluation(model, against, text or [])
         from upcycle import console
-        from upcycle.evaluate import evaluate as measure
-        from upcycle.evaluate import evaluation_summary
-        from upcycle.speed_card import check_card, write_speed
+        from upcycle.evaluation.run import evaluate as measure
+        from upcycle.evaluation.run import evaluation_summary
+        from upcycle.evaluation.speed_card import check_card, write_speed
 
         if card:
             check_card(model, speed=speed)
@@ -359,7 +359,7 @@ def inspect(model: Model, revision: Revision = None, json_: Json = False) -> Non
     with _errors():
         check_model(model, revision)
         from upcycle import console
-        from upcycle.inspection import inspect_model
+        from upcycle.conversion.inspection import inspect_model
 
         report = inspect_model(model, revision=revision)
         if json_:
@@ -407,7 +407,7 @@ def report(
     * `upcycle report out --evaluation eval.json -o report.html`
     """
     with _errors():
-        from upcycle.preflight import check_evaluation
+        from upcycle.conversion.preflight import check_evaluation
 
         if out is None:
             raise UpcycleError("name the file for the page: -o report.html")
@@ -416,8 +416,8 @@ def report(
                 "--evaluation holds numbers already: drop --against, --text, --tokens and --seq-len"
             )
         check_evaluation(model, against, text or [])
-        from upcycle import console, facts
-        from upcycle.page import render
+        from upcycle import console
+        from upcycle.evaluation.page import facts, render
 
         out = local_path(out)
         facts.check_page(out, overwrite=overwrite)
@@ -443,8 +443,8 @@ def recipes(
     one recipe."""
     with _errors():
         from upcycle import console
-        from upcycle.catalogue import describe_presets, describe_recipes, methods
-        from upcycle.recipe import load_recipe, recipe_text, shipped_presets, yaml_fields
+        from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
+        from upcycle.conversion.recipe import load_recipe, recipe_text, shipped_presets, yaml_fields
 
         if name is not None and json_:
             presets = shipped_presets()
@@ -464,7 +464,7 @@ def env(json_: Json = False) -> None:
     """Show versions and the machine, for a bug report."""
     with _errors():
         from upcycle import console
-        from upcycle.inspection import describe_environment
+        from upcycle.conversion.inspection import describe_environment
 
         if json_:
             _print_json(describe_environment())
@@ -526,7 +526,7 @@ def _errors(
         where = f": {str(error.filename)[:200]}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}", 2 if error.errno in BAD_NAME else 1)
     except (MemoryError, RuntimeError) as error:
-        from upcycle.foreign import OUT_OF_MEMORY, out_of_memory
+        from upcycle.core.foreign import OUT_OF_MEMORY, out_of_memory
 
         if not out_of_memory(error):
             raise

@@ -13,20 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from upcycle.paths import public_name
-from upcycle.verdict import verdict
+from upcycle.core.paths import public_name
+from upcycle.evaluation.verdict import verdict
 
 if TYPE_CHECKING:
-    from upcycle.check import CheckReport
-    from upcycle.conversion import Progress as OnProgress
-    from upcycle.evaluate import Evaluation
-    from upcycle.planning import Plan
-    from upcycle.report import Conversion
-    from upcycle.tasks import TaskScores
-    from upcycle.training.data import Used
-    from upcycle.training.publish import Finetuning
-    from upcycle.training.run import Watch
-    from upcycle.training.settings import Training
+    from upcycle.conversion.card import Conversion
+    from upcycle.conversion.check import CheckReport
+    from upcycle.conversion.plan import Plan
+    from upcycle.conversion.run import Progress as OnProgress
+    from upcycle.evaluation.run import Evaluation
+    from upcycle.evaluation.tasks import TaskScores
+    from upcycle.finetune.data import Used
+    from upcycle.finetune.publish import Finetuning
+    from upcycle.finetune.run import Watch
+    from upcycle.finetune.settings import Training
 
 COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
 out = Console(emoji=False)  # :name: may be part of a file's name
@@ -61,7 +61,7 @@ def progress_bars(*, quiet: bool) -> Iterator["OnProgress"]:
 @contextmanager
 def watching_training(*, quiet: bool) -> Iterator["Watch"]:
     """What trains, then a live line on a terminal, and a line per validation."""
-    from upcycle.training.run import Watch
+    from upcycle.finetune.run import Watch
 
     if quiet:
         yield Watch()
@@ -200,8 +200,8 @@ def count(number: int) -> str:
 
 def show_plan(plan: "Plan") -> None:
     """What would be built, and what each target says."""
-    from upcycle.memory import peak_bytes
-    from upcycle.notes import usage
+    from upcycle.conversion.memory import peak_bytes
+    from upcycle.conversion.notes import usage
 
     recipe = plan.recipe
     out.print(usage(plan.recipe, plan.geometry), highlight=False)
@@ -281,8 +281,8 @@ def _layers(plan: "Plan") -> str:
 
 def show_conversion(conversion: "Conversion") -> None:
     """What changed and what it cost."""
-    from upcycle.notes import usage
-    from upcycle.report import kind_name
+    from upcycle.conversion.card import kind_name
+    from upcycle.conversion.notes import usage
 
     plan, check = conversion.plan, conversion.check
     rows: dict[str, Any] = {
@@ -363,7 +363,7 @@ def _named(layers: tuple[int, ...]) -> str:
 
 def _show_kinds(check: "CheckReport") -> None:
     """A row per kind of text, the worst in the colour of what it means."""
-    from upcycle.report import kind_name
+    from upcycle.conversion.card import kind_name
 
     colour = COLOURS[verdict(check.ratios).grade]
     rows = {}
@@ -381,7 +381,7 @@ def _show_kinds(check: "CheckReport") -> None:
 
 def _verdict(conversion: "Conversion") -> Iterator[str]:
     """What the check means, in sentences."""
-    from upcycle.report import kind_name
+    from upcycle.conversion.card import kind_name
 
     plan, check = conversion.plan, conversion.check
     if check is None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upcycle.registry import Params
+from upcycle.core.registry import Params
+from upcycle.core.types import DenseFFN
 from upcycle.router_init.base import router_from_weights
-from upcycle.types import DenseFFN
 
 
 class CentroidParams(Params):

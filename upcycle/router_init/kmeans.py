@@ -10,10 +10,10 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from upcycle.clustering import balanced_kmeans
-from upcycle.registry import Params
+from upcycle.core.clustering import balanced_kmeans
+from upcycle.core.registry import Params
+from upcycle.core.types import LayerActivations
 from upcycle.router_init.base import router_from_activations
-from upcycle.types import LayerActivations
 
 
 class KMeansParams(Params):

@@ -7,9 +7,9 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from upcycle.registry import Params
+from upcycle.core.registry import Params
+from upcycle.core.types import DenseFFN
 from upcycle.router_init.base import router_from_weights
-from upcycle.types import DenseFFN
 
 
 class NormalParams(Params):

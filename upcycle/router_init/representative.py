@@ -15,10 +15,10 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upcycle.registry import Params
-from upcycle.regression import ridge
+from upcycle.core.registry import Params
+from upcycle.core.regression import ridge
+from upcycle.core.types import LayerActivations
 from upcycle.router_init.base import router_from_activations
-from upcycle.types import LayerActivations
 
 
 class RepresentativeParams(Params):

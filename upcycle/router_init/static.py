@@ -11,10 +11,10 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from upcycle.registry import Params
-from upcycle.regression import ridge
+from upcycle.core.registry import Params
+from upcycle.core.regression import ridge
+from upcycle.core.types import LayerActivations
 from upcycle.router_init.base import router_from_activations
-from upcycle.types import LayerActivations
 
 
 class StaticParams(Params):

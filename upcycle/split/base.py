@@ -11,8 +11,8 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from upcycle.registry import Method, Params, Registry
-from upcycle.types import DenseFFN, LayerActivations
+from upcycle.core.registry import Method, Params, Registry
+from upcycle.core.types import DenseFFN, LayerActivations
 
 P = TypeVar("P", bound=Params, contravariant=True)
 

@@ -14,10 +14,10 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upcycle.clustering import balanced_kmeans, balanced_lloyd
-from upcycle.registry import Params
+from upcycle.core.clustering import balanced_kmeans, balanced_lloyd
+from upcycle.core.registry import Params
+from upcycle.core.types import LayerActivations
 from upcycle.split.base import split_from_activations
-from upcycle.types import LayerActivations
 
 
 class ProfileParams(Params):

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from upcycle.registry import Params
-from upcycle.rng import draw_seed
+from upcycle.core.registry import Params
+from upcycle.core.rng import draw_seed
+from upcycle.core.types import CHUNK_ELEMENTS, LayerActivations
 from upcycle.split.base import split_from_activations
-from upcycle.types import CHUNK_ELEMENTS, LayerActivations
 
 Counts = NDArray[np.int32]
 Graph = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]

@@ -6,9 +6,9 @@ FactorLLM slices the FFN this way, arXiv:2408.11855.
 import torch
 from torch import Tensor
 
-from upcycle.registry import Params
+from upcycle.core.registry import Params
+from upcycle.core.types import DenseFFN
 from upcycle.split.base import split_from_weights
-from upcycle.types import DenseFFN
 
 
 @split_from_weights(

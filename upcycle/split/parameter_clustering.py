@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upcycle.clustering import balanced_kmeans
-from upcycle.registry import Params
+from upcycle.core.clustering import balanced_kmeans
+from upcycle.core.registry import Params
+from upcycle.core.types import DenseFFN
 from upcycle.split.base import split_from_weights
-from upcycle.types import DenseFFN
 
 
 class ClusterParams(Params):

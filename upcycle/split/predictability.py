@@ -12,11 +12,11 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from upcycle.clustering import balanced_kmeans
-from upcycle.registry import Params
-from upcycle.regression import predictable_profiles
+from upcycle.core.clustering import balanced_kmeans
+from upcycle.core.registry import Params
+from upcycle.core.regression import predictable_profiles
+from upcycle.core.types import LayerActivations
 from upcycle.split.base import split_from_activations
-from upcycle.types import LayerActivations
 
 
 class PredictabilityParams(Params):

@@ -6,9 +6,9 @@ LLaMA-MoE's released models use it (Independent-Random), arXiv:2406.16554.
 import torch
 from torch import Tensor
 
-from upcycle.registry import Params
+from upcycle.core.registry import Params
+from upcycle.core.types import DenseFFN
 from upcycle.split.base import split_from_weights
-from upcycle.types import DenseFFN
 
 
 @split_from_weights("random", summary="a random partition of the neurons", paper="arXiv:2406.16554")

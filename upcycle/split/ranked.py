@@ -7,9 +7,9 @@ has to beat to be worth its trouble.
 import torch
 from torch import Tensor
 
-from upcycle.registry import Params
+from upcycle.core.registry import Params
+from upcycle.core.types import LayerActivations
 from upcycle.split.base import split_from_activations
-from upcycle.types import LayerActivations
 
 
 @split_from_activations("ranked", summary="strongest neurons first", paper="baseline")

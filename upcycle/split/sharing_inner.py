@@ -10,10 +10,10 @@ out, |h| |down|, where the paper takes |h ∂loss/∂h|.
 import torch
 from torch import Tensor
 
-from upcycle.clustering import importance_by_cluster
+from upcycle.core.clustering import importance_by_cluster
+from upcycle.core.types import LayerActivations
 from upcycle.split.base import split_from_activations
 from upcycle.split.token_clusters import TokenClustersParams
-from upcycle.types import LayerActivations
 
 
 @split_from_activations(

@@ -10,10 +10,10 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from upcycle.clustering import balanced_assignment, importance_by_cluster
-from upcycle.registry import Params
+from upcycle.core.clustering import balanced_assignment, importance_by_cluster
+from upcycle.core.registry import Params
+from upcycle.core.types import LayerActivations
 from upcycle.split.base import split_from_activations
-from upcycle.types import LayerActivations
 
 
 class TokenClustersParams(Params):

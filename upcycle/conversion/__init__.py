@@ -1,0 +1,1 @@
+"""The conversion, from a request to a checkpoint that is whole or absent."""

@@ -1,0 +1,198 @@
+"""What a conversion leaves to read: upcycle.json for machines, a model card for people."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from upcycle.conversion.check import CheckReport, KindResult, check_summary
+from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.dense_layers import DenseLayers
+from upcycle.conversion.memory import peak_bytes
+from upcycle.conversion.plan import Plan
+from upcycle.core.json_text import json_text
+from upcycle.core.paths import local_path, public_name, way_from
+from upcycle.core.registry import Method
+from upcycle.core.versions import versions
+from upcycle.evaluation.verdict import verdict
+from upcycle.models.frontmatter import read_card, with_results
+from upcycle.models.targets import TARGETS
+from upcycle.models.text import public_texts
+from upcycle.models.writer import Identity
+from upcycle.router_init import ROUTERS
+from upcycle.split import SPLITS
+from upcycle.split.copies import PERTURBS
+from upcycle.split.shared import SHARED
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion."""
+
+    plan: Plan
+    run: Identity
+    out: Path
+    check: CheckReport | None
+    seconds: Mapping[str, float]
+    peak_bytes: int
+    dense_layers: DenseLayers | None = None
+    """How the layers to keep dense were found, where they were measured."""
+
+
+def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
+    """A plan as plain values; `measured` as `peak_bytes` takes it."""
+    arch, geometry = plan.source.arch, plan.geometry
+    return {
+        "source": plan.source.label,
+        "family": arch.family,
+        "target": plan.target,
+        "targets": {name: why or "ok" for name, why in plan.targets.items()},
+        "runtimes": {name: why or "ok" for name, why in plan.runtimes.items()},
+        "method": plan.recipe.method.name,
+        "layers": arch.num_layers,
+        "dense_layers": list(plan.spec.dense_layers),
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "experts": geometry.num_experts,
+        "top_k": geometry.top_k,
+        "granularity": geometry.granularity,
+        "expert_size": geometry.expert_size,
+        "shared_size": geometry.shared_size,
+        "active_ffn_ratio": plan.active_ffn_ratio,
+        "params_dense": plan.params_dense,
+        "params_total": plan.params_total,
+        "params_active": plan.params_active,
+        "bytes": plan.bytes,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(plan.device),
+        "peak_memory_estimate": peak_bytes(plan, measured=measured),
+        "check_memory_estimate": plan.check_bytes(),
+        "calibration_tokens": plan.fit_tokens,
+        "check_tokens": plan.held_tokens,
+        "feedback": plan.feedback,
+        "warnings": list(plan.warnings),
+        "recipe": plan.recipe.settings(),
+    }
+
+
+def conversion_summary(conversion: Conversion) -> dict[str, Any]:
+    """A conversion as plain values, without the per-layer record."""
+    check = conversion.check
+    return {
+        "out": str(conversion.out),
+        "plan": plan_summary(conversion.plan, measured=conversion.dense_layers is not None),
+        "check": None if check is None else check_summary(check),
+        "seconds": {stage: round(s, 3) for stage, s in conversion.seconds.items()},
+        "peak_memory": conversion.peak_bytes,
+        "dense_layers": None
+        if conversion.dense_layers is None
+        else asdict(conversion.dense_layers),
+    }
+
+
+def report_json(conversion: Conversion, layers: Iterable[dict[str, Any]]) -> str:
+    """upcycle.json: all that was decided and measured; each layer's permutation lists the dense
+    neurons in their new order, shared first, then expert by expert (of a split that is no
+    partition, with some of them twice or more and some left out).
+
+    It is published, so a local source is named by its way from OUT, and other files by their names
+    alone."""
+    source, check = conversion.plan.source, conversion.check
+    name = source.label
+    if source.revision is None:
+        name = way_from(conversion.out, local_path(source.label))
+    report = conversion_summary(conversion) | {
+        "out": conversion.out.resolve().name,
+        "check": None if check is None else check_summary(_public_check(check)),
+        "versions": versions(),
+        "source": {
+            "name": name,
+            "revision": source.revision,
+            "fingerprint": source.fingerprint(),
+        },
+        "run": asdict(conversion.run),
+        "layers": list(layers),
+    }
+    report["plan"]["source"] = public_name(source.label)
+    report["plan"]["recipe"]["calibration"] = public_texts(conversion.plan.recipe.calibration)
+    return json_text(report) + "\n"
+
+
+def _public_check(check: CheckReport) -> CheckReport:
+    return replace(
+        check,
+        kinds=[replace(kind, kind=public_name(kind.kind)) for kind in check.kinds],
+        left_out=list(map(public_name, check.left_out)),
+    )
+
+
+def papers(plan: Plan) -> list[str]:
+    """The papers behind the methods that a plan uses, each once."""
+    recipe = plan.recipe
+    used: list[Method[Any]] = []
+    if recipe.router is not None:
+        used.append(ROUTERS[recipe.router.name])
+    if recipe.method.name in PERTURBS:
+        used.append(PERTURBS[recipe.method.name])
+    if plan.compensates:
+        used.append(COMPENSATIONS[recipe.compensate.name])
+    if recipe.splits:
+        used.append(SPLITS[recipe.split.name])
+        if plan.geometry.shared_size:
+            used.append(SHARED[recipe.shared_by.name])
+    listed = [recipe.paper, *(method.paper for method in used)]
+    return sorted({paper for paper in listed if paper.startswith("arXiv")})
+
+
+def model_card(conversion: Conversion) -> str:
+    """README.md of the output, with front matter for the hub."""
+    plan = conversion.plan
+    front = read_card(plan.source.folder)
+    if plan.source.revision is not None:
+        front["base_model"] = [plan.source.label]
+    front |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moe", "mixture-of-experts", "upcycle", plan.target, plan.recipe.method.name],
+    }
+    if "base_model" in front:
+        front["base_model_relation"] = "finetune"
+    kinds = conversion.check.kinds if conversion.check else []
+    results = [(public_name(k.kind), kind_name(k.kind), _metrics(k)) for k in kinds]
+    front = with_results(front, conversion.out.resolve().name, results)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("upcycle", "conversion"),
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("card.md.jinja").render(
+        front=yaml.safe_dump(front, sort_keys=False),
+        plan=plan,
+        target=TARGETS[plan.target],
+        name=public_name(plan.source.label),
+        check=conversion.check,
+        kind_name=kind_name,
+        verdict=conversion.check and verdict(conversion.check.ratios),
+        text=public_texts(plan.recipe.calibration),
+        papers=papers(plan),
+        compensation=COMPENSATIONS[plan.recipe.compensate.name],
+        version=version("upcycle"),
+    )
+
+
+def _metrics(kind: KindResult) -> dict[str, float]:
+    return {"perplexity": kind.perplexity_moe, "perplexity over the dense model's": kind.ratio}
+
+
+def kind_name(text: str) -> str:
+    """What a row of the check is about."""
+    named = {"self": "its own writing"}
+    if text.startswith("probe:"):
+        return f"{text.removeprefix('probe:')}, built in"
+    return named.get(text, public_name(text))

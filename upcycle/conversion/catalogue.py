@@ -1,0 +1,91 @@
+"""What there is to choose from: recipes, presets of training, methods and targets.
+
+Without torch, which methods need when they run: what is to be known of them beforehand lies in
+catalogue.json, which `make catalogue` writes from the registries.
+"""
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from upcycle.conversion.recipe import (
+    Choice,
+    Recipe,
+    load_recipe,
+    shipped_presets,
+    shipped_recipes,
+    yaml_fields,
+)
+from upcycle.core.errors import UpcycleError
+from upcycle.core.registry import check_parameters, suggest
+
+CATALOGUE = "catalogue.json"
+KINDS = {
+    "method": "method",
+    "split": "split",
+    "shared_by": "shared-expert rule",
+    "router": "router",
+    "compensate": "compensation",
+}
+"""The fields of a recipe that name a method, and what the methods are called there."""
+UNPERTURBED = ("split", "prune", "copy")
+"""Methods in the field of that name that are no plug-ins and take no parameters."""
+
+
+def methods() -> list[dict[str, Any]]:
+    """Every method: kind, name, summary, paper, parameters with their defaults, and whether it
+    needs text."""
+    listed: list[dict[str, Any]] = _catalogue()["methods"]
+    return listed
+
+
+@cache
+def _catalogue() -> dict[str, Any]:
+    text = (resources.files("upcycle.conversion") / CATALOGUE).read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise if the recipe names a method, a parameter of one or a target that there is not.
+
+    Raises:
+        UpcycleError: the sentence names those that there are.
+    """
+    for field, kind in KINDS.items():
+        choice = getattr(recipe, field)
+        if choice is not None and not (field == "method" and choice.name in UNPERTURBED):
+            _check_choice(kind, choice)
+    targets = _catalogue()["targets"]
+    if recipe.target not in ("auto", *targets):
+        raise UpcycleError(f"unknown target {recipe.target!r}{suggest(recipe.target, targets)}")
+
+
+def _check_choice(kind: str, choice: Choice) -> None:
+    known = {method["name"]: method["parameters"] for method in methods() if method["kind"] == kind}
+    if choice.name not in known:
+        names = [*known, *(UNPERTURBED if kind == "method" else ())]
+        raise UpcycleError(f"unknown {kind} {choice.name!r}{suggest(choice.name, names)}")
+    check_parameters(f"{kind} {choice.name!r}", choice.params, known[choice.name])
+
+
+def describe_recipes() -> list[dict[str, Any]]:
+    """The shipped recipes: name, paper, what they do."""
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    return [
+        {
+            "name": recipe.name,
+            "method": recipe.method.name,
+            "summary": recipe.summary,
+            "paper": recipe.paper,
+            "departures": list(recipe.departures),
+        }
+        for recipe in recipes
+    ]
+
+
+def describe_presets() -> list[dict[str, Any]]:
+    """The presets of `upcycle finetune`: name, paper, what they do."""
+    listed = [yaml_fields(path) for path in shipped_presets().values()]
+    return [{name: fields[name] for name in ("name", "summary", "paper")} for fields in listed]

@@ -1,0 +1,284 @@
+"""The check: re-open the finished checkpoint with plain transformers, compare it with the source.
+
+First exactness, which a correct conversion has: copies give the dense model's logits, and a split
+with all its experts on and equally weighted does too. Then routing: the experts count what was
+planned. Then what the conversion did to the model, on several kinds of text that no method has
+seen, each by itself: a model may be fine on the kind that it was fitted on and broken on another.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcycle.conversion.plan import Plan
+from upcycle.core.errors import CheckFailed, UpcycleError
+from upcycle.core.machine import free_memory
+from upcycle.core.types import DenseFFN
+from upcycle.evaluation.routing import utilisation
+from upcycle.evaluation.run import (
+    Comparison,
+    compare,
+    decode_windows,
+    load_model,
+    next_token_logits,
+)
+from upcycle.models.blocks import moe_blocks, watch_selections
+from upcycle.models.head import drop_layers
+
+EXACT_TOKENS = 128
+
+# Relative to the logits' standard deviation; weights below float32 round their gains.
+TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.1
+WEIGHT_TOLERANCE = 0.02
+SAME_SELECTION = 0.8  # of the tokens; bfloat16 changes some that are close
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """What the conversion did to one kind of text."""
+
+    kind: str
+    """The name of the text: of the calibration, of which this was held back, or `probe:…`."""
+    tokens: int
+    perplexity_dense: float
+    perplexity_moe: float
+    ratio: float
+    worst_window: float
+    """The largest ratio of any window."""
+    kl: float
+    """Mean KL(dense ‖ MoE) per token, in nats."""
+    top1_agreement: float
+    """Share of tokens whose most likely next token is the same."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the check measured."""
+
+    exact_error: float | None
+    """Root mean square difference of the logits over their standard deviation, with every expert
+    on for a split; None for copies that were changed on purpose, or of which tokens get parts."""
+    exact_tolerance: float
+    kinds: list[KindResult]
+    left_out: list[str]
+    """Kinds that could not be had."""
+    window: int
+    load: list[list[float]]
+    """Per MoE layer and expert: its share of the tokens over the fair share, K / E."""
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """By kind of text."""
+        return {kind.kind: kind.ratio for kind in self.kinds}
+
+    @property
+    def worst(self) -> KindResult:
+        """The kind that lost most."""
+        return max(self.kinds, key=lambda kind: kind.ratio)
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """The worst kind's."""
+        return self.worst.ratio
+
+    @property
+    def mean_ratio(self) -> float:
+        """The geometric mean over kinds."""
+        return math.exp(sum(math.log(kind.ratio) for kind in self.kinds) / len(self.kinds))
+
+    @property
+    def tokens(self) -> int:
+        return sum(kind.tokens for kind in self.kinds)
+
+    @property
+    def dead_experts(self) -> int:
+        return sum(share == 0 for layer in self.load for share in layer)
+
+
+def check_summary(check: CheckReport) -> dict[str, Any]:
+    """The check as plain values."""
+    return asdict(check) | {
+        "worst_kind": check.worst.kind,
+        "perplexity_ratio": check.perplexity_ratio,
+        "mean_ratio": check.mean_ratio,
+        "dead_experts": check.dead_experts,
+    }
+
+
+def run_check(
+    plan: Plan,
+    folder: Path,
+    held: Mapping[str, Tensor],
+    progress: Any,
+    all_on: Iterable[tuple[int, DenseFFN]] = (),
+) -> CheckReport:
+    """Compare the checkpoint in `folder` with the plan's source.
+
+    Args:
+        held: by the kind of text, windows [W, L].
+        all_on: the layers of which all experts together are no longer the source's FFN, and the
+            FFN that they come to. Exactness is measured against the dense model with these in
+            place, the rest against the dense model as it is.
+
+    Raises:
+        CheckFailed: the checkpoint does not load whole, or is not exact where it must be.
+    """
+    dtype = _dtype_that_fits(plan)
+    step = _steps(progress, 2 * sum(map(len, held.values())))
+    exact_L = next(iter(held.values()))[0, :EXACT_TOKENS]
+    model = load_model(plan.source.folder, dtype, plan.device)
+    dense = {kind: decode_windows(model, windows_WL, step) for kind, windows_WL in held.items()}
+    for layer, ffn in all_on:
+        _replace(model.model.layers[layer].mlp, ffn)
+    exact_LV = next_token_logits(model, exact_L)
+    drop_layers(model)
+    model = load_result(folder, dtype, plan.device)
+    low_precision = plan.dtype != torch.float32 or dtype != torch.float32
+    tolerance = LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE
+    exact_error = _exact_error(plan, model, exact_L, exact_LV)
+    if exact_error is not None and not exact_error <= tolerance:
+        raise CheckFailed(
+            f"the finished checkpoint is not the dense model's equal: its logits differ by "
+            f"{exact_error:.2g} of their spread (at most {tolerance:g} is rounding)"
+        )
+    _check_routing(plan, model, exact_L)
+    compared = {
+        kind: compare(model, windows_WL, dense[kind], step) for kind, windows_WL in held.items()
+    }
+    pairs = zip(*(c.pairs for c in compared.values()), strict=True)
+    return CheckReport(
+        exact_error=exact_error,
+        exact_tolerance=tolerance,
+        kinds=[_kind(kind, held[kind].numel(), c) for kind, c in compared.items()],
+        left_out=[] if "self" in held else ["self"],
+        window=max(windows_WL.shape[1] for windows_WL in held.values()),
+        load=[utilisation(sum(layer).diagonal()) for layer in pairs],
+    )
+
+
+def _kind(kind: str, tokens: int, compared: Comparison) -> KindResult:
+    ratio = compared.perplexity / compared.perplexity_against
+    return KindResult(
+        kind=kind,
+        tokens=tokens,
+        perplexity_dense=compared.perplexity_against,
+        perplexity_moe=compared.perplexity,
+        # What is no number is the worst.
+        ratio=math.inf if math.isnan(ratio) else ratio,
+        worst_window=compared.worst_window_ratio,
+        kl=compared.kl,
+        top1_agreement=compared.top1_agreement,
+    )
+
+
+def _steps(progress: Any, total: int) -> Callable[[int], None]:
+    """Tells `progress` of every window of all kinds and both models."""
+    windows = itertools.count(1)
+    return lambda _: progress("checking", next(windows), total)
+
+
+def _replace(mlp: Any, ffn: DenseFFN) -> None:
+    """Give a dense model's FFN other weights, and perhaps more or fewer neurons."""
+    matrices = {"gate_proj": ffn.gate_FD, "up_proj": ffn.up_FD, "down_proj": ffn.down_DF}
+    if hasattr(mlp, "gate_up_proj"):
+        matrices["gate_up_proj"] = torch.cat([matrices.pop("gate_proj"), matrices.pop("up_proj")])
+    for name, matrix in matrices.items():
+        linear = getattr(mlp, name)
+        linear.weight = torch.nn.Parameter(matrix.to(linear.weight), requires_grad=False)
+
+
+def load_result(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """`load_model` of what was just written, whose faults are ours."""
+    try:
+        return load_model(folder, dtype, device)
+    except UpcycleError as error:
+        raise CheckFailed(str(error)) from error
+
+
+def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:
+    """How far the logits are from the dense model's [L, V]; None where they need not be equal."""
+    if plan.equal:
+        return relative_error(next_token_logits(model, exact_L), exact_LV)
+    if not plan.recipe.copies:
+        with _all_experts_on(model, plan):
+            return relative_error(next_token_logits(model, exact_L), exact_LV)
+    return None
+
+
+def relative_error(logits: Tensor, reference: Tensor) -> float:
+    """Root mean square difference over the reference's standard deviation."""
+    return float((logits - reference).square().mean().sqrt() / reference.std())
+
+
+def _dtype_that_fits(plan: Plan) -> torch.dtype:
+    """float32 where one model at a time fits in memory, else the checkpoint's own dtype."""
+    fits = plan.check_bytes(torch.float32) < free_memory(plan.device)
+    return torch.float32 if fits else plan.dtype
+
+
+@contextmanager
+def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
+    """Select every expert, each with weight 1, for the time of the context: with its rows at zero a
+    router weights all experts alike."""
+    blocks = moe_blocks(model)
+    rows = [block.router.weight.data.clone() for block in blocks]
+    for block in blocks:
+        block.router.top_k = plan.geometry.num_experts
+        block.router.weight.data.zero_()
+        block.experts.down_proj.data.mul_(plan.gains.all_on)
+    yield
+    for block, rows_ED in zip(blocks, rows, strict=True):
+        block.router.top_k = plan.geometry.top_k
+        block.router.weight.data.copy_(rows_ED)
+        block.experts.down_proj.data.div_(plan.gains.all_on)
+
+
+@torch.no_grad()
+def _check_routing(plan: Plan, model: Any, window_L: Tensor) -> None:
+    """The experts that the router selects, and what they count, are those that were planned.
+
+    Raises:
+        CheckFailed: experts that are all alike would not count 1, or a layer's weights are not what
+            its logits make of them.
+    """
+    wanted = plan.geometry.granularity if plan.recipe.copies else plan.geometry.top_k
+    counted = float(plan.weigh(torch.zeros(1, plan.geometry.num_experts)).sum())
+    if abs(counted - wanted) > TOLERANCE * wanted:
+        raise CheckFailed(f"the selected experts count {counted:.3g} times instead of {wanted}")
+    blocks = moe_blocks(model)
+    seen: list[tuple[Tensor, Tensor]] = [(window_L, window_L)] * len(blocks)
+    inputs: list[Tensor] = [window_L] * len(blocks)
+
+    def keep_input(place: int) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
+            inputs[place] = args[0].flatten(0, -2)
+
+        return hook
+
+    def see(place: int, chosen_TK: Tensor, weights_TK: Tensor) -> None:
+        seen[place] = chosen_TK, weights_TK
+
+    hooks = [b.router.register_forward_pre_hook(keep_input(i)) for i, b in enumerate(blocks)]
+    with watch_selections(blocks, see):
+        next_token_logits(model, window_L)
+    for hook in hooks:
+        hook.remove()
+    for block, x_TD, (chosen_TK, weights_TK) in zip(blocks, inputs, seen, strict=True):
+        expected_TE = plan.weigh(x_TD.float() @ block.router.weight.float().T)
+        routed = plan.gains.routed * weights_TK.float()
+        found_TE = torch.zeros_like(expected_TE).scatter_(1, chosen_TK, routed)
+        # Experts at the margin may change places by rounding; the planned ones hardly differ then.
+        error = float((found_TE.sort(1).values - expected_TE.sort(1).values).abs().mean(0).max())
+        same = float(((found_TE > 0) == (expected_TE > 0)).all(1).float().mean())
+        if error > WEIGHT_TOLERANCE * float(expected_TE.max()) or same < SAME_SELECTION:
+            raise CheckFailed(
+                f"the router of layer {block.layer} does not select and weight experts as planned: "
+                f"weights differ by {error:.2g}, {100 * same:.0f} % of the selections are the same"
+            )

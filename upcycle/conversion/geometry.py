@@ -1,0 +1,248 @@
+"""How many of everything: experts, their width, the shared expert's and top_k, from what was
+asked for."""
+
+import math
+
+from upcycle.conversion.recipe import Recipe
+from upcycle.core.errors import UpcycleError
+from upcycle.core.types import Geometry
+from upcycle.models.targets import SharedWidth
+
+ALIGNMENT = 8  # grouped_mm wants strides of 16 bytes
+WIDTH_STEPS = (64, 16)
+"""Widths that kernels like, the better first; the shared expert takes what they cut off."""
+EXPERT_SIZE = 256
+FEWEST, MOST = 32, 64
+"""A split's default experts hold about 256 neurons, but 32 to 64 of them would fill the FFN. Finer
+ones lose less and are slower to serve (benchmarks/granules.py)."""
+TOLERANCE = 1.25  # by which a default width may differ from that, for a better step
+CUT_OFF = 1 / 16  # of an expert's neurons, at most, for a better step
+ACTIVE = 0.5
+SHARED = 0.25
+"""Of the neurons: at 50 % active, in two layers of one model, sharing an eighth to a third of all
+made next to no difference; other shares were not measured."""
+COPIES, COPIES_PER_TOKEN = 8, 2
+
+
+def geometry_of(
+    recipe: Recipe,
+    num_neurons: int,
+    layers: int,
+    num_dense: int,
+    *,
+    shared_width: SharedWidth = "none",
+    min_experts: int = 1,
+) -> Geometry:
+    """What the recipe asks for, with what it leaves open.
+
+    Args:
+        num_neurons: F.
+        num_dense: how many of the layers stay dense; the others make up for it in the active share.
+        shared_width: what the target has place for.
+        min_experts: that the target wants to route.
+
+    Raises:
+        UpcycleError: the FFN can't be cut like this.
+    """
+    if recipe.copies:
+        geometry = _copies(recipe, num_neurons)
+    elif recipe.prunes:
+        kept = _kept(recipe, num_neurons, layers, num_dense)
+        geometry = Geometry(num_neurons, recipe.experts or COPIES, recipe.top_k or 1, kept)
+    else:
+        share = moe_share(recipe.active or ACTIVE, layers, num_dense)
+        geometry = _split(recipe, num_neurons, share, shared_width, min_experts)
+        if geometry.top_k < 1:
+            raise _nothing_to_route(recipe, geometry, layers, num_dense)
+    _check(geometry)
+    return geometry
+
+
+def geometries(
+    recipe: Recipe, num_neurons: int, layers: int, *, shared_width: SharedWidth, min_experts: int
+) -> list[Geometry]:
+    """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
+    found = []
+    for num_dense in range(layers):
+        try:
+            geometry = geometry_of(
+                recipe,
+                num_neurons,
+                layers,
+                num_dense,
+                shared_width=shared_width,
+                min_experts=min_experts,
+            )
+        except UpcycleError:
+            break
+        found.append(geometry)
+    return found
+
+
+def moe_share(active: float, layers: int, num_dense: int) -> float:
+    """The active share of the converted layers that makes `active` over all layers; those kept
+    dense count as 1."""
+    return (active * layers - num_dense) / (layers - num_dense)
+
+
+def _copies(recipe: Recipe, num_neurons: int) -> Geometry:
+    granularity = recipe.granularity
+    if granularity > 1:
+        _check_cut(granularity, "--granularity", num_neurons)
+    experts = (recipe.experts or COPIES) * granularity
+    top_k = recipe.top_k or COPIES_PER_TOKEN * granularity
+    size = num_neurons // granularity
+    return Geometry(num_neurons, experts, top_k, size, granularity=granularity)
+
+
+def _split(
+    recipe: Recipe, num_neurons: int, share: float, shared_width: SharedWidth, min_experts: int
+) -> Geometry:
+    """As many experts on as the active share allows, beside shared neurons that take half of it,
+    but no more than a quarter of all, or next to none if that leaves nothing to route."""
+    asked = 0.0 if shared_width == "none" else recipe.shared
+    default = SHARED if recipe.top_k else max(0.0, min(SHARED, share / 2))
+    if asked == 0 and recipe.experts:
+        _check_cut(recipe.experts, "--experts", num_neurons)
+    for shared in (default, 0.0) if asked is None else (asked,):
+        if asked == 0 or shared_width == "multiple":
+            experts, size = _equal_parts(recipe.experts, num_neurons, shared, min_experts)
+        else:
+            experts, size = _parts_beside_shared(recipe, num_neurons, shared, min_experts)
+        rest = num_neurons - experts * size
+        # What is a whole number of experts is not to be cut by rounding.
+        top_k = recipe.top_k or int((share * num_neurons - rest) / size + 1e-9)
+        if top_k >= 1:
+            break
+    return Geometry(num_neurons, experts, top_k, size, rest)
+
+
+def _equal_parts(
+    experts: int | None, num_neurons: int, shared: float, min_experts: int
+) -> tuple[int, int]:
+    """Routed experts and their width, where the FFN must fall into parts of one width, of which the
+    shared expert holds some."""
+    if experts is None:
+        parts = default_parts(num_neurons)
+        _check_cut(parts, "--experts", num_neurons)
+        experts = max(min(min_experts, parts), parts - round(shared * parts))
+        return experts, num_neurons // parts
+    parts = min(
+        (n for n in legal_parts(num_neurons) if n >= experts),
+        key=lambda n: abs((n - experts) / n - shared),
+        default=0,
+    )
+    if not parts:
+        _check_cut(experts, "--experts", num_neurons)
+    return experts, num_neurons // parts
+
+
+def _parts_beside_shared(
+    recipe: Recipe, num_neurons: int, shared: float, min_experts: int
+) -> tuple[int, int]:
+    """Routed experts and their width, where the shared expert takes what they leave over."""
+    routed = (1 - shared) * num_neurons
+    if recipe.experts is None:
+        size = default_width(num_neurons)
+        experts = min(math.ceil(routed / size - 1e-9), num_neurons // size)
+        return max(min_experts, 1, experts), size
+    wanted = routed / recipe.experts
+    named = (recipe.shared is not None or not shared) and abs(wanted - round(wanted)) < 1e-6
+    if named and round(wanted) % ALIGNMENT == 0:
+        return recipe.experts, round(wanted)
+    for step in (*WIDTH_STEPS, ALIGNMENT):
+        size = int(wanted + 1e-9) // step * step
+        if size and (step == ALIGNMENT or wanted - size <= CUT_OFF * wanted):
+            return recipe.experts, size
+    most = int(routed + 1e-9) // ALIGNMENT
+    raise UpcycleError(
+        f"--experts {recipe.experts} leaves less than {ALIGNMENT} of {num_neurons} neurons to an "
+        "expert, which grouped matrix products need: "
+        + (f"give at most {most}" if most else "lower --shared")
+    )
+
+
+def default_width(num_neurons: int) -> int:
+    """Of an expert, near 1/32 to 1/64 of the FFN, in the best step that comes near."""
+    wanted = num_neurons / _wanted_parts(num_neurons)
+    for step in WIDTH_STEPS:
+        size = step * round(wanted / step)
+        if size and max(size, wanted) <= TOLERANCE * min(size, wanted):
+            return size
+    return max(1, round(wanted / ALIGNMENT)) * ALIGNMENT
+
+
+def default_parts(num_neurons: int) -> int:
+    """The same where all parts must be equal: the legal number of them nearest to the one wanted,
+    as a ratio."""
+    wanted = _wanted_parts(num_neurons)
+
+    def distance(parts: int) -> float:
+        return max(parts, wanted) / min(parts, wanted)
+
+    for step in (*WIDTH_STEPS, ALIGNMENT):
+        nearest = min(legal_parts(num_neurons, step), key=distance, default=1)
+        if step == ALIGNMENT or distance(nearest) <= TOLERANCE:
+            break
+    return nearest
+
+
+def _wanted_parts(num_neurons: int) -> int:
+    return min(max(num_neurons // EXPERT_SIZE, FEWEST), MOST)
+
+
+def _kept(recipe: Recipe, num_neurons: int, layers: int, num_dense: int) -> int:
+    """As many neurons as the active share allows a pruned copy."""
+    active = recipe.active or ACTIVE
+    share = moe_share(active, layers, num_dense)
+    wanted = int(share * num_neurons + 1e-9)
+    step = WIDTH_STEPS[0] if wanted * CUT_OFF >= WIDTH_STEPS[0] else ALIGNMENT
+    kept = wanted // step * step
+    if kept <= 0:
+        raise UpcycleError(
+            f"--active {active:g}{_dense(layers, num_dense)} leaves less than {step} of "
+            f"{num_neurons} neurons to a token: raise --active"
+        )
+    return kept
+
+
+def _nothing_to_route(
+    recipe: Recipe, geometry: Geometry, layers: int, num_dense: int
+) -> UpcycleError:
+    active = recipe.active or ACTIVE
+    on = max(0, int(moe_share(active, layers, num_dense) * geometry.num_neurons + 1e-9))
+    shared = f", {geometry.shared_size} of them shared" if geometry.shared_size else ""
+    return UpcycleError(
+        f"--active {active:g}{_dense(layers, num_dense)} leaves {on} of {geometry.num_neurons} "
+        f"neurons to a token{shared}, so none of the experts of "
+        f"{geometry.expert_size}: raise --active" + (" or lower --shared" if recipe.shared else "")
+    )
+
+
+def _dense(layers: int, num_dense: int) -> str:
+    return f", with {num_dense} of {layers} layers dense," if num_dense else ""
+
+
+def legal_parts(num_neurons: int, step: int = ALIGNMENT) -> list[int]:
+    """Numbers of equal parts whose width is a multiple of `step`: of 8, grouped matrix products
+    can take them."""
+    return [n for n in range(1, num_neurons // step + 1) if num_neurons % (n * step) == 0]
+
+
+def _check_cut(parts: int, flag: str, num_neurons: int) -> None:
+    if num_neurons % (parts * ALIGNMENT) == 0:
+        return
+    legal = legal_parts(num_neurons)
+    near = [n for n in legal if n < parts][-1:] + [n for n in legal if n > parts][:1]
+    nearest = " or ".join(map(str, near)) or "none"
+    raise UpcycleError(
+        f"{flag} {parts} does not cut {num_neurons} neurons into equal parts that are a "
+        f"multiple of {ALIGNMENT}, which grouped matrix products need; nearest: {nearest}"
+    )
+
+
+def _check(geometry: Geometry) -> None:
+    if geometry.top_k > geometry.num_experts:
+        raise UpcycleError(
+            f"--top-k {geometry.top_k} is more than the {geometry.num_experts} experts"
+        )

@@ -1,0 +1,149 @@
+"""How much memory a conversion takes: the most that any of its phases holds.
+
+Counted as on a CPU, where layers run in float32; on a GPU it is less, and most of it lies there.
+Formulas name what is alive at a phase's peak; `benchmarks/convert.py` measures the whole.
+"""
+
+from upcycle.conversion.compensate.descent import BATCH
+from upcycle.conversion.dense_layers import DAMAGE_TOKENS
+from upcycle.conversion.plan import Plan
+from upcycle.conversion.prune import RANKING_TOKENS
+from upcycle.core.types import CHUNK_ELEMENTS, HELD_ELEMENTS, sampled
+from upcycle.models.own_text import LENGTH, TOGETHER
+from upcycle.models.stream import BATCH_TOKENS
+from upcycle.models.text import texts
+
+FLOAT, DOUBLE = 4, 8
+INTERPRETER = 420 * 10**6  # Python, torch and transformers
+PER_WORD = 1300  # of the tokenizer's vocabulary
+WORKING = 200 * 10**6  # thread buffers, kernels, and freed memory that the allocator keeps
+EDGE = 24  # bytes per pair of neurons that a graph joins, while METIS cuts it
+GGUF_COPIES = 2  # of the largest tensor or layer of a GGUF file, while it is written in float32
+GGUF_KEPT = 100 * 10**6  # after that
+
+
+def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
+    """Estimate of the conversion's resident memory, interpreter included, the check aside.
+
+    Args:
+        measured: of a plan that is decided, whether the layers to keep dense were measured.
+    """
+    phases = [WORKING + _outside_layers(plan), _layer(plan) + _writing(plan)]
+    if plan.streams:
+        phases += [WORKING + _embedding(plan), WORKING + _fitting(plan)]
+    if plan.undecided or measured:
+        phases.append(WORKING + _measuring(plan))
+    if "self" in texts(plan.recipe.calibration) and plan.fit_tokens + plan.held_tokens:
+        phases.append(WORKING + _sampling(plan))
+    needed = max(phases)
+    if plan.source.temporary is not None:
+        largest = max(_layer(plan), *(info.nbytes for info in plan.source.tensors.values()))
+        needed = max(needed, WORKING + GGUF_COPIES * largest) + GGUF_KEPT
+    return INTERPRETER + PER_WORD * _vocab(plan) + needed
+
+
+def _outside_layers(plan: Plan) -> int:
+    """Embeddings and head are read together."""
+    return sum(plan.source.tensors[name].nbytes for name in plan.source.outer_names())
+
+
+def _embedding(plan: Plan) -> int:
+    """The first hidden states, from embeddings in float32 beside all that is in no layer."""
+    hidden = plan.source.arch.hidden_size
+    outer = _outside_layers(plan)
+    widened = _widened(plan, _vocab(plan) * hidden * plan.source.dtype.itemsize)
+    return outer + widened + 2 * plan.fit_tokens * hidden * FLOAT
+
+
+def _sampling(plan: Plan) -> int:
+    """The whole model writes calibration text, with keys and values of all that it has written."""
+    fields = plan.source.arch.fields
+    tokens = 2 * TOGETHER * LENGTH  # an opener may be as long
+    width = 2 * fields["num_key_value_heads"] * plan.source.arch.head_dim
+    cache = tokens * plan.source.arch.num_layers * width * plan.source.dtype.itemsize
+    return _whole(plan) + int(cache)
+
+
+def _writing(plan: Plan) -> int:
+    """An FFN in the dtype that is written, perturbed in float32; and experts stacked, as fused
+    layouts write them."""
+    largest = max(s.nbytes for i in plan.moe_layers for s in plan.units[f"layer {i}"])
+    return _ffn(plan) * (plan.dtype.itemsize + 2 * FLOAT) + 2 * largest
+
+
+def _measuring(plan: Plan) -> int:
+    """The damage pass: a branch of the hidden states per layer, and at the end the divergence of
+    two sets of log-probabilities, which takes three more. (A trial takes less: of a layer what
+    fitting it does, on fewer tokens, and at the end three sets of as many log-probabilities.)"""
+    arch = plan.source.arch
+    tokens = min(plan.fit_tokens, DAMAGE_TOKENS)
+    hidden = (arch.num_layers + 1) * tokens * arch.hidden_size * FLOAT
+    in_a_layer = hidden + _widened(plan, _layer(plan)) + 3 * tokens * arch.intermediate_size * FLOAT
+    outer = _outside_layers(plan)
+    weights = outer + _widened(plan, outer) + _layer(plan) + _ffn(plan) * FLOAT
+    return weights + 2 * hidden + max(in_a_layer, 5 * tokens * _vocab(plan) * FLOAT)
+
+
+def _fitting(plan: Plan) -> int:
+    """A layer's weights, its inputs x and its activations h; and the largest of what splitting,
+    refitting, running and writing it take beside."""
+    arch, tokens = plan.source.arch, plan.fit_tokens
+    hidden, neurons, ffn = arch.hidden_size, arch.intermediate_size, _ffn(plan)
+    weights = _layer(plan) + _widened(plan, _layer(plan) + ffn * plan.source.dtype.itemsize)
+    stream = 2 * tokens * hidden * FLOAT
+    held = min(tokens * neurons, HELD_ELEMENTS) * FLOAT
+    chunks = 3 * min(tokens * neurons, CHUNK_ELEMENTS) * FLOAT
+    # xᵀy in both precisions, before and after it is added up.
+    split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
+    if plan.recipe.splits and plan.recipe.split.name == "coactivation_graph":
+        split += EDGE * neurons**2
+    # Of a pruned copy only its own neurons are refit, on its own tokens: twice its share, perhaps.
+    on, own = neurons, tokens
+    if plan.recipe.prunes:
+        on, own = plan.geometry.expert_size, min(tokens, 2 * tokens // plan.geometry.num_experts)
+        at_once = max(own, sampled(tokens, RANKING_TOKENS))
+        held = min(at_once * neurons, HELD_ELEMENTS) * FLOAT
+    # The matrix, its factor and the solver's copy; the right-hand side and the solution.
+    refit = chunks + DOUBLE * (3 * on**2 + 2 * on * hidden)
+    # The refit weights, their gradient and Adam's two moments; a batch's activations.
+    descent = (5 * 3 * hidden * on + 8 * BATCH * on) * FLOAT
+    # y; with feedback the dense model's hidden states, and what the others lack of them.
+    wanted = (own + 2 * tokens * (plan.feedback > 0)) * hidden * FLOAT
+    # The experts that are done, in the dtype that is written, and the last ones while they join;
+    # the inputs of one.
+    copies = (
+        plan.geometry.num_experts * plan.geometry.expert_size * 3 * hidden * plan.dtype.itemsize
+    )
+    pruned = (2 * copies + own * hidden * FLOAT) * plan.recipe.prunes
+    compensation = (wanted + max(refit, descent * ("gate_FD" in plan.refits))) * plan.compensates
+    run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + tokens * hidden * FLOAT
+    return weights + stream + held + max(chunks + split, compensation + pruned, run, _writing(plan))
+
+
+def _whole(plan: Plan) -> int:
+    """Bytes of all weights, as stored."""
+    return sum(info.nbytes for info in plan.source.tensors.values())
+
+
+def _layer(plan: Plan) -> int:
+    """Bytes of the largest layer, as stored."""
+    layers = range(plan.source.arch.num_layers)
+    return max(
+        sum(plan.source.tensors[name].nbytes for name in plan.source.layer_names(layer))
+        for layer in layers
+    )
+
+
+def _ffn(plan: Plan) -> int:
+    """Weights in a dense FFN."""
+    return 3 * plan.source.arch.hidden_size * plan.source.arch.intermediate_size
+
+
+def _widened(plan: Plan, stored: int) -> int:
+    """Bytes of stored weights' copy in float32, which float32 itself does not need."""
+    itemsize = plan.source.dtype.itemsize
+    return 0 if itemsize == FLOAT else stored * FLOAT // itemsize
+
+
+def _vocab(plan: Plan) -> int:
+    return int(plan.source.arch.fields["vocab_size"])

@@ -1,0 +1,488 @@
+"""The plan of a conversion: every decision made and every foreseeable error raised.
+
+Reads headers, never weights, and writes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.geometry import geometries, geometry_of
+from upcycle.conversion.notes import runtime_refusals, runtimes_lost, source_notes, warnings
+from upcycle.conversion.recipe import Recipe
+from upcycle.conversion.request import (
+    check_calibration,
+    check_methods,
+    check_tokens,
+    named_dense_layers,
+    parameters,
+    router_choice,
+    router_method,
+)
+from upcycle.core.errors import UpcycleError
+from upcycle.core.machine import choose_device, free_memory, total_memory
+from upcycle.core.paths import local_path
+from upcycle.core.registry import suggest
+from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.models.assemble import assemble_embeddings, assemble_head, assemble_layer
+from upcycle.models.calibration import CHECK_WINDOW, check_seq_len
+from upcycle.models.source import DenseSource, check_own_files
+from upcycle.models.targets import TARGETS, Combine, Gains, MoESpec, Runtime, common_fields
+from upcycle.models.text import PROBES, texts
+from upcycle.models.tokens import load_tokenizer
+from upcycle.models.traits import Architecture, Trait
+from upcycle.models.writer import TensorSpec, check_out
+from upcycle.split import SPLITS
+
+WRITING = 1.5  # times its weights is what a model takes in memory that writes text
+SPREAD, UNFITTED_SPREAD = 0.1, 0.01
+"""Of a router's logits where a refit knows of the uneven weights that they make, and where none
+does: as large as costs little (docs/concepts/identity.md), so that training finds an ordinary
+router."""
+EXACT_SPREAD = 1e-4
+"""Where copies must each count 1, though weights are not renormalised: softmax is then constant
+within the check's tolerance."""
+MOST_FEEDBACK = 0.5  # unless more is asked for
+CHECK_TOKENS = {"fast": 1024, "full": 4096, "none": 0}
+"""Of each kind of text, at most."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that is going to work, as far as can be known without reading weights."""
+
+    source: DenseSource
+    request: Recipe
+    recipe: Recipe
+    """The request with everything that it left open decided."""
+    out: Path | None
+    target: str
+    targets: Mapping[str, str]
+    """Every target, with the reason that it is refused, or an empty string."""
+    geometry: Geometry
+    combine: Combine
+    spec: MoESpec
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+    units: Mapping[str, tuple[TensorSpec, ...]]
+    """What is written, in order, by the unit that produces it."""
+    params_dense: int
+    params_active: int
+    warnings: tuple[str, ...]
+    runtimes: Mapping[Runtime, str]
+    """Every runtime beside transformers 5, with the reason that it does not run the result, or an
+    empty string."""
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [spec for unit in self.units.values() for spec in unit]
+
+    @property
+    def params_total(self) -> int:
+        return sum(spec.numel for spec in self.specs)
+
+    @property
+    def bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def gains(self) -> Gains:
+        return self.spec.gains
+
+    def weigh(self, logits_TE: Tensor) -> Tensor:
+        """What each expert counts by the router's logits [T, E]; see `Routing.weights`."""
+        routing = TARGETS[self.target].routing
+        return routing.weights(logits_TE, self.geometry.top_k, self.gains)
+
+    @property
+    def runtimes_lost(self) -> list[Runtime]:
+        """The runtimes that do not run the result because some of its layers are dense."""
+        arch = self.source.arch
+        return runtimes_lost(self.recipe, arch, self.target, self.spec, self.combine)
+
+    @property
+    def router_spread(self) -> float:
+        """Standard deviation of a token's logits over experts."""
+        if self.recipe.copies:
+            return EXACT_SPREAD
+        return self.recipe.router_spread or (SPREAD if self.compensates else UNFITTED_SPREAD)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        layers = range(self.source.arch.num_layers)
+        return [i for i in layers if i not in self.spec.dense_layers]
+
+    @property
+    def active_ffn_ratio(self) -> float:
+        """Active FFN neurons over the dense model's; layers kept dense count as 1."""
+        layers = self.source.arch.num_layers
+        dense = len(self.spec.dense_layers)
+        return (dense + (layers - dense) * self.geometry.active_ratio) / layers
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the layers to keep dense are yet to be measured; until then there are none, and
+        where the target has none, it stays at that."""
+        return self.request.keep_dense == "auto" and TARGETS[self.target].dense_layers != "none"
+
+    def geometries(self) -> list[Geometry]:
+        """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
+        arch, target = self.source.arch, TARGETS[self.target]
+        return geometries(
+            self.request,
+            arch.intermediate_size,
+            arch.num_layers,
+            shared_width=target.shared_width,
+            min_experts=target.min_experts,
+        )
+
+    @property
+    def most_routed(self) -> int:
+        """The most experts that can come to be routed: what stays dense is taken from the others'
+        active share, and so from their shared neurons, unless the request fixes these."""
+        possible = self.geometries() if self.undecided else [self.geometry]
+        return max(geometry.num_experts for geometry in possible)
+
+    @property
+    def equal(self) -> bool:
+        """Whether the result must compute what the dense model does, of copies."""
+        whole = self.geometry.whole_copies and not self.recipe.spread_gain
+        return self.recipe.method.name == "copy" and whole
+
+    @property
+    def refits(self) -> tuple[str, ...]:
+        """The matrices of a `DenseFFN` that are refit to make up for what is off."""
+        return COMPENSATIONS[self.recipe.compensate.name].refits
+
+    @property
+    def compensates(self) -> bool:
+        return bool(self.refits)
+
+    @property
+    def partitions(self) -> bool:
+        """Whether each neuron of the dense FFN is in exactly one expert."""
+        return self.recipe.splits and SPLITS[self.recipe.split.name].partitions
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the stream goes through converted layers."""
+        return self.recipe.sequential and not self.recipe.copies
+
+    @property
+    def feedback(self) -> float:
+        """How much of what the hidden states have come to lack a layer's refit makes up for; none
+        where the FFN's output is not what is added to them, or where experts are pruned copies,
+        which it helps no more than it harms."""
+        follows = self.recipe.splits and self.sequential and self.compensates
+        if not follows or Trait.POST_NORM in self.source.arch.traits:
+            return 0.0
+        feedback = getattr(parameters(COMPENSATIONS, self.recipe.compensate), "feedback", 0.0)
+        return min(MOST_FEEDBACK, self.active_ffn_ratio) if feedback is None else float(feedback)
+
+    @property
+    def streams(self) -> bool:
+        """Whether calibration tokens go through the dense model: always when the router's scale
+        must be known, else only if a method looks at activations."""
+        return self.combine == "sum" or router_method(self.recipe).needs_activations
+
+    @property
+    def check_windows(self) -> int:
+        """Windows of each kind of text that the check reads and no method sees, at most; one is
+        enough of copies, whose logits are compared anyway."""
+        window = min(self.recipe.seq_len, CHECK_WINDOW)
+        windows = -(-CHECK_TOKENS[self.recipe.check] // window)
+        return min(1, windows) if self.recipe.method.name == "copy" else windows
+
+    @property
+    def held_tokens(self) -> int:
+        """All that the check reads, at most."""
+        kinds = len(PROBES) + len(texts(self.recipe.calibration))
+        return kinds * self.check_windows * min(self.recipe.seq_len, CHECK_WINDOW)
+
+    @property
+    def fit_tokens(self) -> int:
+        sequences = max(1, self.recipe.calibration_tokens // self.recipe.seq_len)
+        return sequences * self.recipe.seq_len if self.streams else 0
+
+    def aside_bytes(self) -> int:
+        """Disk that only the run itself needs: what a resumed stream and the check read again."""
+        if self.recipe.copies:
+            return 0
+        arch, experts = self.source.arch, self.geometry.num_experts
+        neurons = (
+            experts * self.geometry.expert_size if self.recipe.prunes else arch.intermediate_size
+        )
+        rows = experts + len(self.refits) * neurons
+        return len(self.moe_layers) * rows * arch.hidden_size * self.dtype.itemsize
+
+    def check_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Memory of the check in a dtype, by default the result's: one whole model at a time, and
+        of the dense one its head and the hidden states of the tokens held back."""
+        if self.recipe.check == "none":
+            return 0
+        kept = self.held_tokens + int(self.source.arch.fields["vocab_size"])
+        values = self.params_total + kept * self.source.arch.hidden_size
+        return values * (dtype or self.dtype).itemsize + 600 * 2**20
+
+
+def make_plan(
+    source: DenseSource,
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Plan:
+    """Decide everything; see `Plan`.
+
+    Raises:
+        UpcycleError: the request can't be carried out, with the nearest one that can.
+    """
+    out = None if out is None else local_path(out).resolve()
+    check_methods(recipe)
+    dense_layers = named_dense_layers(recipe, source)
+    num_neurons, layers = source.arch.intermediate_size, source.arch.num_layers
+    targets = refusals(source.arch, recipe, dense_layers)
+    target = _choose_target(recipe, targets)
+    geometry = geometry_of(
+        recipe,
+        num_neurons,
+        layers,
+        len(dense_layers),
+        shared_width=TARGETS[target].shared_width,
+        min_experts=TARGETS[target].min_experts,
+    )
+    combine = _combine(recipe, geometry, target, targets)
+    gains = TARGETS[target].gains(combine, geometry)
+    gains = gains.over_three_matrices() if recipe.spread_gain else gains
+    spec = MoESpec(geometry, gains, dense_layers)
+    device = choose_device(recipe.device)
+    calibration, left_out = _calibration(recipe, source, device)
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    fields = common_fields(source.arch, TARGETS[target], dtype)
+    units = _units(source, target, spec, dtype)
+    params_total = sum(s.numel for unit in units.values() for s in unit)
+    idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
+    idle = idle_neurons * 3 * source.arch.hidden_size
+    plan = Plan(
+        source=source,
+        request=recipe,
+        recipe=_resolved(recipe, target, geometry, calibration),
+        out=out,
+        target=target,
+        targets=targets,
+        geometry=geometry,
+        combine=combine,
+        spec=spec,
+        config=fields | TARGETS[target].config(source.arch, spec),
+        dtype=dtype,
+        device=device,
+        units=units,
+        params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
+        params_active=params_total - idle * (layers - len(dense_layers)),
+        warnings=(
+            *source_notes(source, dtype),
+            *warnings(recipe, spec, target, dtype),
+            *left_out,
+        ),
+        runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
+    )
+    _check(plan, overwrite=overwrite, resume=resume)
+    return plan
+
+
+def _resolved(recipe: Recipe, target: str, geometry: Geometry, calibration: str) -> Recipe:
+    """The recipe with what it left open."""
+    decided = {
+        "target": target,
+        "experts": geometry.copies,
+        "top_k": geometry.top_k,
+        "shared": geometry.shared_ratio,
+        "router": router_choice(recipe),
+        "calibration": calibration,
+    }
+    return recipe.model_copy(update=decided)
+
+
+def _calibration(
+    recipe: Recipe, source: DenseSource, device: torch.device
+) -> tuple[str, tuple[str, ...]]:
+    """The calibration text, with `mixed` decided, and what is to be said of that."""
+    names = texts(recipe.calibration)
+    if "mixed" not in names:
+        return recipe.calibration, ()
+    mixed, notes = _mixed(recipe, source, device)
+    return "+".join(mixed if name == "mixed" else name for name in names), notes
+
+
+def _mixed(
+    recipe: Recipe, source: DenseSource, device: torch.device
+) -> tuple[str, tuple[str, ...]]:
+    """What `mixed` stands for: both, or the first alone where the model can't write."""
+    if recipe.copies:  # nothing is fitted
+        return "builtin", ()
+    needed = WRITING * sum(info.nbytes for info in source.tensors.values())
+    free = free_memory(device)
+    if needed <= free:
+        return "builtin+self", ()
+    note = (
+        f"calibration lacks the model's own writing, for which it would take {needed / 1e9:.1f} GB "
+        f"of memory ({free / 1e9:.1f} GB are free): add text of the kind that the model will see, "
+        "--calibration mixed+FILE"
+    )
+    return "builtin", (note,)
+
+
+def refusals(
+    arch: Architecture, recipe: Recipe, dense_layers: tuple[int, ...] = ()
+) -> dict[str, str]:
+    """Every target, with why it can't host this model; empty if it can."""
+    experts = None if recipe.experts is None else recipe.experts * recipe.granularity
+    return {
+        name: target.refusal(arch, dense_layers=dense_layers, shared=recipe.shared, experts=experts)
+        for name, target in TARGETS.items()
+    }
+
+
+def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
+    if recipe.target != "auto":
+        if recipe.target not in TARGETS:
+            raise UpcycleError(f"unknown target {recipe.target!r}{suggest(recipe.target, TARGETS)}")
+        if targets[recipe.target]:
+            reachable = ", ".join(name for name, why in targets.items() if not why) or "none"
+            raise UpcycleError(
+                f"--target {recipe.target}: {targets[recipe.target]} (reachable: {reachable})"
+            )
+        return recipe.target
+    reachable_names = [name for name, why in targets.items() if not why]
+    if not reachable_names:
+        reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
+        raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")
+    if _router_needs_plain_weights(recipe):
+        reachable_names = [n for n in reachable_names if _plain_weights(n)] or reachable_names
+    rank = "copy_rank" if recipe.copies else "split_rank"
+    return min(reachable_names, key=lambda name: int(getattr(TARGETS[name], rank)))
+
+
+def _router_needs_plain_weights(recipe: Recipe) -> bool:
+    """When a token gets one expert only, its renormalised weight is constant, and the router would
+    get no gradient. (One copy of several shards learns by how it weights these.)"""
+    one = recipe.copies and recipe.top_k == 1 and not recipe.allow_frozen_router
+    return one or recipe.spread_gain
+
+
+def _plain_weights(target: str) -> bool:
+    return TARGETS[target].routing.renormalises != "always"
+
+
+def _combine(
+    recipe: Recipe, geometry: Geometry, target: str, targets: Mapping[str, str]
+) -> Combine:
+    """A split is a sum, copies are averaged, unless their router needs plain weights: then whole
+    ones count 1 each."""
+    if not recipe.copies:
+        return "sum"
+    if not _router_needs_plain_weights(recipe):
+        return "mean"
+    if recipe.spread_gain:
+        return "plain" if _plain_weights(target) else "mean"
+    if not _plain_weights(target):
+        others = [name for name, why in targets.items() if not why and _plain_weights(name)]
+        choose = f"choose --target {' or '.join(others)}, " if others else ""
+        raise UpcycleError(
+            f"--top-k 1 gives each token one expert, and {target} always renormalises "
+            f"its weight, so the router would get no gradient: raise --top-k, {choose}or pass "
+            "--allow-frozen-router"
+        )
+    return "sum" if geometry.whole_copies else "plain"
+
+
+def _units(
+    source: DenseSource, target: str, spec: MoESpec, dtype: torch.dtype
+) -> dict[str, tuple[TensorSpec, ...]]:
+    """A dry run on the meta device: the names and shapes that the conversion will write."""
+
+    def meta(names: list[str], prefix: str = "") -> dict[str, Tensor]:
+        empty = {
+            n.removeprefix(prefix): torch.empty(source.tensors[n].shape, dtype=dtype, device="meta")
+            for n in names
+        }
+        return source.canonical(empty)
+
+    outer = meta(source.outer_names())
+    units = {"embeddings": _specs(assemble_embeddings(outer))}
+    for layer in range(source.arch.num_layers):
+        tensors = meta(source.layer_names(layer), f"model.layers.{layer}.")
+        moe = None
+        if layer not in spec.dense_layers:
+            moe = _meta_layer(spec, source.arch.hidden_size, dtype)
+        named = assemble_layer(TARGETS[target], source.arch, layer, tensors, moe, spec.gains)
+        units[f"layer {layer}"] = _specs(named)
+    units["head"] = _specs(assemble_head(outer))
+    return units
+
+
+def _specs(named: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in named)
+
+
+def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
+    def ffn(size: int) -> DenseFFN:
+        rows = torch.empty(size, hidden, dtype=dtype, device="meta")
+        return DenseFFN(rows, rows, rows.T, act=lambda x: x)
+
+    router_ED = torch.empty(spec.geometry.num_experts, hidden, dtype=dtype, device="meta")
+    shared = ffn(spec.geometry.shared_size) if spec.geometry.shared_size else None
+    return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
+
+
+def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
+    """What a plan that is whole may still come to grief on."""
+    check_own_files(plan.source.folder)
+    _check_feedback(plan)
+    _check_text(plan)
+    _check_memory(plan)
+    if plan.out is not None:
+        room = plan.bytes + plan.aside_bytes()
+        check_out(plan.out, plan.source.folder, room, overwrite=overwrite, resume=resume)
+
+
+def _check_feedback(plan: Plan) -> None:
+    asked = plan.recipe.compensate.params.get("feedback")
+    if asked and not plan.feedback:
+        why = f"{plan.source.arch.family} has a norm between its FFN and the hidden states"
+        if not plan.sequential:
+            why = "--no-sequential fits layers on the dense model's hidden states"
+        if plan.recipe.prunes:
+            why = "pruned copies are fitted to the dense FFN's output"
+        raise UpcycleError(f"compensate.feedback={asked} has no effect: {why}, so give 0")
+
+
+def _check_text(plan: Plan) -> None:
+    check_calibration(plan.recipe, streams=plan.streams)
+    if plan.streams:
+        check_tokens(plan.recipe, plan.fit_tokens, plan.most_routed)
+    if plan.fit_tokens + plan.held_tokens:
+        check_seq_len(plan.recipe.seq_len, plan.source.config)
+        load_tokenizer(plan.source.folder)
+
+
+def _check_memory(plan: Plan) -> None:
+    free, there_is = free_memory(plan.device), total_memory(plan.device)
+    hidden = 4 * plan.fit_tokens * plan.source.arch.hidden_size
+    if hidden > there_is:
+        raise UpcycleError(
+            f"--calibration-tokens {plan.recipe.calibration_tokens} have hidden states of "
+            f"{hidden / 1e9:.1f} GB, but there are {there_is / 1e9:.1f} GB of memory: give fewer"
+        )
+    if plan.check_bytes() > free:
+        raise UpcycleError(
+            f"the check holds the finished model, {plan.check_bytes() / 1e9:.1f} GB, but "
+            f"{free / 1e9:.1f} GB of memory are free: pass --check none and evaluate where it fits"
+        )

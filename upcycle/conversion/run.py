@@ -1,0 +1,327 @@
+"""The conversion: layer by layer, from the dense source to a checkpoint that is whole or absent."""
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+from transformers.activations import ACT2FN
+
+from upcycle.conversion.card import Conversion, model_card, report_json
+from upcycle.conversion.check import CheckReport, run_check
+from upcycle.conversion.dense_layers import DenseLayers, choose_dense_layers
+from upcycle.conversion.layer import ConvertedLayer, convert_layer
+from upcycle.conversion.plan import Plan, make_plan
+from upcycle.core.errors import CheckFailed, UpcycleError
+from upcycle.core.machine import torch_threads
+from upcycle.core.types import Activation, DenseFFN, ExpertLayout, LayerActivations, all_finite
+from upcycle.core.versions import versions
+from upcycle.models.assemble import (
+    assemble_embeddings,
+    assemble_head,
+    assemble_layer,
+    dense_ffn,
+)
+from upcycle.models.calibration import Calibration, calibration, text_fingerprint
+from upcycle.models.names import EMBEDDINGS
+from upcycle.models.source import copy_companions
+from upcycle.models.stream import HiddenStream
+from upcycle.models.targets import TARGETS, older_spellings
+from upcycle.models.writer import (
+    CheckpointWriter,
+    Identity,
+    Workspace,
+    begun_run,
+    check_unfinished,
+    recorded_run,
+)
+
+DENSE_LAYERS = "layers to keep dense"
+
+
+class Progress(Protocol):
+    """Told of every step of a stage."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+
+def run(
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Conversion:
+    """Carry out a plan.
+
+    Args:
+        overwrite: replace a former output at `plan.out`, once the new one is whole.
+        resume: go on from the last finished layer of an earlier run, and leave finished layers
+            in place if this one stops. The result has the same bytes as an uninterrupted run.
+        progress: called as stages move.
+
+    Raises:
+        AlreadyFinished: the run to resume has left its result.
+        UpcycleError: the input is wrong in a way that only its weights or text show.
+        CheckFailed: the result broke an invariant; nothing is published.
+    """
+    if plan.out is None:
+        raise ValueError("the plan has no output folder")
+    begun = None
+    if resume:
+        # What is there was made by a run with its own number of threads.
+        made = recorded_run(plan.out)
+        check_unfinished(plan.out, identity(plan, made.threads if made else 1), overwrite=overwrite)
+        begun = begun_run(plan.out)
+    threads = begun.threads if begun else torch.get_num_threads()
+    with torch_threads(threads):
+        workspace = Workspace(plan.out, identity(plan, threads), resume=resume)
+        try:
+            conversion = _fill(plan, plan.out, workspace, progress)
+            workspace.publish(overwrite=overwrite)
+        except BaseException:
+            workspace.abandon()
+            raise
+    return conversion
+
+
+def identity(plan: Plan, threads: int) -> Identity:
+    """Of a run with so many threads: everything that the output's bytes depend on."""
+    ingredients = {
+        "source": plan.source.fingerprint(),
+        "text": text_fingerprint(plan.source.folder, plan.recipe.calibration),
+        # Which texts `mixed` stands for depends on the memory that is free.
+        "recipe": plan.request.settings() | {"calibration": plan.recipe.calibration},
+        "versions": versions(),
+        "threads": threads,
+    }
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+    return Identity(digest, threads)
+
+
+def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Conversion:
+    clock = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def lap(stage: str) -> None:
+        seconds[stage] = time.monotonic() - clock - sum(seconds.values())
+
+    tokens = _tokens(plan, progress)
+    fit_BL = tokens.fit_BL
+    lap("calibration text")
+    if plan.undecided:
+        plan = _decide(plan, workspace, tokens, progress)
+        lap(DENSE_LAYERS)
+    _write_small_files(plan, workspace.result)
+    _write_weights(plan, workspace, fit_BL, progress)
+    lap("conversion")
+    peak = peak_memory()
+    check = None
+    if plan.recipe.check != "none":
+        check = _check(plan, workspace, tokens.held, progress)
+        lap("check")
+    chosen = workspace.records.get(DENSE_LAYERS)
+    dense_layers = None if chosen is None else TypeAdapter(DenseLayers).validate_python(chosen)
+    conversion = Conversion(plan, workspace.run, out, check, seconds, peak, dense_layers)
+    records = [workspace.records[unit] for unit in plan.units if unit.startswith("layer ")]
+    (workspace.result / "upcycle.json").write_text(report_json(conversion, records), "utf-8")
+    (workspace.result / "README.md").write_text(model_card(conversion), "utf-8")
+    return conversion
+
+
+def _check(
+    plan: Plan, workspace: Workspace, held: Mapping[str, Tensor], progress: Progress
+) -> CheckReport:
+    """`run_check`, by a source that is still the same: transformers reads it anew.
+
+    Raises:
+        UpcycleError: it is not.
+    """
+    try:
+        report = run_check(plan, workspace.result, held, progress, _all_on(plan, workspace))
+    except (CheckFailed, UpcycleError):
+        plan.source.verify()
+        raise
+    plan.source.verify()
+    return report
+
+
+def _decide(plan: Plan, workspace: Workspace, tokens: Calibration, progress: Progress) -> Plan:
+    """The plan with the layers that are to stay dense, by measurement."""
+    if DENSE_LAYERS not in workspace.records:
+        chosen = choose_dense_layers(plan, tokens.fit_BL, tokens.front, progress)
+        workspace.done(DENSE_LAYERS, asdict(chosen))
+    layers = tuple(workspace.records[DENSE_LAYERS]["layers"])
+    decided = {"keep_dense": layers, "target": plan.target, "calibration": plan.recipe.calibration}
+    return make_plan(plan.source, plan.request.model_copy(update=decided))
+
+
+def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
+    """The layers of which all experts together are not the source's FFN, with the FFN that they
+    come to: for pruned copies, a wider one."""
+    if plan.recipe.copies or (plan.partitions and not plan.compensates):
+        return
+    for layer in plan.moe_layers:
+        ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), _activation(plan))
+        converted = _take_up(plan, workspace, f"layer {layer}", ffn)
+        down_DF = converted.ffn.down_DF
+        times_F = converted.layout.multiplicity.to(down_DF.dtype)
+        yield layer, replace(converted.ffn, down_DF=down_DF * times_F)
+
+
+def _tokens(plan: Plan, progress: Progress) -> Calibration:
+    recipe = plan.recipe
+    return calibration(
+        plan.source,
+        recipe.calibration,
+        sequences=plan.fit_tokens // recipe.seq_len,
+        windows=plan.check_windows,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        device=plan.device,
+        progress=progress,
+    )
+
+
+def _write_small_files(plan: Plan, folder: Path) -> None:
+    fields = {k: v for k, v in plan.config.items() if k != "model_type"}
+    CONFIG_MAPPING[plan.target](**fields).save_pretrained(folder)
+    path = folder / "config.json"
+    config = older_spellings(plan.config) | json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    copy_companions(plan.source.folder, folder)
+
+
+def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
+    source = plan.source
+    writer = CheckpointWriter(workspace.result, plan.specs, plan.recipe.max_shard_size)
+    outer = source.canonical(source.read(source.outer_names()))
+    stream = dense = None
+    if plan.streams:
+        stream = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
+    if plan.feedback:
+        dense = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
+    _write_unit(workspace, writer, "embeddings", assemble_embeddings(outer), {})
+    _write_unit(workspace, writer, "head", assemble_head(outer), {})
+    del outer
+    layers = source.arch.num_layers
+    for layer in range(layers):
+        progress("converting layers", layer, layers)
+        if layer > max(plan.moe_layers):
+            stream = dense = None  # nobody looks at what comes after
+        _write_layer(plan, workspace, writer, stream, dense, layer)
+    progress("converting layers", layers, layers)
+
+
+def _write_layer(
+    plan: Plan,
+    workspace: Workspace,
+    writer: CheckpointWriter,
+    stream: HiddenStream | None,
+    dense: HiddenStream | None,
+    layer: int,
+) -> None:
+    """Convert a layer, unless an earlier run did. (A function of its own, so that its tensors are
+    gone before the next layer's are read.)
+
+    Args:
+        stream: the tokens on their way through the converted layers, if any method looks at them.
+        dense: the same through the dense model, if the plan has feedback.
+    """
+    source, unit = plan.source, f"layer {layer}"
+    finished = unit in workspace.records
+    if finished and stream is None:
+        return
+    raw = source.read_layer(layer)
+    tensors = source.canonical(raw)
+    ffn = dense_ffn(tensors, _activation(plan))
+    activations = norm_T = wanted_TD = converted = None
+    if dense:
+        dense.attend(layer, raw)
+        dense.advance(layer)
+    if stream:
+        x_TD, norm_T = stream.attend(layer, raw)
+        activations = LayerActivations(ffn.to(x_TD.device, torch.float32), x_TD.float())
+    if layer in plan.moe_layers and not finished:
+        if stream and dense:
+            wanted_TD = stream.lag(dense).div_(source.arch.fields["residual_multiplier"])
+        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD)
+    elif layer in plan.moe_layers and plan.sequential:
+        converted = _take_up(plan, workspace, unit, ffn)
+    if stream and activations and converted and plan.sequential:
+        stream.advance(layer, converted.output(activations, plan.weigh))
+    elif stream:
+        stream.advance(layer)
+    if not finished:
+        record = _put_aside(plan, workspace, unit, converted)
+        moe = converted.experts(plan, layer) if converted else None
+        named = assemble_layer(TARGETS[plan.target], source.arch, layer, tensors, moe, plan.gains)
+        _write_unit(workspace, writer, unit, named, {"layer": layer} | record)
+
+
+def _put_aside(
+    plan: Plan, workspace: Workspace, unit: str, converted: ConvertedLayer | None
+) -> dict[str, Any]:
+    """What upcycle.json keeps of a layer; and for the time of the run, what a resumed stream and
+    the check need."""
+    if converted is None or plan.recipe.copies:
+        return {"dense": converted is None}
+    refit = {name: getattr(converted.ffn, name) for name in plan.refits}
+    workspace.keep(unit, {"router": converted.router_ED} | refit)
+    return {"dense": False, "permutation": converted.permutation.tolist()}
+
+
+def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> ConvertedLayer:
+    """A layer that is done, by this run or an earlier one; `ffn` is the source's."""
+    refit: dict[str, Any] = workspace.kept(unit)
+    router_ED = refit.pop("router")
+    permutation = torch.tensor(workspace.records[unit]["permutation"])
+    ffn = ffn.to("cpu", plan.dtype)
+    if plan.recipe.prunes:
+        ffn = replace(ffn.take(permutation), **refit)
+        return ConvertedLayer.of_pruned(ffn, permutation, router_ED)
+    layout = ExpertLayout.of_permutation(
+        permutation, plan.geometry.shared_size, plan.geometry.num_experts
+    )
+    origin_F = torch.arange(ffn.num_neurons)
+    return ConvertedLayer(replace(ffn, **refit), layout, router_ED, origin_F)
+
+
+def _activation(plan: Plan) -> Activation:
+    activation: Activation = ACT2FN[plan.source.arch.fields["hidden_act"]]
+    return activation
+
+
+def _write_unit(
+    workspace: Workspace,
+    writer: CheckpointWriter,
+    unit: str,
+    named: Iterator[tuple[str, Tensor]],
+    record: dict[str, Any],
+) -> None:
+    """Write tensors in their planned dtypes, then note that the unit is done.
+
+    Raises:
+        UpcycleError: a weight is too large for float16, perhaps by its gain.
+    """
+    for name, tensor in named:
+        stored = tensor.to(writer.places[name].spec.dtype)
+        if stored.dtype == torch.float16 and not all_finite(stored):
+            raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
+        writer.write(name, stored)
+    workspace.done(unit, record)
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

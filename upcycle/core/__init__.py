@@ -1,0 +1,1 @@
+"""Core: tensors, randomness, plug-ins and errors. It knows no checkpoint."""

@@ -1,0 +1,84 @@
+"""Named plug-ins: what a method is called, which paper it follows, which parameters it takes."""
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from upcycle.core.errors import UpcycleError
+
+T = TypeVar("T")
+F = TypeVar("F")
+
+
+class Params(BaseModel):
+    """Base of every method's parameters; the plain class is a method that takes none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[F]):
+    """A plug-in function together with what people need to know about it."""
+
+    name: str
+    summary: str
+    paper: str
+    params: type[Params]
+    run: F
+    needs_activations: bool
+    tells_copies_apart: bool = True
+    """For a router: whether its rows differ when all experts are equal."""
+    partitions: bool = True
+    """For a split: whether each neuron belongs to exactly one expert."""
+    refits: tuple[str, ...] = ()
+    """For a compensation: which matrices of a `DenseFFN` it changes."""
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Plug-ins of one kind by name; a miss says which names there are."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> None:
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is registered twice")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise UpcycleError(f"unknown {self.kind} {name!r}{suggest(name, self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def check_parameters(method: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise if a method, by kind and name, is given a parameter that it has not.
+
+    Raises:
+        UpcycleError: the sentence names those that it has.
+    """
+    for name in given:
+        if name not in known:
+            hint = suggest(name, known) if known else "; it has none"
+            raise UpcycleError(f"{method} has no parameter {name!r}{hint}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The tail of an error about an unknown name: the nearest known one, then all of them."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f", did you mean {nearest[0]!r}?" if nearest else ";"
+    return f"{hint} known: {', '.join(names)}"

@@ -1,0 +1,512 @@
+"""How good a model is on text, alone and against the dense model it was made from.
+
+Protocol: windows of the same length are taken evenly from all over a text, each is read on its own,
+and its first token is given: the beginning-of-sequence token, where the tokenizer puts one. (The
+first windows would be about one or two topics, and that is what the numbers would then differ by.)
+Perplexity is the exponential of the mean over windows. One model's layers are in memory at a time,
+unless speed is measured, which takes both in turn: what is kept of the dense model are its hidden
+states and its head.
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from upcycle.core.errors import UpcycleError
+from upcycle.core.foreign import blaming
+from upcycle.core.machine import choose_device
+from upcycle.core.paths import public_name
+from upcycle.evaluation.routing import LayerRouting, count_pairs, layer_routing, utilisation
+from upcycle.evaluation.size import Size, expert_similarity, flops, measure_size
+from upcycle.evaluation.speed import Speed, measure_speed
+from upcycle.evaluation.tasks import TaskScores, open_tasks, run_tasks
+from upcycle.models.adapter import adapter_base
+from upcycle.models.blocks import moe_blocks, watch_selections
+from upcycle.models.calibration import check_seq_len
+from upcycle.models.config_fields import check_layers
+from upcycle.models.head import Decoded, decode, drop_layers
+from upcycle.models.history import fitted_on, identity
+from upcycle.models.names import KEY_MAPPING
+from upcycle.models.source import checkpoint_folder, read_config, read_headers, reading_whole
+from upcycle.models.text import check_text
+from upcycle.models.tokens import open_reader
+
+Step = Callable[[int], None]
+"""Told how many windows are done."""
+Progress = Callable[[str, int, int], None]
+"""Told the stage, how much of it is done, and how much there is."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+CHUNK = 2**24
+"""Logits that are computed at once; of some windows and vocabularies all would take gigabytes."""
+BUILTIN_SEED = 1
+"""Another order of the builtin text than the one that conversions calibrate on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model's numbers on a text, beside those of a reference if there is one."""
+
+    losses: list[float]
+    """Per window, the mean negative log-likelihood of its tokens, in nats."""
+    losses_against: list[float]
+    """The reference's."""
+    kl: float
+    """Mean KL(reference ‖ model) per token, in nats."""
+    top1_agreement: float
+    """Share of tokens whose most likely next token is the same."""
+    pairs: list[Tensor]
+    """Per MoE layer, how many tokens selected both of two experts [E, E]."""
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(_doubles(self.losses).mean())
+
+    @property
+    def perplexity_against(self) -> float:
+        return _exp(_doubles(self.losses_against).mean())
+
+    @property
+    def worst_window_ratio(self) -> float:
+        """The largest ratio of perplexities, model over reference, of any window."""
+        return _exp((_doubles(self.losses) - _doubles(self.losses_against)).max())
+
+    @property
+    def load(self) -> list[list[float]]:
+        """Per MoE layer and expert: its share of the tokens over the fair share, K / E."""
+        return [utilisation(pairs_EE.diagonal()) for pairs_EE in self.pairs]
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """A model's numbers on one text; those against another model are None without one."""
+
+    text: str
+    perplexity: PositiveFloat
+    perplexity_against: PositiveFloat | None
+    perplexity_ratio: PositiveFloat | None
+    kl: float | None
+    top1_agreement: float | None
+    worst_window_ratio: float | None = None
+    """The largest ratio of perplexities of any window."""
+    fitted: bool = False
+    """Whether the model was calibrated or trained on this text, which flatters these numbers."""
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """How alike a layer's experts are; see `expert_similarity`."""
+
+    layer: int
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of the model and of the one it is compared with."""
+
+    total: PositiveInt
+    active: PositiveInt
+    total_against: int | None
+    active_against: int | None
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Per token; see `flops`. The total is what a token would take with all experts on."""
+
+    active: PositiveInt
+    total: int
+    active_against: int | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Pydantic's types, such as PositiveFloat, are checked only where one is read from a file.
+    """
+
+    model: str
+    against: str | None
+    window: int
+    tokens: int
+    """Of each text."""
+    texts: Annotated[list[TextResult], Field(min_length=1)]
+    routing: list[LayerRouting]
+    """Over the tokens of all texts."""
+    similarity: list[LayerSimilarity]
+    params: Parameters
+    flops: Flops
+    speed: Speed | None
+    tasks: TaskScores | None
+
+
+def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
+    """The evaluation as one JSON object, which may be published: of paths only the names."""
+    against = evaluation.against
+    summary = asdict(evaluation) | {
+        "model": public_name(evaluation.model),
+        "against": None if against is None else public_name(against),
+    }
+    for text in summary["texts"]:
+        text["text"] = public_name(text["text"])
+    return summary
+
+
+def evaluate(
+    model: str,
+    texts: list[str],
+    *,
+    against: str | None = None,
+    tokens: int = 8192,
+    seq_len: int = 512,
+    speed: bool = False,
+    tasks: list[str] | None = None,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress = lambda stage, done, total: None,
+) -> Evaluation:
+    """Evaluate a checkpoint on texts, alone or beside the dense model it was made from.
+
+    Args:
+        model, against: folders, hub ids or GGUF files; both must share a tokenizer. `model` may
+            be a low-rank adapter's folder, which is merged into the model that it changes.
+        texts: each a file, `builtin` or `hf:…`, as for calibration.
+        tokens: how many of each text, in windows from all over it.
+        speed: measure both models' too, with both in memory.
+        tasks: of lm-eval, to be run as well.
+        batch_size: sequences at once, for speed and tasks.
+        dtype: `auto` is float32 on a CPU, elsewhere the checkpoint's own.
+
+    Raises:
+        UpcycleError: a model or a text can't be read, a setting is wrong, or lm-eval is missing.
+    """
+    for text in texts:
+        check_text(text, "--text")
+    place, windows = choose_device(device), max(1, tokens // seq_len)
+    if speed and batch_size > windows * len(texts):
+        raise UpcycleError(
+            f"--batch-size {batch_size} needs as many windows of text, but there are "
+            f"{windows * len(texts)}: raise --tokens"
+        )
+    suite = open_tasks(tasks) if tasks else None
+    with (
+        checkpoint_folder(model) as named,
+        _base_folder(named) as folder,
+        nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
+    ):
+        adapter = None if named == folder else named
+        check_seq_len(seq_len, read_config(folder))
+        kind = choose_dtype(dtype, folder, place)
+        reader = open_reader(folder, _vocab_size(folder, dense_folder))
+        tokens_NBL = torch.stack(
+            [reader.windows(text, windows, seq_len, seed=BUILTIN_SEED) for text in texts]
+        )
+        pair = _Pair(model, folder, adapter, against, dense_folder, kind, place)
+        measured = _measure(pair, texts, tokens_NBL, batch_size if speed else 0, progress)
+        if suite is None:
+            return measured
+        progress("tasks", 0, 1)
+        name = str(kind).removeprefix("torch.")
+        scores = run_tasks(
+            suite,
+            folder,
+            dense_folder,
+            adapter=adapter,
+            dtype=name,
+            device=str(place),
+            batch_size=batch_size,
+        )
+        progress("tasks", 1, 1)
+        return replace(measured, tasks=scores)
+
+
+@contextmanager
+def _base_folder(folder: Path) -> Iterator[Path]:
+    """The folder itself, or of a low-rank adapter, that of the model that it changes."""
+    base = adapter_base(folder)
+    if base is None:
+        yield folder
+        return
+    with checkpoint_folder(base) as found:
+        yield found
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A model, perhaps the dense one that it is compared with, and how to load them."""
+
+    model: str
+    folder: Path
+    adapter: Path | None
+    against: str | None
+    dense_folder: Path | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _measure(
+    pair: _Pair, texts: list[str], tokens_NBL: Tensor, batch_size: int, progress: Progress
+) -> Evaluation:
+    """Everything but tasks, on N texts.
+
+    Args:
+        batch_size: for the speed, which is not measured if it is 0.
+    """
+    seen = fitted_on(pair.adapter or pair.folder)
+    total = tokens_NBL.shape[:2].numel() * (1 if pair.dense_folder is None else 2)
+    step = _counter(progress, total)
+    references: list[list[Decoded] | None] = [None] * len(texts)
+    dense, dense_size = None, None
+    if pair.dense_folder is not None:
+        dense = load_model(pair.dense_folder, pair.dtype, pair.device)
+        references = [decode_windows(dense, tokens_BL, step) for tokens_BL in tokens_NBL]
+        dense_size = measure_size(dense)
+        if not batch_size:
+            drop_layers(dense)  # one model's are in memory at a time
+            dense = None
+    model = load_model(pair.folder, pair.dtype, pair.device)
+    if pair.adapter is not None:
+        model = _merged(model, pair.adapter)
+    compared = [
+        compare(model, tokens_BL, reference, step)
+        for tokens_BL, reference in zip(tokens_NBL, references, strict=True)
+    ]
+    progress("evaluating", total, total)
+    speed = None
+    if batch_size:
+        batch_BL = tokens_NBL.flatten(0, 1)[:batch_size]
+        speed = measure_speed(
+            model, dense, batch_BL, lambda done, rounds: progress("timing", done, rounds)
+        )
+    size, blocks = measure_size(model), moe_blocks(model)
+    return Evaluation(
+        model=pair.model,
+        against=pair.against,
+        window=tokens_NBL.shape[2],
+        tokens=tokens_NBL[0].numel(),
+        texts=[
+            replace(_text_result(text, numbers), fitted=identity(text) in seen)
+            for text, numbers in zip(texts, compared, strict=True)
+        ],
+        routing=[
+            layer_routing(block.layer, sum_EE, tokens_NBL.numel())
+            for block, sum_EE in zip(blocks, _sums([c.pairs for c in compared]), strict=True)
+        ],
+        similarity=[
+            LayerSimilarity(block.layer, round(expert_similarity(block), 6)) for block in blocks
+        ],
+        params=_parameters(size, dense_size),
+        flops=_flops(size, dense_size),
+        speed=speed,
+        tasks=None,
+    )
+
+
+def _counter(progress: Progress, total: int) -> Step:
+    """Tells `progress` of every window of all texts and models."""
+    windows = itertools.count()
+    return lambda _: progress("evaluating", next(windows), total)
+
+
+def _sums(rows: list[list[Tensor]]) -> list[Tensor]:
+    """Of the first tensors of all rows, of the second ones, and so on."""
+    return [torch.stack(column).sum(0) for column in zip(*rows, strict=True)]
+
+
+def _text_result(text: str, measured: Comparison) -> TextResult:
+    if not measured.losses_against:
+        return TextResult(text, measured.perplexity, None, None, None, None)
+    return TextResult(
+        text,
+        measured.perplexity,
+        measured.perplexity_against,
+        measured.perplexity / measured.perplexity_against,
+        measured.kl,
+        measured.top1_agreement,
+        measured.worst_window_ratio,
+    )
+
+
+def _parameters(size: Size, dense: Size | None) -> Parameters:
+    if dense is None:
+        return Parameters(size.total, size.active, None, None)
+    return Parameters(size.total, size.active, dense.total, dense.active)
+
+
+def _flops(size: Size, dense: Size | None) -> Flops:
+    against = None if dense is None else flops(dense.matmul_active)
+    return Flops(flops(size.matmul_active), flops(size.matmul_total), against)
+
+
+def _vocab_size(folder: Path, dense_folder: Path | None) -> int:
+    vocab_size = int(read_config(folder).vocab_size)
+    if dense_folder is not None:
+        other = int(read_config(dense_folder).vocab_size)
+        if other != vocab_size:
+            raise UpcycleError(
+                f"--against {dense_folder} has a vocabulary of {other:,} tokens, but {folder} one "
+                f"of {vocab_size:,}: give the dense model that it was made from"
+            )
+    return vocab_size
+
+
+def choose_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
+    """The dtype that `--dtype` names; `auto` is float32 on a CPU, elsewhere the checkpoint's."""
+    if name == "auto":
+        own = read_config(folder).dtype
+        return torch.float32 if device.type == "cpu" or own is None else own
+    if name not in DTYPES:
+        raise UpcycleError(f"--dtype {name!r} is unknown: give auto, {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The checkpoint by plain transformers.
+
+    Raises:
+        UpcycleError: it does not load, or not every tensor finds its place.
+    """
+    check_layers(read_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
+    with warnings.catch_warnings(), reading_whole():
+        # A target that always has a shared expert holds one of no neurons.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        with blaming(f"{folder} does not load in transformers"):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                key_mapping=KEY_MAPPING,
+            )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")
+    return model.to(device).eval()
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    """The model with a low-rank adapter added to its weights.
+
+    Raises:
+        UpcycleError: peft is missing, or the adapter does not fit the model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UpcycleError(f"{adapter} is an adapter: `pip install upcycle[lora]`") from error
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UpcycleError(f"{adapter} holds no adapter_model.safetensors, so it is not whole")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return (
+                PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+                .merge_and_unload()
+                .eval()
+            )
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UserWarning) as error:
+        reason = str(error).splitlines()[0]
+        raise UpcycleError(f"{adapter} does not fit the model that it names: {reason}") from error
+
+
+@torch.no_grad()
+def next_token_logits(model: Any, window_L: Tensor) -> Tensor:
+    """Logits [L, V] in float32 for one window of tokens [L]."""
+    logits: Tensor = (
+        model(input_ids=window_L[None].to(model.device), use_cache=False).logits[0].float()
+    )
+    return logits
+
+
+def decode_windows(model: Any, tokens_BL: Tensor, step: Step) -> list[Decoded]:
+    """Run a dense model's decoder over the windows [B, L], to be the reference of `compare`."""
+    decoded = []
+    for i, window_L in enumerate(tokens_BL):
+        step(i)
+        decoded.append(decode(model, window_L))
+    return decoded
+
+
+def compare(
+    model: Any, tokens_BL: Tensor, reference: list[Decoded] | None, step: Step
+) -> Comparison:
+    """Run a model over the windows [B, L] that its reference has seen; without a reference, KL and
+    agreement stay 0, and there are no losses of one."""
+    blocks = moe_blocks(model)
+    pairs = [torch.zeros((b.num_experts,) * 2, dtype=torch.float64) for b in blocks]
+    windows: list[list[float]] = []
+
+    def see(place: int, chosen_TK: Tensor, _: Tensor) -> None:
+        pairs[place] += count_pairs(chosen_TK, len(pairs[place]))
+
+    with watch_selections(blocks, see):
+        for i, window_L in enumerate(tokens_BL):
+            step(i)
+            dense = None if reference is None else reference[i]
+            windows.append(_compare_window(decode(model, window_L), dense, window_L))
+    losses, losses_against, kl, agreement = zip(*windows, strict=True)
+    return Comparison(
+        losses=list(losses),
+        losses_against=[] if reference is None else list(losses_against),
+        kl=sum(kl) / len(kl),
+        top1_agreement=sum(agreement) / len(agreement),
+        pairs=pairs,
+    )
+
+
+def _compare_window(own: Decoded, dense: Decoded | None, window_L: Tensor) -> list[float]:
+    """A window's loss, the dense model's, KL and agreement, each the mean over its tokens."""
+    length, sums = len(window_L), torch.zeros(4, dtype=torch.float64)
+    rows = max(1, CHUNK // own.model.config.vocab_size)
+    for start in range(0, length, rows):
+        some = slice(start, start + rows)
+        targets_T = window_L[start + 1 : start + rows + 1]
+        own_TV = own.logits(some)
+        own_top_T, own_TV = own_TV.argmax(-1), own_TV.log_softmax(-1)
+        sums[0] += _loss(own_TV, targets_T)
+        if dense is None:
+            continue
+        dense_TV = dense.logits(some)
+        sums[3] += int((dense_TV.argmax(-1) == own_top_T).sum())
+        dense_TV = dense_TV.log_softmax(-1)
+        sums[1] += _loss(dense_TV, targets_T)
+        sums[2] += _divergence(dense_TV, own_TV)
+    return (sums / torch.tensor([length - 1, length - 1, length, length])).tolist()
+
+
+def _loss(log_probs_TV: Tensor, targets_T: Tensor) -> float:
+    """The negative log-likelihoods of the next tokens, added up; the last row may have none."""
+    targets_T1 = targets_T[:, None].to(log_probs_TV.device)
+    return -float(log_probs_TV[: len(targets_T)].gather(1, targets_T1).double().sum())
+
+
+def _divergence(dense_TV: Tensor, own_TV: Tensor) -> float:
+    """KL(dense ‖ own) of log-probabilities, added up over tokens. Overwrites both: a temporary of
+    this size costs as much as what is done with it."""
+    gap_TV = torch.sub(dense_TV, own_TV, out=own_TV)
+    return float(gap_TV.mul_(dense_TV.exp_()).sum(-1).double().sum())
+
+
+def _doubles(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _exp(loss: Tensor) -> float:
+    """Infinite where a float is too small for it."""
+    return float(loss.exp())

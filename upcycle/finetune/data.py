@@ -1,0 +1,188 @@
+"""Training text: packed sequences from all over it, its end held out."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upcycle.core.errors import UpcycleError
+from upcycle.core.paths import public_name
+from upcycle.core.rng import generator
+from upcycle.finetune.assistant import chat_stream
+from upcycle.models.text import documents, parse, texts
+from upcycle.models.tokens import Drawn, Reader, open_reader
+
+SPREAD = 2
+"""Less than calibration's: there is much more to train on."""
+
+
+@dataclass(frozen=True)
+class Used:
+    """How much of a text is trained on."""
+
+    text: str
+    tokens: int
+    held_out: int
+    """Tokens of its end, on which it is validated."""
+    total: int | None
+    """That the text holds; roughly, of a long one; None: nobody knows."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Token ids, which of them are text, the rest being padding, and which of these are to be
+    learnt; [sequences, seq_len] each."""
+
+    tokens_BL: Tensor
+    mask_BL: Tensor
+    scored_BL: Tensor
+    used: tuple[Used, ...] = ()
+    """Of each text, where this is all of what is trained on."""
+
+    def __len__(self) -> int:
+        return len(self.tokens_BL)
+
+    def take(self, rows: Tensor) -> "Data":
+        return Data(self.tokens_BL[rows], self.mask_BL[rows], self.scored_BL[rows])
+
+    @property
+    def foretelling_BL(self) -> Tensor:
+        """Tokens after which one comes that is to be learnt, as far as the sequence tells."""
+        last_B1 = self.scored_BL[:, -1:]
+        return self.mask_BL & torch.cat([self.scored_BL[:, 1:], last_B1], dim=1)
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are to be learnt; of a sequence's first none can be foretold."""
+        return int(self.scored_BL[:, 1:].sum())
+
+
+def training_data(
+    folder: Path,
+    vocab_size: int,
+    text: str,
+    *,
+    seq_len: int,
+    train_tokens: int,
+    validation_tokens: int,
+    seed: int,
+    assistant_only: bool = False,
+) -> tuple[Data, Data]:
+    """What to train on, and what to validate on.
+
+    Of several texts joined by +, each gives an equal part. Sequences are taken evenly from all over
+    a text, but of a hub dataset the first ones; the last of them validate, the others train. A
+    text that holds less than is asked for is used whole, its last sequence padded; training then
+    goes over it several times.
+
+    Args:
+        folder: holds the tokenizer.
+        text: files, `builtin` or `hf:…`, as for calibration; .jsonl may hold chats ("messages").
+        train_tokens, validation_tokens: how many to read at most; validation gets at most a tenth
+            of what there is, but at least one sequence.
+        assistant_only: of chats only the assistant's turns are to be learnt. Sequences that hold
+            nothing of them are left out.
+
+    Raises:
+        UpcycleError: a text can't be read, or holds less than two sequences.
+    """
+    names = texts(text)
+    reader = open_reader(folder, vocab_size)
+    parts, used = [], []
+    for name in names:
+        wanted = -(-(train_tokens + validation_tokens) // len(names))
+        rows, spread = -(-wanted // seq_len), SPREAD if parse(name).local else 1
+        if assistant_only:
+            drawn, scored = _chats(reader, name, rows, seq_len, seed)
+        else:
+            drawn = reader.drawn(name, rows, reader.body(seq_len), seed=seed, spread=spread)
+            scored = torch.ones_like(drawn.ids, dtype=torch.bool)
+        train, held = _pack(
+            name, reader, drawn.ids, scored, seq_len, validation_tokens // len(names)
+        )
+        parts.append((train, held))
+        used.append(_used(name, reader.total(name, drawn, seed=seed), train, held))
+    trains, helds = zip(*parts, strict=True)
+    return replace(_join(trains), used=tuple(used)), _join(helds)
+
+
+def _used(name: str, total: int | None, train: Data, held: Data) -> Used:
+    tokens, held_out = (int(data.mask_BL.sum()) for data in (train, held))
+    # What was left out of a text, or what a rough count misses, is no more than it holds.
+    total = None if total is None else max(total, tokens + held_out)
+    return Used(public_name(name), tokens, held_out, total)
+
+
+def _chats(reader: Reader, name: str, rows: int, seq_len: int, seed: int) -> tuple[Drawn, Tensor]:
+    """As `Reader.drawn`, and which of the tokens the assistant wrote."""
+    length = reader.body(seq_len)
+    most = sys.maxsize if parse(name).local else rows * length
+    found = chat_stream(reader, documents(name, seed), most)
+    ids, scored = torch.tensor(found[0], dtype=torch.int64), torch.tensor(found[1])
+    total = len(ids) if len(ids) < most else None
+    whole = len(ids) // length * length
+    first = 0 if reader.front else 1  # nothing foretells the first token of a window
+    kept = scored[:whole].view(-1, length)[:, first:].any(1).nonzero()[:, 0]
+    if len(kept) < 2:
+        raise UpcycleError(
+            f"--data {name!r} holds {len(kept)} sequences of {seq_len} with words of the "
+            "assistant, but two are the least to train and validate on: lower --seq-len, or give "
+            "more chats"
+        )
+    if len(kept) > rows:
+        kept = kept[torch.linspace(0, len(kept) - 1, rows).round().long()]
+    ids_BT, scored_BT = ids[:whole].view(-1, length), scored[:whole].view(-1, length)
+    return Drawn(ids_BT[kept].flatten(), total), scored_BT[kept].flatten()
+
+
+def _pack(
+    name: str,
+    reader: Reader,
+    ids: Tensor,
+    scored: Tensor,
+    seq_len: int,
+    validation_tokens: int,
+) -> tuple[Data, Data]:
+    length = reader.body(seq_len)
+    if len(ids) < length + 2:
+        raise UpcycleError(
+            f"--data {name!r} holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
+            "least to train and validate on: lower --seq-len, or give more text"
+        )
+    if not reader.front and len(ids) % length == 1:
+        ids = ids[:-1]  # a sequence of one token predicts nothing
+    rows = -(-len(ids) // length)
+    tokens_BT = torch.zeros(rows * length, dtype=torch.int64)
+    tokens_BT[: len(ids)] = ids
+    tokens_BL = reader.begun(tokens_BT.view(rows, length))
+    padded = rows * length - len(ids)
+    mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    mask_BL[-1, seq_len - padded :] = False
+    held = max(1, min(validation_tokens // seq_len, rows // 10))
+    scored_BT = torch.zeros(rows * length, dtype=torch.bool)
+    scored_BT[: len(ids)] = scored[: len(ids)]
+    unscored_BF = mask_BL[:, : len(reader.front)] & False  # what begins every window is not learnt
+    whole = Data(tokens_BL, mask_BL, torch.cat([unscored_BF, scored_BT.view(rows, length)], 1))
+    return whole.take(torch.arange(rows - held)), whole.take(torch.arange(rows - held, rows))
+
+
+def _join(parts: tuple[Data, ...]) -> Data:
+    return Data(
+        torch.cat([p.tokens_BL for p in parts]),
+        torch.cat([p.mask_BL for p in parts]),
+        torch.cat([p.scored_BL for p in parts]),
+    )
+
+
+def batch_rows(sequences: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """The rows [batch_size] of one step: every row once per pass over the data, each pass in an
+    order of its own. A pure function of the step, so that a resumed run sees the same."""
+    first = step * batch_size
+    passes = range(first // sequences, (first + batch_size - 1) // sequences + 1)
+    order = torch.cat(
+        [torch.randperm(sequences, generator=generator(seed, "order", n)) for n in passes]
+    )
+    start = first - passes.start * sequences
+    return order[start : start + batch_size]

@@ -1,0 +1,168 @@
+"""A request to train, with its input found and its contradictions refused."""
+
+import hashlib
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from upcycle.core.errors import UpcycleError
+from upcycle.core.foreign import first_problem, read_json
+from upcycle.core.versions import versions
+from upcycle.finetune.settings import Training, load_training
+from upcycle.models.calibration import check_seq_len, text_fingerprint
+from upcycle.models.source import (
+    check_own_files,
+    checkpoint_folder,
+    fingerprint,
+    open_source,
+    read_config,
+    read_headers,
+)
+from upcycle.models.text import check_text, texts
+from upcycle.models.writer import Identity
+
+
+class Origin(BaseModel, extra="allow"):
+    name: str
+    """A hub id, or the way from the folder of the record."""
+    revision: str | None = None
+    fingerprint: str | None = None
+
+    def place(self, folder: Path) -> Path | None:
+        """Where the dense model lies here, if it is not on the hub; `folder` holds the record."""
+        found = folder.resolve() / self.name
+        return found.resolve() if self.revision is None and found.exists() else None
+
+    def model(self, folder: Path) -> str | None:
+        """The dense model by the name that finds it from anywhere; None if nothing does."""
+        if self.revision is not None:
+            return self.name
+        place = self.place(folder)
+        return None if place is None else str(place)
+
+
+class Made(BaseModel, extra="allow"):
+    method: str
+
+
+class Record(BaseModel, extra="allow"):
+    """What training reads of an upcycle.json; it hands on all of it."""
+
+    source: Origin | None = None
+    plan: Made | None = None
+    check: dict[str, Any] | None = None
+    training: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request whose input is there."""
+
+    label: str
+    folder: Path
+    record: Record
+    """The model's upcycle.json, or nothing."""
+    settings: Training
+    teacher: Path | None
+    out: Path
+
+
+def open_job(
+    model: str, out: Path, preset: str | Path | None, settings: dict[str, Any], stack: ExitStack
+) -> Job:
+    folder = stack.enter_context(checkpoint_folder(model))
+    check_own_files(folder)
+    record = _record(folder)
+    origin = None if record.source is None else record.source.model(folder)
+    request = load_training(preset or _default_preset(record), settings, origin)
+    for text in texts(request.data):
+        check_text(text, "--data")
+    check_seq_len(request.seq_len, read_config(folder))
+    _check_dtypes(model, folder)
+    teacher = _teacher_folder(request, folder, stack)
+    if teacher is not None and record.source and settings.get("teacher") is None:
+        _check_origin(record.source, teacher, folder)
+    return Job(model, folder, record, request, teacher, out)
+
+
+def _check_dtypes(label: str, folder: Path) -> None:
+    """The result is written in one dtype, as `convert` writes it."""
+    headers = read_headers(folder)
+    found = {str(i.dtype) for name, i in headers.items() if not name.endswith("correction_bias")}
+    if len(found) > 1:
+        raise UpcycleError(
+            f"{label} holds weights in {' and '.join(sorted(found))}: store it in one dtype first"
+        )
+
+
+def _record(folder: Path) -> Record:
+    path = folder / "upcycle.json"
+    if not path.is_file():
+        return Record()
+    try:
+        # Not by pydantic, whose reader does not take the NaN of a run that diverged.
+        return Record.model_validate(read_json(path, "what upcycle writes"))
+    except ValidationError as error:
+        raise UpcycleError(
+            f"{path} is not what upcycle writes: {first_problem(error)}: restore or delete it"
+        ) from error
+
+
+def _check_origin(origin: Origin, teacher: Path, folder: Path) -> None:
+    """The name of the dense model may be a path that means another one by now, or from here."""
+    if origin.fingerprint not in (None, open_source(str(teacher)).fingerprint()):
+        raise UpcycleError(
+            f"{folder / 'upcycle.json'} says that the model was made from {origin.name}, but what "
+            "has that name now is another: name the dense model by --teacher, or give --distill 0"
+        )
+
+
+def _default_preset(record: Record) -> str:
+    lossy = record.plan is not None and record.plan.method in ("split", "prune")
+    return "heal" if lossy else "specialise"
+
+
+def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path | None:
+    if request.teacher is None or not (request.distill or request.match_layers):
+        return None
+    try:
+        teacher = stack.enter_context(checkpoint_folder(request.teacher))
+    except UpcycleError as error:
+        raise UpcycleError(f"--teacher: {error}") from error
+    theirs, ours = read_config(teacher).vocab_size, read_config(folder).vocab_size
+    if theirs != ours:
+        raise UpcycleError(
+            f"--teacher {request.teacher} has a vocabulary of {theirs:,}, but the model of "
+            f"{ours:,}: name the dense model that it was made from"
+        )
+    if request.match_layers and _depth_and_width(teacher) != _depth_and_width(folder):
+        raise UpcycleError(
+            f"--match-layers {request.match_layers} compares layer by layer, but --teacher "
+            f"{request.teacher} has {' layers of '.join(map(str, _depth_and_width(teacher)))} and "
+            f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use --distill"
+        )
+    return teacher
+
+
+def _depth_and_width(folder: Path) -> tuple[int, int]:
+    config = read_config(folder)
+    return config.num_hidden_layers, config.hidden_size
+
+
+def job_identity(job: Job, processes: int, threads: int) -> Identity:
+    """Of a run by so many processes of so many threads: everything that the result depends on."""
+    models = [folder for folder in (job.folder, job.teacher) if folder is not None]
+    ingredients = {
+        "models": [fingerprint(folder) for folder in models],
+        "data": text_fingerprint(job.folder, job.settings.data),
+        "request": job.settings.settings(),
+        "processes": processes,
+        "versions": versions(),
+        "threads": threads,
+    }
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+    return Identity(digest, threads)

@@ -1,0 +1,316 @@
+"""What a training run leaves: the checkpoint, checked by reading it again, and its history."""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import yaml
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from upcycle.conversion.check import TOLERANCE, load_result, relative_error
+from upcycle.core.errors import CheckFailed
+from upcycle.core.json_text import json_text
+from upcycle.core.paths import disk_errors, local_path, public_name, way_from
+from upcycle.evaluation.run import load_model, next_token_logits
+from upcycle.finetune.data import Used
+from upcycle.finetune.job import Job
+from upcycle.finetune.settings import Training
+from upcycle.finetune.state import whole_model
+from upcycle.finetune.step import Row, Run
+from upcycle.finetune.trainable import Groups
+from upcycle.models.frontmatter import read_card, split_card, with_results
+from upcycle.models.source import copy_companions, read_headers
+from upcycle.models.text import public_texts
+from upcycle.models.writer import Identity, begun_run, result_folder
+
+LOG = "train_log.jsonl"
+CHECK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """A finished training run."""
+
+    model: str
+    out: Path
+    settings: Training
+    groups: Groups
+    used: tuple[Used, ...]
+    log: list[Row]
+    result_step: int
+    """Whose state the result is."""
+    tokens: int
+    seconds: float
+    processes: int
+    reload_error: float | None = None
+    """Root mean square difference of the written checkpoint's logits from the trained model's,
+    over their standard deviation."""
+
+    @property
+    def before(self) -> dict[str, float]:
+        return self._validation(0)
+
+    @property
+    def after(self) -> dict[str, float]:
+        return self._validation(self.result_step)
+
+    @property
+    def last(self) -> Row:
+        """The line of the last step."""
+        return [row for row in self.log if "validation" not in row][-1]
+
+    def _validation(self, step: int) -> dict[str, float]:
+        rows = [row for row in self.log if "validation" in row and row["step"] == step]
+        measured: dict[str, float] = rows[-1]["validation"]
+        return measured
+
+
+def finetuning_summary(done: Finetuning) -> dict[str, Any]:
+    """A run as plain values, without its log."""
+    return {
+        "model": done.model,
+        "out": str(done.out),
+        "settings": done.settings.settings(),
+        "groups": done.groups,
+        "used": [asdict(used) for used in done.used],
+        "before": done.before,
+        "after": done.after,
+        "step": done.result_step,
+        "steps": done.settings.total_steps,
+        "tokens": done.tokens,
+        "seconds": round(done.seconds, 3),
+        "processes": done.processes,
+        "reload_error": done.reload_error,
+    }
+
+
+def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
+    """Write the result into the workspace of the job's folder. Every process must call it.
+
+    Raises:
+        CheckFailed: what was written is not what was trained.
+    """
+    settings, folder = run.settings, job.folder
+    plain = run.plain.eval()
+    window_L = run.validation.tokens_BL[0, :CHECK_TOKENS]
+    expected_LV = next_token_logits(plain, window_L).cpu()
+    tensors = whole_model(plain)
+    done = Finetuning(
+        model=job.label,
+        out=job.out,
+        settings=settings,
+        groups=groups,
+        used=run.train.used,
+        log=run.log,
+        result_step=run.best_step if settings.keep_best else run.step,
+        tokens=run.step * settings.step_tokens,
+        seconds=run.seconds,
+        processes=run.accelerator.num_processes,
+    )
+    if not run.accelerator.is_main_process:
+        return done
+    place = result_folder(job.out)
+    stored = next(iter(read_headers(folder).values())).dtype
+    if settings.lora:
+        _write_adapter(plain, tensors, job, place)
+        written = _with_adapter(folder, place)
+        _check_tensors(written, tensors)
+        if settings.merge:
+            for path in place.glob("adapter_*"):
+                path.unlink()
+            written = _write_model(written.merge_and_unload(), None, stored, folder, place)
+    else:
+        written = _write_model(plain, tensors, stored, folder, place)
+    error = relative_error(next_token_logits(written, window_L), expected_LV)
+    # Below float32, rounding may send a token to other experts; its tensors have been compared.
+    exact = run.accelerator.mixed_precision == "no" and plain.dtype == stored == torch.float32
+    if exact and not error <= TOLERANCE:
+        raise CheckFailed(
+            f"the written checkpoint is not the model that was trained: its logits differ by "
+            f"{error:.2g} of their spread (at most {TOLERANCE:g} is rounding)"
+        )
+    done = replace(done, reload_error=error)
+    _write_history(done, job, place)
+    return done
+
+
+def _write_model(
+    model: Any, tensors: dict[str, Tensor] | None, stored: torch.dtype, folder: Path, place: Path
+) -> Any:
+    """Write the same files as the original's, with the trained weights (by default, the model's
+    own) in the original's dtypes; returns what they hold, read again."""
+    tensors = dict(model.state_dict()) if tensors is None else tensors
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    headers = read_headers(folder)
+    kept = {
+        name: tensor if name.endswith("correction_bias") else tensor.to(stored)
+        for name, tensor in tensors.items()
+    }
+    with disk_errors():
+        model.save_pretrained(place, state_dict=kept)
+    shutil.copyfile(folder / "config.json", place / "config.json")
+    copy_companions(folder, place)
+    written = {name: (info.shape, info.dtype) for name, info in read_headers(place).items()}
+    expected = {name: (info.shape, info.dtype) for name, info in headers.items()}
+    if written != expected:
+        name = sorted(dict(written.items() ^ expected.items()))[0]
+        raise CheckFailed(
+            f"the written checkpoint has another layout: {name} is {written.get(name)}, "
+            f"not {expected.get(name)}"
+        )
+    again = load_result(place, torch.float32, torch.device("cpu"))
+    _check_tensors(again, kept)
+    return again
+
+
+def _check_tensors(written: Any, expected: dict[str, Tensor]) -> None:
+    """Every value that was written is the one that was trained."""
+    found = written.state_dict()
+    for name, tensor in expected.items():
+        if name not in found or not torch.equal(found[name].float(), tensor.float()):
+            raise CheckFailed(f"the written checkpoint holds another {name} than was trained")
+
+
+def _write_adapter(model: Any, tensors: dict[str, Tensor], job: Job, place: Path) -> None:
+    model.peft_config["default"].base_model_name_or_path = base_from(job)
+    with disk_errors():
+        model.save_pretrained(place, state_dict=tensors, save_embedding_layers=False)
+    copy_companions(job.folder, place)
+    (place / "README.md").unlink(missing_ok=True)  # peft's own card
+
+
+def base_from(job: Job) -> str:
+    """How an adapter at the job's place names the model that it changes: a hub id, or the way from
+    its folder; where there is none that may be published, it is to lie beside it."""
+    if not local_path(job.label).exists():
+        return job.label
+    way = way_from(job.out, job.folder)
+    return way if way.startswith("..") else f"../{way}"
+
+
+def _with_adapter(folder: Path, place: Path) -> Any:
+    """The written adapter on the model that it changes."""
+    from peft import PeftModel
+
+    base = load_model(folder, torch.float32, torch.device("cpu"))
+    return PeftModel.from_pretrained(base, place, use_safetensors=True).eval()
+
+
+def _write_history(done: Finetuning, job: Job, place: Path) -> None:
+    """upcycle.json and the card, with this run added to what they said."""
+    record = job.record
+    entry = _public_summary(done) | {"upcycle": version("upcycle")}
+    # What the conversion measured is no longer true of these weights.
+    entry["check_before"] = record.check
+    history = [*record.training, entry]
+    fields = record.model_dump(exclude_unset=True) | {"check": None, "training": history}
+    dense = None if record.source is None else record.source.place(job.folder)
+    if dense is not None:
+        fields["source"]["name"] = way_from(job.out, dense)
+    fields["run"] = TypeAdapter(Identity | None).dump_python(begun_run(done.out))
+    (place / "upcycle.json").write_text(json_text(fields) + "\n")
+    (place / LOG).write_text("".join(json_text(row) + "\n" for row in done.log))
+    if done.settings.lora and not done.settings.merge:
+        text = _adapter_card(done, job)
+    else:
+        text = _card_before(done, job)
+    section = (
+        _environment().from_string(CARD).render(done=done, data=public_texts(done.settings.data))
+    )
+    (place / "README.md").write_text(text + section, encoding="utf-8")
+
+
+def _public_summary(done: Finetuning) -> dict[str, Any]:
+    """What of a run may be published: of paths only the names."""
+    summary, teacher = finetuning_summary(done), done.settings.teacher
+    summary["settings"] |= {
+        "data": public_texts(done.settings.data),
+        "teacher": None if teacher is None else public_name(teacher),
+    }
+    return summary | {"model": public_name(done.model), "out": done.out.name}
+
+
+def _card_before(done: Finetuning, job: Job) -> str:
+    """The model's card, if it has one, with the result's numbers in its front matter."""
+    card = job.folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    front, text = split_card(text)
+    if not front:
+        return text
+    front.pop("model-index", None)
+    return f"---\n{yaml.safe_dump(_with_after(front, done), sort_keys=False)}---\n{text}"
+
+
+def _with_after(front: dict[str, Any], done: Finetuning) -> dict[str, Any]:
+    """The front matter with what was measured after training."""
+    data = public_texts(done.settings.data)
+    names = {"perplexity": "perplexity", "perplexity_ratio": "perplexity over the dense model's"}
+    metrics = {called: done.after[name] for name, called in names.items() if name in done.after}
+    return with_results(front, done.out.name, [(data, f"{data}, held out", metrics)])
+
+
+def _adapter_card(done: Finetuning, job: Job) -> str:
+    """README.md of low-rank changes, with front matter for the hub."""
+    base = base_from(job)
+    front = read_card(job.folder) | {
+        "base_model": public_name(job.label),
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "moe", "mixture-of-experts", "upcycle"],
+    }
+    return (
+        _environment()
+        .get_template("adapter.md.jinja")
+        .render(
+            front=yaml.safe_dump(_with_after(front, done), sort_keys=False),
+            base=base,
+            local=base != job.label,
+            name=public_name(job.label),
+            settings=done.settings,
+            version=version("upcycle"),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("upcycle", "finetune"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+CARD = """
+
+## Training
+
+{% set settings = done.settings %}
+Trained by upcycle with preset `{{ settings.name }}` on {{ "{:,}".format(done.tokens) }} tokens of
+`{{ data }}`: {{ settings.total_steps }} steps of {{ settings.batch_size }}
+sequences of {{ settings.seq_len }}, learning rate {{ settings.lr }}\
+{% if settings.lora %}, low-rank changes of rank {{ settings.lora }}{% endif %}; the state after
+step {{ done.result_step }} was kept.\
+{% if not settings.lora or settings.merge %} What this card says above of quality was measured \
+before.{% endif %}
+
+
+| on held-out text | before | after |
+|---|---|---|
+| perplexity | {{ "%.3f" | format(done.before.perplexity) }} \
+| {{ "%.3f" | format(done.after.perplexity) }} |
+{% if "kl" in done.after %}
+| perplexity over the dense model's | {{ "%.3f" | format(done.before.perplexity_ratio) }} \
+| {{ "%.3f" | format(done.after.perplexity_ratio) }} |
+| KL to the dense model | {{ "%.4f" | format(done.before.kl) }} \
+| {{ "%.4f" | format(done.after.kl) }} nats |
+{% endif %}
+"""

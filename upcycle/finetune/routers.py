@@ -1,0 +1,232 @@
+"""Routers while they are trained: in float32, watched, and at the scale that they were made for.
+
+A router may be tempered, where experts must count the same: its logits spread by 1e-4 or so, and
+the gain that makes up for its small weights is folded into down_proj. An optimiser whose step does
+not depend on the size of the gradient, as Adam's, would throw such a router over in one step and
+hardly move such a down_proj. `measure_scales` finds both factors; learning rates are multiplied by
+them, and the routers' losses see logits of ordinary spread.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upcycle.models.blocks import MoEBlock, watch_selections
+
+TEMPERED = 3e-3
+"""Logits that spread by less belong to a tempered router: well below the 0.01 of a split whose
+experts are not refit, so that no text makes it one in some layers only."""
+UNSCALED_BIAS = 0.05
+"""Logits that spread by this or more are an ordinary router's, as far as selection biases go."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a block's tensors are multiplied by, compared with an ordinary layer."""
+
+    router: float = 1.0
+    down_proj: float = 1.0
+    spread: float = 1.0
+    """Standard deviation of a token's logits, tempered or not."""
+
+    @property
+    def bias(self) -> float:
+        """Of the selection bias: a step moves that of an ordinary router by what was asked for, and
+        that of logits which hardly differ by as much less, or it alone would select."""
+        return min(1.0, self.spread / UNSCALED_BIAS)
+
+
+@dataclass
+class Routed:
+    """What a block's router did in one forward pass."""
+
+    logits_TE: Tensor
+    chosen_TK: Tensor
+    weights_TK: Tensor
+
+
+@dataclass
+class RouterTap:
+    """Watches the blocks' routers during `recording`.
+
+    The logits are computed once more, so that they do not depend on what a transformers version's
+    router returns; they carry gradients. Where layers are checkpointed they run again in the
+    backward pass: the logits are then computed, as the first time, but not recorded.
+    """
+
+    blocks: list[MoEBlock]
+    dense_gradient: bool = False
+    """Let each router see all experts' outputs (see `DenseRouterGradient`)."""
+    score: Callable[[Tensor], Tensor] = field(default=lambda logits: logits.softmax(-1))
+    routed: list[Routed] = field(default_factory=list)
+    _on: bool = False
+
+    def __post_init__(self) -> None:
+        self._logits: list[Tensor] = [torch.empty(0)] * len(self.blocks)
+        for place, block in enumerate(self.blocks):
+            block.router.register_forward_hook(self._see_router(place))
+            block.experts.register_forward_pre_hook(self._see_experts(place))
+            if self.dense_gradient:
+                block.experts.register_forward_hook(self._add_dense_gradient(place))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Collect what the next forward passes do in `routed`, block after block."""
+        self.routed, self._on = [], True
+        try:
+            yield
+        finally:
+            self._on = False
+
+    def _see_router(self, place: int) -> Callable[..., None]:
+        def hook(router: nn.Module, args: tuple[Tensor], _: Any) -> None:
+            self._logits[place] = _logits(router, args[0])
+
+        return hook
+
+    def _see_experts(self, place: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> Any:
+            x_TD, chosen_TK, weights_TK = args
+            if self._on:
+                self.routed.append(Routed(self._logits[place], chosen_TK, weights_TK))
+            return (x_TD, chosen_TK, weights_TK.detach()) if self.dense_gradient else None
+
+        return hook
+
+    def _add_dense_gradient(self, place: int) -> Callable[..., Tensor]:
+        def hook(experts: Any, args: tuple[Tensor, Tensor, Tensor], y_TD: Tensor) -> Tensor:
+            x_TD, chosen_TK, weights_TK = args
+            router = self.blocks[place].router
+            scores_TE = self.score(self._logits[place])
+            nothing_TD: Tensor = DenseRouterGradient.apply(  # type: ignore[no-untyped-call]
+                all_weights(scores_TE, chosen_TK, weights_TK, _renormalises(router)),
+                x_TD,
+                experts.gate_up_proj,
+                experts.down_proj,
+                experts.act_fn,
+            )
+            return y_TD + nothing_TD
+
+        return hook
+
+
+def all_weights(
+    scores_TE: Tensor, chosen_TK: Tensor, weights_TK: Tensor, renormalised: bool
+) -> Tensor:
+    """What each expert would count [T, E] if all ran, in the unit of the selected ones' weights.
+
+    As in DenseMixer's release, the sum that weights are divided by is a function of the logits for
+    the experts that are selected, and a constant for the others.
+    """
+    own_TK = scores_TE.gather(1, chosen_TK)
+    # What a score is multiplied by on its way to a weight: renormalisation, scaling factor.
+    factor_T1 = weights_TK.detach().sum(-1, keepdim=True) / own_TK.sum(-1, keepdim=True)
+    weights_TE = scores_TE * factor_T1.detach()
+    return weights_TE.scatter(1, chosen_TK, own_TK * factor_T1) if renormalised else weights_TE
+
+
+def _renormalises(router: Any) -> bool:
+    """Routers that always do have no such setting."""
+    return bool(getattr(router, "norm_topk_prob", True))
+
+
+def _logits(router: Any, x: Tensor) -> Tensor:
+    """[T, E] in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.reshape(-1, x.shape[-1]).float(), router.weight.float())
+
+
+def untempered(logits_TE: Tensor, scale: Scale) -> Tensor:
+    """Logits of ordinary spread, for the routers' own losses.
+
+    Their gradient is that of the tempered logits: else these losses would outweigh all others by
+    the temperature's inverse.
+    """
+    return logits_TE + (logits_TE / scale.router - logits_TE).detach()
+
+
+class DenseRouterGradient(torch.autograd.Function):
+    """Adds nothing to the output, but gives each expert's score the gradient that it would have if
+    all experts ran: ⟨gradient of the output, the expert's output⟩ (DenseMixer). Costs all experts'
+    forward in the backward pass, one at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores_TE: Tensor, x_TD: Tensor, gate_up: Tensor, down: Tensor, act: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x_TD, gate_up, down)
+        ctx.act, ctx.dtype = act, scores_TE.dtype
+        return torch.zeros_like(x_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad_TD,) = grads
+        x_TD, gate_up_EFD, down_EDM = ctx.saved_tensors
+        columns = []
+        for gate_up_FD, down_DM in zip(gate_up_EFD, down_EDM, strict=True):
+            gate_TM, up_TM = (x_TD @ gate_up_FD.T.to(x_TD.dtype)).chunk(2, dim=-1)
+            h_TM = ctx.act(gate_TM) * up_TM
+            # ⟨g, W h⟩ = ⟨Wᵀ g, h⟩
+            columns.append((grad_TD @ down_DM.to(grad_TD.dtype) * h_TM).sum(-1))
+        return torch.stack(columns, dim=-1).to(ctx.dtype), None, None, None, None
+
+
+def keep_float32(blocks: list[MoEBlock]) -> None:
+    """Let the routers hold and compute in float32, whatever the rest of the model does."""
+    for block in blocks:
+        block.router.float()
+        block.router.forward = _in_float32(block.router.forward)
+
+
+def _in_float32(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def wrapped(x: Tensor) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
+
+    return wrapped
+
+
+@torch.no_grad()
+def measure_scales(model: nn.Module, blocks: list[MoEBlock], tokens_BL: Tensor) -> list[Scale]:
+    """Each block's scale, from one forward pass over the tokens."""
+    spreads: list[float] = []
+    weights: list[float] = []
+    hooks = [
+        block.router.register_forward_hook(
+            lambda router, args, _: spreads.append(float(_logits(router, args[0]).std(-1).mean()))
+        )
+        for block in blocks
+    ]
+    with watch_selections(blocks, lambda _, __, w_TK: weights.append(float(w_TK.float().mean()))):
+        model(input_ids=tokens_BL, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [
+        Scale(spread, 1 / weight, spread) if 0 < spread < TEMPERED else Scale(spread=spread)
+        for spread, weight in zip(spreads, weights, strict=True)
+    ]
+
+
+def correction_bias(block: MoEBlock) -> Tensor | None:
+    """The bias [E] that a target adds to scores for selection alone, where it has one."""
+    bias_E: Tensor | None = getattr(block.router, "e_score_correction_bias", None)
+    return bias_E
+
+
+@torch.no_grad()
+def update_bias(block: MoEBlock, count_E: Tensor, rate: float) -> None:
+    """Balance without a loss (arXiv:2408.15664): experts that had less than their share of the
+    tokens become more likely to be selected.
+
+    Args:
+        rate: by which each expert's bias moves.
+    """
+    bias_E = correction_bias(block)
+    assert bias_E is not None
+    count_E = count_E.float()
+    bias_E += rate * (count_E.mean() - count_E).sign().to(bias_E)

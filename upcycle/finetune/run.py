@@ -1,0 +1,301 @@
+"""`upcycle finetune`: from a checkpoint and a text to a checkpoint that is whole or absent."""
+
+import errno
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from upcycle.core.errors import Diverged, UpcycleError
+from upcycle.core.machine import torch_threads
+from upcycle.core.paths import local_path
+from upcycle.evaluation.run import load_model
+from upcycle.finetune.data import Data, Used, training_data
+from upcycle.finetune.job import Job, job_identity, open_job
+from upcycle.finetune.loop import make_optimizer, restore_best, train
+from upcycle.finetune.processes import accelerator_for
+from upcycle.finetune.publish import LOG, Finetuning, publish
+from upcycle.finetune.routers import RouterTap, correction_bias, keep_float32, measure_scales
+from upcycle.finetune.settings import Training
+from upcycle.finetune.state import read_notes, torch_dtype
+from upcycle.finetune.step import Row, Run, score_of
+from upcycle.finetune.trainable import (
+    Groups,
+    add_lora,
+    freeze_all_but,
+    members,
+    summary,
+    trained,
+)
+from upcycle.models.blocks import moe_blocks
+from upcycle.models.source import read_config, read_headers
+from upcycle.models.writer import (
+    ASIDE,
+    Identity,
+    Workspace,
+    begun_run,
+    check_out,
+    check_unfinished,
+    partial_folder,
+    recorded_run,
+)
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SCALE_TOKENS = 256
+"""Of the validation text, to measure routers on."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is told of a run's progress."""
+
+    begin: Callable[[Training, Groups, Sequence[Used]], None] = lambda settings, groups, used: None
+    """Once, before the first step: what trains, and on how much of each text."""
+    row: Callable[[Row, int, int], None] = lambda row, done, total: None
+    """Every line of the log, with the steps done and all steps."""
+
+
+def finetune(
+    model: str,
+    out: str | Path,
+    *,
+    preset: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Finetuning:
+    """Train a Mixture-of-Experts further, alone or as one of the processes of `torchrun`.
+
+    Args:
+        model: a folder or hub id, such as what `convert` wrote.
+        out: the folder for the result: a checkpoint of the same layout, or with `lora` and
+            without `merge` an adapter.
+        preset: `heal`, `specialise`, `lora` or a YAML file; by default `heal` for a split,
+            `specialise` for copies.
+        overwrite: replace a former result.
+        resume: go on from the saved state of a run that was stopped. The result has the same
+            bytes as that of an uninterrupted run, on a CPU.
+        settings: fields of `Training` to replace.
+
+    Raises:
+        AlreadyFinished: the run to resume has left its result.
+        UpcycleError: the request or its input is wrong.
+        Diverged: a loss or a gradient was no number; `out` holds the best state before, if
+            that was kept.
+        CheckFailed: what was written is not what was trained.
+        KeyboardInterrupt: stopped; the state is kept beside `out`.
+    """
+    watch = watch or Watch()
+    with ExitStack() as stack:
+        job = open_job(model, local_path(out).resolve(), preset, settings, stack)
+        check_out(job.out, job.folder, _room(job), overwrite=overwrite, resume=resume)
+        accelerator = stack.enter_context(accelerator_for(job.settings))
+        identity = _identity(job, accelerator.num_processes, overwrite=overwrite, resume=resume)
+        stack.enter_context(torch_threads(identity.threads))
+        stack.enter_context(
+            _workspace(job, identity, accelerator, overwrite=overwrite, resume=resume)
+        )
+        run, groups = _prepare(job, accelerator, watch)
+        if job_identity(job, accelerator.num_processes, identity.threads) != identity:
+            raise UpcycleError(
+                f"{job.label} or its text changed while it was read: leave it as it is, and start "
+                "anew"
+            )
+        if accelerator.is_main_process:
+            watch.begin(job.settings, groups, run.train.used)
+        stopped = _train(run)
+        restore_best(run)
+        done = publish(run, groups, job)
+    if stopped is not None:
+        raise Diverged(
+            f"{stopped}; {job.out} holds the state after step {done.result_step}, the best before"
+        )
+    return done
+
+
+def _train(run: Run) -> Diverged | None:
+    """All steps; what they came to grief on, where there is a better state to go back to.
+
+    Raises:
+        Diverged: there is none.
+    """
+    try:
+        with _stopping(run):
+            train(run)
+    except Diverged as error:
+        if run.settings.keep_best and run.log:
+            return error
+        raise
+    return None
+
+
+def _identity(job: Job, processes: int, *, overwrite: bool, resume: bool) -> Identity:
+    """What the run is known by; if it is resumed, with its threads of before.
+
+    Raises:
+        AlreadyFinished: it has left its result.
+        UpcycleError: there is another result, which is not to be overwritten.
+    """
+    begun = None
+    if resume:
+        made = recorded_run(job.out)
+        known = job_identity(job, processes, made.threads if made else 1)
+        check_unfinished(job.out, known, overwrite=overwrite)
+        begun = begun_run(job.out)
+    return job_identity(job, processes, begun.threads if begun else torch.get_num_threads())
+
+
+def _room(job: Job) -> int:
+    """Bytes that a run writes, in float32: weights, two moments, the best weights, the result."""
+    sizes = [torch.Size(info.shape).numel() for info in read_headers(job.folder).values()]
+    return 5 * 4 * sum(sizes)
+
+
+@contextmanager
+def _workspace(
+    job: Job, identity: Identity, accelerator: Accelerator, *, overwrite: bool, resume: bool
+) -> Iterator[None]:
+    """The folder beside `out`, made and published by the first process. A state that has been
+    saved there stays until the result is published, whatever happens.
+
+    Raises:
+        UpcycleError: there is no room.
+    """
+    workspace = None
+    if accelerator.is_main_process:
+        workspace = Workspace(job.out, identity, resume=resume)
+        (workspace.folder / ASIDE).mkdir(exist_ok=True)
+        # A run that was killed while it wrote its result may have left a part of one.
+        shutil.rmtree(workspace.result)
+        workspace.result.mkdir()
+    accelerator.wait_for_everyone()
+    try:
+        yield
+        if workspace is not None:
+            workspace.publish(overwrite=overwrite)
+    except BaseException as error:
+        if workspace is not None:
+            saved = read_notes(workspace.folder / ASIDE)
+            workspace.resume |= saved is not None or isinstance(error, KeyboardInterrupt)
+            workspace.abandon()
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise _no_room(job.out, error, saved) from error
+        raise
+
+
+def _no_room(out: Path, error: OSError, saved: dict[str, Any] | None) -> UpcycleError:
+    """What to do about a full disk, by the notes of the state that was saved before."""
+    after = "start anew" if saved is None else f"--resume goes on from step {saved['step']}"
+    return UpcycleError(f"can't write beside {out}: {error.strerror}; make room, then {after}")
+
+
+def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Groups]:
+    """Model, data, optimizer: all that the loop needs."""
+    settings, folder = job.settings, job.folder
+    train_data, validation = _data(job)
+    model = load_model(folder, _dtype(job), accelerator.device)
+    blocks = moe_blocks(model)
+    if not blocks:
+        raise UpcycleError(
+            f"{job.label} has no experts: it is dense, so `upcycle convert` it first"
+        )
+    if settings.balance_bias and any(correction_bias(block) is None for block in blocks):
+        raise UpcycleError(
+            f"--balance-bias {settings.balance_bias} has no effect on {model.config.model_type}, "
+            "which has no selection bias: use --balance"
+        )
+    keep_float32(blocks)
+    window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)
+    scales = measure_scales(model, blocks, window_1L)
+    known = members(model, blocks, scales)
+    torch.manual_seed(settings.seed)  # low-rank changes start at random
+    if settings.lora:
+        model = add_lora(model, known, settings.train, settings.lora, settings.alpha)
+    else:
+        freeze_all_but(model, known, settings.train)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    training = trained(model, known)
+    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config.model_type))
+    model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
+    model.train()
+    if settings.tracker is not None:
+        accelerator.init_trackers("upcycle", config=settings.settings())
+    workspace = partial_folder(job.out)
+    run = Run(
+        settings=settings,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        teacher=_teacher(job, accelerator),
+        blocks=blocks,
+        scales=scales,
+        tap=tap,
+        train=train_data,
+        validation=validation,
+        folder=workspace / ASIDE,
+        log_file=workspace / LOG,
+        watch=watch.row if accelerator.is_main_process else lambda row, done, total: None,
+    )
+    return run, summary(known, training)
+
+
+def _data(job: Job) -> tuple[Data, Data]:
+    settings = job.settings
+    return training_data(
+        job.folder,
+        read_config(job.folder).vocab_size,
+        settings.data,
+        seq_len=settings.seq_len,
+        train_tokens=settings.total_steps * settings.step_tokens,
+        validation_tokens=settings.validation_tokens,
+        seed=settings.seed,
+        assistant_only=settings.assistant_only_loss,
+    )
+
+
+def _dtype(job: Job) -> torch.dtype:
+    """Steps of training are too small for weights below float32; frozen weights may be."""
+    if job.settings.dtype != "auto":
+        return torch_dtype(job.settings.dtype)
+    if job.settings.lora:
+        return next(iter(read_headers(job.folder).values())).dtype
+    return torch.float32
+
+
+def _teacher(job: Job, accelerator: Accelerator) -> nn.Module | None:
+    if job.teacher is None:
+        return None
+    dtype = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
+    model: nn.Module = load_model(job.teacher, dtype, accelerator.device)
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def _stopping(run: Run) -> Iterator[None]:
+    """Ctrl-C, or a scheduler's SIGTERM, lets the step end and the state be saved; a second one
+    stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if run.stop:
+            raise KeyboardInterrupt
+        run.stop = True
+
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

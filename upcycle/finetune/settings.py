@@ -1,0 +1,166 @@
+"""What a training run does: presets and their settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from upcycle.conversion.recipe import find_recipe, shipped_presets, validated, yaml_fields
+from upcycle.core.errors import UpcycleError
+
+Train = Literal["router", "experts", "moe", "all"]
+OF_ROUTERS = ("balance", "z_loss", "dense_router_gradient", "router_warmup")
+"""Settings that have an effect only where routers train."""
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Training(BaseModel):
+    """A training request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "custom"
+    summary: str = ""
+    paper: str = ""
+
+    train: Train = "moe"
+    lora: Annotated[PositiveInt, Field(le=2**20)] | None = None
+    """Rank of low-rank changes; None trains the weights themselves."""
+    lora_alpha: PositiveInt | None = None
+    """Low-rank changes count alpha / rank; None: 2 x rank."""
+    merge: bool = False
+    """Add low-rank changes to the weights at the end and write a plain checkpoint."""
+
+    data: str = "builtin"
+    assistant_only_loss: bool = False
+    """Learn the assistant's turns of chats alone, by the tokenizer's chat template."""
+    tokens: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    seq_len: PositiveInt = Field(default=512, ge=8)
+    batch_size: PositiveInt = Field(default=8, le=2**20)
+    """Sequences per step, over all processes."""
+    micro_batch: PositiveInt = 1
+    """Sequences that a process holds activations of at a time."""
+    validation_tokens: PositiveInt = 8192
+    validate_every: PositiveInt | None = None
+    """Steps; None: ten times in all."""
+    keep_best: bool = True
+    """The result is the state with the lowest validation perplexity, not the last one."""
+
+    lr: PositiveFloat = 1e-4
+    router_lr: PositiveFloat | None = None
+    """None: lr. Either is multiplied by a tempered router's temperature."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Of matrices other than routers."""
+    warmup: Share = 0.05
+    """Share of the steps in which the learning rate rises."""
+    final_lr: Share = 0.1
+    """Share of the learning rate that a cosine falls to."""
+    router_warmup: Share = 0.0
+    """Share of the steps, at the start, in which only the routers move."""
+    clip: PositiveFloat = 1.0
+
+    teacher: str | None = None
+    next_token: NonNegativeFloat = 1.0
+    distill: NonNegativeFloat = 0.0
+    match_layers: NonNegativeFloat = 0.0
+    balance: NonNegativeFloat = 0.0
+    z_loss: NonNegativeFloat = 0.0
+    balance_bias: NonNegativeFloat = 0.0
+    """What a step moves the selection bias by, where the target has one: balance without a loss.
+    DeepSeek-V3 has 0.001 (arXiv:2412.19437). Scaled down for a tempered router."""
+    dense_router_gradient: bool = False
+
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Mixed precision; None: what `accelerate launch` says, else none."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights while they train; auto: float32, the checkpoint's own under LoRA."""
+    gradient_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tracker: str | None = None
+    """Where accelerate logs metrics beside train_log.jsonl: tensorboard, wandb, …"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Training":
+        if self.tokens is not None and self.steps is not None:
+            raise UpcycleError("--tokens and --steps both say how long to train: give one of them")
+        for name in ("distill", "match_layers"):
+            if getattr(self, name) and self.teacher is None:
+                raise UpcycleError(
+                    f"--{name.replace('_', '-')} compares with a dense model: name it by "
+                    "--teacher DENSE"
+                )
+        if not (self.next_token or self.distill or self.match_layers):
+            raise UpcycleError("--next-token 0 leaves no loss: give --distill or --match-layers")
+        if self.merge and self.lora is None:
+            raise UpcycleError("--merge merges low-rank changes: give --lora RANK too")
+        if self.lora and self.balance_bias:
+            raise UpcycleError(
+                "--balance-bias changes the checkpoint itself, which --lora leaves as it is: "
+                "give --balance, or drop --lora"
+            )
+        if self.train == "experts":
+            for name in OF_ROUTERS:
+                if getattr(self, name):
+                    raise UpcycleError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)} has no effect with "
+                        "--train experts, which leaves the routers as they are: set it to 0, or "
+                        "train moe"
+                    )
+        return self
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        return max(1, (self.tokens or DEFAULT_TOKENS) // self.step_tokens)
+
+    @property
+    def alpha(self) -> int:
+        return self.lora_alpha or 2 * (self.lora or 1)
+
+    def settings(self) -> dict[str, Any]:
+        """All fields as plain values that make the same request again."""
+        return self.model_dump(mode="json")
+
+
+DEFAULT_TOKENS = 262_144
+
+
+def load_training(
+    preset: str | Path, overrides: Mapping[str, Any], origin: str | None = None
+) -> Training:
+    """A shipped preset or a YAML file, with some of its fields replaced.
+
+    Args:
+        origin: the dense model that the MoE was made from, if it is known: the teacher unless
+            another is named.
+
+    Raises:
+        UpcycleError: no such preset, or a field that is unknown, out of range or contradicts
+            another.
+    """
+    fields = yaml_fields(find_recipe(preset, shipped_presets()))
+    for one, other in (("tokens", "steps"), ("steps", "tokens")):
+        if overrides.get(one) is not None:
+            fields.pop(other, None)
+    if overrides.get("train") == "experts":
+        fields = {name: value for name, value in fields.items() if name not in OF_ROUTERS}
+    fields |= overrides
+    if fields.get("teacher") is None and (fields.get("distill") or fields.get("match_layers")):
+        fields["teacher"] = origin
+    return validated(Training, fields, "the request")

@@ -1,0 +1,312 @@
+"""One step of training: the losses of a batch, their gradients, and what the routers did."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from upcycle.core.errors import Diverged, UpcycleError
+from upcycle.core.json_text import json_text
+from upcycle.core.rng import draw_seed, generator
+from upcycle.finetune import losses
+from upcycle.finetune.data import Data, batch_rows
+from upcycle.finetune.routers import RouterTap, Scale, untempered, update_bias
+from upcycle.finetune.settings import Training
+from upcycle.models.blocks import MoEBlock
+from upcycle.models.targets import TARGETS
+
+Row = dict[str, Any]
+"""A line of train_log.jsonl."""
+
+
+@dataclass
+class Run:
+    """All that the steps need. The model and the optimizer are as accelerate prepared them."""
+
+    settings: Training
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    teacher: nn.Module | None
+    blocks: list[MoEBlock]
+    scales: list[Scale]
+    tap: RouterTap
+    train: Data
+    validation: Data
+    folder: Path
+    """Where the state grows."""
+    log_file: Path
+    watch: Callable[[Row, int, int], None]
+    """Told of every line of the log, the steps done and all steps."""
+    step: int = 0
+    log: list[Row] = field(default_factory=list)
+    best: float = math.inf
+    best_step: int = 0
+    seconds: float = 0.0
+    stop: bool = False
+    """Set from outside: save after this step and leave."""
+
+    @property
+    def plain(self) -> Any:
+        """The model without what accelerate wrapped it in."""
+        return self.accelerator.unwrap_model(self.model)
+
+
+def note(run: Run, row: Row) -> None:
+    """Add a line to the log."""
+    run.log.append(row)
+    if run.accelerator.is_main_process:
+        with run.log_file.open("a") as file:
+            file.write(json_text(row) + "\n")
+    flat = row | row.get("validation", {})
+    numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
+    run.accelerator.log(numbers, step=row["step"])
+    run.watch(row, run.step, run.settings.total_steps)
+
+
+def learning_rate(settings: Training, step: int, part: str) -> float:
+    """What the base learning rate is multiplied by in a step: a linear rise, then a cosine."""
+    total = settings.total_steps
+    alone = round(settings.router_warmup * total)
+    if step < alone and part != "router":
+        return 0.0
+    start = 0 if part == "router" else alone
+    rise = max(1, round(settings.warmup * total))
+    if step - start < rise:
+        return (step - start + 1) / rise
+    way = (step - start - rise) / max(1, total - start - rise)
+    return settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * way)) / 2
+
+
+def take_step(run: Run) -> Row:
+    """One optimizer step over a batch that all processes share.
+
+    Raises:
+        Diverged: a loss or the gradient is no number; the weights are as they were.
+    """
+    settings, accelerator = run.settings, run.accelerator
+    batches = _micro_batches(run)
+    counted = sum(int(batch.mask_BL.sum()) for batch in batches)
+    scored = sum(batch.scored for batch in batches)
+    counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in run.blocks]
+    row = _gradients(run, batches, scored, counts)
+    if run.step == 0:
+        _check_router_gradient(run)
+    row["grad_norm"] = float(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip))
+    row = _reduced(run, row)
+    check_finite(run, row, run.step + 1)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * learning_rate(settings, run.step, group["part"])
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    row["lr"] = settings.lr * learning_rate(settings, run.step, "other")
+    return {"step": run.step + 1} | row | {"tokens": counted} | _balance(run, counts)
+
+
+def _gradients(run: Run, batches: list[Data], scored: int, counts: list[Tensor]) -> Row:
+    """This process's part of the gradients of a batch, and its losses.
+
+    Args:
+        scored: tokens of the batch that are to be learnt.
+        counts: per block [E], to which each expert's selections are added.
+    """
+    settings, accelerator = run.settings, run.accelerator
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    row: Row = {}
+    # Of dropout, where a model has it.
+    torch.manual_seed(
+        draw_seed(generator(settings.seed, f"step {accelerator.process_index}", run.step))
+    )
+    load = _load(run, mine) if settings.balance and len(batches) > 1 else counts
+    for number, batch in enumerate(mine, 1):
+        last = number == len(mine)
+        with nullcontext() if last else accelerator.no_sync(run.model):
+            terms = dict(_terms(run, batch, counts, load))
+            if run.step == 0 and number == 1:
+                _check_effect(run, terms)
+            # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
+            share = batch.scored / scored * accelerator.num_processes
+            weighted = {name: getattr(settings, name) * term for name, term in terms.items()}
+            loss = share * torch.stack(list(weighted.values())).sum()
+            accelerator.backward(loss)
+        for name, value in {"loss": loss / share, **terms}.items():
+            row[name] = row.get(name, 0.0) + share * float(value.detach())
+    return row
+
+
+@torch.no_grad()
+def _load(run: Run, mine: list[Data]) -> list[Tensor]:
+    """Per block [E], how often the whole batch selects each expert, by a pass of its own: balance
+    is of all of it, so every part must know it before the first gradient."""
+    device = run.accelerator.device
+    counts = [torch.zeros(block.num_experts, device=device) for block in run.blocks]
+    for batch in mine:
+        with run.tap.recording(), run.accelerator.autocast():
+            run.model(input_ids=batch.tokens_BL.to(device), use_cache=False)
+        _count(run, batch.mask_BL.flatten().to(device), counts)
+    return [run.accelerator.reduce(count_E, "sum") for count_E in counts]
+
+
+def _count(run: Run, mask_T: Tensor, counts: list[Tensor]) -> None:
+    """Add what the last pass selected to the counts."""
+    for count_E, routed in zip(counts, run.tap.routed, strict=True):
+        count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
+
+
+def check_finite(run: Run, measured: dict[str, float], step: int) -> None:
+    """Stop at what is no number, before it gets into the weights or the log.
+
+    Args:
+        step: at which it was measured, counted from 1; 0 before all.
+
+    Raises:
+        Diverged: one of the values is not finite; of gradients, unless it is the loss scaler of
+            float16, which lowers itself and skips the step.
+    """
+    scaler = run.accelerator.scaler
+    rescaled = scaler is not None and scaler.get_scale() > 1
+    for name, value in measured.items():
+        if math.isfinite(value) or (name == "grad_norm" and rescaled):
+            continue
+        if step == 0:
+            raise Diverged(f"the {name} is {value:g} before the first step: the model is broken")
+        rate = run.settings.lr * learning_rate(run.settings, step - 1, "other")
+        raise Diverged(
+            f"training stopped at step {step}: the {name.replace('_', ' ')} is {value:g} "
+            f"(learning rate {rate:.3g} of --lr {run.settings.lr:g}, precision "
+            f"{run.accelerator.mixed_precision}): lower --lr, or train in another --precision"
+        )
+
+
+def _micro_batches(run: Run) -> list[Data]:
+    settings = run.settings
+    rows = batch_rows(len(run.train), settings.batch_size, run.step, settings.seed)
+    return [run.train.take(part) for part in rows.split(settings.micro_batch)]
+
+
+def _terms(
+    run: Run, batch: Data, counts: list[Tensor], load: list[Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The losses of a micro-batch that count, each unweighted, under their settings' names; its
+    selections are added to the step's counts.
+
+    Args:
+        load: the whole batch's counts, or `counts` itself if this is the whole of it.
+    """
+    settings, device = run.settings, run.accelerator.device
+    tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
+    scored_BL, foretelling_BL = batch.scored_BL.to(device), batch.foretelling_BL.to(device)
+    mask_T = mask_BL.flatten()
+    arguments = {
+        "input_ids": tokens_BL,
+        "use_cache": False,
+        "output_hidden_states": settings.match_layers > 0,
+    }
+    expected = None
+    if run.teacher is not None:
+        with torch.no_grad(), run.accelerator.autocast():
+            expected = run.teacher(**arguments)
+    # Of itself, accelerate rounds in all models but sharded ones.
+    with run.tap.recording(), run.accelerator.autocast():
+        out = run.model(**arguments)
+    _count(run, mask_T, counts)
+    if settings.next_token:
+        yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
+    if settings.distill and expected is not None:
+        yield "distill", losses.distillation_loss(out.logits, expected.logits, foretelling_BL)
+    if settings.match_layers and expected is not None:
+        hidden = out.hidden_states[1:], expected.hidden_states[1:]
+        yield "match_layers", losses.layer_match_loss(*hidden, mask_BL)
+    logits = [untempered(r.logits_TE, s) for r, s in zip(run.tap.routed, run.scales, strict=True)]
+    if settings.balance:
+        each = [
+            losses.balance_loss(_shares(run, z_TE), count_E, mask_T)
+            for z_TE, count_E in zip(logits, load, strict=True)
+        ]
+        yield "balance", torch.stack(each).mean()
+    if settings.z_loss:
+        each = [losses.router_z_loss(z_TE, mask_T) for z_TE in logits]
+        yield "z_loss", torch.stack(each).mean()
+
+
+def score_of(model_type: str) -> Callable[[Tensor], Tensor]:
+    """How the architecture makes scores of logits [T, E]."""
+    if model_type in TARGETS and TARGETS[model_type].routing.score == "sigmoid":
+        return torch.sigmoid
+    return lambda logits_TE: logits_TE.softmax(-1)
+
+
+def _shares(run: Run, logits_TE: Tensor) -> Tensor:
+    """Scores that add up to 1 for each token."""
+    scores_TE = run.tap.score(logits_TE)
+    return scores_TE / scores_TE.sum(-1, keepdim=True)
+
+
+def _check_effect(run: Run, terms: dict[str, Tensor]) -> None:
+    """A router loss that moves nothing is a mistake, whoever made it."""
+    # The last block's alone: from the others, the way leads through the blocks after them.
+    logits_TE = run.tap.routed[-1].logits_TE
+    for name in ("balance", "z_loss"):
+        if name not in terms:
+            continue
+        grad_TE = None
+        if logits_TE.requires_grad:
+            (grad_TE,) = torch.autograd.grad(terms[name], logits_TE, retain_graph=True)
+        if grad_TE is None or not grad_TE.any():
+            flag = name.replace("_", "-")
+            raise UpcycleError(
+                f"--{flag} {getattr(run.settings, name)} has no effect on this model's routers: "
+                "set it to 0, or train them (--train moe)"
+            )
+
+
+def _check_router_gradient(run: Run) -> None:
+    routers = [g for g in run.optimizer.param_groups if g["part"] == "router"]
+    grads = [p.grad for group in routers for p in group["params"] if p.grad is not None]
+    if routers and (_fixed_weights(run) or not any(float(grad.norm()) for grad in grads)):
+        raise UpcycleError(
+            "the routers get no gradient: with one expert per token and renormalised weights, the "
+            "weight is always 1; pass --dense-router-gradient or --balance, or --train experts"
+        )
+
+
+def _fixed_weights(run: Run) -> bool:
+    """Whether the routers' weights do not depend on their logits, so that a gradient would be
+    rounding; several alike, as those of a copy's shards, are not fixed."""
+    settings = run.settings
+    if settings.dense_router_gradient or settings.balance or settings.z_loss:
+        return False
+    return all(
+        routed.weights_TK.shape[1] == 1
+        and bool((routed.weights_TK == routed.weights_TK[0, 0]).all())
+        and bool((routed.logits_TE != routed.logits_TE[0, 0]).any())
+        for routed in run.tap.routed
+    )
+
+
+def _balance(run: Run, counts: list[Tensor]) -> Row:
+    """How evenly the experts were used in a step, with the selection biases moved accordingly."""
+    counts = [run.accelerator.reduce(count_E, "sum") for count_E in counts]
+    if run.settings.balance_bias:
+        for block, scale, count_E in zip(run.blocks, run.scales, counts, strict=True):
+            update_bias(block, count_E, run.settings.balance_bias * scale.bias)
+    return {
+        "imbalance": sum(float(c.max() / c.mean()) for c in counts) / max(1, len(counts)),
+        "dead": sum(int((count_E == 0).sum()) for count_E in counts),
+    }
+
+
+def _reduced(run: Run, row: Row) -> Row:
+    """The row with its losses averaged over processes."""
+    if run.accelerator.num_processes == 1:
+        return row
+    names = [name for name in row if name != "grad_norm"]
+    values = torch.tensor([row[name] for name in names], device=run.accelerator.device)
+    means = run.accelerator.reduce(values, "mean").tolist()
+    return row | dict(zip(names, means, strict=True))

@@ -1,0 +1,142 @@
+"""Which parameters train, in the groups that people speak of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from upcycle.core.errors import UpcycleError
+from upcycle.finetune.routers import Scale
+from upcycle.finetune.settings import Train
+from upcycle.models.blocks import MoEBlock
+
+GROUPS = ("router", "experts", "shared experts", "attention", "dense FFNs", "norms, embeddings")
+TRAINS: dict[Train, tuple[str, ...]] = {
+    "router": ("router",),
+    "experts": ("experts", "shared experts"),
+    "moe": ("router", "experts", "shared experts"),
+    "all": GROUPS,
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter of the plain model, before any wrapper."""
+
+    name: str
+    group: str
+    scale: float
+    """What its learning rate is multiplied by."""
+    size: int
+    dimensions: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter that trains: a member itself, or a low-rank change of it."""
+
+    parameter: nn.Parameter
+    member: Member
+    scale: float
+
+
+Members = dict[int, Member]
+"""By the identity of the parameter."""
+Groups = dict[str, dict[str, int]]
+"""Per group, how many parameters it has ("parameters"), and how many train ("trained")."""
+
+
+def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Members:
+    """All parameters that hold anything."""
+    parts: dict[int, tuple[str, float]] = {}
+    for block, scale in zip(blocks, scales, strict=True):
+        parts |= {id(p): ("router", scale.router) for p in block.router.parameters()}
+        parts |= {id(p): ("experts", 1.0) for p in block.experts.parameters()}
+        parts[id(block.experts.down_proj)] = ("experts", scale.down_proj)
+    return {
+        id(p): Member(name, *parts.get(id(p), (_group(name), 1.0)), p.numel(), p.dim())
+        for name, p in model.named_parameters()
+        if p.numel()
+    }
+
+
+def _group(name: str) -> str:
+    if "shared_expert" in name or "shared_mlp" in name:
+        return "shared experts"
+    if ".self_attn." in name:
+        return "attention"
+    return "dense FFNs" if ".mlp." in name else "norms, embeddings"
+
+
+def freeze_all_but(model: nn.Module, known: Members, train: Train) -> None:
+    """Let only the asked groups train.
+
+    Raises:
+        UpcycleError: the model has no parameter in any of them.
+    """
+    for parameter in model.parameters():
+        member = known.get(id(parameter))
+        parameter.requires_grad_(member is not None and member.group in TRAINS[train])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UpcycleError(f"--train {train}: the model has no {' or '.join(TRAINS[train])}")
+
+
+def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: int) -> Any:
+    """The model with low-rank changes (arXiv:2106.09685) of the asked groups' matrices, all else
+    frozen; norms and embeddings get none.
+
+    Stacked experts and routers are parameters of their modules and no `nn.Linear`: peft passes
+    over them in silence unless they are named as `target_parameters`. So are FFNs' matrices, whose
+    names peft would take for those that the experts' had before transformers 5.
+
+    Raises:
+        UpcycleError: peft is not installed, an asked group has no matrix, or peft left one out.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UpcycleError("--lora needs `pip install upcycle[lora]`") from error
+    asked = [m for m in known.values() if m.group in TRAINS[train] and m.dimensions > 1]
+    attention = {m.name.removesuffix(".weight") for m in asked if m.group == "attention"}
+    parameters = {m.name for m in asked if m.group in GROUPS[:3] + GROUPS[4:5]}
+    if not attention | parameters:
+        raise UpcycleError(f"--lora --train {train}: the model has no {' or '.join(TRAINS[train])}")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=sorted(attention),
+        target_parameters=sorted(parameters),
+        task_type="CAUSAL_LM",
+    )
+    changed = get_peft_model(model, config)
+    reached = {item.member.name for item in trained(changed, known)}
+    for name in sorted({m.name for m in asked if m.group != GROUPS[-1]} - reached):
+        raise UpcycleError(f"--lora: this version of peft can't change {name}: upgrade it")
+    return changed
+
+
+def trained(model: nn.Module, known: Members) -> list[Trained]:
+    """The parameters that train, each once."""
+    found: dict[int, Trained] = {}
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            layer: Any = module
+            changed = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+            member = known[id(changed)]
+            for part, scale in ((layer.lora_A, 1.0), (layer.lora_B, member.scale)):
+                found |= {id(p): Trained(p, member, scale) for p in part.parameters()}
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in found:
+            member = known[id(parameter)]
+            found[id(parameter)] = Trained(parameter, member, member.scale)
+    return list(found.values())
+
+
+def summary(known: Members, training: list[Trained]) -> Groups:
+    """What trains."""
+    table = {group: {"parameters": 0, "trained": 0} for group in GROUPS}
+    for member in known.values():
+        table[member.group]["parameters"] += member.size
+    for item in training:
+        table[item.member.group]["trained"] += item.parameter.numel()
+    return {group: row for group, row in table.items() if row["parameters"]}

@@ -1,0 +1,55 @@
+"""From a layer's tensors to the target's: names, gains, and nothing lost."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from upcycle.core.types import Activation, DenseFFN, MoELayer
+from upcycle.models.names import EMBEDDINGS
+from upcycle.models.targets import Gains, MoETarget
+from upcycle.models.traits import Architecture
+
+Named = Iterator[tuple[str, Tensor]]
+FFN = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+
+
+def dense_ffn(tensors: Mapping[str, Tensor], act: Activation) -> DenseFFN:
+    """The FFN among a layer's tensors (under llama's names, without prefix)."""
+    gate_FD, up_FD, down_DF = (tensors[name] for name in FFN)
+    return DenseFFN(gate_FD, up_FD, down_DF, act)
+
+
+def assemble_embeddings(outer: Mapping[str, Tensor]) -> Named:
+    """What comes before the layers."""
+    yield EMBEDDINGS, outer[EMBEDDINGS]
+
+
+def assemble_layer(
+    target: MoETarget,
+    arch: Architecture,
+    layer: int,
+    tensors: Mapping[str, Tensor],
+    moe: MoELayer | None,
+    gains: Gains,
+) -> Named:
+    """A layer's tensors under the target's names; with `moe` in the dense FFN's place, if given.
+
+    Args:
+        tensors: all of the layer's, under llama's names without prefix.
+    """
+    prefix = f"model.layers.{layer}."
+    for name, tensor in tensors.items():
+        if moe is None or name not in FFN:
+            yield prefix + name, tensor
+    for name, tensor in target.extra(arch, tensors):
+        yield prefix + name, tensor
+    if moe is not None:
+        for name, tensor in target.experts(moe, gains):
+            yield prefix + name, tensor
+
+
+def assemble_head(outer: Mapping[str, Tensor]) -> Named:
+    """What comes after the layers: the last norm, and the head where it is not tied."""
+    for name, tensor in outer.items():
+        if name != EMBEDDINGS:
+            yield name, tensor

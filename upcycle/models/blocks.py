@@ -1,0 +1,77 @@
+"""The MoE parts of a loaded transformers model, found the same way whatever the target."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from upcycle.core.errors import UpcycleError
+
+
+@dataclass(frozen=True)
+class MoEBlock:
+    """One layer's router and experts."""
+
+    layer: int
+    router: Any
+    """With `weight` [E, D] and `top_k`."""
+    experts: Any
+    """With `gate_up_proj` [E, 2 M, D], `down_proj` [E, D, M] and `act_fn`. Called with tokens
+    [T, D], the selected experts [T, K] and their weights [T, K]."""
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts.down_proj)
+
+
+def moe_blocks(model: nn.Module) -> list[MoEBlock]:
+    """The model's MoE layers in their order; a dense model has none.
+
+    Raises:
+        UpcycleError: a layer has experts, but no router that looks like one of transformers' own.
+    """
+    routers, experts = {}, {}
+    for name, module in model.named_modules():
+        layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        if layer is None:
+            continue
+        if type(module).__name__.lower().endswith("topkrouter"):
+            routers[layer] = module
+        elif _is_stacked(module):
+            experts[layer] = module
+    for layer in sorted(experts.keys() - routers.keys()):
+        raise UpcycleError(
+            f"layer {layer} of {type(model).__name__} has experts, but no router that upcycle knows"
+        )
+    return [MoEBlock(layer, router, experts[layer]) for layer, router in routers.items()]
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    down_EDM = getattr(module, "down_proj", None)
+    return isinstance(down_EDM, nn.Parameter) and down_EDM.dim() == 3
+
+
+@contextmanager
+def watch_selections(
+    blocks: list[MoEBlock], see: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Tell `see` of the place in `blocks`, the selected experts [T, K] and their weights [T, K],
+    whenever a block runs.
+
+    Read from what the experts are called with, which all targets have in common; what routers
+    return differs between versions of transformers.
+    """
+    hooks = []
+    for place, block in enumerate(blocks):
+
+        def watch(_: nn.Module, args: tuple[Tensor, ...], place: int = place) -> None:
+            see(place, args[1], args[2])
+
+        hooks.append(block.experts.register_forward_pre_hook(watch))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,190 @@
+"""A GGUF file, or all parts of one: its keys and tensors, before their values are read."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from upcycle.core.errors import UpcycleError
+
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+NAMED = 5  # names in an error, at most
+TOGETHER = 2**22  # values that are dequantised at a time, which takes several times their memory
+# Keys that have no effect on the forward pass at this value.
+WITHOUT_EFFECT = {
+    "attention.causal": True,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "tensor_data_layout": "Meta AI original pth",
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """All parts of a file together."""
+
+    label: str
+    path: Path
+    """The part that holds the metadata."""
+    fields: Mapping[str, gguf.ReaderField]
+    tensors: Mapping[str, gguf.ReaderTensor]
+
+    def value(self, key: str) -> Any:
+        """What a key of the metadata says; None if it is not there."""
+        return self.fields[key].contents() if key in self.fields else None
+
+    @property
+    def architecture(self) -> str:
+        return str(self.value("general.architecture"))
+
+    def numbers(self, name: str) -> Tensor:
+        """A tensor dequantised to float32.
+
+        Raises:
+            UpcycleError: it is stored in a way that the gguf package does not read.
+        """
+        stored = self.tensors[name]
+        rows = max(1, TOGETHER // int(stored.shape[0]))
+        values = np.empty([int(size) for size in reversed(stored.shape)], dtype=np.float32)
+        try:
+            for start in range(0, len(values), rows):
+                some_rows = slice(start, start + rows)
+                values[some_rows] = gguf.dequantize(stored.data[some_rows], stored.tensor_type)
+        except NotImplementedError as error:
+            raise UpcycleError(
+                f"{name} in {self.label} is stored as {stored.tensor_type.name}, which the gguf "
+                "package does not read: give a GGUF file of another quantisation"
+            ) from error
+        return torch.from_numpy(values)
+
+
+class Metadata:
+    """The keys of a file's architecture. What is taken is understood; nothing else may be there."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.label, self.prefix = file.label, f"{file.architecture}."
+        self.rest = {
+            key.removeprefix(self.prefix): field.contents()
+            for key, field in file.fields.items()
+            if key.startswith(self.prefix)
+        }
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """What a key says; `default` if it is not there."""
+        return self.rest.pop(key, default)
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """The number that a key says; `default` if it is not there.
+
+        Raises:
+            UpcycleError: it is not there and has no default, or is no number above zero.
+        """
+        value = self.take(key, default)
+        if value is None:
+            raise UpcycleError(f"{self.label} lacks the key {self.prefix}{key}: it is not whole")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise UpcycleError(
+                f"{self.label} sets {self.prefix}{key}={_short(value)}, where upcycle understands "
+                "one number above zero"
+            )
+        return value
+
+    def refuse_rest(self) -> None:
+        """Everything that matters has been taken.
+
+        Raises:
+            UpcycleError: a key is left that may change what the model computes.
+        """
+        for key, value in sorted(self.rest.items()):
+            if key in WITHOUT_EFFECT and value == WITHOUT_EFFECT[key]:
+                continue
+            if key.startswith("expert"):
+                raise UpcycleError(
+                    f"{self.label} sets {self.prefix}{key}={_short(value)}: the source is a "
+                    "Mixture-of-Experts already"
+                )
+            raise UpcycleError(
+                f"{self.label} sets {self.prefix}{key}={_short(value)}, which upcycle does not "
+                "understand and which may change what the model computes: give its safetensors"
+            )
+
+
+def _short(value: Any) -> str:
+    return str(value)[:60]
+
+
+def open_gguf(label: str, path: Path) -> GgufFile:
+    """The headers of a file and of the parts that belong to it.
+
+    Raises:
+        UpcycleError: a part is missing, or parts do not belong together.
+    """
+    paths = parts(path)
+    readers = [gguf.GGUFReader(part) for part in paths]
+    tensors: dict[str, gguf.ReaderTensor] = {}
+    for number, (part, reader) in enumerate(zip(paths, readers, strict=True)):
+        _check_part(part, reader, number, len(paths))
+        for tensor in reader.tensors:
+            if tensor.name in tensors:
+                raise UpcycleError(f"{tensor.name} is in two parts of {label}")
+            tensors[tensor.name] = tensor
+    fields = {key: field for reader in reversed(readers) for key, field in reader.fields.items()}
+    file = GgufFile(label, paths[0], fields, tensors)
+    wanted = file.value("split.tensors.count")
+    if wanted is not None and wanted != len(tensors):
+        raise UpcycleError(
+            f"{label} has {len(tensors)} tensors in {len(paths)} parts, but split.tensors.count "
+            f"says {wanted}: a part is not whole"
+        )
+    return file
+
+
+def parts(path: Path) -> list[Path]:
+    """All parts of the file that this is a part of, by the names that llama.cpp gives them.
+
+    Raises:
+        UpcycleError: one is not there.
+    """
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, count = match[1], match[3]
+    found = [path.with_name(f"{stem}-{i + 1:05}-of-{count}.gguf") for i in range(int(count))]
+    missing = [part.name for part in found if not part.is_file()]
+    if missing or path not in found:
+        absent = some(missing) or "that number"
+        raise UpcycleError(f"{path} is one of {int(count)} parts, and {absent} is not beside it")
+    return found
+
+
+def _check_part(part: Path, reader: gguf.GGUFReader, number: int, count: int) -> None:
+    says = {
+        key: int(reader.fields[f"split.{key}"].contents())
+        for key in ("no", "count")
+        if f"split.{key}" in reader.fields
+    }
+    its_number, its_count = says.get("no", number), says.get("count", count)
+    if (its_number, its_count) == (number, count):
+        return
+    said = f"{part} says that it is part {its_number + 1} of {its_count}"
+    if count == 1:
+        raise UpcycleError(
+            f"{said}: name all of them as llama.cpp does, NAME-00001-of-{its_count:05}.gguf"
+        )
+    raise UpcycleError(f"{said}, but its name says {number + 1} of {count}")
+
+
+def some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

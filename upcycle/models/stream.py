@@ -1,0 +1,214 @@
+"""The dense model as transformers builds it, and its hidden states layer by layer."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from upcycle.core.errors import UpcycleError
+from upcycle.core.foreign import blaming
+
+BATCH_TOKENS = 4096  # that go through a layer at a time
+PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of this config on the meta device: modules, names and shapes, no memory."""
+    with blaming("transformers can't build a model from config.json"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.eval()
+
+
+class HiddenStream:
+    """Calibration tokens on their way through the layers, one layer in memory at a time.
+
+    transformers' own modules do the work: the model's forward is run once with its layers
+    replaced by recorders, which yields the embeddings and the masks and rotary angles that each
+    layer is called with. A layer is passed in two halves, so that another FFN can take the place
+    of the dense one: `attend` up to what the FFN sees, `advance` from what it puts out.
+
+    Args:
+        config: of the dense model.
+        embed_VD: the input embeddings, [vocab, hidden].
+        tokens_BL: token ids, [sequences, seq_len].
+        device: where the layers run. On a CPU they run in float32, elsewhere in the weights' dtype.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, embed_VD: Tensor, tokens_BL: Tensor, device: torch.device
+    ) -> None:
+        self.model = model = skeleton(config)
+        self.layers, self.norm = model.model.layers, model.model.norm
+        self.tokens_BL = tokens_BL
+        self.device = device
+        self.dtype = torch.float32 if device.type == "cpu" else embed_VD.dtype
+        self.recorders = [_Recorder() for _ in self.layers]
+        model.model.layers = nn.ModuleList(self.recorders)
+        model.model.norm = nn.Identity()
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+        embed = model.model.embed_tokens
+        embed.load_state_dict({"weight": embed_VD.to(device, self.dtype)}, assign=True)
+        if hasattr(embed, "embed_scale"):
+            embed.embed_scale = torch.tensor(embed.scalar_embed_scale, device=device)
+        self.hidden: list[Tensor] = []
+        self.branches: list[Tensor] = []
+        with torch.no_grad():
+            for ids_bL in tokens_BL.to(device).split(max(1, BATCH_TOKENS // tokens_BL.shape[1])):
+                model.model(input_ids=ids_bL, use_cache=False)
+                self.hidden.append(self.recorders[0].hidden)
+        # It is not needed again before the end: a large vocabulary's may be gigabytes.
+        embed.weight = nn.Parameter(embed.weight.to("meta"), requires_grad=False)
+
+    @torch.no_grad()
+    def attend(self, layer: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Move all tokens through a layer's attention.
+
+        Args:
+            layer: must be called for 0, 1, 2, …, each time followed by `advance`.
+            weights: the layer's tensors under their names in the source, without the prefix.
+
+        Returns:
+            What its FFN sees, x [T, D], and the norm [T] of what the FFN's output is added to.
+        """
+        block = self.layers[layer]
+        block.load_state_dict(
+            {k: v.to(self.device, self.dtype) for k, v in weights.items()}, assign=True
+        )
+        self.ffn, block.mlp = block.mlp, _SilentFFN()
+        tokens = sum(hidden_bLD[..., 0].numel() for hidden_bLD in self.hidden)
+        x_TD = torch.empty(tokens, self.hidden[0].shape[-1], device=self.device, dtype=self.dtype)
+        room = iter(x_TD.split(self.hidden[0][..., 0].numel()))
+        for i, hidden_bLD in enumerate(self.hidden):
+            self.hidden[i] = self._run(layer, hidden_bLD)
+            next(room).copy_(block.mlp.x_bLD.flatten(0, 1))
+        block.self_attn = _SilentAttention()
+        if not torch.isfinite(x_TD).all():
+            raise UpcycleError(
+                f"the dense model overflows in layer {layer} on the calibration text, in "
+                f"{self.dtype}: its weights are damaged, or need float32 (--device cpu)"
+            )
+        return x_TD, torch.cat([h_bLD.norm(dim=-1).flatten() for h_bLD in self.hidden])
+
+    def lag(self, other: "HiddenStream") -> Tensor:
+        """What these hidden states lack of another stream's of the same tokens, [T, D] in float32.
+        Between `attend` and `advance` they are what the FFN's output is added to."""
+        tokens, hidden = self.tokens_BL.numel(), self.hidden[0].shape[-1]
+        lag_TD = torch.empty(tokens, hidden, device=self.device, dtype=torch.float32)
+        room = iter(lag_TD.split(self.hidden[0][..., 0].numel()))
+        for ours_bLD, theirs_bLD in zip(self.hidden, other.hidden, strict=True):
+            next(room).copy_(theirs_bLD.flatten(0, 1)).sub_(ours_bLD.flatten(0, 1))
+        return lag_TD
+
+    @torch.no_grad()
+    def branch(self, layer: int, y_TD: Tensor) -> None:
+        """Between `attend` and `advance`: let the first batch also go on in another way, with
+        this output of its FFN, and through the dense layers after it."""
+        self.layers[layer].mlp = _Replay(y_TD)
+        self.branches.append(self._run(layer, self.hidden[0]))
+
+    @torch.no_grad()
+    def advance(self, layer: int, y_TD: Tensor | None = None) -> None:
+        """Move all tokens through the rest of the layer: its own FFN, or one in its place that
+        puts out y for the x of `attend`."""
+        self.layers[layer].mlp = self.ffn if y_TD is None else _Replay(y_TD)
+        for i, hidden_bLD in enumerate(self.hidden):
+            self.hidden[i] = self._run(layer, hidden_bLD)
+        self.hidden += self.branches
+        self.branches = []
+        self.ffn = self.layers[layer] = nn.Identity()
+
+    def last_log_probs(self, outer: Mapping[str, Tensor], rows: int) -> Iterator[Tensor]:
+        """After the last layer: log-probabilities [t, V] of all tokens of the last sequences, in
+        order, PREDICTED_TOKENS at a time."""
+        last_TD = torch.cat(self.hidden)[-rows:].flatten(0, 1)
+        self.hidden = list(last_TD[None].split(PREDICTED_TOKENS, 1))
+        self.tokens_BL = self.tokens_BL[-rows:]
+        return (log_probs_1tV[0] for log_probs_1tV in self.log_probs(outer))
+
+    @torch.no_grad()
+    def log_probs(self, outer: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """After the last layer: log-probabilities [sequences, seq_len, V] of each batch.
+
+        Args:
+            outer: the tensors that belong to no layer, under their names in the source.
+        """
+        self.model.model.norm = self.norm
+        weights = {k: v.to(self.device, self.dtype) for k, v in outer.items()}
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+        self.model.load_state_dict(weights, assign=True, strict=False)
+        for hidden_bLD in self.hidden:
+            self.model.model.layers = nn.ModuleList([_Constant(hidden_bLD)])
+            ids_bL = self.tokens_BL[: len(hidden_bLD)].to(self.device)
+            yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
+
+    def _run(self, layer: int, hidden_bLD: Tensor) -> Tensor:
+        out = self.layers[layer](hidden_bLD, **self._arguments(layer, len(hidden_bLD)))
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def _arguments(self, layer: int, batch: int) -> dict[str, Any]:
+        """What transformers called the layer with; the last batch may be the shorter one."""
+        arguments = dict(self.recorders[layer].arguments)
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, Tensor):
+            mask = mask[:1].expand(batch, *mask.shape[1:])
+            arguments["attention_mask"] = mask.to(self.dtype) if mask.is_floating_point() else mask
+        arguments["position_embeddings"] = tuple(
+            angles.to(self.dtype) for angles in arguments["position_embeddings"]
+        )
+        return arguments
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps what it was called with, passes the input on."""
+
+    hidden: Tensor
+    arguments: dict[str, Any]
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden, arguments
+        return hidden
+
+
+class _SilentFFN(nn.Module):
+    """Stands in for an FFN: keeps its input, adds nothing to the residual stream."""
+
+    x_bLD: Tensor
+
+    def forward(self, x_bLD: Tensor) -> Tensor:
+        self.x_bLD = x_bLD
+        return torch.zeros_like(x_bLD)
+
+
+class _SilentAttention(nn.Module):
+    """Stands in for an attention that has been added already."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class _Replay(nn.Module):
+    """Stands in for an FFN whose output is known."""
+
+    def __init__(self, y_TD: Tensor) -> None:
+        super().__init__()
+        self.rest_TD = y_TD
+
+    def forward(self, x_bLD: Tensor) -> Tensor:
+        tokens = x_bLD[..., 0].numel()
+        y_bLD = self.rest_TD[:tokens].view_as(x_bLD)
+        self.rest_TD = self.rest_TD[tokens:]
+        return y_bLD.to(x_bLD.dtype)
+
+
+class _Constant(nn.Module):
+    """Stands in for all layers: what they put out."""
+
+    def __init__(self, hidden_bLD: Tensor) -> None:
+        super().__init__()
+        self.hidden_bLD = hidden_bLD
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        return self.hidden_bLD

@@ -1,0 +1,287 @@
+"""Targets: what a native MoE architecture accepts, its config, its tensor names, its gains.
+
+A dense FFN is a sum over neurons; native routers take a weighted mean over experts. Two ways to
+combine bridge that:
+
+- `sum` (splits): every selected expert counts about 1. The router's logits spread by τ, so that
+  its weights are equal to O(τ), and the missing gain is folded into down_proj or a config field;
+  what a refit fits are the weights as they are. Where no runtime renormalises unless told to, the
+  gain is E whatever top_k is, so top_k may be changed later.
+- `mean` (copies): weights add up to 1, and a mean of equal experts is the expert itself, whatever
+  the router's logits are.
+- `plain` (copies whose weights are left as the score makes them): the dense FFN on average, if all
+  scores were the same.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from upcycle.core.registry import Registry
+from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.models.traits import Architecture, Trait
+
+Named = Iterator[tuple[str, Tensor]]
+Combine = Literal["sum", "mean", "plain"]
+Runtime = Literal["llama.cpp", "vLLM", "MLX", "transformers 4"]
+SharedWidth = Literal["any", "multiple", "none"]
+"""Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """What turns a target's weighted mean into the combination that is wanted."""
+
+    routed: float
+    """Folded into every routed expert: into its down_proj, unless it is spread."""
+    shared: float
+    """Folded into down_proj of the shared expert."""
+    norm_topk_prob: bool
+    scale: float
+    """`routed_scaling_factor`, where the target has it."""
+    all_on: float
+    """Further factor on the routed experts once top_k is set to E (for the check)."""
+    spread: bool = False
+    """Whether each of an expert's three matrices takes the cube root of the gain."""
+
+    def over_three_matrices(self) -> "Gains":
+        """The same gain, spread, with nothing left to a config field."""
+        return replace(self, routed=self.routed * self.scale, scale=1.0, spread=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How the target's router weights the experts that it selects."""
+
+    score: Literal["softmax", "sigmoid"]
+    renormalises: Literal["always", "usually", "optional"]
+    """Whether the weights of the selected experts are divided by their sum. `usually`: the config
+    decides it in transformers, but llama.cpp always does."""
+    shared_gate: float | None = 1.0
+    """Weight of the shared expert when its gate is near zero; None where there is none."""
+
+    def weights(self, logits_TE: Tensor, top_k: int, gains: Gains) -> Tensor:
+        """What each expert counts for a token in the end, [T, E], its gains included: nothing where
+        it is not selected."""
+        logits_TE = logits_TE.float()
+        scores_TE = logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(-1)
+        chosen_TK = logits_TE.topk(top_k, dim=-1).indices
+        weights_TK = scores_TE.gather(-1, chosen_TK)
+        if gains.norm_topk_prob:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        weights_TK = weights_TK * (gains.routed * gains.scale)
+        return torch.zeros_like(scores_TE).scatter_(-1, chosen_TK, weights_TK)
+
+
+@dataclass(frozen=True, slots=True)
+class MoESpec:
+    """All that a target's config depends on besides the architecture."""
+
+    geometry: Geometry
+    gains: Gains
+    dense_layers: tuple[int, ...]
+
+
+Limit = Callable[[Architecture, MoESpec], str]
+"""What a runtime can't do, if this model is beyond it; else nothing."""
+
+
+@dataclass(frozen=True)
+class MoETarget:
+    """A native MoE architecture, by its `model_type`."""
+
+    name: str
+    routing: Routing
+    dense_layers: Literal["any", "prefix", "none"]
+    split_rank: int
+    """Place in the order in which `--target auto` tries targets for a split."""
+    copy_rank: int
+    config: Callable[[Architecture, MoESpec], dict[str, Any]]
+    """Config fields beside `common_fields`."""
+    experts: Callable[[MoELayer, Gains], Named]
+    """Names below `model.layers.N.` and tensors of a converted FFN, in the target's hub layout."""
+    runtimes: Mapping[Runtime, tuple[Limit, ...]]
+    """What may keep each other runtime from loading this, or from computing what transformers
+    does."""
+    accepts: frozenset[Trait] = frozenset()
+    requires: frozenset[Trait] = frozenset()
+    extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
+    """Tensors of a layer that the source does not have, given those that it has."""
+    min_experts: int = 1
+    groups: bool = False
+    """Whether a token can be held to the best groups of experts (`n_group`, `topk_group`)."""
+    shared_in_experts: bool = False
+    """Whether the shared expert's width is given as a number of routed experts'."""
+    lora: tuple[str, ...] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    """Names of the experts' parameters below a layer of the loaded model, where they are stacked
+    whatever the hub layout."""
+    router: str = "mlp.gate.weight"
+    """The router's name there."""
+    shared_gate: str | None = None
+    """The name there of the linear layer whose one row weighs the shared expert."""
+
+    @property
+    def shared_width(self) -> SharedWidth:
+        if self.routing.shared_gate is None:
+            return "none"
+        return "multiple" if self.shared_in_experts else "any"
+
+    def gains(self, combine: Combine, geometry: Geometry) -> Gains:
+        """The gains for this combination; see the module's docstring."""
+        routing, num_experts = self.routing, geometry.num_experts
+        shared = 1 / (routing.shared_gate or 1.0)
+        top_k = geometry.top_k
+        if combine == "mean":
+            # Each selected shard weighs 1 / G of what a whole copy does.
+            gain = float(geometry.granularity)
+            if routing.score == "sigmoid":
+                return Gains(1.0, shared, norm_topk_prob=True, scale=gain, all_on=1.0)
+            return Gains(gain, shared, norm_topk_prob=True, scale=1.0, all_on=1.0)
+        # Of how many shards a copy has, how many a token gets.
+        share = geometry.granularity / top_k if combine == "plain" else 1.0
+        if routing.score == "sigmoid":
+            return Gains(1.0, shared, norm_topk_prob=False, scale=2.0 * share, all_on=1.0)
+        if combine == "plain":
+            gain = num_experts * share
+            return Gains(gain, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
+        # Of one weight there is nothing to renormalise, and a router that should learn needs it.
+        one_of_each = routing.renormalises == "usually" and top_k == 1
+        if routing.renormalises == "optional" or one_of_each:
+            return Gains(num_experts, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
+        return Gains(top_k, shared, norm_topk_prob=True, scale=1.0, all_on=num_experts / top_k)
+
+    def refusal(
+        self,
+        arch: Architecture,
+        *,
+        dense_layers: tuple[int, ...] = (),
+        shared: float | None = None,
+        experts: int | None = None,
+    ) -> str:
+        """Why this target can't host the model, as the end of a sentence; empty if it can.
+
+        Args:
+            shared: the share of the neurons that is asked to be always on.
+            experts: as many as are asked for.
+        """
+        for trait in sorted(set(arch.traits) - self.accepts - self.requires):
+            return (
+                f"the source has {trait} ({arch.traits[trait]}), which {self.name} has no place for"
+            )
+        for trait in sorted(self.requires - set(arch.traits)):
+            return f"{self.name} always has {trait}, which the source has not"
+        if shared and self.shared_width == "none":
+            return f"{self.name} has no shared expert (--shared {shared:g})"
+        if dense_layers and self.dense_layers == "none":
+            return f"{self.name} can't keep layers dense (--keep-dense)"
+        if self.dense_layers == "prefix" and dense_layers != tuple(range(len(dense_layers))):
+            return f"{self.name} can keep only the first layers dense (--keep-dense 0,1,…)"
+        if experts is not None and experts < self.min_experts:
+            return f"{self.name} needs at least {self.min_experts} experts"
+        return ""
+
+
+TARGETS: Registry[MoETarget] = Registry("target")
+
+
+def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> dict[str, Any]:
+    """The config fields that every target spells as the source does."""
+    carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
+    return carried | {
+        "model_type": target.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "output_router_logits": False,
+    }
+
+
+def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as transformers 4 spells them, which other runtimes go on to read.
+
+    transformers 5 takes both, but writes its own only: what rotary embeddings need is all in
+    `rope_parameters`, where others do not look and silently take a default; and some fields have
+    new names.
+    """
+    rope = config["rope_parameters"]
+    kind = rope.get("rope_type", "default")
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    older = {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if kind == "default" else scaling,
+    }
+    if kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        older["original_max_position_embeddings"] = original
+        if rope.get("factor") is not None and rope.get("attention_factor") is None:
+            # transformers 4 takes the factor from max_position_embeddings, whatever is said here.
+            factor = max(1.0, rope["factor"])
+            scaling["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original))
+    return dict(config) | older
+
+
+_PLACED_BY_TARGETS = {
+    "sliding_window",
+    "layer_types",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+}
+
+
+def attention_bias(arch: Architecture) -> bool:
+    return Trait.QKV_BIAS in arch.traits
+
+
+def with_gain(ffn: DenseFFN, gain: float) -> DenseFFN:
+    """The FFN with its output multiplied; without rounding if the gain is a power of two."""
+    return replace(ffn, down_DF=_times(ffn.down_DF, gain))
+
+
+def with_routed_gain(ffn: DenseFFN, gains: Gains) -> DenseFFN:
+    """A routed expert with its gain. Spread over three matrices it is another function, as the
+    gate's activation is not linear (arXiv:2410.07524 does so all the same)."""
+    if not gains.spread:
+        return with_gain(ffn, gains.routed)
+    root = gains.routed ** (1 / 3)
+    gate_FD, up_FD = _times(ffn.gate_FD, root), _times(ffn.up_FD, root)
+    return replace(ffn, gate_FD=gate_FD, up_FD=up_FD, down_DF=_times(ffn.down_DF, root))
+
+
+def _times(matrix: Tensor, gain: float) -> Tensor:
+    return matrix if gain == 1.0 else (matrix.float() * gain).to(matrix.dtype)
+
+
+def shared_or_silent(layer: MoELayer, neurons: int) -> DenseFFN:
+    """The shared expert; for a class that always has one, else one of so many neurons that put out
+    nothing."""
+    if layer.shared is not None:
+        return layer.shared
+    rows_SD = layer.router_ED.new_zeros(neurons, layer.router_ED.shape[1])
+    return DenseFFN(rows_SD, rows_SD, rows_SD.T, act=lambda x: x)
+
+
+def separate(prefix: str, ffn: DenseFFN, names: tuple[str, str, str]) -> Named:
+    """The three matrices of one FFN under `prefix` + (gate, up, down)."""
+    for name, tensor in zip(names, (ffn.gate_FD, ffn.up_FD, ffn.down_DF), strict=True):
+        yield f"{prefix}{name}.weight", tensor
+
+
+LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def per_expert(
+    layer: MoELayer,
+    gains: Gains,
+    *,
+    router: str,
+    prefix: str,
+    names: tuple[str, str, str] = LLAMA_NAMES,
+) -> Named:
+    """The router and one set of three matrices per expert: the layout of most hubs' files."""
+    yield router, layer.router_ED
+    for e in range(layer.num_experts):
+        yield from separate(f"{prefix}{e}.", with_routed_gain(layer.expert(e), gains), names)

@@ -1,0 +1,105 @@
+"""Qwen2-MoE: softmax with optional renormalisation, a gated shared expert, any layer dense.
+
+The shared expert is multiplied by sigmoid(gate x); a gate near zero makes that 0.5, which its
+down_proj makes good.
+
+In transformers the class also does without biases and without a shared expert. Other runtimes do
+not: vLLM always adds biases to q, k and v, and has no name for a shared expert of no neurons. So
+both are always written, of zeros where the source has none.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcycle.core.types import MoELayer
+from upcycle.models.targets.base import (
+    LLAMA_NAMES,
+    TARGETS,
+    Gains,
+    MoESpec,
+    MoETarget,
+    Named,
+    Routing,
+    attention_bias,
+    per_expert,
+    separate,
+    shared_or_silent,
+    with_gain,
+)
+from upcycle.models.targets.limits import (
+    all_layers_routed,
+    heads_fill_hidden,
+    never_renormalises,
+    no_window,
+    one_window,
+    silu_only,
+    unscaled_rope,
+    untied,
+)
+from upcycle.models.traits import Architecture, Trait
+
+# Not zero: llama.cpp computes the sigmoid of z as silu(z) / z.
+SHARED_GATE = 1e-7
+SILENT = 8  # neurons, all zero, of the shared expert of a layer that has none
+
+
+def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "intermediate_size": arch.intermediate_size,
+        "moe_intermediate_size": spec.geometry.expert_size,
+        "shared_expert_intermediate_size": spec.geometry.shared_size or SILENT,
+        "num_experts": spec.geometry.num_experts,
+        "num_experts_per_tok": spec.geometry.top_k,
+        "norm_topk_prob": spec.gains.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(spec.dense_layers),
+        "qkv_bias": True,
+        "use_sliding_window": arch.sliding_window is not None,
+        "sliding_window": arch.sliding_window,
+        "layer_types": arch.fields["layer_types"],
+    }
+
+
+def experts(layer: MoELayer, gains: Gains) -> Named:
+    yield from per_expert(layer, gains, router="mlp.gate.weight", prefix="mlp.experts.")
+    shared = with_gain(shared_or_silent(layer, SILENT), gains.shared)
+    yield from separate("mlp.shared_expert.", shared, LLAMA_NAMES)
+    yield "mlp.shared_expert_gate.weight", torch.full_like(layer.router_ED[:1], SHARED_GATE)
+
+
+def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
+    """The biases of a source that has none."""
+    if not attention_bias(arch):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            rows = layer[f"self_attn.{name}.weight"]
+            yield f"self_attn.{name}.bias", torch.zeros_like(rows[:, 0])
+
+
+TARGETS.add(
+    "qwen2_moe",
+    MoETarget(
+        "qwen2_moe",
+        routing=Routing("softmax", "optional", shared_gate=0.5),
+        dense_layers="any",
+        split_rank=0,
+        copy_rank=1,
+        config=config,
+        experts=experts,
+        runtimes={
+            "llama.cpp": (all_layers_routed, untied, never_renormalises, silu_only, no_window),
+            "vLLM": (silu_only, heads_fill_hidden, one_window),
+            "MLX": (
+                *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
+                *(heads_fill_hidden, unscaled_rope),
+            ),
+            "transformers 4": (heads_fill_hidden, one_window),
+        },
+        accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
+        extra=extra,
+        shared_gate="mlp.shared_expert_gate",
+    ),
+)
