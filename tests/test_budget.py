@@ -13,12 +13,11 @@ from upcycle import UpcycleError
 from upcycle.conversion.geometry import (
     default_parts,
     default_width,
-    geometries,
-    geometry_of,
     legal_parts,
     moe_share,
 )
 from upcycle.conversion.recipe import Recipe, load_recipe
+from upcycle.conversion.ways import WAYS, Room
 from upcycle.core.types import Geometry
 
 F, LAYERS = 16384, 4
@@ -33,14 +32,9 @@ SPLIT = {"split": "random", "router": "normal", "compensate": "none", "sequentia
 
 def geometry(num_neurons=F, *, num_dense=0, host="any", min_experts=1, **asked) -> Geometry:
     """By default for a host whose shared expert may have any width."""
-    return geometry_of(
-        Recipe(**asked),
-        num_neurons,
-        LAYERS,
-        num_dense,
-        shared_width=host,
-        min_experts=min_experts,
-    )
+    recipe = Recipe(**asked)
+    room = Room(num_neurons, LAYERS, num_dense, shared_width=host, min_experts=min_experts)
+    return WAYS[recipe.method.name].geometry(recipe, room)
 
 
 def counts(*arguments, **asked) -> tuple[int, int, int, int]:
@@ -289,8 +283,7 @@ def test_a_target_gets_the_experts_that_it_needs(active, host):
 @pytest.mark.parametrize("asked", [{"active": 0.5}, {"active": 0.3, "experts": 8}, {"top_k": 2}])
 @pytest.mark.parametrize("host", ["any", "multiple", "none"])
 def test_geometries_are_those_of_more_and_more_dense_layers(asked, host):
-    places = {"shared_width": host, "min_experts": 1}
-    made = geometries(Recipe(**asked), SMOLLM2, LAYERS, **places)
+    made = WAYS["split"].geometries(Recipe(**asked), Room(SMOLLM2, LAYERS, shared_width=host))
     expected = [geometry(SMOLLM2, host=host, num_dense=n, **asked) for n in range(len(made))]
     assert made == expected
     if "top_k" in asked:
@@ -325,7 +318,7 @@ def test_explicit_top_k_wins(asked, expected, active, num_dense):
 def test_active_takes_the_place_of_a_recipes_top_k():
     assert load_recipe("cmoe").top_k == 6
     asked = load_recipe("cmoe", {"active": 0.75})
-    made = geometry_of(asked, F, LAYERS, 0, shared_width="any")
+    made = WAYS["split"].geometry(asked, Room(F, LAYERS, shared_width="any"))
     assert made == Geometry(F, 14, 10, expert_size=1024, shared_size=2048)
 
 
@@ -514,7 +507,7 @@ def test_the_plan_raises_them(dense, asked, words):
 
 @pytest.mark.parametrize("target", [*WITH_SHARED, *WITHOUT_SHARED])
 def test_a_quarter_of_the_neurons_is_shared_where_the_target_can(dense, target):
-    made = planned(dense, active=0.5, target=target).geometry
+    made = planned(dense, active=0.5, target=target).design.geometry
     shared = 6 if target in WITH_SHARED else 0
     assert (made.expert_size, made.shared_size) == (8, 8 * shared)
     assert (made.num_experts, made.top_k) == (24 - shared, 12 - shared)
@@ -543,17 +536,17 @@ def test_no_plan_is_above_the_asked_share_or_an_expert_below(
         assert sentence.endswith(": raise --active")
         return
     plan = planned(dense, active=active, **asked)
-    expert = plan.geometry.expert_size / SIZES["intermediate_size"] * converted / TINY_LAYERS
+    expert = plan.design.geometry.expert_size / SIZES["intermediate_size"] * converted / TINY_LAYERS
     assert plan.active_ffn_ratio <= active + 1e-9
     assert plan.active_ffn_ratio + expert > active
-    assert plan.geometry.num_experts == (experts or plan.geometry.num_experts)
-    assert plan.geometry.top_k >= 1
+    assert plan.design.geometry.num_experts == (experts or plan.design.geometry.num_experts)
+    assert plan.design.geometry.top_k >= 1
 
 
 @pytest.mark.parametrize("parts", [0, 1, 5])
 def test_a_plan_keeps_an_explicit_share(dense, parts):
     plan = planned(dense, active=0.5, shared=parts / 24)
-    assert (plan.geometry.shared_size, plan.geometry.top_k) == (8 * parts, 12 - parts)
+    assert (plan.design.geometry.shared_size, plan.design.geometry.top_k) == (8 * parts, 12 - parts)
     assert plan.recipe.shared == parts / 24
 
 

@@ -245,7 +245,7 @@ def test_agreement_is_that_of_a_plain_loop(checked):
 
 
 def test_load_is_that_of_a_plain_count_over_all_kinds(checked):
-    report, geometry = checked.done.check, checked.done.plan.geometry
+    report, geometry = checked.done.check, checked.done.plan.design.geometry
     counts = [[0] * geometry.num_experts for _ in checked.done.plan.moe_layers]
     windows = torch.cat(list(checked.held.values()))
     for window in windows:

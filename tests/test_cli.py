@@ -180,7 +180,7 @@ def test_copies_import_no_other_method_s_libraries(dense, tmp_path):
         "datasets",
         "pymetis",
         "pyarrow",
-        "upcycle.finetune",
+        "upcycle.finetune.run",
         "upcycle.evaluation.page.charts",
     }
     unneeded |= {"transformers.models.auto.tokenization_auto", "transformers.trainer"}
@@ -614,7 +614,7 @@ def test_inspect_a_moe(dense, tmp_path, target):
     made = upcycle.convert(str(dense(TARGET_OF[target])), tmp_path / "moe", **settings).plan
     facts = report("inspect", tmp_path / "moe")
     assert (facts["kind"], facts["architecture"], facts["top_k"]) == ("moe", target, 2)
-    assert (facts["experts"], facts["expert_size"]) == (8, made.geometry.expert_size)
+    assert (facts["experts"], facts["expert_size"]) == (8, made.design.geometry.expert_size)
     assert facts["params_total"] == made.params_total
     assert facts["params_active"] == made.params_active
     assert facts["made_from"] == os.path.relpath(made.source.label, tmp_path / "moe")

@@ -10,8 +10,8 @@ from reference import naive_hidden
 from torch.nn.functional import silu
 
 from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.design import bind
 from upcycle.conversion.recipe import Choice
-from upcycle.conversion.request import parameters
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
 
@@ -67,7 +67,7 @@ def all_on(x_TD):
 
 
 def compensate(name, activations, selection, weight_T, **params):
-    checked = parameters(COMPENSATIONS, Choice(name=name, **params))
+    checked = bind(COMPENSATIONS, Choice(name=name, **params)).params
     y_TD = activations.output()
     return COMPENSATIONS[name].run(activations, selection, y_TD, weight_T, checked)
 

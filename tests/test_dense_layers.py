@@ -402,7 +402,7 @@ def test_a_sensitive_layer_stays_dense_and_the_share_is_kept(
 ):
     done = upcycle.convert(str(sensitive(layer, family)), tmp_path / "out", **AUTO)
     assert done.plan.spec.dense_layers == (layer,)
-    assert done.plan.geometry.expert_size == F // 24
+    assert done.plan.design.geometry.expert_size == F // 24
     assert ACTIVE - 1 / 24 < done.plan.active_ffn_ratio <= ACTIVE
     report = read_json(tmp_path / "out" / "upcycle.json")
     assert [each["dense"] for each in report["layers"]] == [i == layer for i in range(DEEP)]

@@ -18,7 +18,7 @@ import upcycle
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.check import LOW_PRECISION_TOLERANCE, TOLERANCE
-from upcycle.conversion.layer import scaled
+from upcycle.conversion.converted import scaled
 
 DTYPES = ["float32", "bfloat16", "float16"]
 TARGETS = ["qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"]

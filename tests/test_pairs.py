@@ -176,7 +176,9 @@ class TestCopy:
         request = {"method": "copy", "experts": 4, "top_k": 1, "target": target}
         with pytest.raises(UpcycleError, match="no gradient"):
             upcycle.plan(str(dense()), **request)
-        assert upcycle.plan(str(dense()), allow_frozen_router=True, **request).combine == "mean"
+        assert (
+            upcycle.plan(str(dense()), allow_frozen_router=True, **request).design.combine == "mean"
+        )
 
     @pytest.mark.parametrize("target", sorted(LLAMA_LIKE))
     @pytest.mark.parametrize(

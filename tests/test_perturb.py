@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from upcycle.conversion.design import bind
 from upcycle.conversion.recipe import Choice
-from upcycle.conversion.request import parameters
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import DenseFFN
 from upcycle.split.copies import PERTURBS
@@ -36,7 +36,7 @@ def rows(ffn, name):
 
 def change(name, ffn, *, seed=1, **params):
     rng = torch.Generator().manual_seed(seed)
-    return PERTURBS[name].run(ffn, parameters(PERTURBS, Choice(name=name, **params)), rng)
+    return PERTURBS[name].run(ffn, bind(PERTURBS, Choice(name=name, **params)).params, rng)
 
 
 def changed_neurons(old, new, name):
@@ -79,7 +79,7 @@ def test_every_perturbation_leaves_its_input_alone(name):
 def test_every_perturbation_rejects_unknown_parameters_and_names_the_nearest(name):
     field = next(iter(PERTURBS[name].params.model_fields))
     with pytest.raises(UpcycleError, match=f"did you mean '{field}'"):
-        parameters(PERTURBS, Choice(name=name, **{f"{field}s": 0.5}))
+        bind(PERTURBS, Choice(name=name, **{f"{field}s": 0.5})).params
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_every_perturbation_rejects_unknown_parameters_and_names_the_nearest(nam
 )
 def test_values_out_of_range_are_rejected(name, params):
     with pytest.raises(UpcycleError, match=next(iter(params))):
-        parameters(PERTURBS, Choice(name=name, **params))
+        bind(PERTURBS, Choice(name=name, **params)).params
 
 
 @pytest.mark.parametrize("ratio", [0.02, 1 / 3, 0.4, 0.5, 0.99])

@@ -73,4 +73,4 @@ def test_plain_training_leaves_selections(dense, tmp_path, target, spread, least
 
 
 def test_the_default_is_the_spread_that_was_measured(dense):
-    assert upcycle.plan(str(dense()), compensate="least_squares").router_spread == 0.1
+    assert upcycle.plan(str(dense()), compensate="least_squares").design.router_spread == 0.1

@@ -21,7 +21,6 @@ from upcycle import UpcycleError
 from upcycle.conversion import dense_layers
 from upcycle.conversion import plan as planning
 from upcycle.conversion.inspection import is_routed
-from upcycle.conversion.notes import usage
 from upcycle.core.clustering import balanced_kmeans
 from upcycle.models.source import DTYPES, DenseSource
 from upcycle.models.targets import TARGETS, Runtime
@@ -55,7 +54,7 @@ def refusal(dense, family="llama", out=None, *, fields=None, **settings) -> str:
 )
 def test_feedback_is_half_or_the_active_share(dense, settings, expected):
     settings = {"keep_dense": "none"} | settings
-    assert upcycle.plan(str(dense()), **settings).feedback == pytest.approx(expected)
+    assert upcycle.plan(str(dense()), **settings).design.feedback == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_feedback_that_would_have_no_effect(dense, family, settings, why):
     ],
 )
 def test_router_spreads_as_a_refit_knows_of_uneven_weights(dense, settings, expected):
-    assert upcycle.plan(str(dense()), **settings).router_spread == expected
+    assert upcycle.plan(str(dense()), **settings).design.router_spread == expected
 
 
 @pytest.mark.parametrize("spread", [0, 1e-5, 1.5])
@@ -166,7 +165,7 @@ def test_number_of_experts_that_a_refusal_names_is_legal(dense, target):
     for experts in range(2, 30):
         try:
             made = upcycle.plan(str(dense()), experts=experts, **settings)
-            assert made.geometry.num_experts == experts
+            assert made.design.geometry.num_experts == experts
             legal.append(experts)
         except UpcycleError as error:
             said = re.split("nearest: |at most ", str(error))[1]
@@ -179,7 +178,7 @@ def test_number_of_experts_that_a_refusal_names_is_legal(dense, target):
 
 def test_copies_of_any_width_need_no_divisor(dense):
     model = str(dense(intermediate_size=190))
-    assert upcycle.plan(model, method="copy", experts=5).geometry.expert_size == 190
+    assert upcycle.plan(model, method="copy", experts=5).design.geometry.expert_size == 190
 
 
 @pytest.mark.parametrize(
@@ -245,10 +244,10 @@ def test_one_copy_per_token_names_only_targets_that_host_the_model(dense):
 def test_one_copy_per_token_is_fine_where_weights_stay_plain_or_it_is_asked_for(dense):
     model = str(dense())
     plain = upcycle.plan(model, method="copy", top_k=1)
-    assert (plain.combine, plain.target) == ("sum", "qwen2_moe")
+    assert (plain.design.combine, plain.target) == ("sum", "qwen2_moe")
     assert plain.config["norm_topk_prob"] is False
     frozen = upcycle.plan(model, method="copy", top_k=1, allow_frozen_router=True)
-    assert (frozen.combine, frozen.target) == ("mean", "mixtral")
+    assert (frozen.design.combine, frozen.target) == ("mean", "mixtral")
 
 
 # --- layers, targets, names ------------------------------------------------------------------
@@ -315,7 +314,7 @@ def test_shared_neurons_where_the_target_has_no_place_for_them(dense):
     sentence = refusal(dense, target="mixtral", shared=0.25)
     assert "mixtral has no shared expert (--shared 0.25)" in sentence
     assert "glm4_moe" in sentence.split("reachable: ")[1]
-    assert upcycle.plan(str(dense()), target="mixtral", shared=0).geometry.shared_size == 0
+    assert upcycle.plan(str(dense()), target="mixtral", shared=0).design.geometry.shared_size == 0
 
 
 def test_auto_chooses_a_target_that_can_share_what_is_asked(dense):
@@ -544,7 +543,7 @@ def test_target_that_auto_chooses(dense, family, split_target, copy_target):
 
 @pytest.mark.parametrize("target", ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"])
 def test_a_quarter_is_shared_where_the_target_has_a_shared_expert(dense, target):
-    geometry = upcycle.plan(str(dense()), target=target, experts=6, top_k=4).geometry
+    geometry = upcycle.plan(str(dense()), target=target, experts=6, top_k=4).design.geometry
     assert (geometry.num_experts, geometry.top_k) == (6, 4)
     expected = (32, 0) if target == "mixtral" else (24, 48)
     assert (geometry.expert_size, geometry.shared_size) == expected
@@ -552,7 +551,7 @@ def test_a_quarter_is_shared_where_the_target_has_a_shared_expert(dense, target)
 
 def test_sharing_by_default_leaves_the_target_enough_to_route(dense):
     plan = upcycle.plan(str(dense()), target="glm4_moe", experts=2, top_k=1)
-    assert plan.geometry.num_experts == 2
+    assert plan.design.geometry.num_experts == 2
 
 
 @pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe", "mixtral"])
@@ -562,8 +561,8 @@ def test_a_plans_own_recipe_makes_the_same_plan(dense, target, settings):
     made = upcycle.plan(model, target=target, keep_dense="none", **settings)
     asked = ("experts", "top_k", "shared", "target")
     again = {name: getattr(made.recipe, name) for name in asked}
-    assert upcycle.plan(model, keep_dense="none", **again).geometry == made.geometry
-    assert again["experts"] == made.geometry.num_experts
+    assert upcycle.plan(model, keep_dense="none", **again).design.geometry == made.design.geometry
+    assert again["experts"] == made.design.geometry.num_experts
 
 
 # --- what it says in words -------------------------------------------------------------------
@@ -599,7 +598,7 @@ def test_a_plans_own_recipe_makes_the_same_plan(dense, target, settings):
 )
 def test_what_a_token_uses_is_one_sentence(dense, settings, sentence):
     made = upcycle.plan(str(dense()), **settings)
-    assert usage(made.recipe, made.geometry) == sentence
+    assert made.way.usage(made.design.geometry) == sentence
 
 
 CHANGED = "--shared {} became {}, so that all experts have the same width"
@@ -810,7 +809,7 @@ def test_every_target_says_what_each_runtime_can_not_run():
 def test_a_split_counts_to_one_whether_or_not_a_runtime_renormalises_of_itself(dense):
     made = upcycle.plan(str(dense("qwen3")), experts=8, top_k=2)
     assert made.config["norm_topk_prob"] is True
-    assert made.gains.routed == 2
+    assert made.design.gains.routed == 2
 
 
 @pytest.fixture(scope="module", params=WRITTEN)
@@ -836,13 +835,13 @@ def test_written_headers_are_the_planned_ones(written):
 
 def test_parameters_are_those_of_the_loaded_model(written):
     plan, out = written
-    model, dense = load(out, plan.dtype), load(plan.source.folder)
+    model, dense = load(out, plan.design.dtype), load(plan.source.folder)
     bias = [b for name, b in model.named_buffers() if "e_score_correction_bias" in name]
     total = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in bias)
     assert plan.params_total == total
     assert plan.params_dense == sum(p.numel() for p in dense.parameters())
     routed = sum(t.numel() for name, t in weights(out).items() if is_routed(name))
-    idle = routed * (1 - plan.geometry.top_k / plan.geometry.num_experts)
+    idle = routed * (1 - plan.design.geometry.top_k / plan.design.geometry.num_experts)
     assert plan.params_active == total - round(idle)
 
 
@@ -966,19 +965,19 @@ def test_tokens_that_suffice_until_a_layer_stays_dense(dense, tmp_path, monkeypa
 
     monkeypatch.setattr(dense_layers, "measure_damage", lambda *_: [9.0, 0.1, 0.1])
     monkeypatch.setattr(dense_layers, "try_layers", try_layers)
-    assert upcycle.plan(str(dense()), **SHIFTING).geometry.num_experts == 18
+    assert upcycle.plan(str(dense()), **SHIFTING).design.geometry.num_experts == 18
     assert refusal(dense, **SHIFTING, calibration_tokens=18) == (
         "--calibration-tokens 18 is too few for 21 experts: give thousands"
     )
     plan = upcycle.convert(str(dense()), tmp_path / "out", **SHIFTING, calibration_tokens=27).plan
-    assert (plan.spec.dense_layers, plan.geometry.num_experts) == ((0,), 21)
+    assert (plan.spec.dense_layers, plan.design.geometry.num_experts) == ((0,), 21)
 
 
 @pytest.mark.parametrize("fixed", [{"shared": 0.25}, {"top_k": 6}])
 def test_tokens_that_suffice_because_the_request_fixes_what_is_shared(dense, tmp_path, fixed):
     settings = SHIFTING | {"calibration_tokens": 18} | fixed
     plan = upcycle.convert(str(dense()), tmp_path / "out", **settings).plan
-    assert plan.geometry.num_experts == 18
+    assert plan.design.geometry.num_experts == 18
 
 
 @pytest.mark.parametrize(

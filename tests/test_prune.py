@@ -27,9 +27,9 @@ from upcycle import CheckFailed, UpcycleError, console
 from upcycle.cli import app
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
-from upcycle.conversion.layer import ConvertedLayer
-from upcycle.conversion.prune import ALL_TOKENS, overall_strength, strongest_neurons
+from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.recipe import load_recipe
+from upcycle.conversion.ways.prune import ALL_TOKENS, overall_strength, strongest_neurons
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.evaluation.page import facts, origin
 
@@ -120,7 +120,7 @@ def test_an_expert_without_tokens_keeps_what_is_strongest_overall():
 
 
 def test_what_is_strongest_overall_is_seen_on_a_sample(monkeypatch):
-    monkeypatch.setattr("upcycle.conversion.prune.RANKING_TOKENS", 10)
+    monkeypatch.setattr("upcycle.conversion.ways.prune.RANKING_TOKENS", 10)
     rng = torch.Generator().manual_seed(2)
     ffn, x_TD = random_ffn(rng), torch.randn(50, 8, generator=rng)
     weight_T = torch.rand(50, generator=rng)
@@ -247,7 +247,7 @@ def test_tokens_reach_their_expert_a_batch_at_a_time(monkeypatch):
     gate_FD, up_FD = torch.randn(2, experts * neurons, hidden, generator=rng)
     ffn = DenseFFN(gate_FD, up_FD, torch.randn(hidden, experts * neurons, generator=rng), silu)
     converted = ConvertedLayer.of_pruned(ffn, torch.arange(experts * neurons) % 12, router_ED)
-    monkeypatch.setattr("upcycle.conversion.layer.BATCH_TOKENS", 7)
+    monkeypatch.setattr("upcycle.conversion.converted.BATCH_TOKENS", 7)
 
     def weigh(logits_TE):
         top_T1 = logits_TE.topk(1)
@@ -296,22 +296,25 @@ def plan(dense, **settings):
 def test_a_copy_keeps_the_active_share(dense):
     made = plan(dense, active=0.3, keep_dense=[])
     neurons = made.source.arch.intermediate_size
-    assert made.geometry.expert_size == int(0.3 * neurons) // 8 * 8
-    assert made.active_ffn_ratio == made.geometry.expert_size / neurons
-    assert (made.geometry.top_k, made.geometry.num_experts) == (1, 8)
+    assert made.design.geometry.expert_size == int(0.3 * neurons) // 8 * 8
+    assert made.active_ffn_ratio == made.design.geometry.expert_size / neurons
+    assert (made.design.geometry.top_k, made.geometry.num_experts) == (1, 8)
 
 
 def test_layers_kept_dense_are_paid_by_the_others(dense):
     made = plan(dense, active=0.5, keep_dense=[0])
     neurons, layers = made.source.arch.intermediate_size, made.source.arch.num_layers
-    assert made.geometry.expert_size == int((0.5 * layers - 1) / (layers - 1) * neurons) // 8 * 8
+    assert (
+        made.design.geometry.expert_size
+        == int((0.5 * layers - 1) / (layers - 1) * neurons) // 8 * 8
+    )
     assert made.active_ffn_ratio <= 0.5
 
 
 def test_copies_of_wide_ffns_suit_gpus(dense):
     wide = {"intermediate_size": 4096}
-    assert plan(dense, sizes=wide, active=0.45, keep_dense=[]).geometry.expert_size == 1792
-    assert plan(dense, sizes=wide, active=0.2, keep_dense=[]).geometry.expert_size == 816
+    assert plan(dense, sizes=wide, active=0.45, keep_dense=[]).design.geometry.expert_size == 1792
+    assert plan(dense, sizes=wide, active=0.2, keep_dense=[]).design.geometry.expert_size == 816
 
 
 def test_parameters_are_counted(convert):

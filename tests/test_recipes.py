@@ -6,8 +6,8 @@ import yaml
 import upcycle
 from upcycle import UpcycleError
 from upcycle.conversion import plan as planning
-from upcycle.conversion.geometry import geometry_of
 from upcycle.conversion.recipe import Choice, Recipe, load_recipe, shipped_recipes
+from upcycle.conversion.ways import WAYS, Room
 from upcycle.core.types import Geometry
 
 WIDE = {"intermediate_size": 512, "num_hidden_layers": 1}
@@ -201,7 +201,7 @@ def test_a_number_of_shared_experts_is_told_the_new_spelling(dense, written, cou
 def test_what_that_sentence_calls_the_same_is_the_layer_of_before():
     """16 parts of 1024 neurons are 64 each, and two of them are 128."""
     asked = load_recipe("default", {"experts": 14, "shared": 0.125, "top_k": 6})
-    made = geometry_of(asked, 1024, 1, 0, shared_width="any")
+    made = WAYS["split"].geometry(asked, Room(1024, 1, shared_width="any"))
     assert made == Geometry(1024, 14, 6, expert_size=64, shared_size=128)
 
 
@@ -221,7 +221,7 @@ PAPERS = {
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_recipes_layer_is_its_papers(dense, name, target):
     plan = upcycle.plan(str(dense(**WIDE)), recipe=name, target=target)
-    assert plan.geometry == Geometry(512, *PAPERS[name])
+    assert plan.design.geometry == Geometry(512, *PAPERS[name])
     assert not any(each.startswith("--shared") for each in plan.warnings)
 
 

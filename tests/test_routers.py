@@ -8,8 +8,8 @@ import torch
 from reference import naive_hidden
 from torch.nn.functional import silu
 
+from upcycle.conversion.design import bind
 from upcycle.conversion.recipe import Choice
-from upcycle.conversion.request import parameters
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.router_init import ROUTERS
@@ -38,7 +38,7 @@ def make_experts():
 def route(name, activations, experts_EM, *, seed=4, **params):
     rng = torch.Generator().manual_seed(seed)
     return ROUTERS[name].run(
-        activations, experts_EM, parameters(ROUTERS, Choice(name=name, **params)), rng
+        activations, experts_EM, bind(ROUTERS, Choice(name=name, **params)).params, rng
     )
 
 

@@ -63,12 +63,12 @@ def test_a_splits_experts_count_what_the_plan_weighs(dense, moe, name, settings)
     spreads = []
     for (x_TD, y_TD), router, record in layers:
         logits_TE = x_TD @ router.weight.T
-        weight_TE = plan.weigh(logits_TE)
-        assert ((weight_TE > 0).sum(1) == plan.geometry.top_k).all()
+        weight_TE = plan.design.weigh(logits_TE)
+        assert ((weight_TE > 0).sum(1) == plan.design.geometry.top_k).all()
         gate_FD, up_FD, down_DF = matrices(source.model.layers[record["layer"]].mlp)
         act = source.model.layers[record["layer"]].mlp.act_fn
         h_TF = act(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
-        members_EM = torch.tensor(record["permutation"]).view(plan.geometry.num_experts, -1)
+        members_EM = torch.tensor(record["permutation"]).view(plan.design.geometry.num_experts, -1)
         expected_TD = sum(
             weight_TE[:, e, None] * (h_TF[:, members_M] @ down_DF[:, members_M].T)
             for e, members_M in enumerate(members_EM)
@@ -86,10 +86,10 @@ def test_copies_count_what_the_plan_weighs(dense, moe, name, settings):
     if settings["top_k"] == 1 and TARGETS[name].routing.renormalises == "always":
         settings = settings | {"allow_frozen_router": True}
     plan, source, model, _ = converted(dense, moe, name, settings)
-    geometry = plan.geometry
+    geometry = plan.design.geometry
     layers = zip(seen_by_experts(model), routers(model), source.model.layers, strict=True)
     for (x_TD, y_TD), router, block in layers:
-        weight_TE = plan.weigh(x_TD @ router.weight.T)
+        weight_TE = plan.design.weigh(x_TD @ router.weight.T)
         shards_TG = weight_TE.view(len(x_TD), geometry.copies, geometry.granularity).sum(1)
         gate_FD, up_FD, down_DF = matrices(block.mlp)
         h_TF = block.mlp.act_fn(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)

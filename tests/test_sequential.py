@@ -35,7 +35,7 @@ import upcycle
 from upcycle import CheckFailed, UpcycleError
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
-from upcycle.conversion.layer import ConvertedLayer
+from upcycle.conversion.converted import ConvertedLayer
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
 from upcycle.models.stream import HiddenStream
 from upcycle.models.writer import CheckpointWriter, Workspace

@@ -6,8 +6,8 @@ import pytest
 import torch
 from reference import naive_hidden
 
+from upcycle.conversion.design import bind
 from upcycle.conversion.recipe import Choice
-from upcycle.conversion.request import parameters
 from upcycle.core.clustering import balanced_kmeans
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import DenseFFN, Geometry, LayerActivations
@@ -29,7 +29,7 @@ def activations():
 
 
 def score(name, activations, **params):
-    checked = parameters(SHARED, Choice(name=name, **params))
+    checked = bind(SHARED, Choice(name=name, **params)).params
     rng = torch.Generator().manual_seed(SEED)
     return SHARED[name].run(activations, GEOMETRY, checked, rng)
 
@@ -67,7 +67,7 @@ def test_no_rule_touches_its_input_or_global_randomness(name, activations):
 @pytest.mark.parametrize("name", SHARED)
 def test_every_rule_rejects_unknown_parameters(name):
     with pytest.raises(UpcycleError, match="has no parameter 'strngest'"):
-        parameters(SHARED, Choice(name=name, strngest=3))
+        bind(SHARED, Choice(name=name, strngest=3)).params
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from upcycle.conversion.design import bind
 from upcycle.conversion.recipe import Choice
-from upcycle.conversion.request import parameters
 from upcycle.core.errors import UpcycleError
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, LayerActivations
@@ -57,7 +57,7 @@ def make_planted(seed):
 def split(name, activations, *, num_experts=E, rng=None, **params):
     rng = rng or torch.Generator().manual_seed(1)
     choice = Choice(name=name, **params)
-    return SPLITS[name].run(activations, num_experts, parameters(SPLITS, choice), rng)
+    return SPLITS[name].run(activations, num_experts, bind(SPLITS, choice).params, rng)
 
 
 def purity(experts_EM, group_F):

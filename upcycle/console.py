@@ -201,10 +201,9 @@ def count(number: int) -> str:
 def show_plan(plan: "Plan") -> None:
     """What would be built, and what each target says."""
     from upcycle.conversion.memory import peak_bytes
-    from upcycle.conversion.notes import usage
 
     recipe = plan.recipe
-    out.print(usage(plan.recipe, plan.geometry), highlight=False)
+    out.print(plan.way.usage(plan.design.geometry), highlight=False)
     table(
         f"{plan.source.label} → {plan.target}",
         {
@@ -214,8 +213,8 @@ def show_plan(plan: "Plan") -> None:
             "active FFN": f"{100 * plan.active_ffn_ratio:.0f} % of the dense model's",
             "parameters": f"{count(plan.params_total)} (dense {count(plan.params_dense)})",
             "active per token": count(plan.params_active),
-            "combine": "unweighted sum" if plan.combine == "sum" else "weighted mean",
-            "output": f"{size(plan.bytes)} in {str(plan.dtype).removeprefix('torch.')}",
+            "combine": "unweighted sum" if plan.design.combine == "sum" else "weighted mean",
+            "output": f"{size(plan.bytes)} in {str(plan.design.dtype).removeprefix('torch.')}",
             "calibration": f"{plan.fit_tokens:,} tokens of {recipe.calibration}"
             if plan.streams
             else "not needed",
@@ -241,20 +240,14 @@ def _show_notes(notes: Iterable[str]) -> None:
 
 
 def _method(plan: "Plan") -> str:
-    recipe = plan.recipe
-    router = recipe.router.name if recipe.router else ""
-    if recipe.copies:
-        return f"{recipe.method.name}, router {router}"
-    shared = f", shared by {recipe.shared_by.name}" if plan.geometry.shared_size else ""
-    refit = f", compensation {recipe.compensate.name}" if plan.compensates else ""
-    order = ", layer by layer" if plan.sequential else ""
-    if recipe.prunes:
-        return f"pruned copies, router {router}{refit}{order}"
-    return f"split by {recipe.split.name}{shared}, router {router}{refit}{order}"
+    design = plan.design
+    refit = f", compensation {design.methods.compensate.name}" if design.compensates else ""
+    order = ", layer by layer" if design.sequential else ""
+    return f"{plan.way.made(design)}{refit}{order}"
 
 
 def _experts(plan: "Plan") -> str:
-    geometry = plan.geometry
+    geometry = plan.design.geometry
     copies = f" ({geometry.copies} copies)" if geometry.granularity > 1 else ""
     shared = f", and {geometry.shared_size} always on" if geometry.shared_size else ""
     return (
@@ -264,11 +257,10 @@ def _experts(plan: "Plan") -> str:
 
 
 def _chosen(plan: "Plan") -> str:
-    if plan.request.experts is not None or plan.recipe.copies:
+    if plan.request.experts is not None or not plan.way.fewer:
         return ""
-    number = plan.geometry.num_experts
-    less = "smaller" if plan.recipe.prunes else "faster"
-    return f" (--experts {number} by default: more lose less, fewer are {less})"
+    number = plan.design.geometry.num_experts
+    return f" (--experts {number} by default: more lose less, fewer are {plan.way.fewer})"
 
 
 def _layers(plan: "Plan") -> str:
@@ -282,7 +274,6 @@ def _layers(plan: "Plan") -> str:
 def show_conversion(conversion: "Conversion") -> None:
     """What changed and what it cost."""
     from upcycle.conversion.card import kind_name
-    from upcycle.conversion.notes import usage
 
     plan, check = conversion.plan, conversion.check
     rows: dict[str, Any] = {
@@ -298,7 +289,7 @@ def show_conversion(conversion: "Conversion") -> None:
             "dead experts": ("", f"{check.dead_experts} of {len(loads)}"),
         }
     rows["peak memory"] = ("", size(conversion.peak_bytes))
-    out.print(usage(plan.recipe, plan.geometry), highlight=False)
+    out.print(plan.way.usage(plan.design.geometry), highlight=False)
     table(f"{plan.source.label} → {plan.target}", rows, "dense", "MoE")
     took = ", ".join(f"{name} {s:.0f} s" for name, s in conversion.seconds.items())
     out.print(f"Made: {_method(plan)}. Took: {took}.", highlight=False)
@@ -327,11 +318,11 @@ def _exactness(conversion: "Conversion") -> str:
     if check is None or check.exact_error is None:
         return "not expected: copies were changed"
     plan, what = conversion.plan, "all experts on"
-    if plan.recipe.copies:
+    if plan.exact == "logits":
         what = "copies"
     elif not plan.partitions:
         what += ", repeated neurons in both"
-    if plan.compensates:
+    if plan.design.compensates:
         what += ", refit weights in both"
     return f"ok, {what}: logits differ by {check.exact_error:.1g} σ"
 
@@ -386,12 +377,12 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
     plan, check = conversion.plan, conversion.check
     if check is None:
         return
-    if plan.equal:
+    if plan.exact == "logits":
         yield "The function is unchanged; train it further so that the copies come to differ."
         return
     found, worst = verdict(check.ratios), check.worst
-    if plan.recipe.copies:
-        yield (f"Perplexity is up to {worst.ratio:.2f} × the dense model's until it is trained.")
+    if plan.exact == "nothing":
+        yield f"Perplexity is up to {worst.ratio:.2f} × the dense model's until it is trained."
         return
     colour, where = COLOURS[found.grade], f"{worst.ratio:.2f} × the dense model's at worst"
     name = escape(kind_name(worst.kind))

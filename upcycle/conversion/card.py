@@ -10,23 +10,17 @@ import jinja2
 import yaml
 
 from upcycle.conversion.check import CheckReport, KindResult, check_summary
-from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.dense_layers import DenseLayers
 from upcycle.conversion.memory import peak_bytes
 from upcycle.conversion.plan import Plan
 from upcycle.core.json_text import json_text
 from upcycle.core.paths import local_path, public_name, way_from
-from upcycle.core.registry import Method
 from upcycle.core.versions import versions
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.frontmatter import read_card, with_results
 from upcycle.models.targets import TARGETS
 from upcycle.models.text import public_texts
 from upcycle.models.writer import Identity
-from upcycle.router_init import ROUTERS
-from upcycle.split import SPLITS
-from upcycle.split.copies import PERTURBS
-from upcycle.split.shared import SHARED
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Conversion:
 
 def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
     """A plan as plain values; `measured` as `peak_bytes` takes it."""
-    arch, geometry = plan.source.arch, plan.geometry
+    arch, geometry = plan.source.arch, plan.design.geometry
     return {
         "source": plan.source.label,
         "family": arch.family,
@@ -67,13 +61,13 @@ def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
         "params_total": plan.params_total,
         "params_active": plan.params_active,
         "bytes": plan.bytes,
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "dtype": str(plan.design.dtype).removeprefix("torch."),
         "device": str(plan.device),
         "peak_memory_estimate": peak_bytes(plan, measured=measured),
         "check_memory_estimate": plan.check_bytes(),
         "calibration_tokens": plan.fit_tokens,
         "check_tokens": plan.held_tokens,
-        "feedback": plan.feedback,
+        "feedback": plan.design.feedback,
         "warnings": list(plan.warnings),
         "recipe": plan.recipe.settings(),
     }
@@ -132,19 +126,11 @@ def _public_check(check: CheckReport) -> CheckReport:
 
 def papers(plan: Plan) -> list[str]:
     """The papers behind the methods that a plan uses, each once."""
-    recipe = plan.recipe
-    used: list[Method[Any]] = []
-    if recipe.router is not None:
-        used.append(ROUTERS[recipe.router.name])
-    if recipe.method.name in PERTURBS:
-        used.append(PERTURBS[recipe.method.name])
-    if plan.compensates:
-        used.append(COMPENSATIONS[recipe.compensate.name])
-    if recipe.splits:
-        used.append(SPLITS[recipe.split.name])
-        if plan.geometry.shared_size:
-            used.append(SHARED[recipe.shared_by.name])
-    listed = [recipe.paper, *(method.paper for method in used)]
+    design = plan.design
+    used = [*plan.way.used(design.methods, design.geometry).values()]
+    if design.compensates:
+        used.append(design.methods.compensate)
+    listed = [plan.recipe.paper, *(bound.method.paper for bound in used)]
     return sorted({paper for paper in listed if paper.startswith("arXiv")})
 
 
@@ -181,7 +167,7 @@ def model_card(conversion: Conversion) -> str:
         verdict=conversion.check and verdict(conversion.check.ratios),
         text=public_texts(plan.recipe.calibration),
         papers=papers(plan),
-        compensation=COMPENSATIONS[plan.recipe.compensate.name],
+        used=plan.way.used(plan.design.methods, plan.design.geometry),
         version=version("upcycle"),
     )
 

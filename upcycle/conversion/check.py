@@ -140,7 +140,7 @@ def run_check(
     exact_LV = next_token_logits(model, exact_L)
     drop_layers(model)
     model = load_result(folder, dtype, plan.device)
-    low_precision = plan.dtype != torch.float32 or dtype != torch.float32
+    low_precision = plan.design.dtype != torch.float32 or dtype != torch.float32
     tolerance = LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE
     exact_error = _exact_error(plan, model, exact_L, exact_LV)
     if exact_error is not None and not exact_error <= tolerance:
@@ -204,9 +204,9 @@ def load_result(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:
     """How far the logits are from the dense model's [L, V]; None where they need not be equal."""
-    if plan.equal:
+    if plan.exact == "logits":
         return relative_error(next_token_logits(model, exact_L), exact_LV)
-    if not plan.recipe.copies:
+    if plan.exact == "all on":
         with _all_experts_on(model, plan):
             return relative_error(next_token_logits(model, exact_L), exact_LV)
     return None
@@ -220,7 +220,7 @@ def relative_error(logits: Tensor, reference: Tensor) -> float:
 def _dtype_that_fits(plan: Plan) -> torch.dtype:
     """float32 where one model at a time fits in memory, else the checkpoint's own dtype."""
     fits = plan.check_bytes(torch.float32) < free_memory(plan.device)
-    return torch.float32 if fits else plan.dtype
+    return torch.float32 if fits else plan.design.dtype
 
 
 @contextmanager
@@ -230,14 +230,14 @@ def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
     blocks = moe_blocks(model)
     rows = [block.router.weight.data.clone() for block in blocks]
     for block in blocks:
-        block.router.top_k = plan.geometry.num_experts
+        block.router.top_k = plan.design.geometry.num_experts
         block.router.weight.data.zero_()
-        block.experts.down_proj.data.mul_(plan.gains.all_on)
+        block.experts.down_proj.data.mul_(plan.design.gains.all_on)
     yield
     for block, rows_ED in zip(blocks, rows, strict=True):
-        block.router.top_k = plan.geometry.top_k
+        block.router.top_k = plan.design.geometry.top_k
         block.router.weight.data.copy_(rows_ED)
-        block.experts.down_proj.data.div_(plan.gains.all_on)
+        block.experts.down_proj.data.div_(plan.design.gains.all_on)
 
 
 @torch.no_grad()
@@ -248,8 +248,9 @@ def _check_routing(plan: Plan, model: Any, window_L: Tensor) -> None:
         CheckFailed: experts that are all alike would not count 1, or a layer's weights are not what
             its logits make of them.
     """
-    wanted = plan.geometry.granularity if plan.recipe.copies else plan.geometry.top_k
-    counted = float(plan.weigh(torch.zeros(1, plan.geometry.num_experts)).sum())
+    design = plan.design
+    wanted = design.geometry.granularity if plan.way.averages else design.geometry.top_k
+    counted = float(design.weigh(torch.zeros(1, design.geometry.num_experts)).sum())
     if abs(counted - wanted) > TOLERANCE * wanted:
         raise CheckFailed(f"the selected experts count {counted:.3g} times instead of {wanted}")
     blocks = moe_blocks(model)
@@ -271,8 +272,8 @@ def _check_routing(plan: Plan, model: Any, window_L: Tensor) -> None:
     for hook in hooks:
         hook.remove()
     for block, x_TD, (chosen_TK, weights_TK) in zip(blocks, inputs, seen, strict=True):
-        expected_TE = plan.weigh(x_TD.float() @ block.router.weight.float().T)
-        routed = plan.gains.routed * weights_TK.float()
+        expected_TE = design.weigh(x_TD.float() @ block.router.weight.float().T)
+        routed = design.gains.routed * weights_TK.float()
         found_TE = torch.zeros_like(expected_TE).scatter_(1, chosen_TK, routed)
         # Experts at the margin may change places by rounding; the planned ones hardly differ then.
         error = float((found_TE.sort(1).values - expected_TE.sort(1).values).abs().mean(0).max())

@@ -30,7 +30,7 @@ def measure_damage(
     embed_VD = source.canonical(outer)[EMBEDDINGS]
     stream = HiddenStream(source.config, embed_VD, tokens_BL, plan.device)
     layers = source.arch.num_layers
-    kept = round(plan.geometry.active_ratio * source.arch.intermediate_size)
+    kept = round(plan.design.geometry.active_ratio * source.arch.intermediate_size)
     for layer in range(layers):
         progress("measuring layers", layer, layers)
         raw = source.read_layer(layer)

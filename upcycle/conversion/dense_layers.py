@@ -276,7 +276,7 @@ def _stream_converted(plan: Plan, sample: Sample) -> HiddenStream:
         converted = convert_layer(
             plan, layer, ffn, LayerActivations(wide, x_TD[:fitted]), norm_T[:fitted]
         )
-        stream.advance(layer, converted.output(LayerActivations(wide, x_TD), plan.weigh))
+        stream.advance(layer, converted.output(LayerActivations(wide, x_TD), plan.design.weigh))
     return stream
 
 

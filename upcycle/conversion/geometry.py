@@ -24,16 +24,21 @@ made next to no difference; other shares were not measured."""
 COPIES, COPIES_PER_TOKEN = 8, 2
 
 
-def geometry_of(
+def active_ffn_ratio(geometry: Geometry, layers: int, num_dense: int) -> float:
+    """Active FFN neurons over the dense model's; layers kept dense count as 1."""
+    return (num_dense + (layers - num_dense) * geometry.active_ratio) / layers
+
+
+def split_geometry(
     recipe: Recipe,
     num_neurons: int,
     layers: int,
     num_dense: int,
     *,
-    shared_width: SharedWidth = "none",
-    min_experts: int = 1,
+    shared_width: SharedWidth,
+    min_experts: int,
 ) -> Geometry:
-    """What the recipe asks for, with what it leaves open.
+    """Of a split, what the recipe asks for, with what it leaves open.
 
     Args:
         num_neurons: F.
@@ -44,55 +49,41 @@ def geometry_of(
     Raises:
         UpcycleError: the FFN can't be cut like this.
     """
-    if recipe.copies:
-        geometry = _copies(recipe, num_neurons)
-    elif recipe.prunes:
-        kept = _kept(recipe, num_neurons, layers, num_dense)
-        geometry = Geometry(num_neurons, recipe.experts or COPIES, recipe.top_k or 1, kept)
-    else:
-        share = moe_share(recipe.active or ACTIVE, layers, num_dense)
-        geometry = _split(recipe, num_neurons, share, shared_width, min_experts)
-        if geometry.top_k < 1:
-            raise _nothing_to_route(recipe, geometry, layers, num_dense)
-    _check(geometry)
-    return geometry
+    share = moe_share(recipe.active or ACTIVE, layers, num_dense)
+    geometry = _split(recipe, num_neurons, share, shared_width, min_experts)
+    if geometry.top_k < 1:
+        raise _nothing_to_route(recipe, geometry, layers, num_dense)
+    return _checked(geometry)
 
 
-def geometries(
-    recipe: Recipe, num_neurons: int, layers: int, *, shared_width: SharedWidth, min_experts: int
-) -> list[Geometry]:
-    """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
-    found = []
-    for num_dense in range(layers):
-        try:
-            geometry = geometry_of(
-                recipe,
-                num_neurons,
-                layers,
-                num_dense,
-                shared_width=shared_width,
-                min_experts=min_experts,
-            )
-        except UpcycleError:
-            break
-        found.append(geometry)
-    return found
+def pruned_geometry(recipe: Recipe, num_neurons: int, layers: int, num_dense: int) -> Geometry:
+    """The same of pruned copies."""
+    kept = _kept(recipe, num_neurons, layers, num_dense)
+    return _checked(Geometry(num_neurons, recipe.experts or COPIES, recipe.top_k or 1, kept))
 
 
-def moe_share(active: float, layers: int, num_dense: int) -> float:
-    """The active share of the converted layers that makes `active` over all layers; those kept
-    dense count as 1."""
-    return (active * layers - num_dense) / (layers - num_dense)
-
-
-def _copies(recipe: Recipe, num_neurons: int) -> Geometry:
+def copied_geometry(recipe: Recipe, num_neurons: int) -> Geometry:
+    """The same of whole copies, or of their shards."""
     granularity = recipe.granularity
     if granularity > 1:
         _check_cut(granularity, "--granularity", num_neurons)
     experts = (recipe.experts or COPIES) * granularity
     top_k = recipe.top_k or COPIES_PER_TOKEN * granularity
     size = num_neurons // granularity
-    return Geometry(num_neurons, experts, top_k, size, granularity=granularity)
+    geometry = _checked(Geometry(num_neurons, experts, top_k, size, granularity=granularity))
+    if top_k % granularity:
+        whole = max(top_k // granularity, 1) * granularity
+        raise UpcycleError(
+            f"--top-k {top_k} is no multiple of --granularity {granularity}, so tokens would get "
+            f"parts of a copy; nearest: --top-k {whole}"
+        )
+    return geometry
+
+
+def moe_share(active: float, layers: int, num_dense: int) -> float:
+    """The active share of the converted layers that makes `active` over all layers; those kept
+    dense count as 1."""
+    return (active * layers - num_dense) / (layers - num_dense)
 
 
 def _split(
@@ -241,8 +232,8 @@ def _check_cut(parts: int, flag: str, num_neurons: int) -> None:
     )
 
 
-def _check(geometry: Geometry) -> None:
-    if geometry.top_k > geometry.num_experts:
-        raise UpcycleError(
-            f"--top-k {geometry.top_k} is more than the {geometry.num_experts} experts"
-        )
+def _checked(geometry: Geometry) -> Geometry:
+    top_k = geometry.top_k
+    if top_k > geometry.num_experts:
+        raise UpcycleError(f"--top-k {top_k} is more than the {geometry.num_experts} experts")
+    return geometry

@@ -7,8 +7,7 @@ Formulas name what is alive at a phase's peak; `benchmarks/convert.py` measures 
 from upcycle.conversion.compensate.descent import BATCH
 from upcycle.conversion.dense_layers import DAMAGE_TOKENS
 from upcycle.conversion.plan import Plan
-from upcycle.conversion.prune import RANKING_TOKENS
-from upcycle.core.types import CHUNK_ELEMENTS, HELD_ELEMENTS, sampled
+from upcycle.core.types import CHUNK_ELEMENTS, HELD_ELEMENTS
 from upcycle.models.own_text import LENGTH, TOGETHER
 from upcycle.models.stream import BATCH_TOKENS
 from upcycle.models.text import texts
@@ -68,7 +67,7 @@ def _writing(plan: Plan) -> int:
     """An FFN in the dtype that is written, perturbed in float32; and experts stacked, as fused
     layouts write them."""
     largest = max(s.nbytes for i in plan.moe_layers for s in plan.units[f"layer {i}"])
-    return _ffn(plan) * (plan.dtype.itemsize + 2 * FLOAT) + 2 * largest
+    return _ffn(plan) * (plan.design.dtype.itemsize + 2 * FLOAT) + 2 * largest
 
 
 def _measuring(plan: Plan) -> int:
@@ -91,31 +90,28 @@ def _fitting(plan: Plan) -> int:
     hidden, neurons, ffn = arch.hidden_size, arch.intermediate_size, _ffn(plan)
     weights = _layer(plan) + _widened(plan, _layer(plan) + ffn * plan.source.dtype.itemsize)
     stream = 2 * tokens * hidden * FLOAT
-    held = min(tokens * neurons, HELD_ELEMENTS) * FLOAT
+    of_way = plan.way.fitting(plan.design.geometry, tokens)
+    on, own = of_way.neurons, of_way.tokens
+    held = min(of_way.at_once * neurons, HELD_ELEMENTS) * FLOAT
     chunks = 3 * min(tokens * neurons, CHUNK_ELEMENTS) * FLOAT
     # xᵀy in both precisions, before and after it is added up.
     split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
-    if plan.recipe.splits and plan.recipe.split.name == "coactivation_graph":
+    used = plan.way.used(plan.design.methods, plan.design.geometry)
+    if "split" in used and used["split"].name == "coactivation_graph":
         split += EDGE * neurons**2
-    # Of a pruned copy only its own neurons are refit, on its own tokens: twice its share, perhaps.
-    on, own = neurons, tokens
-    if plan.recipe.prunes:
-        on, own = plan.geometry.expert_size, min(tokens, 2 * tokens // plan.geometry.num_experts)
-        at_once = max(own, sampled(tokens, RANKING_TOKENS))
-        held = min(at_once * neurons, HELD_ELEMENTS) * FLOAT
     # The matrix, its factor and the solver's copy; the right-hand side and the solution.
     refit = chunks + DOUBLE * (3 * on**2 + 2 * on * hidden)
     # The refit weights, their gradient and Adam's two moments; a batch's activations.
     descent = (5 * 3 * hidden * on + 8 * BATCH * on) * FLOAT
     # y; with feedback the dense model's hidden states, and what the others lack of them.
-    wanted = (own + 2 * tokens * (plan.feedback > 0)) * hidden * FLOAT
+    wanted = (own + 2 * tokens * (plan.design.feedback > 0)) * hidden * FLOAT
     # The experts that are done, in the dtype that is written, and the last ones while they join;
     # the inputs of one.
-    copies = (
-        plan.geometry.num_experts * plan.geometry.expert_size * 3 * hidden * plan.dtype.itemsize
-    )
-    pruned = (2 * copies + own * hidden * FLOAT) * plan.recipe.prunes
-    compensation = (wanted + max(refit, descent * ("gate_FD" in plan.refits))) * plan.compensates
+    done = of_way.kept * 3 * hidden * plan.design.dtype.itemsize
+    pruned = (2 * done + own * hidden * FLOAT) * (of_way.kept > 0)
+    compensation = (
+        wanted + max(refit, descent * ("gate_FD" in plan.design.refits))
+    ) * plan.design.compensates
     run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + tokens * hidden * FLOAT
     return weights + stream + held + max(chunks + split, compensation + pruned, run, _writing(plan))
 

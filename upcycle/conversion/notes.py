@@ -1,4 +1,4 @@
-"""What a plan says in words: what a token uses, and what works, but not all that well."""
+"""What a plan says in words of what works, but not all that well, and of runtimes."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,29 +6,12 @@ from dataclasses import replace
 import torch
 
 from upcycle.conversion.recipe import Recipe
-from upcycle.core.types import Geometry
+from upcycle.conversion.ways import Way
 from upcycle.models.source import DenseSource
 from upcycle.models.targets import TARGETS, Combine, MoESpec, Runtime
 from upcycle.models.traits import Architecture
 
 LLAMA_CPP_MAX_EXPERTS = 512
-
-
-def usage(recipe: Recipe, geometry: Geometry) -> str:
-    """What a token uses of each converted FFN, in a sentence."""
-    chosen = f"{geometry.top_k} of {geometry.num_experts}"
-    if recipe.copies:
-        shards = f" shards, of {geometry.copies} copies" if geometry.granularity > 1 else " copies"
-        return f"A token uses {chosen}{shards} of each FFN."
-    active = f"{100 * geometry.active_ratio:.0f} %"
-    if recipe.prunes:
-        return f"A token uses {active} of each FFN: {chosen} pruned copies."
-    each = f"{100 * geometry.expert_size / geometry.num_neurons:.1f}"
-    shared = f" and the {100 * geometry.shared_ratio:.0f} % that are always on"
-    return (
-        f"A token uses {active} of each FFN: {chosen} experts, {each} % each"
-        f"{shared if geometry.shared_size else ''}."
-    )
 
 
 def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
@@ -44,9 +27,11 @@ def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
         )
 
 
-def warnings(recipe: Recipe, spec: MoESpec, target: str, dtype: torch.dtype) -> Iterator[str]:
-    """Of sizes that some runtimes or kernels do not like, or that save nothing, and of copies that
-    are not the dense model's equal."""
+def warnings(
+    recipe: Recipe, way: Way, spec: MoESpec, target: str, dtype: torch.dtype
+) -> Iterator[str]:
+    """Of sizes that some runtimes or kernels do not like, or that save nothing, and of what is
+    not the dense model's equal though it could be."""
     geometry = spec.geometry
     if geometry.num_experts > LLAMA_CPP_MAX_EXPERTS:
         yield f"{geometry.num_experts} experts: llama.cpp builds before 2026-07 allow 512"
@@ -58,35 +43,7 @@ def warnings(recipe: Recipe, spec: MoESpec, target: str, dtype: torch.dtype) -> 
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
         yield f"--shared {asked:g} became {got:.3g}, so that all experts have the same width"
-    if recipe.splits and geometry.top_k == geometry.num_experts:
-        yield "top_k is all experts: nothing is switched off, nothing is saved"
-    if recipe.copies:
-        yield from _of_copies(recipe, geometry, target, dtype)
-
-
-def _of_copies(
-    recipe: Recipe, geometry: Geometry, target: str, dtype: torch.dtype
-) -> Iterator[str]:
-    """Why copies do not compute what the dense model does, before they are trained."""
-    top_k, granularity = geometry.top_k, geometry.granularity
-    if not geometry.whole_copies:
-        whole = max(top_k // granularity, 1) * granularity
-        yield (
-            f"--top-k {top_k} is no multiple of --granularity {granularity}, so tokens get parts "
-            "of copies: until it is trained, the result is not the dense model (--top-k "
-            f"{whole} would be)"
-        )
-    elif granularity > 1 and dtype != torch.float32 and not TARGETS[target].groups:
-        fitting = " or ".join(f"--target {name}" for name, t in TARGETS.items() if t.groups)
-        yield (
-            "below float32, two copies score the same on some tokens, which then get shards of "
-            f"both: {fitting} keeps copies whole, and so does --dtype float32"
-        )
-    if recipe.spread_gain:
-        yield (
-            "spread_gain multiplies gate_proj, too, in which an FFN is not linear: until it is "
-            "trained, the result is not the dense model"
-        )
+    yield from way.notes(recipe, geometry, TARGETS[target], dtype)
 
 
 def runtime_refusals(

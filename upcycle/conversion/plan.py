@@ -11,19 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle.conversion.compensate import COMPENSATIONS
-from upcycle.conversion.geometry import geometries, geometry_of
+from upcycle.conversion.design import Design, Methods
+from upcycle.conversion.geometry import active_ffn_ratio
 from upcycle.conversion.notes import runtime_refusals, runtimes_lost, source_notes, warnings
-from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.request import (
-    check_calibration,
-    check_methods,
-    check_tokens,
-    named_dense_layers,
-    parameters,
-    router_choice,
-    router_method,
-)
+from upcycle.conversion.recipe import Choice, Recipe
+from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
+from upcycle.conversion.ways import WAYS, Room, Way
+from upcycle.conversion.ways.base import Exact
 from upcycle.core.errors import UpcycleError
 from upcycle.core.machine import choose_device, free_memory, total_memory
 from upcycle.core.paths import local_path
@@ -32,12 +26,11 @@ from upcycle.core.types import DenseFFN, Geometry, MoELayer
 from upcycle.models.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.models.calibration import CHECK_WINDOW, check_seq_len
 from upcycle.models.source import DenseSource, check_own_files
-from upcycle.models.targets import TARGETS, Combine, Gains, MoESpec, Runtime, common_fields
+from upcycle.models.targets import TARGETS, Combine, MoESpec, Runtime, common_fields
 from upcycle.models.text import PROBES, texts
 from upcycle.models.tokens import load_tokenizer
 from upcycle.models.traits import Architecture, Trait
 from upcycle.models.writer import TensorSpec, check_out
-from upcycle.split import SPLITS
 
 WRITING = 1.5  # times its weights is what a model takes in memory that writes text
 SPREAD, UNFITTED_SPREAD = 0.1, 0.01
@@ -64,11 +57,10 @@ class Plan:
     target: str
     targets: Mapping[str, str]
     """Every target, with the reason that it is refused, or an empty string."""
-    geometry: Geometry
-    combine: Combine
+    way: Way
+    design: Design
     spec: MoESpec
     config: Mapping[str, Any]
-    dtype: torch.dtype
     device: torch.device
     units: Mapping[str, tuple[TensorSpec, ...]]
     """What is written, in order, by the unit that produces it."""
@@ -92,26 +84,10 @@ class Plan:
         return sum(spec.nbytes for spec in self.specs)
 
     @property
-    def gains(self) -> Gains:
-        return self.spec.gains
-
-    def weigh(self, logits_TE: Tensor) -> Tensor:
-        """What each expert counts by the router's logits [T, E]; see `Routing.weights`."""
-        routing = TARGETS[self.target].routing
-        return routing.weights(logits_TE, self.geometry.top_k, self.gains)
-
-    @property
     def runtimes_lost(self) -> list[Runtime]:
         """The runtimes that do not run the result because some of its layers are dense."""
-        arch = self.source.arch
-        return runtimes_lost(self.recipe, arch, self.target, self.spec, self.combine)
-
-    @property
-    def router_spread(self) -> float:
-        """Standard deviation of a token's logits over experts."""
-        if self.recipe.copies:
-            return EXACT_SPREAD
-        return self.recipe.router_spread or (SPREAD if self.compensates else UNFITTED_SPREAD)
+        arch, combine = self.source.arch, self.design.combine
+        return runtimes_lost(self.recipe, arch, self.target, self.spec, combine)
 
     @property
     def moe_layers(self) -> list[int]:
@@ -121,9 +97,8 @@ class Plan:
     @property
     def active_ffn_ratio(self) -> float:
         """Active FFN neurons over the dense model's; layers kept dense count as 1."""
-        layers = self.source.arch.num_layers
-        dense = len(self.spec.dense_layers)
-        return (dense + (layers - dense) * self.geometry.active_ratio) / layers
+        layers, dense = self.source.arch.num_layers, len(self.spec.dense_layers)
+        return active_ffn_ratio(self.design.geometry, layers, dense)
 
     @property
     def undecided(self) -> bool:
@@ -133,63 +108,32 @@ class Plan:
 
     def geometries(self) -> list[Geometry]:
         """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
-        arch, target = self.source.arch, TARGETS[self.target]
-        return geometries(
-            self.request,
-            arch.intermediate_size,
-            arch.num_layers,
-            shared_width=target.shared_width,
-            min_experts=target.min_experts,
-        )
+        room = _room(self.source.arch, self.target, 0)
+        return self.way.geometries(self.request, room)
 
     @property
     def most_routed(self) -> int:
         """The most experts that can come to be routed: what stays dense is taken from the others'
         active share, and so from their shared neurons, unless the request fixes these."""
-        possible = self.geometries() if self.undecided else [self.geometry]
+        possible = self.geometries() if self.undecided else [self.design.geometry]
         return max(geometry.num_experts for geometry in possible)
 
     @property
-    def equal(self) -> bool:
-        """Whether the result must compute what the dense model does, of copies."""
-        whole = self.geometry.whole_copies and not self.recipe.spread_gain
-        return self.recipe.method.name == "copy" and whole
-
-    @property
-    def refits(self) -> tuple[str, ...]:
-        """The matrices of a `DenseFFN` that are refit to make up for what is off."""
-        return COMPENSATIONS[self.recipe.compensate.name].refits
-
-    @property
-    def compensates(self) -> bool:
-        return bool(self.refits)
+    def exact(self) -> Exact:
+        """What of the dense model the result must have to rounding."""
+        return self.way.exact(self.recipe, self.design.methods, self.design.geometry)
 
     @property
     def partitions(self) -> bool:
         """Whether each neuron of the dense FFN is in exactly one expert."""
-        return self.recipe.splits and SPLITS[self.recipe.split.name].partitions
-
-    @property
-    def sequential(self) -> bool:
-        """Whether the stream goes through converted layers."""
-        return self.recipe.sequential and not self.recipe.copies
-
-    @property
-    def feedback(self) -> float:
-        """How much of what the hidden states have come to lack a layer's refit makes up for; none
-        where the FFN's output is not what is added to them, or where experts are pruned copies,
-        which it helps no more than it harms."""
-        follows = self.recipe.splits and self.sequential and self.compensates
-        if not follows or Trait.POST_NORM in self.source.arch.traits:
-            return 0.0
-        feedback = getattr(parameters(COMPENSATIONS, self.recipe.compensate), "feedback", 0.0)
-        return min(MOST_FEEDBACK, self.active_ffn_ratio) if feedback is None else float(feedback)
+        return self.way.partitions(self.design.methods)
 
     @property
     def streams(self) -> bool:
         """Whether calibration tokens go through the dense model: always when the router's scale
         must be known, else only if a method looks at activations."""
-        return self.combine == "sum" or router_method(self.recipe).needs_activations
+        router = self.design.methods.router.method
+        return self.design.combine == "sum" or router.needs_activations
 
     @property
     def check_windows(self) -> int:
@@ -197,7 +141,7 @@ class Plan:
         enough of copies, whose logits are compared anyway."""
         window = min(self.recipe.seq_len, CHECK_WINDOW)
         windows = -(-CHECK_TOKENS[self.recipe.check] // window)
-        return min(1, windows) if self.recipe.method.name == "copy" else windows
+        return min(1, windows) if self.exact == "logits" else windows
 
     @property
     def held_tokens(self) -> int:
@@ -212,14 +156,13 @@ class Plan:
 
     def aside_bytes(self) -> int:
         """Disk that only the run itself needs: what a resumed stream and the check read again."""
-        if self.recipe.copies:
+        geometry = self.design.geometry
+        neurons = self.way.kept_neurons(geometry)
+        if not neurons:
             return 0
-        arch, experts = self.source.arch, self.geometry.num_experts
-        neurons = (
-            experts * self.geometry.expert_size if self.recipe.prunes else arch.intermediate_size
-        )
-        rows = experts + len(self.refits) * neurons
-        return len(self.moe_layers) * rows * arch.hidden_size * self.dtype.itemsize
+        rows = geometry.num_experts + len(self.design.refits) * neurons
+        hidden = self.source.arch.hidden_size
+        return len(self.moe_layers) * rows * hidden * self.design.dtype.itemsize
 
     def check_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Memory of the check in a dtype, by default the result's: one whole model at a time, and
@@ -228,7 +171,7 @@ class Plan:
             return 0
         kept = self.held_tokens + int(self.source.arch.fields["vocab_size"])
         values = self.params_total + kept * self.source.arch.hidden_size
-        return values * (dtype or self.dtype).itemsize + 600 * 2**20
+        return values * (dtype or self.design.dtype).itemsize + 600 * 2**20
 
 
 def make_plan(
@@ -245,50 +188,42 @@ def make_plan(
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
     out = None if out is None else local_path(out).resolve()
-    check_methods(recipe)
+    way = WAYS[recipe.method.name]
+    methods = Methods.of(recipe, way.default_router)
+    way.check(recipe, methods)
     dense_layers = named_dense_layers(recipe, source)
-    num_neurons, layers = source.arch.intermediate_size, source.arch.num_layers
     targets = refusals(source.arch, recipe, dense_layers)
-    target = _choose_target(recipe, targets)
-    geometry = geometry_of(
-        recipe,
-        num_neurons,
-        layers,
-        len(dense_layers),
-        shared_width=TARGETS[target].shared_width,
-        min_experts=TARGETS[target].min_experts,
-    )
-    combine = _combine(recipe, geometry, target, targets)
-    gains = TARGETS[target].gains(combine, geometry)
-    gains = gains.over_three_matrices() if recipe.spread_gain else gains
-    spec = MoESpec(geometry, gains, dense_layers)
+    target = _choose_target(recipe, way, targets)
+    room = _room(source.arch, target, len(dense_layers))
+    geometry = way.geometry(recipe, room)
+    combine = _combine(recipe, way, geometry, target, targets)
+    design = _design(recipe, way, methods, source, target, geometry, combine, room)
+    spec = MoESpec(geometry, design.gains, dense_layers)
     device = choose_device(recipe.device)
-    calibration, left_out = _calibration(recipe, source, device)
-    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    fields = common_fields(source.arch, TARGETS[target], dtype)
-    units = _units(source, target, spec, dtype)
+    calibration, left_out = _calibration(recipe, way, source, device)
+    fields = common_fields(source.arch, TARGETS[target], design.dtype)
+    units = _units(source, target, spec, design.dtype)
     params_total = sum(s.numel for unit in units.values() for s in unit)
     idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
     idle = idle_neurons * 3 * source.arch.hidden_size
     plan = Plan(
         source=source,
         request=recipe,
-        recipe=_resolved(recipe, target, geometry, calibration),
+        recipe=_resolved(recipe, methods, target, geometry, calibration),
         out=out,
         target=target,
         targets=targets,
-        geometry=geometry,
-        combine=combine,
+        way=way,
+        design=design,
         spec=spec,
         config=fields | TARGETS[target].config(source.arch, spec),
-        dtype=dtype,
         device=device,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
-        params_active=params_total - idle * (layers - len(dense_layers)),
+        params_active=params_total - idle * (room.layers - len(dense_layers)),
         warnings=(
-            *source_notes(source, dtype),
-            *warnings(recipe, spec, target, dtype),
+            *source_notes(source, design.dtype),
+            *warnings(recipe, way, spec, target, design.dtype),
             *left_out,
         ),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
@@ -297,35 +232,91 @@ def make_plan(
     return plan
 
 
-def _resolved(recipe: Recipe, target: str, geometry: Geometry, calibration: str) -> Recipe:
+def _room(arch: Architecture, target: str, num_dense: int) -> Room:
+    return Room(
+        num_neurons=arch.intermediate_size,
+        layers=arch.num_layers,
+        num_dense=num_dense,
+        shared_width=TARGETS[target].shared_width,
+        min_experts=TARGETS[target].min_experts,
+    )
+
+
+def _design(
+    recipe: Recipe,
+    way: Way,
+    methods: Methods,
+    source: DenseSource,
+    target: str,
+    geometry: Geometry,
+    combine: Combine,
+    room: Room,
+) -> Design:
+    compensates = bool(methods.compensate.method.refits)
+    spread = recipe.router_spread or (SPREAD if compensates else UNFITTED_SPREAD)
+    gains = TARGETS[target].gains(combine, geometry)
+    return Design(
+        methods=methods,
+        geometry=geometry,
+        combine=combine,
+        routing=TARGETS[target].routing,
+        gains=gains.over_three_matrices() if recipe.spread_gain else gains,
+        router_spread=EXACT_SPREAD if way.averages else spread,
+        sequential=recipe.sequential and way.lossy,
+        feedback=_feedback(recipe, way, methods, source.arch, geometry, room),
+        dtype=source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+        seed=recipe.seed,
+    )
+
+
+def _feedback(
+    recipe: Recipe,
+    way: Way,
+    methods: Methods,
+    arch: Architecture,
+    geometry: Geometry,
+    room: Room,
+) -> float:
+    """None where the FFN's output is not what is added to the hidden states, or where it helps no
+    more than it harms."""
+    follows = way.takes_feedback and recipe.sequential and methods.compensate.method.refits
+    if not follows or Trait.POST_NORM in arch.traits:
+        return 0.0
+    asked = getattr(methods.compensate.params, "feedback", 0.0)
+    if asked is not None:
+        return float(asked)
+    return min(MOST_FEEDBACK, active_ffn_ratio(geometry, room.layers, room.num_dense))
+
+
+def _resolved(
+    recipe: Recipe, methods: Methods, target: str, geometry: Geometry, calibration: str
+) -> Recipe:
     """The recipe with what it left open."""
     decided = {
         "target": target,
         "experts": geometry.copies,
         "top_k": geometry.top_k,
         "shared": geometry.shared_ratio,
-        "router": router_choice(recipe),
+        "router": recipe.router or Choice(name=methods.router.name),
         "calibration": calibration,
     }
     return recipe.model_copy(update=decided)
 
 
 def _calibration(
-    recipe: Recipe, source: DenseSource, device: torch.device
+    recipe: Recipe, way: Way, source: DenseSource, device: torch.device
 ) -> tuple[str, tuple[str, ...]]:
     """The calibration text, with `mixed` decided, and what is to be said of that."""
     names = texts(recipe.calibration)
     if "mixed" not in names:
         return recipe.calibration, ()
-    mixed, notes = _mixed(recipe, source, device)
+    mixed, notes = _mixed(way, source, device)
     return "+".join(mixed if name == "mixed" else name for name in names), notes
 
 
-def _mixed(
-    recipe: Recipe, source: DenseSource, device: torch.device
-) -> tuple[str, tuple[str, ...]]:
+def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tuple[str, ...]]:
     """What `mixed` stands for: both, or the first alone where the model can't write."""
-    if recipe.copies:  # nothing is fitted
+    if not way.lossy:  # nothing is fitted
         return "builtin", ()
     needed = WRITING * sum(info.nbytes for info in source.tensors.values())
     free = free_memory(device)
@@ -350,7 +341,7 @@ def refusals(
     }
 
 
-def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
+def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
     if recipe.target != "auto":
         if recipe.target not in TARGETS:
             raise UpcycleError(f"unknown target {recipe.target!r}{suggest(recipe.target, TARGETS)}")
@@ -364,16 +355,16 @@ def _choose_target(recipe: Recipe, targets: Mapping[str, str]) -> str:
     if not reachable_names:
         reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
         raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")
-    if _router_needs_plain_weights(recipe):
+    if _router_needs_plain_weights(recipe, way):
         reachable_names = [n for n in reachable_names if _plain_weights(n)] or reachable_names
-    rank = "copy_rank" if recipe.copies else "split_rank"
+    rank = "copy_rank" if way.averages else "split_rank"
     return min(reachable_names, key=lambda name: int(getattr(TARGETS[name], rank)))
 
 
-def _router_needs_plain_weights(recipe: Recipe) -> bool:
+def _router_needs_plain_weights(recipe: Recipe, way: Way) -> bool:
     """When a token gets one expert only, its renormalised weight is constant, and the router would
     get no gradient. (One copy of several shards learns by how it weights these.)"""
-    one = recipe.copies and recipe.top_k == 1 and not recipe.allow_frozen_router
+    one = way.averages and recipe.top_k == 1 and not recipe.allow_frozen_router
     return one or recipe.spread_gain
 
 
@@ -382,13 +373,13 @@ def _plain_weights(target: str) -> bool:
 
 
 def _combine(
-    recipe: Recipe, geometry: Geometry, target: str, targets: Mapping[str, str]
+    recipe: Recipe, way: Way, geometry: Geometry, target: str, targets: Mapping[str, str]
 ) -> Combine:
     """A split is a sum, copies are averaged, unless their router needs plain weights: then whole
     ones count 1 each."""
-    if not recipe.copies:
+    if not way.averages:
         return "sum"
-    if not _router_needs_plain_weights(recipe):
+    if not _router_needs_plain_weights(recipe, way):
         return "mean"
     if recipe.spread_gain:
         return "plain" if _plain_weights(target) else "mean"
@@ -455,19 +446,21 @@ def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
 
 def _check_feedback(plan: Plan) -> None:
     asked = plan.recipe.compensate.params.get("feedback")
-    if asked and not plan.feedback:
+    if asked and not plan.design.feedback:
         why = f"{plan.source.arch.family} has a norm between its FFN and the hidden states"
-        if not plan.sequential:
+        if not plan.design.sequential:
             why = "--no-sequential fits layers on the dense model's hidden states"
-        if plan.recipe.prunes:
+        if not plan.way.takes_feedback:
             why = "pruned copies are fitted to the dense FFN's output"
         raise UpcycleError(f"compensate.feedback={asked} has no effect: {why}, so give 0")
 
 
 def _check_text(plan: Plan) -> None:
-    check_calibration(plan.recipe, streams=plan.streams)
+    methods = plan.design.methods
+    check_calibration(plan.recipe, methods, streams=plan.streams)
     if plan.streams:
-        check_tokens(plan.recipe, plan.fit_tokens, plan.most_routed)
+        used = plan.way.used(methods, plan.design.geometry)
+        check_tokens(plan.recipe, used, plan.fit_tokens, plan.most_routed)
     if plan.fit_tokens + plan.held_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
         load_tokenizer(plan.source.folder)

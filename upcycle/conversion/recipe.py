@@ -137,21 +137,6 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     check: Literal["fast", "full", "none"] = "fast"
 
-    @property
-    def splits(self) -> bool:
-        """Whether the FFN is cut up. If not, every expert is made from the whole of it."""
-        return self.method.name == "split"
-
-    @property
-    def copies(self) -> bool:
-        """Whether experts are whole copies, changed or not."""
-        return not (self.splits or self.prunes)
-
-    @property
-    def prunes(self) -> bool:
-        """Whether experts are pruned copies."""
-        return self.method.name == "prune"
-
     def settings(self) -> dict[str, Any]:
         """All fields as plain values that make the same recipe again."""
         return self.model_dump(mode="json", exclude_defaults=False)

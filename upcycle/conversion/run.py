@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +18,13 @@ from transformers.activations import ACT2FN
 
 from upcycle.conversion.card import Conversion, model_card, report_json
 from upcycle.conversion.check import CheckReport, run_check
+from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import DenseLayers, choose_dense_layers
-from upcycle.conversion.layer import ConvertedLayer, convert_layer
+from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.plan import Plan, make_plan
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import torch_threads
-from upcycle.core.types import Activation, DenseFFN, ExpertLayout, LayerActivations, all_finite
+from upcycle.core.types import Activation, DenseFFN, LayerActivations, all_finite
 from upcycle.core.versions import versions
 from upcycle.models.assemble import (
     assemble_embeddings,
@@ -168,14 +169,11 @@ def _decide(plan: Plan, workspace: Workspace, tokens: Calibration, progress: Pro
 def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
     """The layers of which all experts together are not the source's FFN, with the FFN that they
     come to: for pruned copies, a wider one."""
-    if plan.recipe.copies or (plan.partitions and not plan.compensates):
+    if plan.exact != "all on" or (plan.partitions and not plan.design.compensates):
         return
     for layer in plan.moe_layers:
         ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), _activation(plan))
-        converted = _take_up(plan, workspace, f"layer {layer}", ffn)
-        down_DF = converted.ffn.down_DF
-        times_F = converted.layout.multiplicity.to(down_DF.dtype)
-        yield layer, replace(converted.ffn, down_DF=down_DF * times_F)
+        yield layer, _take_up(plan, workspace, f"layer {layer}", ffn).all_on()
 
 
 def _tokens(plan: Plan, progress: Progress) -> Calibration:
@@ -208,7 +206,7 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     stream = dense = None
     if plan.streams:
         stream = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
-    if plan.feedback:
+    if plan.design.feedback:
         dense = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
     _write_unit(workspace, writer, "embeddings", assemble_embeddings(outer), {})
     _write_unit(workspace, writer, "head", assemble_head(outer), {})
@@ -255,16 +253,18 @@ def _write_layer(
         if stream and dense:
             wanted_TD = stream.lag(dense).div_(source.arch.fields["residual_multiplier"])
         converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD)
-    elif layer in plan.moe_layers and plan.sequential:
+    elif layer in plan.moe_layers and plan.design.sequential:
         converted = _take_up(plan, workspace, unit, ffn)
-    if stream and activations and converted and plan.sequential:
-        stream.advance(layer, converted.output(activations, plan.weigh))
+    if stream and activations and converted and plan.design.sequential:
+        stream.advance(layer, converted.output(activations, plan.design.weigh))
     elif stream:
         stream.advance(layer)
     if not finished:
         record = _put_aside(plan, workspace, unit, converted)
-        moe = converted.experts(plan, layer) if converted else None
-        named = assemble_layer(TARGETS[plan.target], source.arch, layer, tensors, moe, plan.gains)
+        moe = converted.experts(plan.design, layer) if converted else None
+        named = assemble_layer(
+            TARGETS[plan.target], source.arch, layer, tensors, moe, plan.design.gains
+        )
         _write_unit(workspace, writer, unit, named, {"layer": layer} | record)
 
 
@@ -273,9 +273,9 @@ def _put_aside(
 ) -> dict[str, Any]:
     """What upcycle.json keeps of a layer; and for the time of the run, what a resumed stream and
     the check need."""
-    if converted is None or plan.recipe.copies:
+    if converted is None or not plan.way.kept_neurons(plan.design.geometry):
         return {"dense": converted is None}
-    refit = {name: getattr(converted.ffn, name) for name in plan.refits}
+    refit = {name: getattr(converted.ffn, name) for name in plan.design.refits}
     workspace.keep(unit, {"router": converted.router_ED} | refit)
     return {"dense": False, "permutation": converted.permutation.tolist()}
 
@@ -285,15 +285,8 @@ def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> Conv
     refit: dict[str, Any] = workspace.kept(unit)
     router_ED = refit.pop("router")
     permutation = torch.tensor(workspace.records[unit]["permutation"])
-    ffn = ffn.to("cpu", plan.dtype)
-    if plan.recipe.prunes:
-        ffn = replace(ffn.take(permutation), **refit)
-        return ConvertedLayer.of_pruned(ffn, permutation, router_ED)
-    layout = ExpertLayout.of_permutation(
-        permutation, plan.geometry.shared_size, plan.geometry.num_experts
-    )
-    origin_F = torch.arange(ffn.num_neurons)
-    return ConvertedLayer(replace(ffn, **refit), layout, router_ED, origin_F)
+    ffn = ffn.to("cpu", plan.design.dtype)
+    return plan.way.take_up(plan.design, ffn, permutation, router_ED, refit)
 
 
 def _activation(plan: Plan) -> Activation:

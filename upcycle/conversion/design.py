@@ -1,0 +1,115 @@
+"""The design: what every FFN becomes. All that making experts depends on, but the layer itself."""
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.recipe import Choice, Recipe
+from upcycle.core.errors import UpcycleError
+from upcycle.core.foreign import first_problem
+from upcycle.core.registry import Method, Params, Registry, check_parameters
+from upcycle.core.types import Geometry
+from upcycle.models.targets import Combine, Gains
+from upcycle.models.targets.base import Routing
+from upcycle.router_init import ROUTERS
+from upcycle.split import SPLITS
+from upcycle.split.copies import PERTURBS
+from upcycle.split.shared import SHARED
+
+F = TypeVar("F")
+
+
+@dataclass(frozen=True)
+class Bound(Generic[F]):
+    """A method with its parameters."""
+
+    method: Method[F]
+    params: Params
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    def run(self) -> F:
+        return self.method.run
+
+
+def bind(registry: Registry[Method[F]], choice: Choice) -> Bound[F]:
+    """The method of this name, with the parameters that were chosen.
+
+    Raises:
+        UpcycleError: there is none, or a parameter is unknown or out of range.
+    """
+    method = registry[choice.name]
+    named = f"{registry.kind} {choice.name!r}"
+    check_parameters(named, choice.params, method.params.model_fields)
+    try:
+        return Bound(method, method.params(**choice.params))
+    except ValidationError as error:
+        raise UpcycleError(f"{named}: {first_problem(error)}") from error
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The plug-ins that a recipe names, with their parameters."""
+
+    split: Bound[Any]
+    shared_by: Bound[Any]
+    router: Bound[Any]
+    compensate: Bound[Any]
+    perturb: Bound[Any] | None
+    """What makes copies differ, if anything does."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, default_router: str) -> "Methods":
+        """Those of a recipe.
+
+        Raises:
+            UpcycleError: one does not exist, or does not take its parameters.
+        """
+        return cls(
+            split=bind(SPLITS, recipe.split),
+            shared_by=bind(SHARED, recipe.shared_by),
+            router=bind(ROUTERS, recipe.router or Choice(name=default_router)),
+            compensate=bind(COMPENSATIONS, recipe.compensate),
+            perturb=bind(PERTURBS, recipe.method) if recipe.method.name in PERTURBS else None,
+        )
+
+
+@dataclass(frozen=True)
+class Design:
+    """What every FFN that is not kept dense becomes."""
+
+    methods: Methods
+    geometry: Geometry
+    combine: Combine
+    routing: Routing
+    """The target's."""
+    gains: Gains
+    router_spread: float
+    """Standard deviation of a token's logits over experts."""
+    sequential: bool
+    """Whether the stream goes through converted layers."""
+    feedback: float
+    """How much of what the hidden states have come to lack a layer's refit makes up for."""
+    dtype: torch.dtype
+    """That is written."""
+    seed: int
+
+    def weigh(self, logits_TE: Tensor) -> Tensor:
+        """What each expert counts by the router's logits [T, E]; see `Routing.weights`."""
+        return self.routing.weights(logits_TE, self.geometry.top_k, self.gains)
+
+    @property
+    def refits(self) -> tuple[str, ...]:
+        """The matrices of a `DenseFFN` that are refit to make up for what is off."""
+        return self.methods.compensate.method.refits
+
+    @property
+    def compensates(self) -> bool:
+        return bool(self.refits)

@@ -1,0 +1,182 @@
+"""Ways: how experts are made of a dense FFN. One file, one way.
+
+A way is what `--method` names. It checks what is asked of it, counts its experts, makes them, and
+says in words what it made; nothing else in the package knows which ways there are.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from upcycle.conversion.converted import ConvertedLayer, Inputs
+from upcycle.conversion.design import Bound, Design, Methods
+from upcycle.conversion.recipe import Recipe
+from upcycle.core.errors import UpcycleError
+from upcycle.core.registry import Registry
+from upcycle.core.types import DenseFFN, Geometry
+from upcycle.models.targets import SharedWidth
+from upcycle.models.targets.base import MoETarget
+from upcycle.router_init import ROUTERS
+
+Exact = Literal["logits", "all on", "nothing"]
+"""What of the dense model a finished checkpoint must have to rounding: its logits, its logits with
+all experts on (beside a dense model with the same weights, where they were refit), or nothing."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a way has to cut up, and what the target has place for."""
+
+    num_neurons: int
+    """F, of the dense FFN."""
+    layers: int
+    num_dense: int = 0
+    """How many of the layers stay dense; the others make up for it in the active share."""
+    shared_width: SharedWidth = "none"
+    min_experts: int = 1
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What fitting a layer holds, for the estimate of memory."""
+
+    neurons: int
+    """That are refit together."""
+    tokens: int
+    """On which they are."""
+    at_once: int
+    """Tokens whose activations are held."""
+    kept: int = 0
+    """Weights of finished experts."""
+
+
+class Way(ABC):
+    """One way of making experts of a dense FFN."""
+
+    name: str
+    default_router: ClassVar[str]
+    lossy: ClassVar[bool] = True
+    """Whether what is made is less than the dense FFN, so that a refit, an active share and layers
+    kept dense mean something."""
+    averages: ClassVar[bool] = False
+    """Whether each expert stands for the whole FFN, so that experts are averaged, not summed."""
+    takes_feedback: ClassVar[bool] = False
+    """Whether a refit may make up for what the layers before have lost."""
+
+    @abstractmethod
+    def check(self, recipe: Recipe, methods: Methods) -> None:
+        """What is asked goes with this way.
+
+        Raises:
+            UpcycleError: it does not.
+        """
+
+    @abstractmethod
+    def geometry(self, recipe: Recipe, room: Room) -> Geometry:
+        """How many of everything, with what the recipe leaves open decided.
+
+        Raises:
+            UpcycleError: the FFN can't be cut like this.
+        """
+
+    def geometries(self, recipe: Recipe, room: Room) -> list[Geometry]:
+        """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
+        found = []
+        for num_dense in range(room.layers):
+            try:
+                found.append(self.geometry(recipe, replace(room, num_dense=num_dense)))
+            except UpcycleError:
+                break
+        return found
+
+    @abstractmethod
+    def make(self, design: Design, inputs: Inputs) -> ConvertedLayer:
+        """The experts and the router of one layer."""
+
+    @abstractmethod
+    def exact(self, recipe: Recipe, methods: Methods, geometry: Geometry) -> Exact:
+        """What the check may demand."""
+
+    def partitions(self, methods: Methods) -> bool:
+        """Whether each neuron of the dense FFN is in exactly one expert."""
+        return False
+
+    def kept_neurons(self, geometry: Geometry) -> int:
+        """Neurons per layer whose refit weights are put aside while the conversion runs."""
+        return 0
+
+    def take_up(
+        self, design: Design, ffn: DenseFFN, permutation: Tensor, router_ED: Tensor, refit: Any
+    ) -> ConvertedLayer:
+        """A layer again that was made, and put aside.
+
+        Args:
+            ffn: the source's, in the dtype that is written.
+            refit: the matrices of a `DenseFFN` that were refit.
+        """
+        raise NotImplementedError(f"layers made by {self.name} are not put aside")
+
+    def used(self, methods: Methods, geometry: Geometry) -> dict[str, Bound[Any]]:
+        """The methods that make experts and router, by the field of the recipe that names them."""
+        return {"router": methods.router}
+
+    def fitting(self, geometry: Geometry, tokens: int) -> Fitting:
+        """What fitting a layer holds."""
+        return Fitting(geometry.num_neurons, tokens, tokens)
+
+    @abstractmethod
+    def usage(self, geometry: Geometry) -> str:
+        """What a token uses of each converted FFN, in a sentence."""
+
+    @abstractmethod
+    def made(self, design: Design) -> str:
+        """By what the experts were made, as the middle of a sentence."""
+
+    @abstractmethod
+    def card(self, design: Design) -> str:
+        """What became of every FFN, for the model card."""
+
+    def notes(
+        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
+    ) -> Iterator[str]:
+        """What works, but not all that well."""
+        return iter(())
+
+    fewer: ClassVar[str] = ""
+    """What fewer experts are, where their number was chosen for the user."""
+
+
+WAYS: Registry[Way] = Registry("method")
+
+
+def check_no_copies(recipe: Recipe) -> None:
+    """Nothing is asked that goes with whole copies alone.
+
+    Raises:
+        UpcycleError: it is.
+    """
+    if recipe.spread_gain:
+        raise UpcycleError("spread_gain goes with copies: a split and pruned copies are refit")
+    if recipe.granularity != 1:
+        raise UpcycleError(
+            f"--granularity {recipe.granularity} goes with copies: for a split, raise --experts"
+        )
+
+
+def check_alike(recipe: Recipe, methods: Methods) -> None:
+    """Of experts that are all the same when the router is made.
+
+    Raises:
+        UpcycleError: the router can't tell them apart, or neurons are asked to be always on.
+    """
+    if not methods.router.method.tells_copies_apart:
+        fitting = " or ".join(name for name, r in ROUTERS.items() if r.tells_copies_apart)
+        raise UpcycleError(
+            f"--router {methods.router.name} has nothing to tell copies apart by: use {fitting}"
+        )
+    if recipe.shared:
+        raise UpcycleError(f"--shared {recipe.shared:g} goes with a split: copies have none")

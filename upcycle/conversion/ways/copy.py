@@ -1,0 +1,113 @@
+"""Copy: every expert is the whole FFN (sparse upcycling), changed or not, or cut into shards.
+
+Copies are averaged, so that the model computes what it did; it is larger, and meant to be trained.
+A perturbation (`split/copies/`) makes them differ from the start.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from upcycle.conversion.converted import ConvertedLayer, Inputs, route, stored
+from upcycle.conversion.design import Bound, Design, Methods
+from upcycle.conversion.geometry import copied_geometry
+from upcycle.conversion.recipe import Recipe
+from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_alike
+from upcycle.core.errors import UpcycleError
+from upcycle.core.rng import generator
+from upcycle.core.types import ExpertLayout, Geometry
+from upcycle.models.targets import TARGETS
+from upcycle.models.targets.base import MoETarget
+from upcycle.split.copies import PERTURBS
+
+
+class Copy(Way):
+    default_router = "normal"
+    lossy = False
+    averages = True
+
+    def __init__(self, name: str = "copy") -> None:
+        self.name = name
+
+    def check(self, recipe: Recipe, methods: Methods) -> None:
+        check_alike(recipe, methods)
+        if recipe.compensate.name != "none":
+            raise UpcycleError(
+                f"--compensate {recipe.compensate.name} goes with a split: copies lose nothing"
+            )
+        if recipe.active is not None:
+            raise UpcycleError(
+                f"--active {recipe.active:g} goes with a split: for copies, give --top-k"
+            )
+        if recipe.keep_dense == "auto":
+            raise UpcycleError("--keep-dense auto goes with a split: copies do no damage")
+
+    def geometry(self, recipe: Recipe, room: Room) -> Geometry:
+        return copied_geometry(recipe, room.num_neurons)
+
+    def make(self, design: Design, inputs: Inputs) -> ConvertedLayer:
+        """N copies of G shards; a copy's shards share a router row, so they are chosen together
+        (NVIDIA's virtual groups, arXiv:2410.07524)."""
+        geometry, ffn = design.geometry, inputs.ffn
+        neurons_F = torch.arange(ffn.num_neurons)
+        copies_NF = neurons_F.expand(geometry.copies, -1)
+        rng = generator(design.seed, "router", inputs.layer)
+        router_ND = route(design, inputs.activations, copies_NF, rng)
+        shards_GM = neurons_F.view(geometry.granularity, -1)
+        layout = ExpertLayout(shards_GM.repeat(geometry.copies, 1), neurons_F[:0])
+        router_ED = router_ND.repeat_interleave(geometry.granularity, dim=0)
+        return ConvertedLayer(ffn, layout, stored(design, inputs, router_ED), neurons_F)
+
+    def exact(self, recipe: Recipe, methods: Methods, geometry: Geometry) -> Exact:
+        equal = methods.perturb is None and geometry.whole_copies and not recipe.spread_gain
+        return "logits" if equal else "nothing"
+
+    def used(self, methods: Methods, geometry: Geometry) -> dict[str, Bound[Any]]:
+        perturbed = {} if methods.perturb is None else {"method": methods.perturb}
+        return {"router": methods.router} | perturbed
+
+    def usage(self, geometry: Geometry) -> str:
+        shards = f" shards, of {geometry.copies} copies" if geometry.granularity > 1 else " copies"
+        return f"A token uses {geometry.top_k} of {geometry.num_experts}{shards} of each FFN."
+
+    def made(self, design: Design) -> str:
+        return f"{self.name}, router {design.methods.router.name}"
+
+    def card(self, design: Design) -> str:
+        geometry, perturb = design.geometry, design.methods.perturb
+        shards = f", {geometry.granularity} shards a copy" if geometry.granularity > 1 else ""
+        changed = f", then changed by `{perturb.name}`" if perturb is not None else ""
+        return (
+            f"Every layer's FFN was copied {geometry.copies} times, into {geometry.num_experts} "
+            f"experts{shards}{changed};\n{geometry.top_k} are active per token. It is meant to be "
+            "trained further."
+        )
+
+    def notes(
+        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
+    ) -> Iterator[str]:
+        """Why copies do not compute what the dense model does, before they are trained."""
+        top_k, granularity = geometry.top_k, geometry.granularity
+        if not geometry.whole_copies:
+            whole = max(top_k // granularity, 1) * granularity
+            yield (
+                f"--top-k {top_k} is no multiple of --granularity {granularity}, so tokens get "
+                "parts of copies: until it is trained, the result is not the dense model (--top-k "
+                f"{whole} would be)"
+            )
+        elif granularity > 1 and dtype != torch.float32 and not target.groups:
+            fitting = " or ".join(f"--target {name}" for name, t in TARGETS.items() if t.groups)
+            yield (
+                "below float32, two copies score the same on some tokens, which then get shards "
+                f"of both: {fitting} keeps copies whole, and so does --dtype float32"
+            )
+        if recipe.spread_gain:
+            yield (
+                "spread_gain multiplies gate_proj, too, in which an FFN is not linear: until it "
+                "is trained, the result is not the dense model"
+            )
+
+
+for _name in ("copy", *PERTURBS):
+    WAYS.add(_name, Copy(_name))
