@@ -79,7 +79,7 @@ def test_every_perturbation_leaves_its_input_alone(name):
 def test_every_perturbation_rejects_unknown_parameters_and_names_the_nearest(name):
     field = next(iter(PERTURBS[name].params.model_fields))
     with pytest.raises(UpcycleError, match=f"did you mean '{field}'"):
-        bind(PERTURBS, Choice(name=name, **{f"{field}s": 0.5})).params
+        bind(PERTURBS, Choice(name=name, **{f"{field}s": 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_every_perturbation_rejects_unknown_parameters_and_names_the_nearest(nam
 )
 def test_values_out_of_range_are_rejected(name, params):
     with pytest.raises(UpcycleError, match=next(iter(params))):
-        bind(PERTURBS, Choice(name=name, **params)).params
+        bind(PERTURBS, Choice(name=name, **params))
 
 
 @pytest.mark.parametrize("ratio", [0.02, 1 / 3, 0.4, 0.5, 0.99])

@@ -67,7 +67,7 @@ def test_no_rule_touches_its_input_or_global_randomness(name, activations):
 @pytest.mark.parametrize("name", SHARED)
 def test_every_rule_rejects_unknown_parameters(name):
     with pytest.raises(UpcycleError, match="has no parameter 'strngest'"):
-        bind(SHARED, Choice(name=name, strngest=3)).params
+        bind(SHARED, Choice(name=name, strngest=3))
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -17,7 +17,7 @@ from upcycle.core.types import ExpertLayout
 
 
 class Shuffled(Copy):
-    """Copies, each with its neurons in an order of its own: another checkpoint, the same function."""
+    """Copies, each with its neurons in another order: the same function."""
 
     def make(self, design, inputs):
         made = super().make(design, inputs)

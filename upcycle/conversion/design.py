@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.compensate.base import Compensation
 from upcycle.conversion.recipe import Choice, Recipe
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem
@@ -16,30 +17,31 @@ from upcycle.core.types import Geometry
 from upcycle.models.targets import Combine, Gains
 from upcycle.models.targets.base import Routing
 from upcycle.router_init import ROUTERS
+from upcycle.router_init.base import Router
 from upcycle.split import SPLITS
+from upcycle.split.base import Split
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
 
-F = TypeVar("F")
+M = TypeVar("M", bound=Method[Any])
 
 
 @dataclass(frozen=True)
-class Bound(Generic[F]):
+class Bound(Generic[M]):
     """A method with its parameters."""
 
-    method: Method[F]
+    method: M
     params: Params
 
     @property
     def name(self) -> str:
         return self.method.name
 
-    @property
-    def run(self) -> F:
-        return self.method.run
+    def run(self, *arguments: Any) -> Any:
+        return self.method.run(*arguments)
 
 
-def bind(registry: Registry[Method[F]], choice: Choice) -> Bound[F]:
+def bind(registry: Registry[M], choice: Choice) -> Bound[M]:
     """The method of this name, with the parameters that were chosen.
 
     Raises:
@@ -58,11 +60,11 @@ def bind(registry: Registry[Method[F]], choice: Choice) -> Bound[F]:
 class Methods:
     """The plug-ins that a recipe names, with their parameters."""
 
-    split: Bound[Any]
-    shared_by: Bound[Any]
-    router: Bound[Any]
-    compensate: Bound[Any]
-    perturb: Bound[Any] | None
+    split: Bound[Split]
+    shared_by: Bound[Method[Any]]
+    router: Bound[Router]
+    compensate: Bound[Compensation]
+    perturb: Bound[Method[Any]] | None
     """What makes copies differ, if anything does."""
 
     @classmethod

@@ -1,9 +1,9 @@
 """Named plug-ins: what a method is called, which paper it follows, which parameters it takes."""
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,6 +11,7 @@ from upcycle.core.errors import UpcycleError
 
 T = TypeVar("T")
 F = TypeVar("F")
+Function = TypeVar("Function")
 
 
 class Params(BaseModel):
@@ -19,22 +20,24 @@ class Params(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Method(Generic[F]):
     """A plug-in function together with what people need to know about it."""
 
     name: str
     summary: str
     paper: str
-    params: type[Params]
     run: F
     needs_activations: bool
-    tells_copies_apart: bool = True
-    """For a router: whether its rows differ when all experts are equal."""
-    partitions: bool = True
-    """For a split: whether each neuron belongs to exactly one expert."""
-    refits: tuple[str, ...] = ()
-    """For a compensation: which matrices of a `DenseFFN` it changes."""
+    params: type[Params] = Params
+
+
+class About(TypedDict):
+    """What the author of a plug-in says of it."""
+
+    summary: str
+    paper: str
+    params: NotRequired[type[Params]]
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -74,6 +77,24 @@ def check_parameters(method: str, given: Iterable[str], known: Collection[str]) 
         if name not in known:
             hint = suggest(name, known) if known else "; it has none"
             raise UpcycleError(f"{method} has no parameter {name!r}{hint}")
+
+
+def registering(
+    registry: Registry[Any], entry: Callable[..., Any], **fields: Any
+) -> Callable[[Function], Function]:
+    """A decorator that registers a function and returns it as it is.
+
+    Args:
+        entry: makes the `Method` of a kind from its fields; `run` is the function, or what the
+            field `adapt` makes of it.
+    """
+    adapt = fields.pop("adapt", lambda function: function)
+
+    def register(function: Function) -> Function:
+        registry.add(fields["name"], entry(run=adapt(function), **fields))
+        return function
+
+    return register
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -5,12 +5,13 @@ scale is free: for a split, only the order of the logits counts, and the convers
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
-from upcycle.core.registry import Method, Params, Registry
+from upcycle.core.registry import About, Method, Params, Registry, registering
 from upcycle.core.types import DenseFFN, LayerActivations
 
 P = TypeVar("P", bound=Params, contravariant=True)
@@ -29,43 +30,32 @@ class ActivationRouter(Protocol[P]):
 
 
 Run = Callable[[LayerActivations, Tensor, Params, torch.Generator], Tensor]
-ROUTERS: Registry[Method[Run]] = Registry("router")
+
+
+@dataclass(frozen=True)
+class Router(Method[Run]):
+    tells_copies_apart: bool = False
+    """Whether its rows differ when all experts are equal."""
+
+
+ROUTERS: Registry[Router] = Registry("router")
 
 
 def router_from_weights(
-    name: str,
-    *,
-    summary: str,
-    paper: str,
-    params: type[Params] = Params,
-    tells_copies_apart: bool = False,
+    name: str, *, tells_copies_apart: bool = False, **about: Unpack[About]
 ) -> Callable[[WeightRouter[P]], WeightRouter[P]]:
     """Register a router that reads the FFN's weights alone."""
 
-    def register(function: WeightRouter[P]) -> WeightRouter[P]:
-        def run(acts: LayerActivations, experts_EM: Tensor, p: P, rng: torch.Generator) -> Tensor:
-            return function(acts.ffn, experts_EM, p, rng)
+    def adapt(function: WeightRouter[Any]) -> Run:
+        return lambda activations, *others: function(activations.ffn, *others)
 
-        entry = Method(name, summary, paper, params, cast(Run, run), False, tells_copies_apart)
-        ROUTERS.add(name, entry)
-        return function
-
-    return register
+    fields = {"needs_activations": False, "tells_copies_apart": tells_copies_apart}
+    return registering(ROUTERS, Router, name=name, adapt=adapt, **fields, **about)
 
 
 def router_from_activations(
-    name: str,
-    *,
-    summary: str,
-    paper: str,
-    params: type[Params] = Params,
-    tells_copies_apart: bool = False,
+    name: str, *, tells_copies_apart: bool = False, **about: Unpack[About]
 ) -> Callable[[ActivationRouter[P]], ActivationRouter[P]]:
     """Register a router that is fitted on the calibration tokens."""
-
-    def register(function: ActivationRouter[P]) -> ActivationRouter[P]:
-        entry = Method(name, summary, paper, params, cast(Run, function), True, tells_copies_apart)
-        ROUTERS.add(name, entry)
-        return function
-
-    return register
+    fields = {"needs_activations": True, "tells_copies_apart": tells_copies_apart}
+    return registering(ROUTERS, Router, name=name, **fields, **about)

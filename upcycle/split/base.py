@@ -6,12 +6,13 @@ another out.
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
-from upcycle.core.registry import Method, Params, Registry
+from upcycle.core.registry import About, Method, Params, Registry, registering
 from upcycle.core.types import DenseFFN, LayerActivations
 
 P = TypeVar("P", bound=Params, contravariant=True)
@@ -30,42 +31,32 @@ class ActivationSplit(Protocol[P]):
 
 
 Run = Callable[[LayerActivations, int, Params, torch.Generator], Tensor]
-SPLITS: Registry[Method[Run]] = Registry("split")
+
+
+@dataclass(frozen=True)
+class Split(Method[Run]):
+    partitions: bool = True
+    """Whether each neuron belongs to exactly one expert."""
+
+
+SPLITS: Registry[Split] = Registry("split")
 
 
 def split_from_weights(
-    name: str, *, summary: str, paper: str, params: type[Params] = Params
+    name: str, **about: Unpack[About]
 ) -> Callable[[WeightSplit[P]], WeightSplit[P]]:
     """Register a split that reads the FFN's weights alone."""
 
-    def register(function: WeightSplit[P]) -> WeightSplit[P]:
-        def run(acts: LayerActivations, num_experts: int, p: P, rng: torch.Generator) -> Tensor:
-            return function(acts.ffn, num_experts, p, rng)
+    def adapt(function: WeightSplit[Any]) -> Run:
+        return lambda activations, *others: function(activations.ffn, *others)
 
-        SPLITS.add(
-            name, Method(name, summary, paper, params, cast(Run, run), needs_activations=False)
-        )
-        return function
-
-    return register
+    return registering(SPLITS, Split, name=name, adapt=adapt, needs_activations=False, **about)
 
 
 def split_from_activations(
-    name: str,
-    *,
-    summary: str,
-    paper: str,
-    params: type[Params] = Params,
-    partitions: bool = True,
+    name: str, *, partitions: bool = True, **about: Unpack[About]
 ) -> Callable[[ActivationSplit[P]], ActivationSplit[P]]:
     """Register a split that looks at what the neurons do on the calibration tokens."""
-
-    def register(function: ActivationSplit[P]) -> ActivationSplit[P]:
-        run = cast(Run, function)
-        entry = Method(
-            name, summary, paper, params, run, needs_activations=True, partitions=partitions
-        )
-        SPLITS.add(name, entry)
-        return function
-
-    return register
+    return registering(
+        SPLITS, Split, name=name, needs_activations=True, partitions=partitions, **about
+    )

@@ -1,11 +1,12 @@
 """Compensation: what the neurons that are on do to stand in for those that are off."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, Unpack
 
 from torch import Tensor
 
-from upcycle.core.registry import Method, Params, Registry
+from upcycle.core.registry import About, Method, Params, Registry, registering
 from upcycle.core.types import DenseFFN, LayerActivations, Selection
 
 P = TypeVar("P", bound=Params, contravariant=True)
@@ -26,27 +27,24 @@ class Compensate(Protocol[P]):
 
 
 Run = Callable[[LayerActivations, Selection, Tensor, Tensor, Params], DenseFFN]
-COMPENSATIONS: Registry[Method[Run]] = Registry("compensation")
+
+
+@dataclass(frozen=True)
+class Compensation(Method[Run]):
+    refits: tuple[str, ...] = ()
+    """Which matrices of a `DenseFFN` it changes."""
+
+
+COMPENSATIONS: Registry[Compensation] = Registry("compensation")
 
 
 def compensation(
-    name: str,
-    *,
-    summary: str,
-    paper: str,
-    params: type[Params] = Params,
-    refits: tuple[str, ...] = (),
+    name: str, *, refits: tuple[str, ...] = (), **about: Unpack[About]
 ) -> Callable[[Compensate[P]], Compensate[P]]:
     """Register a function that returns an FFN and leaves its input alone.
 
     Args:
         refits: which matrices of the FFN it changes.
     """
-
-    def register(function: Compensate[P]) -> Compensate[P]:
-        run = cast(Run, function)
-        method = Method(name, summary, paper, params, run, bool(refits), refits=refits)
-        COMPENSATIONS.add(name, method)
-        return function
-
-    return register
+    fields = {"needs_activations": bool(refits), "refits": refits}
+    return registering(COMPENSATIONS, Compensation, name=name, **fields, **about)

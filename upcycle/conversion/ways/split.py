@@ -96,8 +96,8 @@ class Split(Way):
         return ConvertedLayer(replace(ffn, **refit), layout, router_ED, origin_F)
 
     def used(self, methods: Methods, geometry: Geometry) -> dict[str, Bound[Any]]:
-        shared = {"shared_by": methods.shared_by} if geometry.shared_size else {}
-        return {"router": methods.router, "split": methods.split} | shared
+        used: dict[str, Bound[Any]] = {"router": methods.router, "split": methods.split}
+        return used | ({"shared_by": methods.shared_by} if geometry.shared_size else {})
 
     def usage(self, geometry: Geometry) -> str:
         each = f"{100 * geometry.expert_size / geometry.num_neurons:.1f}"

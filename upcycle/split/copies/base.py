@@ -1,11 +1,11 @@
 """Perturbations: what makes copies of an FFN differ."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, Unpack
 
 import torch
 
-from upcycle.core.registry import Method, Params, Registry
+from upcycle.core.registry import About, Method, Params, Registry, registering
 from upcycle.core.types import DenseFFN
 
 P = TypeVar("P", bound=Params, contravariant=True)
@@ -19,15 +19,6 @@ Run = Callable[[DenseFFN, Params, torch.Generator], DenseFFN]
 PERTURBS: Registry[Method[Run]] = Registry("method")
 
 
-def perturb(
-    name: str, *, summary: str, paper: str, params: type[Params] = Params
-) -> Callable[[Perturb[P]], Perturb[P]]:
+def perturb(name: str, **about: Unpack[About]) -> Callable[[Perturb[P]], Perturb[P]]:
     """Register a function that returns a changed expert and leaves its input alone."""
-
-    def register(function: Perturb[P]) -> Perturb[P]:
-        PERTURBS.add(
-            name, Method(name, summary, paper, params, cast(Run, function), needs_activations=False)
-        )
-        return function
-
-    return register
+    return registering(PERTURBS, Method, name=name, needs_activations=False, **about)

@@ -1,12 +1,12 @@
 """Shared experts: which neurons are on for every token."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
-from upcycle.core.registry import Method, Params, Registry
+from upcycle.core.registry import About, Method, Params, Registry, registering
 from upcycle.core.types import Geometry, LayerActivations
 
 P = TypeVar("P", bound=Params, contravariant=True)
@@ -31,32 +31,17 @@ Run = Callable[[LayerActivations, Geometry, Params, torch.Generator], Tensor]
 SHARED: Registry[Method[Run]] = Registry("shared-expert rule")
 
 
-def shared_by(
-    name: str, *, summary: str, paper: str, params: type[Params] = Params
-) -> Callable[[Score[P]], Score[P]]:
+def shared_by(name: str, **about: Unpack[About]) -> Callable[[Score[P]], Score[P]]:
     """Register a rule that scores neurons by what they do on the calibration tokens."""
 
-    def register(function: Score[P]) -> Score[P]:
-        def run(acts: LayerActivations, geometry: Geometry, p: P, rng: torch.Generator) -> Tensor:
-            return function(acts, p)
+    def adapt(function: Score[Any]) -> Run:
+        return lambda activations, geometry, params, rng: function(activations, params)
 
-        SHARED.add(
-            name, Method(name, summary, paper, params, cast(Run, run), needs_activations=True)
-        )
-        return function
-
-    return register
+    return registering(SHARED, Method, name=name, adapt=adapt, needs_activations=True, **about)
 
 
 def shared_by_experts(
-    name: str, *, summary: str, paper: str, params: type[Params] = Params
+    name: str, **about: Unpack[About]
 ) -> Callable[[ExpertScore[P]], ExpertScore[P]]:
     """Register a rule that scores neurons by what experts of this number and size want."""
-
-    def register(function: ExpertScore[P]) -> ExpertScore[P]:
-        SHARED.add(
-            name, Method(name, summary, paper, params, cast(Run, function), needs_activations=True)
-        )
-        return function
-
-    return register
+    return registering(SHARED, Method, name=name, needs_activations=True, **about)
