@@ -29,8 +29,6 @@ KINDS = {
     "compensate": "compensation",
 }
 """The fields of a recipe that name a method, and what the methods are called there."""
-UNPERTURBED = ("split", "prune", "copy")
-"""Methods in the field of that name that are no plug-ins and take no parameters."""
 
 
 def methods() -> list[dict[str, Any]]:
@@ -55,17 +53,23 @@ def check_names(recipe: Recipe) -> None:
     """
     for field, kind in KINDS.items():
         choice = getattr(recipe, field)
-        if choice is not None and not (field == "method" and choice.name in UNPERTURBED):
+        if choice is not None and not (field == "method" and choice.name in _plain_ways()):
             _check_choice(kind, choice)
     targets = _catalogue()["targets"]
     if recipe.target not in ("auto", *targets):
         raise UpcycleError(f"unknown target {recipe.target!r}{suggest(recipe.target, targets)}")
 
 
+def _plain_ways() -> set[str]:
+    """Ways of making experts that are no perturbation of copies, and take no parameters."""
+    perturbed = {method["name"] for method in methods() if method["kind"] == "method"}
+    return set(_catalogue()["ways"]) - perturbed
+
+
 def _check_choice(kind: str, choice: Choice) -> None:
     known = {method["name"]: method["parameters"] for method in methods() if method["kind"] == kind}
     if choice.name not in known:
-        names = [*known, *(UNPERTURBED if kind == "method" else ())]
+        names = [*known, *(_plain_ways() if kind == "method" else ())]
         raise UpcycleError(f"unknown {kind} {choice.name!r}{suggest(choice.name, names)}")
     check_parameters(f"{kind} {choice.name!r}", choice.params, known[choice.name])
 

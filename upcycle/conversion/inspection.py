@@ -13,6 +13,7 @@ from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.geometry import legal_parts
 from upcycle.conversion.plan import refusals
 from upcycle.conversion.recipe import Recipe
+from upcycle.conversion.ways import WAYS
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem, read_json
 from upcycle.core.versions import versions
@@ -138,8 +139,8 @@ def is_routed(name: str) -> bool:
 
 
 def registered() -> dict[str, Any]:
-    """Every registered method with its parameters and their defaults, and every target: what
-    catalogue.json holds."""
+    """Every registered method with its parameters and their defaults, every way and every target:
+    what catalogue.json holds."""
     registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS)
     methods = [
         {
@@ -153,7 +154,7 @@ def registered() -> dict[str, Any]:
         for registry in registries
         for method in registry.values()
     ]
-    return {"methods": methods, "targets": list(TARGETS)}
+    return {"methods": methods, "ways": list(WAYS), "targets": list(TARGETS)}
 
 
 def describe_environment() -> dict[str, str]:
