@@ -229,6 +229,14 @@ def test_what_was_read_stays_whatever_happens_to_the_file(copy):
         assert torch.equal(model.state_dict()[name], expected[name])
 
 
+def test_models_are_loaded_with_tensors_of_no_elements_and_of_all_shards(dense, moe):
+    for folder in (moe(dense(), target="glm4_moe"), dense(shards=SHARD_SIZE)):
+        model = load_model(folder, torch.float32, torch.device("cpu"))
+        plain = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        assert model.state_dict().keys() == plain.keys()
+        assert all(torch.equal(t, plain[name]) for name, t in model.state_dict().items())
+
+
 def test_norms_in_float32_beside_bfloat16_weights(copy):
     folder = copy(dtype=torch.bfloat16)
 

@@ -248,16 +248,32 @@ def reading_whole() -> Iterator[None]:
     """Within it, transformers reads a checkpoint into memory. It maps the files otherwise, and as
     long as the model lives, one that changes changes the weights, and one that is cut short ends
     the process without a word."""
-    mapped = modeling_utils.safe_open
-
-    def read(*arguments: Any, **settings: Any) -> Any:
-        return mapped(*arguments, **settings | {"backend": "pread"})
-
-    modeling_utils.safe_open = read
+    modeling_utils.safe_open = _Unmapped
     try:
         yield
     finally:
-        modeling_utils.safe_open = mapped
+        modeling_utils.safe_open = safe_open
+
+
+class _Unmapped:
+    """`safe_open` as transformers calls it, but for how the bytes are read."""
+
+    def __init__(self, path: Any, **settings: Any) -> None:
+        self.shard: Any = safe_open(path, **settings | {"backend": "pread"})
+
+    def __enter__(self) -> "_Unmapped":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.shard.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.shard, name)
+
+    def get_slice(self, name: str) -> Any:
+        part = self.shard.get_slice(name)
+        # safetensors 0.8 refuses to read no bytes of a slice.
+        return part if math.prod(part.get_shape()) else self.shard.get_tensor(name)
 
 
 def open_source(model: str, *, revision: str | None = None) -> DenseSource:
