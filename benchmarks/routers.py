@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, plans: dict[str, Plan]) -> Iterator[dict[s
         weight_T = norm_T.clamp_min(norm_T.median().item() / 10)[len(fit_TD) :] ** -2
         for name, made in plans.items():
             layout = convert_layer(made, layer, ffn, LayerActivations(ffn, fit_TD)).layout
-            split = Split(ffn, layout, made.geometry.top_k)
+            split = Split(ffn, layout, made.design.geometry.top_k)
             for label, router, epoch in routers(split, fit_TD, layer, args.epochs):
                 with torch.no_grad():
                     scores_TE = router(held_TD).to(held_TD.device)
@@ -183,7 +183,7 @@ def show(rows: list[dict[str, Any]], plans: dict[str, Plan]) -> None:
     layers = " ".join(str(layer) for layer in dict.fromkeys(row["layer"] for row in rows))
     table = Table("router", title=f"layers {layers}")
     for name, made in plans.items():
-        cut = made.geometry
+        cut = made.design.geometry
         shape = f"{cut.top_k} of {cut.num_experts} x {cut.expert_size} + {cut.shared_size}"
         table.add_column(f"{name} {shape}\nenergy kept, %")
         table.add_column("\nerror")

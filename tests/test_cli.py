@@ -192,6 +192,18 @@ def test_methods_import_their_libraries_when_they_run():
     assert not {"scipy", "pymetis", "transformers"} & modules
 
 
+def test_finetune_is_a_function_whatever_was_imported_before():
+    """Though there is a folder of that name."""
+    for before in ("", "import upcycle.finetune.run", "from upcycle.finetune import losses"):
+        program = f"{before}\nimport upcycle\nfrom upcycle.finetune import settings"
+        done = subprocess.run(
+            [sys.executable, "-c", f"{program}\nassert callable(upcycle.finetune)"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+
 def test_every_command_is_known_here():
     assert sorted(typer.main.get_command(app).commands) == sorted(COMMANDS)
 

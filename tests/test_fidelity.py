@@ -129,8 +129,8 @@ def test_emoe_selects_by_the_mean_response_of_an_experts_keys(converted, activat
     keys, x_TD = activations.ffn.gate_FD.double(), activations.x_TD[:50].double()
     for x_D in x_TD:
         scores = [sum(float(keys[i] @ x_D) for i in m) / len(m) for m in experts_of(layer)]
-        best = sorted(range(len(scores)), key=lambda e: -scores[e])[: plan.geometry.top_k]
-        ours = (layer.router_ED.double() @ x_D).topk(plan.geometry.top_k).indices.tolist()
+        best = sorted(range(len(scores)), key=lambda e: -scores[e])[: plan.design.geometry.top_k]
+        ours = (layer.router_ED.double() @ x_D).topk(plan.design.geometry.top_k).indices.tolist()
         assert sorted(best) == sorted(ours)
 
 

@@ -344,7 +344,7 @@ def test_card_of_a_gguf_hands_on_what_its_metadata_states(dense, tmp_path, gener
     path = write_gguf(tmp_path / "tiny.gguf", dense(num_hidden_layers=1), keys=keys)
     upcycle.convert(str(path), tmp_path / "out", **QUICK)
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
-    made = ("library_name", "pipeline_tag", "tags")
+    made = ("library_name", "pipeline_tag", "tags", "base_model_relation", "model-index")
     assert {key: value for key, value in front.items() if key not in made} == expected
 
 

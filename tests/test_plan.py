@@ -233,7 +233,7 @@ def test_one_shard_per_token_is_the_same(dense):
 
 def test_one_copy_of_several_shards_has_weights_to_learn(dense):
     made = upcycle.plan(str(dense()), method="copy", granularity=4, top_k=4)
-    assert (made.combine, made.target) == ("mean", "mixtral")
+    assert (made.design.combine, made.target) == ("mean", "mixtral")
 
 
 def test_one_copy_per_token_names_only_targets_that_host_the_model(dense):

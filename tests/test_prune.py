@@ -298,7 +298,7 @@ def test_a_copy_keeps_the_active_share(dense):
     neurons = made.source.arch.intermediate_size
     assert made.design.geometry.expert_size == int(0.3 * neurons) // 8 * 8
     assert made.active_ffn_ratio == made.design.geometry.expert_size / neurons
-    assert (made.design.geometry.top_k, made.geometry.num_experts) == (1, 8)
+    assert (made.design.geometry.top_k, made.design.geometry.num_experts) == (1, 8)
 
 
 def test_layers_kept_dense_are_paid_by_the_others(dense):

@@ -209,11 +209,13 @@ def test_file_that_is_cut_short_while_it_is_read_is_an_error(copy):
     folder = copy()
     opened = open_source(str(folder))
     os.truncate(folder / SINGLE, (folder / SINGLE).stat().st_size // 2)
-    for act in (lambda: opened.read(opened.outer_names()), opened.fingerprint):
+    for act in (
+        lambda: opened.read(opened.outer_names()),
+        opened.fingerprint,
+        lambda: load_model(folder, torch.float32, torch.device("cpu")),
+    ):
         with pytest.raises(UpcycleError, match=r"model\.safetensors is not a whole safetensors"):
             act()
-    with pytest.raises(UpcycleError, match="does not load in transformers"):
-        load_model(folder, torch.float32, torch.device("cpu"))
 
 
 def test_what_was_read_stays_whatever_happens_to_the_file(copy):

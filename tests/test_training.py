@@ -22,6 +22,7 @@ from upcycle.core.errors import Diverged
 from upcycle.core.machine import torch_threads
 from upcycle.evaluation.page.facts import read_log, read_record
 from upcycle.evaluation.run import load_model
+from upcycle.finetune import run as run_module
 from upcycle.finetune import step
 from upcycle.finetune.data import training_data
 from upcycle.finetune.run import Watch, finetune
@@ -639,7 +640,7 @@ def test_what_changes_while_it_is_loaded_is_noticed(split, train, repeated, tmp_
         return load_model(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("upcycle.finetune.run.load_model", touch_up)
+        patch.setattr(run_module, "load_model", touch_up)
         with pytest.raises(UpcycleError, match="changed while it was read"):
             train(source, data=str(text))
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# The folder of this name is loaded before the function is defined: the first import of a folder
+# binds its name here, and would hide the function.
+import upcycle.finetune  # noqa: F401
 from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
 
 if TYPE_CHECKING:

@@ -52,7 +52,8 @@ def unpack(label: str, path: Path, folder: Path, accept: Callable[[PreTrainedCon
     config.save_pretrained(folder)
     _write(file, config, names, folder)
     place = {"pretrained_model_name_or_path": file.path.parent, "gguf_file": file.path.name}
-    AutoTokenizer.from_pretrained(**place, trust_remote_code=False).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
     write_gguf_card({key: field.contents() for key, field in file.fields.items()}, folder)
 
 

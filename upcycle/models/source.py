@@ -376,10 +376,8 @@ def _equal(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
     with reading(folder / one.file) as ones, reading(folder / other.file) as others:
         mine, theirs = ones.get_slice(one.name), others.get_slice(other.name)
         step = max(1, COMPARED * one.shape[0] // max(1, math.prod(one.shape)))
-        return all(
-            torch.equal(mine[row : row + step], theirs[row : row + step])
-            for row in range(0, one.shape[0], step)
-        )
+        ends = ((row, min(row + step, one.shape[0])) for row in range(0, one.shape[0], step))
+        return all(torch.equal(mine[row:end], theirs[row:end]) for row, end in ends)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

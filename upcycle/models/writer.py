@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +70,9 @@ class Identity:
     """Of everything that its bytes depend on."""
     threads: int
     """Of torch, by which sums in floating point differ; part of the fingerprint."""
+
+
+IDENTITY = {field.name for field in fields(Identity)}
 
 
 class CheckpointWriter:
@@ -219,7 +222,7 @@ class Workspace:
             write_whole(journal, "".join(whole))
         entries = [parse_json(line, journal) for line in whole]
         keys = [entry.keys() if isinstance(entry, dict) else None for entry in entries]
-        if entries and keys != [{"fingerprint"}, *[{"unit", "record"}] * (len(entries) - 1)]:
+        if entries and keys != [IDENTITY, *[{"unit", "record"}] * (len(entries) - 1)]:
             raise UpcycleError(f"{journal} {NOT_OURS}")
         return entries
 

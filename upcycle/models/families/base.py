@@ -81,7 +81,11 @@ def describe(config: PreTrainedConfig) -> Architecture:
             not understood.
     """
     if config.model_type not in FAMILIES:
-        raise UpcycleError(unsupported_reason(config))
+        raise UpcycleError(
+            unsupported_reason(
+                config.model_type, encoder_decoder=getattr(config, "is_encoder_decoder", False)
+            )
+        )
     family = FAMILIES[config.model_type]
     _refuse_unknown_fields(config, family)
     fields = {name: getattr(config, name, None) for name in CARRIED}
@@ -184,10 +188,10 @@ MOE_BY_ANOTHER_NAME = set(
 )
 
 
-def unsupported_reason(config: PreTrainedConfig) -> str:
-    model_type = config.model_type
+def unsupported_reason(model_type: str, *, encoder_decoder: bool = False) -> str:
+    """Why a model is not converted, as a sentence."""
     known = ", ".join(sorted(FAMILIES))
-    if getattr(config, "is_encoder_decoder", False):
+    if encoder_decoder:
         return (
             f"{model_type} is an encoder-decoder, and upcycle converts decoders alone "
             f"(supported: {known})"
