@@ -10,7 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from upcycle.cli import app
-from upcycle.finetune.settings import Training, shipped_presets
+from upcycle.core.settings import shipped_presets
+from upcycle.finetune.settings import Training
 from upcycle.models.writer import partial_folder
 
 QUICK = "--steps 2 --seq-len 32 --batch-size 2 --set validation_tokens=32 --lr 1e-3".split()

@@ -251,7 +251,7 @@ def finetune(
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
     with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):
-        from upcycle.conversion.preflight import check_finetuning
+        from upcycle.finetune.preflight import check_finetuning
 
         settings = {name: value for name, value in options.items() if value is not None}
         settings |= dict(_assignment(text) for text in set_ or [])
@@ -313,7 +313,7 @@ def evaluate(
     * `upcycle eval out --against MODEL --speed --card`
     """
     with _errors():
-        from upcycle.conversion.preflight import check_evaluation
+        from upcycle.evaluation.preflight import check_evaluation
 
         _check_file(output)
         check_evaluation(model, against, text or [])
@@ -407,7 +407,7 @@ def report(
     * `upcycle report out --evaluation eval.json -o report.html`
     """
     with _errors():
-        from upcycle.conversion.preflight import check_evaluation
+        from upcycle.evaluation.preflight import check_evaluation
 
         if out is None:
             raise UpcycleError("name the file for the page: -o report.html")
@@ -444,7 +444,8 @@ def recipes(
     with _errors():
         from upcycle import console
         from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
-        from upcycle.conversion.recipe import load_recipe, recipe_text, shipped_presets, yaml_fields
+        from upcycle.conversion.recipe import load_recipe
+        from upcycle.core.settings import recipe_text, shipped_presets, yaml_fields
 
         if name is not None and json_:
             presets = shipped_presets()

@@ -19,7 +19,7 @@ from upcycle.core.versions import versions
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.frontmatter import read_card, with_results
 from upcycle.models.targets import TARGETS
-from upcycle.models.text import public_texts
+from upcycle.models.text import kind_name, public_texts
 from upcycle.models.writer import Identity
 
 
@@ -174,11 +174,3 @@ def model_card(conversion: Conversion) -> str:
 
 def _metrics(kind: KindResult) -> dict[str, float]:
     return {"perplexity": kind.perplexity_moe, "perplexity over the dense model's": kind.ratio}
-
-
-def kind_name(text: str) -> str:
-    """What a row of the check is about."""
-    named = {"self": "its own writing"}
-    if text.startswith("probe:"):
-        return f"{text.removeprefix('probe:')}, built in"
-    return named.get(text, public_name(text))

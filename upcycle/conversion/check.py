@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from upcycle.conversion.plan import Plan
-from upcycle.core.errors import CheckFailed, UpcycleError
+from upcycle.core.errors import CheckFailed
 from upcycle.core.machine import free_memory
 from upcycle.core.types import DenseFFN
+from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.routing import utilisation
 from upcycle.evaluation.run import (
     Comparison,
@@ -34,8 +35,8 @@ from upcycle.models.head import drop_layers
 
 EXACT_TOKENS = 128
 
-# Relative to the logits' standard deviation; weights below float32 round their gains.
-TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.1
+LOW_PRECISION_TOLERANCE = 0.1
+"""As TOLERANCE: weights below float32 round their gains."""
 WEIGHT_TOLERANCE = 0.02
 SAME_SELECTION = 0.8  # of the tokens; bfloat16 changes some that are close
 
@@ -194,14 +195,6 @@ def _replace(mlp: Any, ffn: DenseFFN) -> None:
         linear.weight = torch.nn.Parameter(matrix.to(linear.weight), requires_grad=False)
 
 
-def load_result(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """`load_model` of what was just written, whose faults are ours."""
-    try:
-        return load_model(folder, dtype, device)
-    except UpcycleError as error:
-        raise CheckFailed(str(error)) from error
-
-
 def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:
     """How far the logits are from the dense model's [L, V]; None where they need not be equal."""
     if plan.exact == "logits":
@@ -210,11 +203,6 @@ def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> f
         with _all_experts_on(model, plan):
             return relative_error(next_token_logits(model, exact_L), exact_LV)
     return None
-
-
-def relative_error(logits: Tensor, reference: Tensor) -> float:
-    """Root mean square difference over the reference's standard deviation."""
-    return float((logits - reference).square().mean().sqrt() / reference.std())
 
 
 def _dtype_that_fits(plan: Plan) -> torch.dtype:

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from upcycle.core.errors import UpcycleError
 
 HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
@@ -130,6 +128,8 @@ def _locked(descriptor: int) -> bool:
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Within it, what the system refuses to safetensors is an OSError, as it is elsewhere."""
+    from safetensors import SafetensorError  # here, so that help and errors need not wait for it
+
     try:
         yield
     except SafetensorError as error:

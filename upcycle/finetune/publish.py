@@ -12,10 +12,10 @@ import yaml
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from upcycle.conversion.check import TOLERANCE, load_result, relative_error
 from upcycle.core.errors import CheckFailed
 from upcycle.core.json_text import json_text
 from upcycle.core.paths import disk_errors, local_path, public_name, way_from
+from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.run import load_model, next_token_logits
 from upcycle.finetune.data import Used
 from upcycle.finetune.job import Job

@@ -23,9 +23,9 @@ from pydantic import (
 from upcycle.conversion.check import CheckReport
 from upcycle.conversion.dense_layers import DenseLayers
 from upcycle.conversion.inspection import inspect_model
-from upcycle.conversion.recipe import Choice
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem, parse_json
+from upcycle.core.settings import Choice
 from upcycle.evaluation.run import Evaluation, Progress, evaluate
 from upcycle.evaluation.sample import Sample, samples
 from upcycle.models.source import model_folder

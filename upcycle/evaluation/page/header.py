@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from upcycle.console import count
+from upcycle.core.words import count
 from upcycle.evaluation.page.facts import Facts, Record
 from upcycle.evaluation.page.quality import Overall, overall
 from upcycle.evaluation.page.section import Section

@@ -4,8 +4,8 @@ import re
 
 import yaml
 
-from upcycle.console import size
 from upcycle.conversion.check import CheckReport
+from upcycle.core.words import size
 from upcycle.evaluation.page.facts import PlanFacts, RecipeFacts, Record, Source, Training
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, duration, listing, percent, public_name

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle.conversion.card import kind_name
 from upcycle.conversion.check import KindResult
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.facts import Record
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, percent, public_name
 from upcycle.evaluation.run import Evaluation, TextResult
+from upcycle.models.text import kind_name
 
 
 @dataclass(frozen=True)
