@@ -3,7 +3,6 @@
 import errno
 import gc
 import io
-import json
 import os
 import signal
 import sys
@@ -113,7 +112,7 @@ def convert(
             overwrite, resume = options["overwrite"], options["resume"]
             done = run(made, overwrite=overwrite, resume=resume, progress=progress)
         if as_json:
-            _print_json(conversion_summary(done))
+            _print_json(conversion_summary(done).plain())
         else:
             console.show_conversion(done)
         if push_to_hub is not None:
@@ -138,7 +137,7 @@ def _show_plan(options: Options) -> None:
         _quiet_model_loading()
         made = _plan(options)
         if options["json_"]:
-            _print_json(plan_summary(made))
+            _print_json(plan_summary(made).plain())
         else:
             console.show_plan(made)
 
@@ -277,7 +276,7 @@ def finetune(
         if not _first_process():
             return
         if json_:
-            _print_json(finetuning_summary(done))
+            _print_json(finetuning_summary(done).plain())
         else:
             console.show_finetuning(done)
         if push_to_hub is not None:
@@ -546,8 +545,10 @@ def _show_finished(finished: AlreadyFinished, *, as_json: bool) -> None:
     if not as_json:
         sys.stdout.write(f"{finished}\n")
         return
-    record = json.loads((finished.out / "upcycle.json").read_text(encoding="utf-8"))
-    _print_json(record["training"][-1] if record.get("training") else record)
+    from upcycle.models.record import RECORD, read_record
+
+    record = read_record(finished.out / RECORD)
+    _print_json((record.training[-1] if record.training else record).plain())
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -20,15 +20,14 @@ from upcycle.models.text import kind_name
 
 if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
-    from upcycle.conversion.check import CheckReport
     from upcycle.conversion.plan import Plan
     from upcycle.conversion.run import Progress as OnProgress
     from upcycle.evaluation.run import Evaluation
     from upcycle.evaluation.tasks import TaskScores
-    from upcycle.finetune.data import Used
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
+    from upcycle.models.record import CheckReport, Used
 
 COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
 out = Console(emoji=False)  # :name: may be part of a file's name
