@@ -17,10 +17,10 @@ from upcycle.cli import app
 from upcycle.conversion import check
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
-from upcycle.conversion.check import CheckReport, KindResult, check_summary
 from upcycle.evaluation.run import Comparison
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.assemble import assemble_head
+from upcycle.models.record import CheckReport, KindResult, check_summary
 from upcycle.models.targets import base
 from upcycle.models.text import PROBES
 from upcycle.split import SPLITS

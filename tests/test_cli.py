@@ -21,12 +21,12 @@ from upcycle.cli import app
 from upcycle.conversion import geometry as budget
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
-from upcycle.conversion.card import kind_name
 from upcycle.conversion.compensate import COMPENSATIONS
-from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, shipped_recipes
+from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe
+from upcycle.core.settings import shipped_recipes
 from upcycle.models.source import copy_companions
 from upcycle.models.targets import TARGETS
-from upcycle.models.text import PROBES
+from upcycle.models.text import PROBES, kind_name
 from upcycle.router_init import ROUTERS
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS

@@ -11,8 +11,8 @@ from torch.nn.functional import silu
 
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.design import bind
-from upcycle.conversion.recipe import Choice
 from upcycle.core.errors import UpcycleError
+from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
 
 D, F, T = 12, 40, 150

@@ -13,7 +13,7 @@ import upcycle
 from upcycle import console
 from upcycle.conversion import plan as planning
 from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
-from upcycle.conversion.dense_layers import DenseLayers, Trial
+from upcycle.models.record import DenseLayers, Trial
 from upcycle.models.text import PROBES
 
 WIDTH = 80

@@ -20,13 +20,13 @@ from upcycle.conversion import dense_layers
 from upcycle.conversion import run as conversion
 from upcycle.conversion.dense_layers import (
     Sample,
-    Trial,
     best_dense_layers,
     choose_dense_layers,
     try_layers,
 )
 from upcycle.conversion.plan import make_plan
 from upcycle.models import own_text as writer
+from upcycle.models.record import Trial
 from upcycle.models.writer import partial_folder
 
 F, LAYERS = SIZES["intermediate_size"], SIZES["num_hidden_layers"]

@@ -17,8 +17,9 @@ from reference import (
 import upcycle
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
-from upcycle.conversion.check import LOW_PRECISION_TOLERANCE, TOLERANCE
+from upcycle.conversion.check import LOW_PRECISION_TOLERANCE
 from upcycle.conversion.converted import scaled
+from upcycle.evaluation.result import TOLERANCE
 
 DTYPES = ["float32", "bfloat16", "float16"]
 TARGETS = ["qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"]

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from upcycle import UpcycleError
 from upcycle.cli import app
-from upcycle.conversion.recipe import shipped_presets, shipped_recipes
+from upcycle.core.settings import shipped_presets, shipped_recipes
 from upcycle.finetune.settings import load_training
 
 INPUTS = int(os.environ.get("UPCYCLE_FUZZ_INPUTS", "0"))

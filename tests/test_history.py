@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from records import training_run
 
 import upcycle
 from upcycle import UpcycleError
@@ -49,7 +50,7 @@ def test_copies_that_looked_at_no_text_are_not_marked(dense, tmp_path):
 def test_texts_of_training_count_too(split, tmp_path):
     copy = shutil.copytree(split, tmp_path / "copy")
     record = json.loads((copy / "upcycle.json").read_text())
-    record["training"] = [{"settings": {"data": "hf:a/b+builtin"}}, {"settings": {"data": "hf:c"}}]
+    record["training"] = [training_run("hf:a/b+builtin"), training_run("hf:c")]
     (copy / "upcycle.json").write_text(json.dumps(record))
     assert fitted_on(copy) == fitted_on(split) | {"hf:a/b", "hf:c"}
 

@@ -13,6 +13,7 @@ import zlib
 from dataclasses import asdict
 
 import pytest
+import records
 import torch
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from upcycle.evaluation.page.words import digits, public_name
 from upcycle.evaluation.routing import count_pairs, independent_pairs, layer_routing, pair_counts
 from upcycle.evaluation.run import Evaluation, evaluation_summary
 from upcycle.evaluation.sample import Sample
+from upcycle.models.record import LogLine, Made, read_record
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = [
@@ -81,31 +83,9 @@ def evaluation(layers=3, experts=8, top_k=2, against=True):
 
 
 MADE = {
+    "out": "moe",
     "source": {"name": "org/dense", "revision": "abc123"},
-    "plan": {
-        "layers": 3,
-        "dense_layers": [0],
-        "experts": 8,
-        "top_k": 2,
-        "expert_size": 24,
-        "shared_size": 40,
-        "active_ffn_ratio": 0.375,
-        "calibration_tokens": 512,
-        "warnings": ["24 neurons are few"],
-        "runtimes": {"vLLM": "ok", "MLX": "every layer must have experts"},
-        "recipe": {
-            "name": "moefication",
-            "paper": "arXiv:2110.01786",
-            "method": {"name": "split"},
-            "split": {"name": "coactivation"},
-            "shared_by": {"name": "energy"},
-            "router": {"name": "ridge"},
-            "compensate": {"name": "least_squares"},
-            "sequential": True,
-            "shared": 0.172,
-            "calibration": "/home/me/notes.txt+builtin",
-        },
-    },
+    "plan": records.plan(),
     "check": {
         "exact_error": 1e-4,
         "exact_tolerance": 1e-3,
@@ -121,10 +101,7 @@ MADE = {
     "seconds": {"conversion": 83.4},
     "peak_memory": 1_800_000_000,
     "dense_layers": {"layers": [0], "damage": [0.05, 0.01, 0.02], "trials": []},
-    "training": [
-        {"settings": {"name": "heal", "data": "/home/me/more.txt"}, "step": 200, "tokens": 409600}
-        | {"seconds": 125.0}
-    ],
+    "training": [records.training_run("/home/me/more.txt")],
     "versions": {"upcycle": "0.1.0"},
 }
 LOG = [
@@ -155,12 +132,12 @@ def dense_facts():
 
 def render(found):
     """The page of facts that are plain values."""
-    made = found["made"] and TypeAdapter(facts.Record).validate_python(found["made"])
+    made = found["made"] and Made.model_validate(found["made"])
     shown = facts.Facts(
         found["model"],
         facts.Inspection(**found["inspection"]),
         made,
-        [facts.LogLine(**line) for line in found["log"]],
+        [LogLine(**line) for line in found["log"]],
     )
     samples = [Sample(**values) for values in found["samples"]]
     return upcycle.evaluation.page.render(
@@ -722,7 +699,7 @@ def test_saved_evaluation_takes_no_options_of_a_new_one(model, saved, tmp_path):
         (json.dumps(evaluation(experts=7) | {"routing": [{"layer": 0}]}), "routing.0.load"),
         (json.dumps(evaluation(experts=5)), "of a model with 5 experts per layer, but"),
         (json.dumps(evaluation(experts=0)), "of a model with no experts per layer, but"),
-        (b"\xff\xfe", "is not text"),
+        (b"\xff\xfe", "it is not UTF-8 text"),
     ],
 )
 def test_bad_evaluation(model, tmp_path, content, reason):
@@ -795,18 +772,19 @@ def test_bad_record(model, saved, tmp_path):
 def test_check_in_the_record(tmp_path):
     path, check = tmp_path / "upcycle.json", MADE["check"]
     path.write_text(json.dumps(MADE | {"check": check | {"dead_experts": 0}}))
-    assert asdict(facts.read_record(path).check) == check
+    assert asdict(read_record(path).check) == check
     kinds = [check["kinds"][0] | {"perplexity_dense": 0}]
     path.write_text(json.dumps(MADE | {"check": check | {"kinds": kinds}}))
-    with pytest.raises(UpcycleError, match=r"upcycle\.json .*: check=.*perplexity_dense and perpl"):
-        facts.read_record(path)
+    with pytest.raises(
+        UpcycleError, match=r"upcycle\.json .*: check\.kinds\.0\.perplexity_dense=0: it must be"
+    ):
+        read_record(path)
 
 
-def test_record_of_training_alone(model, tmp_path):
-    """What training leaves beside an MoE that upcycle did not make."""
-    path = tmp_path / "upcycle.json"
-    path.write_text(json.dumps({"check": None, "training": [{"step": 3}]}))
-    assert facts.read_record(path) is None
+def test_model_that_was_trained_here_but_made_elsewhere(model):
+    run = records.training_run("builtin")
+    (model / "upcycle.json").write_text(json.dumps({"check": None, "training": [run]}))
+    assert facts.gather(str(model)).made is None
 
 
 def test_model_that_is_not_there(tmp_path):

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import silu
 
 from upcycle.conversion.design import bind
-from upcycle.conversion.recipe import Choice
 from upcycle.core.errors import UpcycleError
+from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN
 from upcycle.split.copies import PERTURBS
 

@@ -20,8 +20,9 @@ import upcycle
 from upcycle import UpcycleError
 from upcycle.conversion import dense_layers
 from upcycle.conversion import plan as planning
-from upcycle.conversion.inspection import is_routed
 from upcycle.core.clustering import balanced_kmeans
+from upcycle.evaluation.inspection import is_routed
+from upcycle.models.record import Trial
 from upcycle.models.source import DTYPES, DenseSource
 from upcycle.models.targets import TARGETS, Runtime
 from upcycle.models.text import KINDS
@@ -961,7 +962,7 @@ SHIFTING = {
 
 def test_tokens_that_suffice_until_a_layer_stays_dense(dense, tmp_path, monkeypatch):
     def try_layers(plan, layers, *_):
-        return dense_layers.Trial(layers, {"builtin": 1.0 if layers == (0,) else 2.0})
+        return Trial(layers, {"builtin": 1.0 if layers == (0,) else 2.0})
 
     monkeypatch.setattr(dense_layers, "measure_damage", lambda *_: [9.0, 0.1, 0.1])
     monkeypatch.setattr(dense_layers, "try_layers", try_layers)

@@ -31,7 +31,8 @@ from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.recipe import load_recipe
 from upcycle.conversion.ways.prune import ALL_TOKENS, overall_strength, strongest_neurons
 from upcycle.core.types import DenseFFN, LayerActivations
-from upcycle.evaluation.page import facts, origin
+from upcycle.evaluation.page import origin
+from upcycle.models.record import read_record
 
 EXPERTS, SEQ_LEN, GAIN = 4, 64, {"qwen2_moe": 4, "mixtral": 1, "glm4_moe": 1}
 PRUNE = {
@@ -367,7 +368,7 @@ def test_the_card_says_what_it_is(convert):
 
 def test_so_does_the_page(convert):
     run = convert(compensate="least_squares", sequential=True)
-    made = facts.read_record(run.out / "upcycle.json")
+    made = read_record(run.out / "upcycle.json")
     told = dict(origin.conversion(made)["facts"])
     assert told["Method"] == "pruned copies, each layer fitted on the converted layers before it"
     assert told["Compensation"] == "least squares"

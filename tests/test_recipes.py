@@ -6,8 +6,9 @@ import yaml
 import upcycle
 from upcycle import UpcycleError
 from upcycle.conversion import plan as planning
-from upcycle.conversion.recipe import Choice, Recipe, load_recipe, shipped_recipes
+from upcycle.conversion.recipe import Recipe, load_recipe
 from upcycle.conversion.ways import WAYS, Room
+from upcycle.core.settings import Choice, shipped_recipes
 from upcycle.core.types import Geometry
 
 WIDE = {"intermediate_size": 512, "num_hidden_layers": 1}

@@ -12,9 +12,10 @@ import upcycle
 from upcycle.conversion.catalogue import CATALOGUE, check_names
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.inspection import registered
-from upcycle.conversion.recipe import load_recipe, shipped_recipes
+from upcycle.conversion.recipe import load_recipe
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry, suggest
+from upcycle.core.settings import shipped_recipes
 from upcycle.models.families import FAMILIES
 from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS

@@ -431,7 +431,7 @@ def test_full_disk_at_the_first_moment_leaves_nothing(dense, out, monkeypatch):
 
 
 def test_full_disk_at_the_last_moment_leaves_nothing(dense, out, monkeypatch):
-    monkeypatch.setattr(conversion, "report_json", disk_full)
+    monkeypatch.setattr(conversion, "conversion_record", disk_full)
     assert command(dense, out) == (1, "error: No space left on device")
     assert list(out.parent.iterdir()) == []
 

@@ -9,8 +9,8 @@ from reference import naive_hidden
 from torch.nn.functional import silu
 
 from upcycle.conversion.design import bind
-from upcycle.conversion.recipe import Choice
 from upcycle.core.errors import UpcycleError
+from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.representative import representatives

@@ -7,9 +7,9 @@ import torch
 from reference import naive_hidden
 
 from upcycle.conversion.design import bind
-from upcycle.conversion.recipe import Choice
 from upcycle.core.clustering import balanced_kmeans
 from upcycle.core.errors import UpcycleError
+from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, Geometry, LayerActivations
 from upcycle.split.shared import SHARED
 from upcycle.split.shared.consensus import seniority

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import silu
 
 from upcycle.conversion.design import bind
-from upcycle.conversion.recipe import Choice
 from upcycle.core.errors import UpcycleError
 from upcycle.core.rng import generator
+from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.split import SPLITS
 from upcycle.split.coactivation_graph import (

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.core.errors import Diverged
 from upcycle.core.machine import torch_threads
-from upcycle.evaluation.page.facts import read_log, read_record
 from upcycle.evaluation.run import load_model
 from upcycle.finetune import run as run_module
 from upcycle.finetune import step
@@ -29,6 +28,7 @@ from upcycle.finetune.run import Watch, finetune
 from upcycle.finetune.settings import Training
 from upcycle.finetune.step import learning_rate
 from upcycle.models.frontmatter import split_card
+from upcycle.models.record import read_log, read_record
 from upcycle.models.writer import partial_folder
 
 TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]

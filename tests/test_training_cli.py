@@ -10,7 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from upcycle.cli import app
-from upcycle.finetune.settings import Training, shipped_presets
+from upcycle.core.settings import shipped_presets
+from upcycle.finetune.settings import Training
 from upcycle.models.writer import partial_folder
 
 QUICK = "--steps 2 --seq-len 32 --batch-size 2 --set validation_tokens=32 --lr 1e-3".split()
@@ -136,13 +137,21 @@ def test_dense_model_of_that_name_is_another(model, dense, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "record", ["[", "[]", '{"training": null}', '{"source": "x"}', '{"plan": {}}']
+    ("record", "problem"),
+    [
+        ("[", "it is not JSON"),
+        ("[]", "=[]: "),
+        ("{}", "out={}: field required"),
+        ('{"training": null}', "training=None: "),
+        ('{"training": [{"step": 3}]}', "training.0.model={'step': 3}: field required"),
+        ('{"out": "x", "plan": {"source": "x"}}', "plan.family={'source': 'x'}: field required"),
+    ],
 )
-def test_damaged_record(model, text, tmp_path, record):
+def test_damaged_record(model, text, tmp_path, record, problem):
     copy = shutil.copytree(model, tmp_path / "model")
     (copy / "upcycle.json").write_text(record)
     sentence = error(copy, "--data", text, "-o", tmp_path / "out", *QUICK)
-    assert sentence == f"{copy / 'upcycle.json'} is not what upcycle writes: restore or delete it"
+    assert sentence.startswith(f"{copy / 'upcycle.json'} is not what upcycle writes: {problem}")
 
 
 def test_tracker_that_is_not_installed(model, text, tmp_path, monkeypatch):

@@ -3,12 +3,8 @@
 import pytest
 
 from upcycle import UpcycleError
-from upcycle.finetune.settings import (
-    DEFAULT_TOKENS,
-    Training,
-    load_training,
-    shipped_presets,
-)
+from upcycle.core.settings import shipped_presets
+from upcycle.finetune.settings import DEFAULT_TOKENS, Training, load_training
 
 
 @pytest.mark.parametrize("name", ["heal", "lora", "specialise"])

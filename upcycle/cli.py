@@ -3,7 +3,6 @@
 import errno
 import gc
 import io
-import json
 import os
 import signal
 import sys
@@ -113,7 +112,7 @@ def convert(
             overwrite, resume = options["overwrite"], options["resume"]
             done = run(made, overwrite=overwrite, resume=resume, progress=progress)
         if as_json:
-            _print_json(conversion_summary(done))
+            _print_json(conversion_summary(done).plain())
         else:
             console.show_conversion(done)
         if push_to_hub is not None:
@@ -138,7 +137,7 @@ def _show_plan(options: Options) -> None:
         _quiet_model_loading()
         made = _plan(options)
         if options["json_"]:
-            _print_json(plan_summary(made))
+            _print_json(plan_summary(made).plain())
         else:
             console.show_plan(made)
 
@@ -251,7 +250,7 @@ def finetune(
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
     with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):
-        from upcycle.conversion.preflight import check_finetuning
+        from upcycle.finetune.preflight import check_finetuning
 
         settings = {name: value for name, value in options.items() if value is not None}
         settings |= dict(_assignment(text) for text in set_ or [])
@@ -277,7 +276,7 @@ def finetune(
         if not _first_process():
             return
         if json_:
-            _print_json(finetuning_summary(done))
+            _print_json(finetuning_summary(done).plain())
         else:
             console.show_finetuning(done)
         if push_to_hub is not None:
@@ -313,7 +312,7 @@ def evaluate(
     * `upcycle eval out --against MODEL --speed --card`
     """
     with _errors():
-        from upcycle.conversion.preflight import check_evaluation
+        from upcycle.evaluation.preflight import check_evaluation
 
         _check_file(output)
         check_evaluation(model, against, text or [])
@@ -407,7 +406,7 @@ def report(
     * `upcycle report out --evaluation eval.json -o report.html`
     """
     with _errors():
-        from upcycle.conversion.preflight import check_evaluation
+        from upcycle.evaluation.preflight import check_evaluation
 
         if out is None:
             raise UpcycleError("name the file for the page: -o report.html")
@@ -444,7 +443,8 @@ def recipes(
     with _errors():
         from upcycle import console
         from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
-        from upcycle.conversion.recipe import load_recipe, recipe_text, shipped_presets, yaml_fields
+        from upcycle.conversion.recipe import load_recipe
+        from upcycle.core.settings import recipe_text, shipped_presets, yaml_fields
 
         if name is not None and json_:
             presets = shipped_presets()
@@ -545,8 +545,10 @@ def _show_finished(finished: AlreadyFinished, *, as_json: bool) -> None:
     if not as_json:
         sys.stdout.write(f"{finished}\n")
         return
-    record = json.loads((finished.out / "upcycle.json").read_text(encoding="utf-8"))
-    _print_json(record["training"][-1] if record.get("training") else record)
+    from upcycle.models.record import RECORD, read_record
+
+    record = read_record(finished.out / RECORD)
+    _print_json((record.training[-1] if record.training else record).plain())
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -14,19 +14,20 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle.core.paths import public_name
+from upcycle.core.words import count, size
 from upcycle.evaluation.verdict import verdict
+from upcycle.models.text import kind_name
 
 if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
-    from upcycle.conversion.check import CheckReport
     from upcycle.conversion.plan import Plan
     from upcycle.conversion.run import Progress as OnProgress
     from upcycle.evaluation.run import Evaluation
     from upcycle.evaluation.tasks import TaskScores
-    from upcycle.finetune.data import Used
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
+    from upcycle.models.record import CheckReport, Used
 
 COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
 out = Console(emoji=False)  # :name: may be part of a file's name
@@ -181,23 +182,6 @@ def table(title: str, rows: Mapping[str, Any], *headings: str) -> None:
     out.print(grid)
 
 
-def size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            break
-        num_bytes /= 1000
-    return (
-        f"{num_bytes:.0f} {unit}" if num_bytes >= 100 or unit == "B" else f"{num_bytes:.1f} {unit}"
-    )
-
-
-def count(number: int) -> str:
-    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= scale:
-            return f"{number / scale:.4g} {letter}"
-    return str(number)
-
-
 def show_plan(plan: "Plan") -> None:
     """What would be built, and what each target says."""
     from upcycle.conversion.memory import peak_bytes
@@ -273,8 +257,6 @@ def _layers(plan: "Plan") -> str:
 
 def show_conversion(conversion: "Conversion") -> None:
     """What changed and what it cost."""
-    from upcycle.conversion.card import kind_name
-
     plan, check = conversion.plan, conversion.check
     rows: dict[str, Any] = {
         "parameters": (count(plan.params_dense), count(plan.params_total)),
@@ -354,8 +336,6 @@ def _named(layers: tuple[int, ...]) -> str:
 
 def _show_kinds(check: "CheckReport") -> None:
     """A row per kind of text, the worst in the colour of what it means."""
-    from upcycle.conversion.card import kind_name
-
     colour = COLOURS[verdict(check.ratios).grade]
     rows = {}
     for kind in check.kinds:
@@ -372,8 +352,6 @@ def _show_kinds(check: "CheckReport") -> None:
 
 def _verdict(conversion: "Conversion") -> Iterator[str]:
     """What the check means, in sentences."""
-    from upcycle.conversion.card import kind_name
-
     plan, check = conversion.plan, conversion.check
     if check is None:
         return

@@ -1,7 +1,7 @@
 """What a conversion leaves to read: upcycle.json for machines, a model card for people."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,26 @@ from typing import Any
 import jinja2
 import yaml
 
-from upcycle.conversion.check import CheckReport, KindResult, check_summary
-from upcycle.conversion.dense_layers import DenseLayers
 from upcycle.conversion.memory import peak_bytes
 from upcycle.conversion.plan import Plan
-from upcycle.core.json_text import json_text
 from upcycle.core.paths import local_path, public_name, way_from
 from upcycle.core.versions import versions
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.frontmatter import read_card, with_results
+from upcycle.models.record import (
+    CheckReport,
+    ConversionResult,
+    DenseLayers,
+    Identity,
+    KindResult,
+    LayerPart,
+    Made,
+    PlanPart,
+    RecipePart,
+    Source,
+)
 from upcycle.models.targets import TARGETS
-from upcycle.models.text import public_texts
-from upcycle.models.writer import Identity
+from upcycle.models.text import kind_name, public_texts
 
 
 @dataclass(frozen=True)
@@ -37,83 +45,75 @@ class Conversion:
     """How the layers to keep dense were found, where they were measured."""
 
 
-def plan_summary(plan: Plan, *, measured: bool = False) -> dict[str, Any]:
-    """A plan as plain values; `measured` as `peak_bytes` takes it."""
+def plan_summary(plan: Plan, *, measured: bool = False) -> PlanPart:
+    """What is to be known of a plan; `measured` as `peak_bytes` takes it."""
     arch, geometry = plan.source.arch, plan.design.geometry
-    return {
-        "source": plan.source.label,
-        "family": arch.family,
-        "target": plan.target,
-        "targets": {name: why or "ok" for name, why in plan.targets.items()},
-        "runtimes": {name: why or "ok" for name, why in plan.runtimes.items()},
-        "method": plan.recipe.method.name,
-        "layers": arch.num_layers,
-        "dense_layers": list(plan.spec.dense_layers),
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.intermediate_size,
-        "experts": geometry.num_experts,
-        "top_k": geometry.top_k,
-        "granularity": geometry.granularity,
-        "expert_size": geometry.expert_size,
-        "shared_size": geometry.shared_size,
-        "active_ffn_ratio": plan.active_ffn_ratio,
-        "params_dense": plan.params_dense,
-        "params_total": plan.params_total,
-        "params_active": plan.params_active,
-        "bytes": plan.bytes,
-        "dtype": str(plan.design.dtype).removeprefix("torch."),
-        "device": str(plan.device),
-        "peak_memory_estimate": peak_bytes(plan, measured=measured),
-        "check_memory_estimate": plan.check_bytes(),
-        "calibration_tokens": plan.fit_tokens,
-        "check_tokens": plan.held_tokens,
-        "feedback": plan.design.feedback,
-        "warnings": list(plan.warnings),
-        "recipe": plan.recipe.settings(),
-    }
+    return PlanPart(
+        source=plan.source.label,
+        family=arch.family,
+        target=plan.target,
+        targets={name: why or "ok" for name, why in plan.targets.items()},
+        runtimes={name: why or "ok" for name, why in plan.runtimes.items()},
+        method=plan.recipe.method.name,
+        layers=arch.num_layers,
+        dense_layers=list(plan.spec.dense_layers),
+        hidden_size=arch.hidden_size,
+        intermediate_size=arch.intermediate_size,
+        experts=geometry.num_experts,
+        top_k=geometry.top_k,
+        granularity=geometry.granularity,
+        expert_size=geometry.expert_size,
+        shared_size=geometry.shared_size,
+        active_ffn_ratio=plan.active_ffn_ratio,
+        params_dense=plan.params_dense,
+        params_total=plan.params_total,
+        params_active=plan.params_active,
+        bytes=plan.bytes,
+        dtype=str(plan.design.dtype).removeprefix("torch."),
+        device=str(plan.device),
+        peak_memory_estimate=peak_bytes(plan, measured=measured),
+        check_memory_estimate=plan.check_bytes(),
+        calibration_tokens=plan.fit_tokens,
+        check_tokens=plan.held_tokens,
+        feedback=plan.design.feedback,
+        warnings=list(plan.warnings),
+        recipe=RecipePart.model_validate(plan.recipe.settings()),
+    )
 
 
-def conversion_summary(conversion: Conversion) -> dict[str, Any]:
-    """A conversion as plain values, without the per-layer record."""
-    check = conversion.check
-    return {
-        "out": str(conversion.out),
-        "plan": plan_summary(conversion.plan, measured=conversion.dense_layers is not None),
-        "check": None if check is None else check_summary(check),
-        "seconds": {stage: round(s, 3) for stage, s in conversion.seconds.items()},
-        "peak_memory": conversion.peak_bytes,
-        "dense_layers": None
-        if conversion.dense_layers is None
-        else asdict(conversion.dense_layers),
-    }
+def conversion_summary(conversion: Conversion) -> ConversionResult:
+    """What is to be known of a conversion, here: with the places on this machine."""
+    return ConversionResult(
+        out=str(conversion.out),
+        plan=plan_summary(conversion.plan, measured=conversion.dense_layers is not None),
+        check=conversion.check,
+        seconds={stage: round(s, 3) for stage, s in conversion.seconds.items()},
+        peak_memory=conversion.peak_bytes,
+        dense_layers=conversion.dense_layers,
+    )
 
 
-def report_json(conversion: Conversion, layers: Iterable[dict[str, Any]]) -> str:
-    """upcycle.json: all that was decided and measured; each layer's permutation lists the dense
-    neurons in their new order, shared first, then expert by expert (of a split that is no
-    partition, with some of them twice or more and some left out).
-
-    It is published, so a local source is named by its way from OUT, and other files by their names
-    alone."""
-    source, check = conversion.plan.source, conversion.check
+def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]]) -> Made:
+    """What is published of a conversion."""
+    source, result = conversion.plan.source, conversion_summary(conversion)
     name = source.label
     if source.revision is None:
         name = way_from(conversion.out, local_path(source.label))
-    report = conversion_summary(conversion) | {
-        "out": conversion.out.resolve().name,
-        "check": None if check is None else check_summary(_public_check(check)),
-        "versions": versions(),
-        "source": {
-            "name": name,
-            "revision": source.revision,
-            "fingerprint": source.fingerprint(),
-        },
-        "run": asdict(conversion.run),
-        "layers": list(layers),
-    }
-    report["plan"]["source"] = public_name(source.label)
-    report["plan"]["recipe"]["calibration"] = public_texts(conversion.plan.recipe.calibration)
-    return json_text(report) + "\n"
+    calibration = public_texts(conversion.plan.recipe.calibration)
+    recipe = result.plan.recipe.model_copy(update={"calibration": calibration})
+    public = {"source": public_name(source.label), "recipe": recipe}
+    return Made(
+        out=conversion.out.resolve().name,
+        plan=result.plan.model_copy(update=public),
+        check=conversion.check and _public_check(conversion.check),
+        seconds=result.seconds,
+        peak_memory=result.peak_memory,
+        dense_layers=result.dense_layers,
+        versions=versions(),
+        source=Source(name=name, revision=source.revision, fingerprint=source.fingerprint()),
+        run=conversion.run,
+        layers=[LayerPart.model_validate(layer) for layer in layers],
+    )
 
 
 def _public_check(check: CheckReport) -> CheckReport:
@@ -174,11 +174,3 @@ def model_card(conversion: Conversion) -> str:
 
 def _metrics(kind: KindResult) -> dict[str, float]:
     return {"perplexity": kind.perplexity_moe, "perplexity over the dense model's": kind.ratio}
-
-
-def kind_name(text: str) -> str:
-    """What a row of the check is about."""
-    named = {"self": "its own writing"}
-    if text.startswith("probe:"):
-        return f"{text.removeprefix('probe:')}, built in"
-    return named.get(text, public_name(text))

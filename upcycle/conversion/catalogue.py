@@ -9,16 +9,10 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from upcycle.conversion.recipe import (
-    Choice,
-    Recipe,
-    load_recipe,
-    shipped_presets,
-    shipped_recipes,
-    yaml_fields,
-)
+from upcycle.conversion.recipe import Recipe, load_recipe
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import check_parameters, suggest
+from upcycle.core.settings import Choice, shipped_presets, shipped_recipes, yaml_fields
 
 CATALOGUE = "catalogue.json"
 KINDS = {

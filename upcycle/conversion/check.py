@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor
 
 from upcycle.conversion.plan import Plan
-from upcycle.core.errors import CheckFailed, UpcycleError
+from upcycle.core.errors import CheckFailed
 from upcycle.core.machine import free_memory
 from upcycle.core.types import DenseFFN
+from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.routing import utilisation
 from upcycle.evaluation.run import (
     Comparison,
@@ -31,85 +31,14 @@ from upcycle.evaluation.run import (
 )
 from upcycle.models.blocks import moe_blocks, watch_selections
 from upcycle.models.head import drop_layers
+from upcycle.models.record import CheckReport, KindResult
 
 EXACT_TOKENS = 128
 
-# Relative to the logits' standard deviation; weights below float32 round their gains.
-TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.1
+LOW_PRECISION_TOLERANCE = 0.1
+"""As TOLERANCE: weights below float32 round their gains."""
 WEIGHT_TOLERANCE = 0.02
 SAME_SELECTION = 0.8  # of the tokens; bfloat16 changes some that are close
-
-
-@dataclass(frozen=True)
-class KindResult:
-    """What the conversion did to one kind of text."""
-
-    kind: str
-    """The name of the text: of the calibration, of which this was held back, or `probe:…`."""
-    tokens: int
-    perplexity_dense: float
-    perplexity_moe: float
-    ratio: float
-    worst_window: float
-    """The largest ratio of any window."""
-    kl: float
-    """Mean KL(dense ‖ MoE) per token, in nats."""
-    top1_agreement: float
-    """Share of tokens whose most likely next token is the same."""
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What the check measured."""
-
-    exact_error: float | None
-    """Root mean square difference of the logits over their standard deviation, with every expert
-    on for a split; None for copies that were changed on purpose, or of which tokens get parts."""
-    exact_tolerance: float
-    kinds: list[KindResult]
-    left_out: list[str]
-    """Kinds that could not be had."""
-    window: int
-    load: list[list[float]]
-    """Per MoE layer and expert: its share of the tokens over the fair share, K / E."""
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """By kind of text."""
-        return {kind.kind: kind.ratio for kind in self.kinds}
-
-    @property
-    def worst(self) -> KindResult:
-        """The kind that lost most."""
-        return max(self.kinds, key=lambda kind: kind.ratio)
-
-    @property
-    def perplexity_ratio(self) -> float:
-        """The worst kind's."""
-        return self.worst.ratio
-
-    @property
-    def mean_ratio(self) -> float:
-        """The geometric mean over kinds."""
-        return math.exp(sum(math.log(kind.ratio) for kind in self.kinds) / len(self.kinds))
-
-    @property
-    def tokens(self) -> int:
-        return sum(kind.tokens for kind in self.kinds)
-
-    @property
-    def dead_experts(self) -> int:
-        return sum(share == 0 for layer in self.load for share in layer)
-
-
-def check_summary(check: CheckReport) -> dict[str, Any]:
-    """The check as plain values."""
-    return asdict(check) | {
-        "worst_kind": check.worst.kind,
-        "perplexity_ratio": check.perplexity_ratio,
-        "mean_ratio": check.mean_ratio,
-        "dead_experts": check.dead_experts,
-    }
 
 
 def run_check(
@@ -194,14 +123,6 @@ def _replace(mlp: Any, ffn: DenseFFN) -> None:
         linear.weight = torch.nn.Parameter(matrix.to(linear.weight), requires_grad=False)
 
 
-def load_result(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """`load_model` of what was just written, whose faults are ours."""
-    try:
-        return load_model(folder, dtype, device)
-    except UpcycleError as error:
-        raise CheckFailed(str(error)) from error
-
-
 def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:
     """How far the logits are from the dense model's [L, V]; None where they need not be equal."""
     if plan.exact == "logits":
@@ -210,11 +131,6 @@ def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> f
         with _all_experts_on(model, plan):
             return relative_error(next_token_logits(model, exact_L), exact_LV)
     return None
-
-
-def relative_error(logits: Tensor, reference: Tensor) -> float:
-    """Root mean square difference over the reference's standard deviation."""
-    return float((logits - reference).square().mean().sqrt() / reference.std())
 
 
 def _dtype_that_fits(plan: Plan) -> torch.dtype:

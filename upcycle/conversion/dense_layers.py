@@ -8,7 +8,7 @@ the request, on a few of the calibration tokens, and measured on others.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, log
+from math import exp
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.types import LayerActivations
 from upcycle.models.assemble import dense_ffn
 from upcycle.models.names import EMBEDDINGS
+from upcycle.models.record import DenseLayers, Trial
 from upcycle.models.stream import PREDICTED_TOKENS, HiddenStream
 from upcycle.models.targets import TARGETS
 from upcycle.models.text import texts
@@ -38,33 +39,6 @@ and a choice the mean, to be preferred to one with fewer dense layers."""
 FEW, ONE_IN = 2, 10
 """Dense layers for which the others don't pay: at most two, or one in ten."""
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A choice of dense layers, carried out on a few tokens."""
-
-    layers: tuple[int, ...]
-    ratios: dict[str, float]
-    """By text: perplexity over the dense model's."""
-
-    @property
-    def mean(self) -> float:
-        """The geometric mean over texts."""
-        return exp(sum(map(log, self.ratios.values())) / len(self.ratios))
-
-    @property
-    def worst(self) -> float:
-        return max(self.ratios.values())
-
-
-@dataclass(frozen=True)
-class DenseLayers:
-    """The layers to keep dense, and how they were found."""
-
-    layers: tuple[int, ...]
-    damage: list[float]
-    trials: list[Trial]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.compensate.base import Compensation
-from upcycle.conversion.recipe import Choice, Recipe
+from upcycle.conversion.recipe import Recipe
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem
 from upcycle.core.registry import Method, Params, Registry, check_parameters
+from upcycle.core.settings import Choice
 from upcycle.core.types import Geometry
 from upcycle.models.targets import Combine, Gains
 from upcycle.models.targets.base import Routing

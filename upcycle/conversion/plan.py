@@ -14,7 +14,7 @@ from torch import Tensor
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
 from upcycle.conversion.notes import runtime_refusals, runtimes_lost, source_notes, warnings
-from upcycle.conversion.recipe import Choice, Recipe
+from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
 from upcycle.conversion.ways import WAYS, Room, Way
 from upcycle.conversion.ways.base import Exact
@@ -22,6 +22,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.machine import choose_device, free_memory, total_memory
 from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
+from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, Geometry, MoELayer
 from upcycle.models.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.models.calibration import CHECK_WINDOW, check_seq_len

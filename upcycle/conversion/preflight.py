@@ -1,7 +1,6 @@
-"""What shows that a request can't be carried out before torch is imported, which takes seconds:
+"""What shows that a conversion can't be carried out before torch is imported, which takes seconds:
 its settings, and the names of what it reads."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from upcycle.conversion.catalogue import check_names
@@ -23,31 +22,3 @@ def check_conversion(
     check_model(model, revision)
     for text in texts(loaded.calibration):
         check_text(text)
-
-
-def check_finetuning(model: str, preset: str | None, settings: dict[str, Any]) -> None:
-    """Of `finetune`, which looks at the rest.
-
-    Raises:
-        UpcycleError: as it does.
-    """
-    from upcycle.finetune.settings import load_training
-
-    # Which preset is the default, and which model the teacher, the model's record says later.
-    loaded = load_training(preset or "heal", settings, origin=model)
-    check_model(model)
-    for text in texts(loaded.data):
-        check_text(text, "--data")
-
-
-def check_evaluation(model: str, against: str | None, named: Iterable[str]) -> None:
-    """Of `eval` and `report`, which look at the rest.
-
-    Raises:
-        UpcycleError: as they do.
-    """
-    for name in (model, against):
-        if name is not None:
-            check_model(name)
-    for text in named:
-        check_text(text, "--text")

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -13,13 +12,19 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
 )
 
 from upcycle.core.errors import UpcycleError
-from upcycle.core.foreign import first_problem, parse_yaml
-from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
+from upcycle.core.settings import (
+    Choice,
+    PlugIn,
+    as_choice,
+    find_recipe,
+    shipped_recipes,
+    validated,
+    yaml_fields,
+)
 
 PLUG_INS = ("method", "split", "shared_by", "router", "compensate")
 """The fields that are a `Choice`."""
@@ -36,26 +41,7 @@ SHARED_EXPERTS = (
     "and --experts counts the routed experts alone: --experts 16 --shared-experts 2 is "
     "--experts 14 --shared 0.125"
 )
-M = TypeVar("M", bound=BaseModel)
 SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?", re.IGNORECASE)
-
-
-class Choice(BaseModel):
-    """A plug-in by name, with its parameters."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    name: str
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-def _as_choice(value: Any) -> Any:
-    if not isinstance(value, str | Mapping | Choice | None):
-        raise ValueError("give a method's name, or a mapping of its name and parameters")
-    return {"name": value} if isinstance(value, str) else value
 
 
 def _as_layers(value: Any) -> Any:
@@ -79,9 +65,6 @@ def _as_bytes(value: Any) -> Any:
     if match is None:
         raise ValueError("give a size such as 5GB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
-PlugIn = Annotated[Choice, BeforeValidator(_as_choice)]
 
 
 class Recipe(BaseModel):
@@ -142,29 +125,6 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=False)
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes in the package, by name."""
-    return yaml_files("recipes")
-
-
-def shipped_presets() -> dict[str, Path]:
-    """The presets of `upcycle finetune` in the package, by name."""
-    return yaml_files("recipes/finetune")
-
-
-def yaml_files(folder: str) -> dict[str, Path]:
-    """The YAML files in a folder of the package, by name."""
-    place = Path(str(resources.files("upcycle") / folder))
-    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
-
-
-def recipe_text(recipe: str) -> str:
-    """The YAML of a recipe or a preset."""
-    path = find_recipe(recipe, shipped_recipes() | shipped_presets())
-    yaml_fields(path)  # raises what it is not
-    return path.read_text(encoding="utf-8")
-
-
 def load_recipe(
     recipe: str | Path = "default", overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
@@ -191,38 +151,16 @@ def load_recipe(
     # A method first, then its parameters, in whichever order they were given.
     for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
         _override(fields, key, value)
+    if "shared_experts" in fields:
+        raise UpcycleError(SHARED_EXPERTS)
     where = str(path) if path.suffix and str(recipe) == str(path) else "the request"
     return validated(Recipe, fields, where)
-
-
-def yaml_fields(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, named after it if they have no name of their own."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UpcycleError(f"{path} is not YAML: it is not UTF-8 text") from error
-    fields = parse_yaml(text, path) or {}
-    if not isinstance(fields, dict):
-        raise UpcycleError(f"{path} is not a mapping of settings to values")
-    return {"name": path.stem} | fields
 
 
 def _method_name(method: Any) -> Any:
     if isinstance(method, Choice):
         return method.name
     return method.get("name") if isinstance(method, Mapping) else method or "split"
-
-
-def find_recipe(recipe: str | Path, shipped: Mapping[str, Path]) -> Path:
-    """A shipped recipe's file, or the file itself."""
-    if str(recipe) in shipped:
-        return shipped[str(recipe)]
-    path = local_path(recipe)
-    if path.is_file():
-        return path
-    if path.suffix in (".yaml", ".yml"):
-        raise UpcycleError(f"recipe file {recipe} does not exist")
-    raise UpcycleError(f"unknown recipe {str(recipe)!r}{suggest(str(recipe), shipped)}")
 
 
 def _override(fields: dict[str, Any], key: str, value: Any) -> None:
@@ -233,26 +171,7 @@ def _override(fields: dict[str, Any], key: str, value: Any) -> None:
     if name not in PLUG_INS:
         raise UpcycleError(f"--set {key}: {name!r} has no parameters{suggest(name, PLUG_INS)}")
     default = Recipe.model_fields[name].default
-    current = _as_choice(fields.get(name)) or (default.model_dump() if default else None)
+    current = as_choice(fields.get(name)) or (default.model_dump() if default else None)
     if not isinstance(current, dict):
         raise UpcycleError(f"--set {key}: name the {name} itself first, by --{name} or in a recipe")
     fields[name] = current | {parameter: value}
-
-
-def validated(kind: type[M], fields: Mapping[str, Any], where: str) -> M:
-    """The settings of one kind.
-
-    Raises:
-        UpcycleError: a field is unknown or out of range; `where` says whose it is.
-    """
-    for key in fields:
-        if key == "shared_experts":
-            raise UpcycleError(SHARED_EXPERTS)
-        if key not in kind.model_fields:
-            raise UpcycleError(
-                f"{where} has an unknown setting {key!r}{suggest(str(key), kind.model_fields)}"
-            )
-    try:
-        return kind(**fields)
-    except ValidationError as error:
-        raise UpcycleError(f"{where}: {first_problem(error)}") from error

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.activations import ACT2FN
 
-from upcycle.conversion.card import Conversion, model_card, report_json
-from upcycle.conversion.check import CheckReport, run_check
+from upcycle.conversion.card import Conversion, conversion_record, model_card
+from upcycle.conversion.check import run_check
 from upcycle.conversion.converted import ConvertedLayer
-from upcycle.conversion.dense_layers import DenseLayers, choose_dense_layers
+from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.plan import Plan, make_plan
 from upcycle.core.errors import CheckFailed, UpcycleError
@@ -34,12 +34,12 @@ from upcycle.models.assemble import (
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.names import EMBEDDINGS
+from upcycle.models.record import RECORD, CheckReport, DenseLayers, Identity, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS, older_spellings
 from upcycle.models.writer import (
     CheckpointWriter,
-    Identity,
     Workspace,
     begun_run,
     check_unfinished,
@@ -134,7 +134,8 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     dense_layers = None if chosen is None else TypeAdapter(DenseLayers).validate_python(chosen)
     conversion = Conversion(plan, workspace.run, out, check, seconds, peak, dense_layers)
     records = [workspace.records[unit] for unit in plan.units if unit.startswith("layer ")]
-    (workspace.result / "upcycle.json").write_text(report_json(conversion, records), "utf-8")
+    record = record_text(conversion_record(conversion, records))
+    (workspace.result / RECORD).write_text(record, "utf-8")
     (workspace.result / "README.md").write_text(model_card(conversion), "utf-8")
     return conversion
 

@@ -93,13 +93,21 @@ def read_json(path: Path, expected: str = "JSON") -> Any:
     """A file's value.
 
     Raises:
-        UpcycleError: as `parse_json`, or it is not UTF-8.
+        UpcycleError: as `parse_json` and `read_text`.
+    """
+    return parse_json(read_text(path, expected), path, expected)
+
+
+def read_text(path: Path, expected: str) -> str:
+    """A file's text.
+
+    Raises:
+        UpcycleError: it is not UTF-8, so it is not `expected`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UpcycleError(f"{path} is not {expected}: it is not UTF-8 text") from error
-    return parse_json(text, path, expected)
 
 
 def parse_yaml(text: str, where: Path | str) -> Any:

@@ -128,7 +128,7 @@ def _locked(descriptor: int) -> bool:
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Within it, what the system refuses to safetensors is an OSError, as it is elsewhere."""
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError  # here, so that help and errors need not wait for it
 
     try:
         yield

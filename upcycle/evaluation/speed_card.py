@@ -9,6 +9,7 @@ import jinja2
 from upcycle.core.errors import UpcycleError
 from upcycle.core.paths import local_path, write_whole
 from upcycle.evaluation.run import Evaluation
+from upcycle.models.record import RECORD
 
 CARD = "README.md"
 BEGIN, END = "<!-- upcycle eval --speed -->", "<!-- end of upcycle eval --speed -->"
@@ -54,9 +55,9 @@ def check_card(model: str, *, speed: bool) -> None:
             f"--card writes to the card of a folder here, which {model} is not: give the folder "
             "that upcycle wrote"
         )
-    if not (folder / "upcycle.json").is_file():
+    if not (folder / RECORD).is_file():
         raise UpcycleError(
-            f"--card: {model} holds no upcycle.json, so upcycle did not write it and leaves its "
+            f"--card: {model} holds no {RECORD}, so upcycle did not write it and leaves its "
             "card alone: drop --card"
         )
     if not os.access(folder, os.W_OK):

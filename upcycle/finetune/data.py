@@ -11,23 +11,12 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.paths import public_name
 from upcycle.core.rng import generator
 from upcycle.finetune.assistant import chat_stream
+from upcycle.models.record import Used
 from upcycle.models.text import documents, parse, texts
 from upcycle.models.tokens import Drawn, Reader, open_reader
 
 SPREAD = 2
 """Less than calibration's: there is much more to train on."""
-
-
-@dataclass(frozen=True)
-class Used:
-    """How much of a text is trained on."""
-
-    text: str
-    tokens: int
-    held_out: int
-    """Tokens of its end, on which it is validated."""
-    total: int | None
-    """That the text holds; roughly, of a long one; None: nobody knows."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from upcycle.core.errors import UpcycleError
-from upcycle.core.foreign import first_problem, read_json
 from upcycle.core.versions import versions
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.calibration import check_seq_len, text_fingerprint
+from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
 from upcycle.models.source import (
     check_own_files,
     checkpoint_folder,
@@ -23,39 +21,6 @@ from upcycle.models.source import (
     read_headers,
 )
 from upcycle.models.text import check_text, texts
-from upcycle.models.writer import Identity
-
-
-class Origin(BaseModel, extra="allow"):
-    name: str
-    """A hub id, or the way from the folder of the record."""
-    revision: str | None = None
-    fingerprint: str | None = None
-
-    def place(self, folder: Path) -> Path | None:
-        """Where the dense model lies here, if it is not on the hub; `folder` holds the record."""
-        found = folder.resolve() / self.name
-        return found.resolve() if self.revision is None and found.exists() else None
-
-    def model(self, folder: Path) -> str | None:
-        """The dense model by the name that finds it from anywhere; None if nothing does."""
-        if self.revision is not None:
-            return self.name
-        place = self.place(folder)
-        return None if place is None else str(place)
-
-
-class Made(BaseModel, extra="allow"):
-    method: str
-
-
-class Record(BaseModel, extra="allow"):
-    """What training reads of an upcycle.json; it hands on all of it."""
-
-    source: Origin | None = None
-    plan: Made | None = None
-    check: dict[str, Any] | None = None
-    training: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -65,7 +30,7 @@ class Job:
     label: str
     folder: Path
     record: Record
-    """The model's upcycle.json, or nothing."""
+    """The model's upcycle.json; one that tells of nothing, if there is none."""
     settings: Training
     teacher: Path | None
     out: Path
@@ -76,15 +41,16 @@ def open_job(
 ) -> Job:
     folder = stack.enter_context(checkpoint_folder(model))
     check_own_files(folder)
-    record = _record(folder)
-    origin = None if record.source is None else record.source.model(folder)
+    path = folder / RECORD
+    record = read_record(path) if path.is_file() else Trained()
+    origin = record.source.model(folder) if isinstance(record, Made) else None
     request = load_training(preset or _default_preset(record), settings, origin)
     for text in texts(request.data):
         check_text(text, "--data")
     check_seq_len(request.seq_len, read_config(folder))
     _check_dtypes(model, folder)
     teacher = _teacher_folder(request, folder, stack)
-    if teacher is not None and record.source and settings.get("teacher") is None:
+    if teacher is not None and isinstance(record, Made) and settings.get("teacher") is None:
         _check_origin(record.source, teacher, folder)
     return Job(model, folder, record, request, teacher, out)
 
@@ -99,30 +65,17 @@ def _check_dtypes(label: str, folder: Path) -> None:
         )
 
 
-def _record(folder: Path) -> Record:
-    path = folder / "upcycle.json"
-    if not path.is_file():
-        return Record()
-    try:
-        # Not by pydantic, whose reader does not take the NaN of a run that diverged.
-        return Record.model_validate(read_json(path, "what upcycle writes"))
-    except ValidationError as error:
-        raise UpcycleError(
-            f"{path} is not what upcycle writes: {first_problem(error)}: restore or delete it"
-        ) from error
-
-
-def _check_origin(origin: Origin, teacher: Path, folder: Path) -> None:
+def _check_origin(origin: Source, teacher: Path, folder: Path) -> None:
     """The name of the dense model may be a path that means another one by now, or from here."""
     if origin.fingerprint not in (None, open_source(str(teacher)).fingerprint()):
         raise UpcycleError(
-            f"{folder / 'upcycle.json'} says that the model was made from {origin.name}, but what "
+            f"{folder / RECORD} says that the model was made from {origin.name}, but what "
             "has that name now is another: name the dense model by --teacher, or give --distill 0"
         )
 
 
 def _default_preset(record: Record) -> str:
-    lossy = record.plan is not None and record.plan.method in ("split", "prune")
+    lossy = isinstance(record, Made) and record.plan.method in ("split", "prune")
     return "heal" if lossy else "specialise"
 
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from upcycle.core.json_text import json_text
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import load_state, put_back, read_notes, save_state
 from upcycle.finetune.step import Run, note, take_step
 from upcycle.finetune.trainable import Trained
 from upcycle.finetune.validation import validate
+from upcycle.models.record import LogLine, log_text
 
 
 def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.AdamW:
@@ -91,10 +91,10 @@ def _take_up(run: Run) -> None:
         run.best, run.best_step = float(notes["best"]), notes["best_step"]
     lines = run.log_file.read_text().splitlines(True) if notes and run.log_file.exists() else []
     # A kill may have cut the last line short.
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [LogLine(**json.loads(line)).plain() for line in lines if line.endswith("\n")]
     run.log = [row for row in rows if row["step"] <= run.step]
     if run.accelerator.is_main_process:
-        run.log_file.write_text("".join(json_text(row) + "\n" for row in run.log))
+        run.log_file.write_text("".join(map(log_text, run.log)))
 
 
 def _save(run: Run) -> None:

@@ -1,7 +1,7 @@
 """What a training run leaves: the checkpoint, checked by reading it again, and its history."""
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,26 +9,34 @@ from typing import Any
 import jinja2
 import torch
 import yaml
-from pydantic import TypeAdapter
 from torch import Tensor
 
-from upcycle.conversion.check import TOLERANCE, load_result, relative_error
 from upcycle.core.errors import CheckFailed
-from upcycle.core.json_text import json_text
 from upcycle.core.paths import disk_errors, local_path, public_name, way_from
+from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.run import load_model, next_token_logits
-from upcycle.finetune.data import Used
 from upcycle.finetune.job import Job
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import whole_model
 from upcycle.finetune.step import Row, Run
 from upcycle.finetune.trainable import Groups
 from upcycle.models.frontmatter import read_card, split_card, with_results
+from upcycle.models.record import (
+    RECORD,
+    TRAIN_LOG,
+    Made,
+    Record,
+    TrainingResult,
+    TrainingRun,
+    TrainingSettings,
+    Used,
+    log_text,
+    record_text,
+)
 from upcycle.models.source import copy_companions, read_headers
 from upcycle.models.text import public_texts
-from upcycle.models.writer import Identity, begun_run, result_folder
+from upcycle.models.writer import begun_run, result_folder
 
-LOG = "train_log.jsonl"
 CHECK_TOKENS = 256
 
 
@@ -70,23 +78,23 @@ class Finetuning:
         return measured
 
 
-def finetuning_summary(done: Finetuning) -> dict[str, Any]:
-    """A run as plain values, without its log."""
-    return {
-        "model": done.model,
-        "out": str(done.out),
-        "settings": done.settings.settings(),
-        "groups": done.groups,
-        "used": [asdict(used) for used in done.used],
-        "before": done.before,
-        "after": done.after,
-        "step": done.result_step,
-        "steps": done.settings.total_steps,
-        "tokens": done.tokens,
-        "seconds": round(done.seconds, 3),
-        "processes": done.processes,
-        "reload_error": done.reload_error,
-    }
+def finetuning_summary(done: Finetuning) -> TrainingResult:
+    """What is to be known of a run, without its log, here: with the places on this machine."""
+    return TrainingResult(
+        model=done.model,
+        out=str(done.out),
+        settings=TrainingSettings.model_validate(done.settings.settings()),
+        groups=done.groups,
+        used=done.used,
+        before=done.before,
+        after=done.after,
+        step=done.result_step,
+        steps=done.settings.total_steps,
+        tokens=done.tokens,
+        seconds=round(done.seconds, 3),
+        processes=done.processes,
+        reload_error=done.reload_error,
+    )
 
 
 def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
@@ -203,19 +211,9 @@ def _with_adapter(folder: Path, place: Path) -> Any:
 
 
 def _write_history(done: Finetuning, job: Job, place: Path) -> None:
-    """upcycle.json and the card, with this run added to what they said."""
-    record = job.record
-    entry = _public_summary(done) | {"upcycle": version("upcycle")}
-    # What the conversion measured is no longer true of these weights.
-    entry["check_before"] = record.check
-    history = [*record.training, entry]
-    fields = record.model_dump(exclude_unset=True) | {"check": None, "training": history}
-    dense = None if record.source is None else record.source.place(job.folder)
-    if dense is not None:
-        fields["source"]["name"] = way_from(job.out, dense)
-    fields["run"] = TypeAdapter(Identity | None).dump_python(begun_run(done.out))
-    (place / "upcycle.json").write_text(json_text(fields) + "\n")
-    (place / LOG).write_text("".join(json_text(row) + "\n" for row in done.log))
+    """The record, the log and the card, with this run added to what they said."""
+    (place / RECORD).write_text(record_text(_record_after(done, job)))
+    (place / TRAIN_LOG).write_text("".join(map(log_text, done.log)))
     if done.settings.lora and not done.settings.merge:
         text = _adapter_card(done, job)
     else:
@@ -226,14 +224,29 @@ def _write_history(done: Finetuning, job: Job, place: Path) -> None:
     (place / "README.md").write_text(text + section, encoding="utf-8")
 
 
-def _public_summary(done: Finetuning) -> dict[str, Any]:
+def _record_after(done: Finetuning, job: Job) -> Record:
+    """The model's record with this run. What the conversion measured is no longer true of these
+    weights, so it goes with the run."""
+    before = job.record
+    known = {"upcycle": version("upcycle"), "check_before": before.check}
+    run = TrainingRun.model_validate(_public_summary(done).plain() | known)
+    changed: dict[str, Any] = {"check": None, "training": [*before.training, run]}
+    if isinstance(before, Made) and (dense := before.source.place(job.folder)) is not None:
+        name = way_from(job.out, dense)
+        changed["source"] = before.source.model_copy(update={"name": name})
+    return before.model_copy(update=changed | {"run": begun_run(done.out)})
+
+
+def _public_summary(done: Finetuning) -> TrainingResult:
     """What of a run may be published: of paths only the names."""
     summary, teacher = finetuning_summary(done), done.settings.teacher
-    summary["settings"] |= {
+    public = {
         "data": public_texts(done.settings.data),
         "teacher": None if teacher is None else public_name(teacher),
     }
-    return summary | {"model": public_name(done.model), "out": done.out.name}
+    settings = summary.settings.model_copy(update=public)
+    names = {"model": public_name(done.model), "out": done.out.name}
+    return summary.model_copy(update=names | {"settings": settings})
 
 
 def _card_before(done: Finetuning, job: Job) -> str:

@@ -18,11 +18,11 @@ from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.machine import torch_threads
 from upcycle.core.paths import local_path
 from upcycle.evaluation.run import load_model
-from upcycle.finetune.data import Data, Used, training_data
+from upcycle.finetune.data import Data, training_data
 from upcycle.finetune.job import Job, job_identity, open_job
 from upcycle.finetune.loop import make_optimizer, restore_best, train
 from upcycle.finetune.processes import accelerator_for
-from upcycle.finetune.publish import LOG, Finetuning, publish
+from upcycle.finetune.publish import Finetuning, publish
 from upcycle.finetune.routers import RouterTap, correction_bias, keep_float32, measure_scales
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import read_notes, torch_dtype
@@ -36,10 +36,10 @@ from upcycle.finetune.trainable import (
     trained,
 )
 from upcycle.models.blocks import moe_blocks
+from upcycle.models.record import TRAIN_LOG, Identity, Used
 from upcycle.models.source import read_config, read_headers
 from upcycle.models.writer import (
     ASIDE,
-    Identity,
     Workspace,
     begun_run,
     check_out,
@@ -243,7 +243,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Gro
         train=train_data,
         validation=validation,
         folder=workspace / ASIDE,
-        log_file=workspace / LOG,
+        log_file=workspace / TRAIN_LOG,
         watch=watch.row if accelerator.is_main_process else lambda row, done, total: None,
     )
     return run, summary(known, training)

@@ -14,8 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from upcycle.conversion.recipe import find_recipe, shipped_presets, validated, yaml_fields
 from upcycle.core.errors import UpcycleError
+from upcycle.core.settings import find_recipe, shipped_presets, validated, yaml_fields
 
 Train = Literal["router", "experts", "moe", "all"]
 OF_ROUTERS = ("balance", "z_loss", "dense_router_gradient", "router_warmup")

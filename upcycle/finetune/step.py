@@ -12,17 +12,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from upcycle.core.errors import Diverged, UpcycleError
-from upcycle.core.json_text import json_text
 from upcycle.core.rng import draw_seed, generator
 from upcycle.finetune import losses
 from upcycle.finetune.data import Data, batch_rows
 from upcycle.finetune.routers import RouterTap, Scale, untempered, update_bias
 from upcycle.finetune.settings import Training
 from upcycle.models.blocks import MoEBlock
+from upcycle.models.record import log_text
 from upcycle.models.targets import TARGETS
 
 Row = dict[str, Any]
-"""A line of train_log.jsonl."""
+"""A line of train_log.jsonl, as plain values."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ def note(run: Run, row: Row) -> None:
     run.log.append(row)
     if run.accelerator.is_main_process:
         with run.log_file.open("a") as file:
-            file.write(json_text(row) + "\n")
+            file.write(log_text(row))
     flat = row | row.get("validation", {})
     numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
     run.accelerator.log(numbers, step=row["step"])

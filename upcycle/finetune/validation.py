@@ -8,8 +8,8 @@ from upcycle.finetune import losses
 from upcycle.finetune.state import save_tensors, trained_tensors
 from upcycle.finetune.step import Run, check_finite, note
 
-LARGEST_LOSS = 700.0
-"""Whose exponential is still a number."""
+LARGEST_LOSS = 690.0
+"""Whose exponential the log still takes."""
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
-"""What text a model was fitted on, as the upcycle.json beside its weights says."""
+"""What text a model was fitted on, as its record says."""
 
 from pathlib import Path
 
+from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import read_json
 from upcycle.core.paths import public_name
+from upcycle.models.record import OURS, RECORD, Made, Record, record_of
 from upcycle.models.text import texts
 
 
@@ -13,17 +15,22 @@ def fitted_on(folder: Path) -> set[str]:
     Raises:
         UpcycleError: the record is not JSON.
     """
-    path = folder / "upcycle.json"
+    path = folder / RECORD
     if not path.is_file():
         return set()
-    record = read_json(path, "what upcycle writes")
+    fields = read_json(path, OURS)
     try:
-        named = [run["settings"]["data"] for run in record.get("training", [])]
-        if record.get("plan", {}).get("calibration_tokens"):
-            named.append(record["plan"]["recipe"]["calibration"])
-        return {identity(text) for joined in named for text in texts(joined)}
-    except (KeyError, TypeError, AttributeError):
+        named = _texts(record_of(fields, path))
+    except UpcycleError:
         return set()  # damaged, which is said by the commands that need it
+    return {identity(text) for joined in named for text in texts(joined)}
+
+
+def _texts(record: Record) -> list[str]:
+    named = [run.settings.data for run in record.training]
+    if isinstance(record, Made) and record.plan.calibration_tokens:
+        named.append(record.plan.recipe.calibration)
+    return named
 
 
 def identity(text: str) -> str:

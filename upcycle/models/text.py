@@ -240,3 +240,11 @@ def _standard_library() -> list[Document]:
     paths = [folder / f"{name}.py" for name in MODULES]
     modules = (path.read_text(encoding="utf-8") for path in paths if path.is_file())
     return [module[:MODULE_MOST] for module in modules]
+
+
+def kind_name(text: str) -> str:
+    """What people read of a text that a row of the check is about."""
+    named = {"self": "its own writing"}
+    if text.startswith("probe:"):
+        return f"{text.removeprefix('probe:')}, built in"
+    return named.get(text, public_name(text))

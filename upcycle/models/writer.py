@@ -24,10 +24,12 @@ from torch import Tensor
 from upcycle.core.errors import AlreadyFinished, UpcycleError
 from upcycle.core.foreign import blaming, parse_json
 from upcycle.core.paths import check_name, sync, sync_tree, write_whole
+from upcycle.models.record import RECORD, Identity
 from upcycle.models.source import DTYPES, INDEX, SINGLE
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 JOURNAL = "journal.jsonl"
+IDENTITY = {field.name for field in fields(Identity)}
 BEGIN = b'{"fingerprint": "'
 """How a journal begins."""
 ASIDE, RESULT, FORMER = "aside", "result", "former"
@@ -60,19 +62,6 @@ class _Place:
     file: str
     offset: int
     spec: TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a run is known by, in its journal and in the upcycle.json of its result."""
-
-    fingerprint: str
-    """Of everything that its bytes depend on."""
-    threads: int
-    """Of torch, by which sums in floating point differ; part of the fingerprint."""
-
-
-IDENTITY = {field.name for field in fields(Identity)}
 
 
 class CheckpointWriter:
@@ -310,7 +299,7 @@ def begun_run(out: Path) -> Identity | None:
 def recorded_run(out: Path) -> Identity | None:
     """The run that made a result, if there is one that says so."""
     try:
-        return _identity(json.loads((out / "upcycle.json").read_text(encoding="utf-8"))["run"])
+        return _identity(json.loads((out / RECORD).read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -436,7 +425,7 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UpcycleError(f"-o {out} exists and is not empty: choose another, or --overwrite")
-    if not (present / "upcycle.json").is_file():
+    if not (present / RECORD).is_file():
         raise UpcycleError(f"-o {out} was not written by upcycle, so --overwrite leaves it alone")
 
 

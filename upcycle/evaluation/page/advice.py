@@ -3,13 +3,14 @@
 import shlex
 from pathlib import PurePath
 
-from upcycle.evaluation.page.facts import Facts, Record
+from upcycle.evaluation.page.facts import Facts
 from upcycle.evaluation.page.origin import LOSSY_METHODS
 from upcycle.evaluation.page.quality import overall
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, public_name
 from upcycle.evaluation.run import Evaluation
 from upcycle.evaluation.verdict import FINE
+from upcycle.models.record import Made
 from upcycle.models.text import texts
 
 NO_TRAINING_TEXT = ("self", "none")
@@ -41,7 +42,7 @@ def advice(facts: Facts, evaluation: Evaluation) -> Section:
     return {"note": why + place, "command": found}
 
 
-def _ratio(made: Record | None, evaluation: Evaluation) -> float | None:
+def _ratio(made: Made | None, evaluation: Evaluation) -> float | None:
     """Perplexity over the dense model's, here or at the conversion, if that was the last word."""
     ratio = overall(evaluation).ratio
     if ratio is None and made and made.check and not made.training:
@@ -59,7 +60,7 @@ def _training(facts: Facts, evaluation: Evaluation, preset: str, suffix: str) ->
     return f"upcycle finetune {_shell(facts)} --recipe {preset}{teacher} --data {data} -o {out}"
 
 
-def _data(made: Record | None) -> str:
+def _data(made: Made | None) -> str:
     """The text that the conversion looked at, as far as one can train on it."""
     named = texts(made.plan.recipe.calibration) if made else []
     return (
@@ -73,7 +74,7 @@ def _use(facts: Facts) -> str:
     return LOADING.format(public_name(facts.model))
 
 
-def _why_use(made: Record | None, ratio: float | None) -> str:
+def _why_use(made: Made | None, ratio: float | None) -> str:
     quality = "" if ratio is None else f"At {digits(ratio, 4)} × the dense model's perplexity, "
     runtimes = made.plan.runtimes if made else {}
     runs = [*(name for name, why in runtimes.items() if why == "ok"), "transformers 5"]

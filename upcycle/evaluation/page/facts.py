@@ -1,37 +1,24 @@
 """What the report page shows of a model, read from its folder and from saved evaluations.
 
-An evaluation is read as the dataclass that it was written from. The models here hold what the page
-uses of the other files. So a file that is not what it should be is an error with its name and
-field, never half a page.
+All files are read as what they were written from, so one that is not what it should be is an error
+with its name and field, never half a page.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    FiniteFloat,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from upcycle.conversion.check import CheckReport
-from upcycle.conversion.dense_layers import DenseLayers
-from upcycle.conversion.inspection import inspect_model
-from upcycle.conversion.recipe import Choice
 from upcycle.core.errors import UpcycleError
-from upcycle.core.foreign import first_problem, parse_json
+from upcycle.core.foreign import first_problem, read_json
+from upcycle.evaluation.inspection import inspect_dense, inspect_moe, moe_folder
 from upcycle.evaluation.run import Evaluation, Progress, evaluate
 from upcycle.evaluation.sample import Sample, samples
-from upcycle.models.source import model_folder
+from upcycle.models.record import RECORD, TRAIN_LOG, LogLine, Made, read_log, read_record
+from upcycle.models.source import model_folder, open_source
 
-RECORD = "upcycle.json"
-TRAIN_LOG = "train_log.jsonl"
 Read = TypeVar("Read")
 
 
@@ -49,104 +36,14 @@ class Inspection(BaseModel):
         return self.kind == "dense"
 
 
-class RecipeFacts(BaseModel, extra="allow"):
-    name: str
-    paper: str
-    method: Choice
-    split: Choice
-    shared: float | None = None
-    shared_by: Choice
-    router: Choice | None
-    compensate: Choice | None = None
-    sequential: bool = False
-    calibration: str
-
-
-class PlanFacts(BaseModel):
-    layers: int
-    dense_layers: list[int]
-    experts: int
-    top_k: int
-    expert_size: int
-    shared_size: int
-    active_ffn_ratio: FiniteFloat
-    calibration_tokens: int
-    warnings: list[str]
-    runtimes: dict[str, str] = {}
-    recipe: RecipeFacts
-
-
-class Source(BaseModel):
-    name: str
-    revision: str | None
-
-
-class TrainingSettings(BaseModel):
-    name: str
-    data: str
-
-
-class Training(BaseModel):
-    settings: TrainingSettings
-    step: int
-    """Whose state was kept."""
-    tokens: int
-    seconds: FiniteFloat
-
-
-class Record(BaseModel):
-    """upcycle.json, as `convert` writes it and `finetune` adds to it."""
-
-    source: Source
-    plan: PlanFacts
-    check: CheckReport | None
-    seconds: dict[str, FiniteFloat]
-    peak_memory: int
-    dense_layers: DenseLayers | None = None
-    training: list[Training] = []
-    versions: dict[str, str]
-
-    @field_validator("check")
-    @classmethod
-    def _positive(cls, check: CheckReport | None) -> CheckReport | None:
-        if check and not all(k.perplexity_dense > 0 and k.perplexity_moe > 0 for k in check.kinds):
-            raise ValueError("perplexity_dense and perplexity_moe must be above 0")
-        return check
-
-
-def _not_absurd(value: float) -> float:
-    """What a diverged run may log: nothing finite that arithmetic would make infinite."""
-    if math.isfinite(value) and abs(value) > LARGEST:
-        raise ValueError(f"it is beyond {LARGEST:g}")
-    return value
-
-
-LARGEST = 1e300
-Logged = Annotated[float, AfterValidator(_not_absurd)]
-
-
-class Validation(BaseModel):
-    perplexity: Logged | None = None
-    kl: Logged | None = None
-
-
-class LogLine(BaseModel):
-    """A line of train_log.jsonl."""
-
-    step: int
-    loss: Logged | None = None
-    imbalance: Logged | None = None
-    tokens_per_second: FiniteFloat | None = None
-    validation: Validation | None = None
-
-
 @dataclass(frozen=True)
 class Facts:
     """What the page shows of a model, but what is measured."""
 
     model: str
     inspection: Inspection
-    made: Record | None
+    made: Made | None
+    """How upcycle made it, if it did."""
     log: list[LogLine]
 
 
@@ -164,27 +61,19 @@ def gather(model: str) -> Facts:
     Raises:
         UpcycleError: it is no model, or a file beside its weights is not what upcycle writes.
     """
-    inspection = Inspection.model_validate(inspect_model(model))
     folder = model_folder(model, None)
     record, log = None, []
     if folder is not None and (folder / RECORD).is_file():
         record = read_record(folder / RECORD)
     if folder is not None and (folder / TRAIN_LOG).is_file():
         log = read_log(folder / TRAIN_LOG)
-    return Facts(model, inspection, record, log)
+    return Facts(model, _inspect(model), record if isinstance(record, Made) else None, log)
 
 
-def read_record(path: Path) -> Record | None:
-    """An upcycle.json; None if it tells of training only, as upcycle did not make the model.
-
-    Raises:
-        UpcycleError: it is something else.
-    """
-    expected = "what upcycle writes"
-    record = parse_json(_read(path), path, expected)
-    if isinstance(record, dict) and "training" in record and "plan" not in record:
-        return None
-    return _parse(TypeAdapter(Record), record, path, expected)
+def _inspect(model: str) -> Inspection:
+    folder = moe_folder(model)
+    found = inspect_dense(open_source(model)) if folder is None else inspect_moe(model, folder)
+    return Inspection.model_validate(found)
 
 
 def read_evaluation(path: Path, found: Facts) -> Measured:
@@ -197,7 +86,7 @@ def read_evaluation(path: Path, found: Facts) -> Measured:
     if not path.is_file():
         raise UpcycleError(f"--evaluation {path} is not a file: give one of `upcycle eval --json`")
     expected = "what `upcycle eval --json` prints"
-    value = parse_json(_read(path), path, expected)
+    value = read_json(path, expected)
     saved = _parse(TypeAdapter(Evaluation), value, path, expected)
     layers = {len(layer.load) for layer in saved.routing}
     experts = found.inspection.experts
@@ -239,27 +128,6 @@ def evaluate_model(
     )
     written = samples(model, against, lambda done, total: progress("writing", done, total))
     return Measured(evaluation, written)
-
-
-def read_log(path: Path) -> list[LogLine]:
-    """The lines of a train_log.jsonl.
-
-    Raises:
-        UpcycleError: a line is not one of training or of validation.
-    """
-    expected, lines, kind = "what `upcycle finetune` writes", [], TypeAdapter(LogLine)
-    for number, text in enumerate(_read(path).splitlines(), 1):
-        where = f"line {number} of {path}"
-        if text.strip():
-            lines.append(_parse(kind, parse_json(text, where, expected), where, expected))
-    return lines
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UpcycleError(f"{path} is not text: restore or delete it") from error
 
 
 def _parse(kind: TypeAdapter[Read], value: Any, where: Path | str, expected: str) -> Read:

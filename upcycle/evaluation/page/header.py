@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
-from upcycle.console import count
-from upcycle.evaluation.page.facts import Facts, Record
+from upcycle.core.words import count
+from upcycle.evaluation.page.facts import Facts
 from upcycle.evaluation.page.quality import Overall, overall
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, percent, public_name
 from upcycle.evaluation.run import Evaluation
 from upcycle.evaluation.verdict import FINE
+from upcycle.models.record import Made
 
 
 def kind(facts: Facts) -> str:
@@ -51,7 +52,7 @@ def shape(facts: Facts) -> Section:
     }
 
 
-def tiles(made: Record | None, evaluation: Evaluation) -> list[dict[str, Any]]:
+def tiles(made: Made | None, evaluation: Evaluation) -> list[dict[str, Any]]:
     """The key numbers; those that were not measured are left out."""
     found = [*_quality_tiles(overall(evaluation)), *_cost_tiles(evaluation)]
     if evaluation.routing:

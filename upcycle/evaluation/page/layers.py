@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 from upcycle.evaluation.page import charts
-from upcycle.evaluation.page.facts import Record
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, listing
 from upcycle.evaluation.run import LayerSimilarity
+from upcycle.models.record import Made
 
 ALIKE = 0.05
 """A difference of cosines that counts for nothing."""
 
 
-def damage(made: Record | None) -> Section:
+def damage(made: Made | None) -> Section:
     """KL per layer if only that layer is cut down; None where all layers are the same."""
     values = made.dense_layers.damage if made and made.dense_layers else []
     if not made or len({digits(value) for value in values}) < 2:

@@ -4,16 +4,15 @@ import re
 
 import yaml
 
-from upcycle.console import size
-from upcycle.conversion.check import CheckReport
-from upcycle.evaluation.page.facts import PlanFacts, RecipeFacts, Record, Source, Training
+from upcycle.core.words import size
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, duration, listing, percent, public_name
+from upcycle.models.record import CheckReport, Made, PlanPart, RecipePart, Source, TrainingRun
 
 LOSSY_METHODS = {"split": "split", "prune": "pruned copies"}
 
 
-def conversion(made: Record | None) -> Section:
+def conversion(made: Made | None) -> Section:
     """What upcycle.json says of the conversion."""
     if not made:
         return None
@@ -49,7 +48,7 @@ def _revision(source: Source) -> str:
     return f"{public_name(source.name)}{revision}"
 
 
-def _methods(recipe: RecipeFacts) -> dict[str, str]:
+def _methods(recipe: RecipePart) -> dict[str, str]:
     """The methods that the recipe's own method uses."""
     router = recipe.router.name if recipe.router else ""
     compensation = recipe.compensate.name.replace("_", " ") if recipe.compensate else ""
@@ -65,7 +64,7 @@ def _methods(recipe: RecipeFacts) -> dict[str, str]:
     }
 
 
-def _geometry(plan: PlanFacts) -> str:
+def _geometry(plan: PlanPart) -> str:
     shared = f", and {plan.shared_size} always on" if plan.shared_size else ""
     return (
         f"{plan.top_k} of {plan.experts} per token, {plan.expert_size} neurons each{shared}; "
@@ -73,7 +72,7 @@ def _geometry(plan: PlanFacts) -> str:
     )
 
 
-def _layers(plan: PlanFacts) -> str:
+def _layers(plan: PlanPart) -> str:
     kept = plan.dense_layers
     converted = f"{plan.layers - len(kept)} of {plan.layers} converted"
     return f"{converted}; {listing(kept)} kept dense" if kept else converted
@@ -84,14 +83,14 @@ def _texts(label: str) -> str:
     return "+".join(map(public_name, label.split("+")))
 
 
-def _trained(run: Training) -> str:
+def _trained(run: TrainingRun) -> str:
     return (
         f"preset {run.settings.name}: {run.step:,} steps on {run.tokens:,} tokens of "
         f"{_texts(run.settings.data)} in {duration(run.seconds)}"
     )
 
 
-def _exactness(plan: PlanFacts, check: CheckReport | None) -> str:
+def _exactness(plan: PlanPart, check: CheckReport | None) -> str:
     if not check or check.exact_error is None:
         return ""
     beside = "with all experts on, " if plan.recipe.method.name in LOSSY_METHODS else ""

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle.conversion.card import kind_name
-from upcycle.conversion.check import KindResult
 from upcycle.evaluation.page import charts
-from upcycle.evaluation.page.facts import Record
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, percent, public_name
 from upcycle.evaluation.run import Evaluation, TextResult
+from upcycle.models.record import KindResult, Made
+from upcycle.models.text import kind_name
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def basis(evaluation: Evaluation) -> str:
     return f"On {evaluation.tokens:,} tokens of {each}{names}, in windows of {evaluation.window}."
 
 
-def texts(evaluation: Evaluation, made: Record | None) -> Section:
+def texts(evaluation: Evaluation, made: Made | None) -> Section:
     """Dense against MoE on each text, and on the kinds that the conversion's check read; None for
     one text alone, of which the key numbers are."""
     check = made and made.check

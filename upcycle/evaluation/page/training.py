@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from upcycle.evaluation.page import charts
-from upcycle.evaluation.page.facts import LogLine
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits
+from upcycle.models.record import LogLine
 
 CURVES: dict[str, Callable[[LogLine], float | None]] = {
     "Training loss": lambda line: line.loss,

@@ -1,0 +1,431 @@
+"""What upcycle leaves beside a model's weights, upcycle.json and train_log.jsonl: one schema, by
+which both are written and read.
+
+What a version adds has a default, which is what older records mean; what is not known here is kept
+and handed on.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainSerializer,
+    ValidationError,
+)
+
+from upcycle.core.errors import UpcycleError
+from upcycle.core.foreign import first_problem, parse_json, read_json, read_text
+from upcycle.core.json_text import json_text
+from upcycle.core.settings import Choice
+
+RECORD = "upcycle.json"
+TRAIN_LOG = "train_log.jsonl"
+OURS = "what upcycle writes"
+LARGEST = 1e300
+
+
+def _not_absurd(value: float) -> float:
+    """What a diverged run may leave: nothing finite that arithmetic would make infinite."""
+    if math.isfinite(value) and abs(value) > LARGEST:
+        raise ValueError(f"it is beyond {LARGEST:g}")
+    return value
+
+
+def _above_zero(value: float) -> float:
+    """Or no number at all, as of logits that overflow."""
+    if value <= 0:
+        raise ValueError("it must be above 0")
+    return value
+
+
+Measured = Annotated[float, AfterValidator(_not_absurd)]
+Positive = Annotated[Measured, AfterValidator(_above_zero)]
+"""Checked only where a record is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a run is known by, in its journal and in the record of its result."""
+
+    fingerprint: str
+    """Of everything that its bytes depend on."""
+    threads: int
+    """Of torch, by which sums in floating point differ; part of the fingerprint."""
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """What the conversion did to one kind of text."""
+
+    kind: str
+    """The name of the text: of the calibration, of which this was held back, or `probe:…`."""
+    tokens: int
+    perplexity_dense: Positive
+    perplexity_moe: Positive
+    ratio: Positive
+    worst_window: float
+    """The largest ratio of any window."""
+    kl: float
+    """Mean KL(dense ‖ MoE) per token, in nats."""
+    top1_agreement: float
+    """Share of tokens whose most likely next token is the same."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the check measured."""
+
+    exact_error: float | None
+    """Root mean square difference of the logits over their standard deviation, with every expert
+    on for a split; None for copies that were changed on purpose, or of which tokens get parts."""
+    exact_tolerance: float
+    kinds: Annotated[list[KindResult], Field(min_length=1)]
+    left_out: list[str]
+    """Kinds that could not be had."""
+    window: int
+    load: list[list[float]]
+    """Per MoE layer and expert: its share of the tokens over the fair share, K / E."""
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """By kind of text."""
+        return {kind.kind: kind.ratio for kind in self.kinds}
+
+    @property
+    def worst(self) -> KindResult:
+        """The kind that lost most."""
+        return max(self.kinds, key=lambda kind: kind.ratio)
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """The worst kind's."""
+        return self.worst.ratio
+
+    @property
+    def mean_ratio(self) -> float:
+        """The geometric mean over kinds."""
+        return math.exp(sum(math.log(kind.ratio) for kind in self.kinds) / len(self.kinds))
+
+    @property
+    def tokens(self) -> int:
+        return sum(kind.tokens for kind in self.kinds)
+
+    @property
+    def dead_experts(self) -> int:
+        return sum(share == 0 for layer in self.load for share in layer)
+
+
+def check_summary(check: CheckReport) -> dict[str, Any]:
+    """The check as plain values, with what follows from them."""
+    return asdict(check) | {
+        "worst_kind": check.worst.kind,
+        "perplexity_ratio": check.perplexity_ratio,
+        "mean_ratio": check.mean_ratio,
+        "dead_experts": check.dead_experts,
+    }
+
+
+Check = Annotated[CheckReport, PlainSerializer(check_summary)]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice of dense layers, carried out on a few tokens."""
+
+    layers: tuple[int, ...]
+    ratios: dict[str, float]
+    """By text: perplexity over the dense model's."""
+
+    @property
+    def mean(self) -> float:
+        """The geometric mean over texts."""
+        return math.exp(sum(map(math.log, self.ratios.values())) / len(self.ratios))
+
+    @property
+    def worst(self) -> float:
+        return max(self.ratios.values())
+
+
+@dataclass(frozen=True)
+class DenseLayers:
+    """The layers to keep dense, and how they were found."""
+
+    layers: tuple[int, ...]
+    damage: list[float]
+    trials: list[Trial]
+
+
+@dataclass(frozen=True)
+class Used:
+    """How much of a text is trained on."""
+
+    text: str
+    tokens: int
+    held_out: int
+    """Tokens of its end, on which it is validated."""
+    total: int | None
+    """That the text holds; roughly, of a long one; None: nobody knows."""
+
+
+class Part(BaseModel):
+    """Of a record."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    def plain(self) -> dict[str, Any]:
+        """What was given, as plain values."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Source(Part):
+    """The dense checkpoint that a model was made from."""
+
+    name: str
+    """A hub id, or the way from the folder of the record."""
+    revision: str | None = None
+    fingerprint: str | None = None
+
+    def place(self, folder: Path) -> Path | None:
+        """Where the dense model lies here, if it is not on the hub; `folder` holds the record."""
+        found = folder.resolve() / self.name
+        return found.resolve() if self.revision is None and found.exists() else None
+
+    def model(self, folder: Path) -> str | None:
+        """The dense model by the name that finds it from anywhere; None if nothing does."""
+        if self.revision is not None:
+            return self.name
+        place = self.place(folder)
+        return None if place is None else str(place)
+
+
+class RecipePart(Part):
+    """The recipe's settings, of which those are named here that others read."""
+
+    name: str
+    paper: str
+    method: Choice
+    split: Choice
+    shared: float | None = None
+    shared_by: Choice
+    router: Choice | None
+    compensate: Choice | None = None
+    sequential: bool = False
+    calibration: str
+
+
+class PlanPart(Part):
+    """What was to be built."""
+
+    source: str
+    family: str
+    target: str
+    targets: dict[str, str]
+    """By name, `ok` or why it can't host the model; so the runtimes, and why they don't run it."""
+    runtimes: dict[str, str] = {}
+    method: str
+    layers: int
+    dense_layers: list[int]
+    hidden_size: int
+    intermediate_size: int
+    experts: int
+    top_k: int
+    granularity: int
+    expert_size: int
+    shared_size: int
+    active_ffn_ratio: FiniteFloat
+    params_dense: int
+    params_total: int
+    params_active: int
+    bytes: int
+    dtype: str
+    device: str
+    peak_memory_estimate: int
+    check_memory_estimate: int
+    calibration_tokens: int
+    check_tokens: int
+    feedback: float = 0.0
+    warnings: list[str]
+    recipe: RecipePart
+
+
+class LayerPart(Part):
+    """What became of a layer."""
+
+    layer: int
+    dense: bool
+    permutation: list[int] | None = None
+    """The dense neurons in their new order, shared first, then expert by expert (of a split that is
+    no partition, with some of them twice or more and some left out); None of whole copies."""
+
+
+class ConversionResult(Part):
+    """What a conversion decided and measured."""
+
+    out: str
+    plan: PlanPart
+    check: Check | None
+    seconds: dict[str, FiniteFloat]
+    """By stage."""
+    peak_memory: int
+    """Bytes."""
+    dense_layers: DenseLayers | None = None
+    """How the layers to keep dense were found, where they were measured."""
+
+
+class TrainingSettings(Part):
+    """The settings of a training run, of which those are named here that others read."""
+
+    name: str
+    data: str
+    teacher: str | None = None
+
+
+class TrainingResult(Part):
+    """What a training run did and measured."""
+
+    model: str
+    out: str
+    settings: TrainingSettings
+    groups: dict[str, dict[str, int]]
+    """Per group, how many parameters it has, and how many train."""
+    used: tuple[Used, ...] = ()
+    before: dict[str, Measured]
+    after: dict[str, Measured]
+    step: int
+    """Whose state was kept."""
+    steps: int
+    tokens: int
+    seconds: FiniteFloat
+    processes: int
+    reload_error: float | None
+    """Root mean square difference of the written checkpoint's logits from the trained model's,
+    over their standard deviation."""
+
+
+class TrainingRun(TrainingResult):
+    """A training run, as the record of its result tells of it."""
+
+    upcycle: str
+    """The version."""
+    check_before: Check | None
+    """What the conversion measured, which is no longer true of the trained weights."""
+
+
+class Trained(Part):
+    """upcycle.json of a model that upcycle trained but did not make."""
+
+    check: Check | None = None
+    training: list[TrainingRun] = []
+    run: Identity | None = None
+    """The last one."""
+
+
+class Made(ConversionResult):
+    """upcycle.json of a model that upcycle made, and may have trained since.
+
+    It is published, so a local source is named by its way from the folder, and other files by
+    their names alone.
+    """
+
+    versions: dict[str, str]
+    source: Source
+    run: Identity | None = None
+    """The last one."""
+    layers: list[LayerPart] = []
+    training: list[TrainingRun] = []
+
+
+Record = Made | Trained
+
+
+def record_text(record: Record) -> str:
+    """An upcycle.json."""
+    return json_text(record.plain()) + "\n"
+
+
+def read_record(path: Path) -> Record:
+    """An upcycle.json.
+
+    Raises:
+        UpcycleError: it is something else.
+    """
+    return record_of(read_json(path, OURS), path)
+
+
+def record_of(fields: Any, path: Path) -> Record:
+    """The values of an upcycle.json as what they are.
+
+    Raises:
+        UpcycleError: they are something else; the sentence names the field.
+    """
+    trained = isinstance(fields, dict) and "training" in fields and "plan" not in fields
+    kind: type[Record] = Trained if trained else Made
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise UpcycleError(
+            f"{path} is not {OURS}: {first_problem(error)}: restore or delete it"
+        ) from error
+
+
+class Validation(Part):
+    """Of the held-out text; the last two against the dense model."""
+
+    loss: Measured | None = None
+    perplexity: Measured | None = None
+    perplexity_ratio: Measured | None = None
+    kl: Measured | None = None
+
+
+class LogLine(Part):
+    """A line of train_log.jsonl: of a step, or of a validation after it."""
+
+    step: int
+    loss: Measured | None = None
+    next_token: Measured | None = None
+    distill: Measured | None = None
+    match_layers: Measured | None = None
+    balance: Measured | None = None
+    z_loss: Measured | None = None
+    grad_norm: Measured | None = None
+    lr: Measured | None = None
+    imbalance: Measured | None = None
+    """The busiest expert's load over the fair share, the mean over layers."""
+    dead: int | None = None
+    """Experts that no token of the step selected."""
+    tokens_per_second: FiniteFloat | None = None
+    validation: Validation | None = None
+
+
+def log_text(row: Mapping[str, Any]) -> str:
+    """A line of train_log.jsonl of plain values."""
+    return json_text(LogLine.model_validate(row).plain()) + "\n"
+
+
+def read_log(path: Path) -> list[LogLine]:
+    """A train_log.jsonl.
+
+    Raises:
+        UpcycleError: a line is not one of training or of validation.
+    """
+    return list(_log_lines(path))
+
+
+def _log_lines(path: Path) -> Iterator[LogLine]:
+    expected = "what `upcycle finetune` writes"
+    for number, text in enumerate(read_text(path, expected).splitlines(), 1):
+        if not text.strip():
+            continue
+        where = f"line {number} of {path}"
+        try:
+            yield LogLine.model_validate(parse_json(text, where, expected))
+        except ValidationError as error:
+            raise UpcycleError(f"{where} is not {expected}: {first_problem(error)}") from error
