@@ -219,7 +219,8 @@ class Workspace:
             write_whole(journal, "".join(whole))
         entries = [parse_json(line, journal) for line in whole]
         keys = [entry.keys() if isinstance(entry, dict) else None for entry in entries]
-        if entries and keys != [{"fingerprint"}, *[{"unit", "record"}] * (len(entries) - 1)]:
+        begin = asdict(self.run).keys()
+        if entries and keys != [begin, *[{"unit", "record"}] * (len(entries) - 1)]:
             raise UpcycleError(f"{journal} {NOT_OURS}")
         return entries
 
