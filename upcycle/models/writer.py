@@ -6,7 +6,6 @@ killed run had written is still right when it is resumed.
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import lock_descriptor
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -387,15 +387,14 @@ def _restore(out: Path) -> None:
 def _lock(folder: Path) -> int:
     """Take a folder for this process, until the descriptor is closed or the process ends."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    ours = True
+    with suppress(OSError):  # some network file systems have no locks
+        ours = lock_descriptor(descriptor, blocking=False)
+    if not ours:
         os.close(descriptor)
         raise UpcycleError(
             f"{folder} belongs to a run that is still at work: wait for it, or give another -o"
-        ) from error
-    except OSError:
-        pass  # some network file systems have no locks
+        )
     return descriptor
 
 
