@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
 import upcycle
 from upcycle.conversion.memory import peak_bytes
+from upcycle.core.machine import peak_memory
 
 CLOSE = 1.4
 """Of an estimate over what was measured: the interpreter differs between machines and runs, too."""
@@ -88,3 +90,11 @@ def test_model_that_writes_its_own_text_is_held_whole(dense):
     written = upcycle.plan(model, calibration="self", **settings)
     assert peak_bytes(written) > peak_bytes(plan)
     assert peak_bytes(written) > 4 * plan.params_dense
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    held = torch.ones(2**26, dtype=torch.uint8)
+    resident = psutil.Process().memory_info().rss
+    assert len(held) < 0.99 * resident < peak_memory() < psutil.virtual_memory().total
+    del held
+    assert peak_memory() > 0.99 * resident

@@ -438,6 +438,8 @@ def test_config_that_is_none(copy, content, words):
         ({"dtype": "bogus"}, "bogus"),
         ({"hidden_act": "bogus"}, "bogus"),
         ({"vocab_size": -3}, "-3"),
+        ({"pad_token_id": 272}, "can't build a model from config.json: Padding_idx"),
+        ({"pad_token_id": -273}, "pad_token_id=-273"),
         ({"rope_parameters": {"rope_type": "bogus"}}, "bogus"),
         ({"model_type": "mixtral"}, "is a Mixture-of-Experts already"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),

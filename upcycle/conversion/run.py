@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -23,7 +21,7 @@ from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.plan import Plan, make_plan
 from upcycle.core.errors import CheckFailed, UpcycleError
-from upcycle.core.machine import torch_threads
+from upcycle.core.machine import peak_memory, torch_threads
 from upcycle.core.types import Activation, DenseFFN, LayerActivations, all_finite
 from upcycle.core.versions import versions
 from upcycle.models.assemble import (
@@ -313,9 +311,3 @@ def _write_unit(
             raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
         writer.write(name, stored)
     workspace.done(unit, record)
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,7 @@
 """Where to compute, as people name it."""
 
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,16 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return int(psutil.virtual_memory().total)
     return int(torch.cuda.mem_get_info(device)[1])
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # psutil knows no peak elsewhere, and Windows has no such module.
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def device_name(device: torch.device) -> str:

@@ -1,7 +1,6 @@
 """Where the user means, what of that may be published, and files that are whole or absent."""
 
 import errno
-import fcntl
 import glob
 import os
 import re
@@ -9,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from upcycle.core.errors import UpcycleError
 
@@ -117,12 +118,12 @@ def _clear_drafts(path: Path) -> None:
 
 
 def _locked(descriptor: int) -> bool:
-    """Whether this process now holds the file until it closes it or ends, however it does."""
+    """Whether this process now holds the file until it closes it or ends, however it does. (A
+    filelock.FileLock would lie beside the draft as one more file, which a kill leaves.)"""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError:  # Some network file systems have no locks.
         return False
-    return True
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Nothing of upcycle is imported here, and no torch: it is to be there at once.
 
 import contextlib
 import json
-import resource
 import sys
 
 from jinja2 import TemplateError
@@ -30,7 +29,9 @@ def answer(request: dict[str, object]) -> dict[str, object]:
 
 def main() -> None:
     """Answer until stdin ends."""
-    with contextlib.suppress(ValueError, OSError):  # where the system has no such limit
+    with contextlib.suppress(ImportError, ValueError, OSError):  # on a system without such limits
+        import resource
+
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         least = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
         resource.setrlimit(resource.RLIMIT_AS, (least, hard))

@@ -6,17 +6,17 @@ killed run had written is still right when it is resumed.
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import lock_descriptor
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -29,7 +29,6 @@ from upcycle.models.source import DTYPES, INDEX, SINGLE
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 JOURNAL = "journal.jsonl"
-IDENTITY = {field.name for field in fields(Identity)}
 BEGIN = b'{"fingerprint": "'
 """How a journal begins."""
 ASIDE, RESULT, FORMER = "aside", "result", "former"
@@ -211,7 +210,8 @@ class Workspace:
             write_whole(journal, "".join(whole))
         entries = [parse_json(line, journal) for line in whole]
         keys = [entry.keys() if isinstance(entry, dict) else None for entry in entries]
-        if entries and keys != [IDENTITY, *[{"unit", "record"}] * (len(entries) - 1)]:
+        begin = asdict(self.run).keys()
+        if entries and keys != [begin, *[{"unit", "record"}] * (len(entries) - 1)]:
             raise UpcycleError(f"{journal} {NOT_OURS}")
         return entries
 
@@ -378,15 +378,14 @@ def _restore(out: Path) -> None:
 def _lock(folder: Path) -> int:
     """Take a folder for this process, until the descriptor is closed or the process ends."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    ours = True
+    with suppress(OSError):  # some network file systems have no locks
+        ours = lock_descriptor(descriptor, blocking=False)
+    if not ours:
         os.close(descriptor)
         raise UpcycleError(
             f"{folder} belongs to a run that is still at work: wait for it, or give another -o"
-        ) from error
-    except OSError:
-        pass  # some network file systems have no locks
+        )
     return descriptor
 
 
