@@ -183,7 +183,7 @@ def test_llama_moe_counts_selected_experts_as_the_released_scale_does_at_first(
 ):
     """Softmax over four experts times four is 1 on average, and near it while the gate is small."""
     plan, layer = converted("llama-moe")
-    ours_TK = plan.weigh(activations.x_TD @ layer.router_ED.T).topk(4).values
+    ours_TK = plan.design.weigh(activations.x_TD @ layer.router_ED.T).topk(4).values
     theirs_TK = 4 * (0.02 * normal(T, 16, seed=8)).topk(4).values.softmax(1)
     assert float(theirs_TK.mean()) == pytest.approx(1)
     torch.testing.assert_close(ours_TK, theirs_TK, rtol=0, atol=0.08)
@@ -346,7 +346,7 @@ def matrices(ffn):
 
 def test_sparse_upcycling_copies_the_ffn_and_draws_the_router(converted, activations):
     plan, layer = converted("sparse-upcycling")
-    moe = layer.experts(plan, 0)
+    moe = layer.experts(plan.design, 0)
     for expert in range(8):
         pairs = zip(matrices(moe.expert(expert)), matrices(activations.ffn), strict=True)
         assert all(torch.equal(copied, dense) for copied, dense in pairs)
@@ -356,7 +356,7 @@ def test_sparse_upcycling_copies_the_ffn_and_draws_the_router(converted, activat
 def test_drop_upcycling_draws_one_set_of_neurons_for_all_three_matrices(converted, activations):
     """As in the paper; the released code draws three, so that an eighth of the neurons stays."""
     plan, layer = converted("drop-upcycling")
-    moe, sets = layer.experts(plan, 0), []
+    moe, sets = layer.experts(plan.design, 0), []
     for expert in range(8):
         changed = []
         for new, old in zip(matrices(moe.expert(expert)), matrices(activations.ffn), strict=True):

@@ -64,7 +64,9 @@ def functions():
 
 
 def test_catalogue_holds_what_is_registered():
-    assert json.loads((PACKAGE / CATALOGUE).read_text()) == registered(), "run `make catalogue`"
+    assert json.loads((PACKAGE / "conversion" / CATALOGUE).read_text()) == registered(), (
+        "run `make catalogue`"
+    )
 
 
 @pytest.mark.parametrize(

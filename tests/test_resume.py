@@ -213,12 +213,13 @@ def test_resuming_does_not_repeat_finished_layers(dense, out, monkeypatch):
     assert layers == [2]
 
 
-def test_copies_resume_too(dense, out, tmp_path):
+def test_copies_resume_too(dense, out, tmp_path_factory):
     request = {"method": "drop", "experts": 2}
     start_and_kill(dense, out, "before layer 2", keep_dense=[], **request)
-    for place in (out, tmp_path / "other"):
+    other = tmp_path_factory.mktemp("other") / "out"
+    for place in (out, other):
         upcycle.convert(str(dense()), place, resume=True, **SETTINGS | {"keep_dense": []} | request)
-    assert content(out) == content(tmp_path / "other")
+    assert content(out) == content(other)
 
 
 def test_without_resume_a_killed_run_is_begun_anew(dense, out, uninterrupted):

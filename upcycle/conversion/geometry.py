@@ -70,14 +70,7 @@ def copied_geometry(recipe: Recipe, num_neurons: int) -> Geometry:
     experts = (recipe.experts or COPIES) * granularity
     top_k = recipe.top_k or COPIES_PER_TOKEN * granularity
     size = num_neurons // granularity
-    geometry = _checked(Geometry(num_neurons, experts, top_k, size, granularity=granularity))
-    if top_k % granularity:
-        whole = max(top_k // granularity, 1) * granularity
-        raise UpcycleError(
-            f"--top-k {top_k} is no multiple of --granularity {granularity}, so tokens would get "
-            f"parts of a copy; nearest: --top-k {whole}"
-        )
-    return geometry
+    return _checked(Geometry(num_neurons, experts, top_k, size, granularity=granularity))
 
 
 def moe_share(active: float, layers: int, num_dense: int) -> float:
