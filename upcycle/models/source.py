@@ -243,6 +243,28 @@ def reading(path: Path) -> Iterator[Any]:
         raise UpcycleError(f"{path} is not a whole safetensors file: {error}") from error
 
 
+class _Whole:
+    """A safetensors file that is read, not mapped, which safetensors refuses for slices of a tensor
+    without elements; they are tensors here. A target that always has a shared expert holds such
+    ones where a conversion has none."""
+
+    def __init__(self, shard: Any) -> None:
+        self._shard = shard
+
+    def __enter__(self) -> "_Whole":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shard.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shard, name)
+
+    def get_slice(self, name: str) -> Any:
+        part = self._shard.get_slice(name)
+        return part if math.prod(part.get_shape()) else self._shard.get_tensor(name)
+
+
 @contextmanager
 def reading_whole() -> Iterator[None]:
     """Within it, transformers reads a checkpoint into memory. It maps the files otherwise, and as
@@ -251,7 +273,7 @@ def reading_whole() -> Iterator[None]:
     mapped = modeling_utils.safe_open
 
     def read(*arguments: Any, **settings: Any) -> Any:
-        return mapped(*arguments, **settings | {"backend": "pread"})
+        return _Whole(mapped(*arguments, **settings | {"backend": "pread"}))
 
     modeling_utils.safe_open = read
     try:
@@ -359,11 +381,10 @@ def _equal(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
         return False
     with reading(folder / one.file) as ones, reading(folder / other.file) as others:
         mine, theirs = ones.get_slice(one.name), others.get_slice(other.name)
-        step = max(1, COMPARED * one.shape[0] // max(1, math.prod(one.shape)))
-        return all(
-            torch.equal(mine[row : row + step], theirs[row : row + step])
-            for row in range(0, one.shape[0], step)
-        )
+        rows = one.shape[0]
+        step = max(1, COMPARED * rows // max(1, math.prod(one.shape)))
+        pieces = [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
+        return all(torch.equal(mine[piece], theirs[piece]) for piece in pieces)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
