@@ -410,14 +410,13 @@ def test_a_run_that_diverges_stops_at_that_step_and_leaves_the_best_state(split,
 
 def test_the_best_state_is_the_best_there_was(split, train, tmp_path, monkeypatch):
     """Of a run that learns, until its third step has a loss that is no number."""
-    terms = step._terms
+    gradients = step._gradients
 
-    def broken(run, *args):
-        yield from terms(run, *args)
-        if run.step == 2:
-            yield "z_loss", torch.tensor(math.inf)
+    def broken(setup, number, *args):
+        row = gradients(setup, number, *args)
+        return row | {"loss": math.inf} if number == 2 else row
 
-    monkeypatch.setattr(step, "_terms", broken)
+    monkeypatch.setattr(step, "_gradients", broken)
     with pytest.raises(Diverged, match=r"stopped at step 3: .*after step 2, the best before"):
         train(split(), validate_every=1)
     rows = strict_lines(tmp_path / "out" / "train_log.jsonl")
@@ -435,11 +434,11 @@ def test_weights_never_take_a_step_that_is_no_number(split, train, tmp_path, mon
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: stepped.append(1))
     gradients = step._gradients
 
-    def broken(run, *args):
-        row = gradients(run, *args)
+    def broken(setup, *args):
+        row = gradients(setup, *args)
         if name == "loss":
             return row | {"loss": math.nan}
-        next(p for p in run.model.parameters() if p.grad is not None).grad.fill_(math.inf)
+        next(p for p in setup.model.parameters() if p.grad is not None).grad.fill_(math.inf)
         return row
 
     monkeypatch.setattr(step, "_gradients", broken)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 
 import pytest
 import typer
@@ -165,9 +166,9 @@ def test_an_interrupt_says_how_to_go_on(model, text, tmp_path, monkeypatch):
 
     out, step = tmp_path / "out", loop.take_step
 
-    def interrupted(run):
-        run.stop = True
-        return step(run)
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return step(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", interrupted)

@@ -216,9 +216,10 @@ def test_an_interrupt_of_one_process_stops_all_and_all_go_on(model, text, alone,
     flags = [model, "--data", text, "-o", out, *FLAGS]
 
     def interrupted(rank):
-        def stop_second(run):
-            run.stop = rank == 1 and run.step == 1
-            return step(run)
+        def stop_second(setup, number):
+            if (rank, number) == (1, 1):
+                signal.raise_signal(signal.SIGTERM)
+            return step(setup, number)
 
         loop.take_step = stop_second
         return command(*flags)

@@ -13,7 +13,7 @@ from torch import nn
 
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import load_state, put_back, read_notes, save_state
-from upcycle.finetune.step import Run, note, take_step
+from upcycle.finetune.step import Progress, Setup, note, take_step
 from upcycle.finetune.trainable import Trained
 from upcycle.finetune.validation import validate
 from upcycle.models.record import LogLine, log_text
@@ -39,71 +39,71 @@ def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.A
     )
 
 
-def train(run: Run) -> None:
+def train(setup: Setup, progress: Progress) -> None:
     """Run all steps that are left, from the saved state if there is one.
 
     Raises:
         Diverged: a loss or a gradient is no number.
         KeyboardInterrupt: the run was told to stop; its state is saved.
     """
-    _take_up(run)
-    total = run.settings.total_steps
-    every = run.settings.validate_every or max(1, total // 10)
-    if run.step == 0:
-        validate(run)
-    while run.step < total:
+    _take_up(setup, progress)
+    total = setup.settings.total_steps
+    every = setup.settings.validate_every or max(1, total // 10)
+    if progress.step == 0:
+        validate(setup, progress)
+    while progress.step < total:
         start = time.monotonic()
-        row = take_step(run)
-        run.step += 1
+        row = take_step(setup, progress.step)
+        progress.step += 1
         seconds = time.monotonic() - start
-        run.seconds += seconds
+        progress.seconds += seconds
         tokens = row.pop("tokens")
-        note(run, row | {"tokens_per_second": round(tokens / seconds, 1)})
-        due = run.step % every == 0 or run.step == total
+        note(setup, progress, row | {"tokens_per_second": round(tokens / seconds, 1)})
+        due = progress.step % every == 0 or progress.step == total
         if due:
-            validate(run)
-        stop = _told_to_stop(run)
+            validate(setup, progress)
+        stop = _told_to_stop(setup, progress)
         if due or stop:
-            _save(run)
-        if stop and run.step < total:
+            _save(setup, progress)
+        if stop and progress.step < total:
             raise KeyboardInterrupt
 
 
-def restore_best(run: Run) -> None:
+def restore_best(setup: Setup, progress: Progress) -> None:
     """Make the model what the result shall be."""
-    if run.settings.keep_best and run.best_step != run.step:
-        put_back(run.plain, load_file(run.folder / "best.safetensors"))
+    if setup.settings.keep_best and progress.best_step != progress.step:
+        put_back(setup.plain, load_file(setup.folder / "best.safetensors"))
 
 
-def _told_to_stop(run: Run) -> bool:
+def _told_to_stop(setup: Setup, progress: Progress) -> bool:
     """Whether any process was: all must leave after the same step."""
-    if run.accelerator.num_processes == 1:
-        return run.stop
-    told = torch.tensor(float(run.stop), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(told, "sum"))
+    if setup.accelerator.num_processes == 1:
+        return progress.stop
+    told = torch.tensor(float(progress.stop), device=setup.accelerator.device)
+    return bool(setup.accelerator.reduce(told, "sum"))
 
 
-def _take_up(run: Run) -> None:
-    notes = read_notes(run.folder)
+def _take_up(setup: Setup, progress: Progress) -> None:
+    notes = read_notes(setup.folder)
     if notes is not None:
-        load_state(run.folder, run.plain, run.optimizer)
-        run.step, run.seconds = notes["step"], notes["seconds"]
-        run.best, run.best_step = float(notes["best"]), notes["best_step"]
-    lines = run.log_file.read_text().splitlines(True) if notes and run.log_file.exists() else []
+        load_state(setup.folder, setup.plain, setup.optimizer)
+        progress.step, progress.seconds = notes["step"], notes["seconds"]
+        progress.best, progress.best_step = float(notes["best"]), notes["best_step"]
+    lines = setup.log_file.read_text().splitlines(True) if notes and setup.log_file.exists() else []
     # A kill may have cut the last line short.
     rows = [LogLine(**json.loads(line)).plain() for line in lines if line.endswith("\n")]
-    run.log = [row for row in rows if row["step"] <= run.step]
-    if run.accelerator.is_main_process:
-        run.log_file.write_text("".join(map(log_text, run.log)))
+    progress.log = [row for row in rows if row["step"] <= progress.step]
+    if setup.accelerator.is_main_process:
+        setup.log_file.write_text("".join(map(log_text, progress.log)))
 
 
-def _save(run: Run) -> None:
+def _save(setup: Setup, progress: Progress) -> None:
     notes = {
-        "step": run.step,
-        "seconds": run.seconds,
-        "best": run.best,
-        "best_step": run.best_step,
+        "step": progress.step,
+        "seconds": progress.seconds,
+        "best": progress.best,
+        "best_step": progress.best_step,
     }
-    main = run.accelerator.is_main_process
-    save_state(run.folder, run.plain, run.optimizer, notes, write=main)
-    run.accelerator.wait_for_everyone()
+    main = setup.accelerator.is_main_process
+    save_state(setup.folder, setup.plain, setup.optimizer, notes, write=main)
+    setup.accelerator.wait_for_everyone()

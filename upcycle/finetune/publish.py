@@ -18,7 +18,7 @@ from upcycle.evaluation.run import load_model, next_token_logits
 from upcycle.finetune.job import Job
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import whole_model
-from upcycle.finetune.step import Row, Run
+from upcycle.finetune.step import Progress, Row, Setup
 from upcycle.finetune.trainable import Groups
 from upcycle.models.frontmatter import read_card, split_card, with_results
 from upcycle.models.record import (
@@ -97,15 +97,15 @@ def finetuning_summary(done: Finetuning) -> TrainingResult:
     )
 
 
-def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
+def publish(setup: Setup, progress: Progress, groups: Groups, job: Job) -> Finetuning:
     """Write the result into the workspace of the job's folder. Every process must call it.
 
     Raises:
         CheckFailed: what was written is not what was trained.
     """
-    settings, folder = run.settings, job.folder
-    plain = run.plain.eval()
-    window_L = run.validation.tokens_BL[0, :CHECK_TOKENS]
+    settings, folder = setup.settings, job.folder
+    plain = setup.plain.eval()
+    window_L = setup.validation.tokens_BL[0, :CHECK_TOKENS]
     expected_LV = next_token_logits(plain, window_L).cpu()
     tensors = whole_model(plain)
     done = Finetuning(
@@ -113,14 +113,14 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
         out=job.out,
         settings=settings,
         groups=groups,
-        used=run.train.used,
-        log=run.log,
-        result_step=run.best_step if settings.keep_best else run.step,
-        tokens=run.step * settings.step_tokens,
-        seconds=run.seconds,
-        processes=run.accelerator.num_processes,
+        used=setup.train.used,
+        log=progress.log,
+        result_step=progress.best_step if settings.keep_best else progress.step,
+        tokens=progress.step * settings.step_tokens,
+        seconds=progress.seconds,
+        processes=setup.accelerator.num_processes,
     )
-    if not run.accelerator.is_main_process:
+    if not setup.accelerator.is_main_process:
         return done
     place = result_folder(job.out)
     stored = next(iter(read_headers(folder).values())).dtype
@@ -136,7 +136,7 @@ def publish(run: Run, groups: Groups, job: Job) -> Finetuning:
         written = _write_model(plain, tensors, stored, folder, place)
     error = relative_error(next_token_logits(written, window_L), expected_LV)
     # Below float32, rounding may send a token to other experts; its tensors have been compared.
-    exact = run.accelerator.mixed_precision == "no" and plain.dtype == stored == torch.float32
+    exact = setup.accelerator.mixed_precision == "no" and plain.dtype == stored == torch.float32
     if exact and not error <= TOLERANCE:
         raise CheckFailed(
             f"the written checkpoint is not the model that was trained: its logits differ by "

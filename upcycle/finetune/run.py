@@ -26,7 +26,7 @@ from upcycle.finetune.publish import Finetuning, publish
 from upcycle.finetune.routers import RouterTap, correction_bias, keep_float32, measure_scales
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import read_notes, torch_dtype
-from upcycle.finetune.step import Row, Run, score_of
+from upcycle.finetune.step import Progress, Row, Setup, score_of
 from upcycle.finetune.trainable import (
     Groups,
     add_lora,
@@ -104,17 +104,18 @@ def finetune(
         stack.enter_context(
             _workspace(job, identity, accelerator, overwrite=overwrite, resume=resume)
         )
-        run, groups = _prepare(job, accelerator, watch)
+        setup, groups = _prepare(job, accelerator, watch)
+        progress = Progress()
         if job_identity(job, accelerator.num_processes, identity.threads) != identity:
             raise UpcycleError(
                 f"{job.label} or its text changed while it was read: leave it as it is, and start "
                 "anew"
             )
         if accelerator.is_main_process:
-            watch.begin(job.settings, groups, run.train.used)
-        stopped = _train(run)
-        restore_best(run)
-        done = publish(run, groups, job)
+            watch.begin(job.settings, groups, setup.train.used)
+        stopped = _train(setup, progress)
+        restore_best(setup, progress)
+        done = publish(setup, progress, groups, job)
     if stopped is not None:
         raise Diverged(
             f"{stopped}; {job.out} holds the state after step {done.result_step}, the best before"
@@ -122,17 +123,17 @@ def finetune(
     return done
 
 
-def _train(run: Run) -> Diverged | None:
+def _train(setup: Setup, progress: Progress) -> Diverged | None:
     """All steps; what they came to grief on, where there is a better state to go back to.
 
     Raises:
         Diverged: there is none.
     """
     try:
-        with _stopping(run):
-            train(run)
+        with _stopping(progress):
+            train(setup, progress)
     except Diverged as error:
-        if run.settings.keep_best and run.log:
+        if setup.settings.keep_best and progress.log:
             return error
         raise
     return None
@@ -198,7 +199,7 @@ def _no_room(out: Path, error: OSError, saved: dict[str, Any] | None) -> Upcycle
     return UpcycleError(f"can't write beside {out}: {error.strerror}; make room, then {after}")
 
 
-def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Groups]:
+def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, Groups]:
     """Model, data, optimizer: all that the loop needs."""
     settings, folder = job.settings, job.folder
     train_data, validation = _data(job)
@@ -231,7 +232,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Gro
     if settings.tracker is not None:
         accelerator.init_trackers("upcycle", config=settings.settings())
     workspace = partial_folder(job.out)
-    run = Run(
+    setup = Setup(
         settings=settings,
         accelerator=accelerator,
         model=model,
@@ -246,7 +247,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Gro
         log_file=workspace / TRAIN_LOG,
         watch=watch.row if accelerator.is_main_process else lambda row, done, total: None,
     )
-    return run, summary(known, training)
+    return setup, summary(known, training)
 
 
 def _data(job: Job) -> tuple[Data, Data]:
@@ -281,7 +282,7 @@ def _teacher(job: Job, accelerator: Accelerator) -> nn.Module | None:
 
 
 @contextmanager
-def _stopping(run: Run) -> Iterator[None]:
+def _stopping(progress: Progress) -> Iterator[None]:
     """Ctrl-C, or a scheduler's SIGTERM, lets the step end and the state be saved; a second one
     stops at once."""
     if threading.current_thread() is not threading.main_thread():
@@ -289,9 +290,9 @@ def _stopping(run: Run) -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        if run.stop:
+        if progress.stop:
             raise KeyboardInterrupt
-        run.stop = True
+        progress.stop = True
 
     former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

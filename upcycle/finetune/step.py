@@ -25,8 +25,8 @@ Row = dict[str, Any]
 """A line of train_log.jsonl, as plain values."""
 
 
-@dataclass
-class Run:
+@dataclass(frozen=True)
+class Setup:
     """All that the steps need. The model and the optimizer are as accelerate prepared them."""
 
     settings: Training
@@ -44,13 +44,6 @@ class Run:
     log_file: Path
     watch: Callable[[Row, int, int], None]
     """Told of every line of the log, the steps done and all steps."""
-    step: int = 0
-    log: list[Row] = field(default_factory=list)
-    best: float = math.inf
-    best_step: int = 0
-    seconds: float = 0.0
-    stop: bool = False
-    """Set from outside: save after this step and leave."""
 
     @property
     def plain(self) -> Any:
@@ -58,16 +51,32 @@ class Run:
         return self.accelerator.unwrap_model(self.model)
 
 
-def note(run: Run, row: Row) -> None:
+@dataclass
+class Progress:
+    """How far a run is: all that its steps change besides the model and the optimizer."""
+
+    step: int = 0
+    """Steps that are done."""
+    seconds: float = 0.0
+    """That they took."""
+    best: float = math.inf
+    """The lowest objective of a validation so far; infinite before the first."""
+    best_step: int = 0
+    log: list[Row] = field(default_factory=list)
+    stop: bool = False
+    """Set from outside: save after this step and leave."""
+
+
+def note(setup: Setup, progress: Progress, row: Row) -> None:
     """Add a line to the log."""
-    run.log.append(row)
-    if run.accelerator.is_main_process:
-        with run.log_file.open("a") as file:
+    progress.log.append(row)
+    if setup.accelerator.is_main_process:
+        with setup.log_file.open("a") as file:
             file.write(log_text(row))
     flat = row | row.get("validation", {})
     numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
-    run.accelerator.log(numbers, step=row["step"])
-    run.watch(row, run.step, run.settings.total_steps)
+    setup.accelerator.log(numbers, step=row["step"])
+    setup.watch(row, progress.step, setup.settings.total_steps)
 
 
 def learning_rate(settings: Training, step: int, part: str) -> float:
@@ -84,52 +93,57 @@ def learning_rate(settings: Training, step: int, part: str) -> float:
     return settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * way)) / 2
 
 
-def take_step(run: Run) -> Row:
-    """One optimizer step over a batch that all processes share.
+def take_step(setup: Setup, step: int) -> Row:
+    """One optimizer step over a batch that all processes share; its line of the log.
+
+    Args:
+        step: how many were taken before.
 
     Raises:
         Diverged: a loss or the gradient is no number; the weights are as they were.
     """
-    settings, accelerator = run.settings, run.accelerator
-    batches = _micro_batches(run)
+    settings, accelerator = setup.settings, setup.accelerator
+    batches = _micro_batches(setup, step)
     counted = sum(int(batch.mask_BL.sum()) for batch in batches)
     scored = sum(batch.scored for batch in batches)
-    counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in run.blocks]
-    row = _gradients(run, batches, scored, counts)
-    if run.step == 0:
-        _check_router_gradient(run)
-    row["grad_norm"] = float(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip))
-    row = _reduced(run, row)
-    check_finite(run, row, run.step + 1)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * learning_rate(settings, run.step, group["part"])
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    row["lr"] = settings.lr * learning_rate(settings, run.step, "other")
-    return {"step": run.step + 1} | row | {"tokens": counted} | _balance(run, counts)
+    counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in setup.blocks]
+    row = _gradients(setup, step, batches, scored, counts)
+    if step == 0:
+        _check_router_gradient(setup)
+    row["grad_norm"] = float(accelerator.clip_grad_norm_(setup.model.parameters(), settings.clip))
+    row = _reduced(setup, row)
+    check_finite(setup, row, step + 1)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * learning_rate(settings, step, group["part"])
+    setup.optimizer.step()
+    setup.optimizer.zero_grad()
+    row["lr"] = settings.lr * learning_rate(settings, step, "other")
+    return {"step": step + 1} | row | {"tokens": counted} | _balance(setup, counts)
 
 
-def _gradients(run: Run, batches: list[Data], scored: int, counts: list[Tensor]) -> Row:
+def _gradients(
+    setup: Setup, step: int, batches: list[Data], scored: int, counts: list[Tensor]
+) -> Row:
     """This process's part of the gradients of a batch, and its losses.
 
     Args:
         scored: tokens of the batch that are to be learnt.
         counts: per block [E], to which each expert's selections are added.
     """
-    settings, accelerator = run.settings, run.accelerator
+    settings, accelerator = setup.settings, setup.accelerator
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     row: Row = {}
     # Of dropout, where a model has it.
     torch.manual_seed(
-        draw_seed(generator(settings.seed, f"step {accelerator.process_index}", run.step))
+        draw_seed(generator(settings.seed, f"step {accelerator.process_index}", step))
     )
-    load = _load(run, mine) if settings.balance and len(batches) > 1 else counts
+    load = _load(setup, mine) if settings.balance and len(batches) > 1 else counts
     for number, batch in enumerate(mine, 1):
         last = number == len(mine)
-        with nullcontext() if last else accelerator.no_sync(run.model):
-            terms = dict(_terms(run, batch, counts, load))
-            if run.step == 0 and number == 1:
-                _check_effect(run, terms)
+        with nullcontext() if last else accelerator.no_sync(setup.model):
+            terms = dict(_terms(setup, batch, counts, load))
+            if step == 0 and number == 1:
+                _check_effect(setup, terms)
             # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
             share = batch.scored / scored * accelerator.num_processes
             weighted = {name: getattr(settings, name) * term for name, term in terms.items()}
@@ -141,25 +155,25 @@ def _gradients(run: Run, batches: list[Data], scored: int, counts: list[Tensor])
 
 
 @torch.no_grad()
-def _load(run: Run, mine: list[Data]) -> list[Tensor]:
+def _load(setup: Setup, mine: list[Data]) -> list[Tensor]:
     """Per block [E], how often the whole batch selects each expert, by a pass of its own: balance
     is of all of it, so every part must know it before the first gradient."""
-    device = run.accelerator.device
-    counts = [torch.zeros(block.num_experts, device=device) for block in run.blocks]
+    device = setup.accelerator.device
+    counts = [torch.zeros(block.num_experts, device=device) for block in setup.blocks]
     for batch in mine:
-        with run.tap.recording(), run.accelerator.autocast():
-            run.model(input_ids=batch.tokens_BL.to(device), use_cache=False)
-        _count(run, batch.mask_BL.flatten().to(device), counts)
-    return [run.accelerator.reduce(count_E, "sum") for count_E in counts]
+        with setup.tap.recording(), setup.accelerator.autocast():
+            setup.model(input_ids=batch.tokens_BL.to(device), use_cache=False)
+        _count(setup, batch.mask_BL.flatten().to(device), counts)
+    return [setup.accelerator.reduce(count_E, "sum") for count_E in counts]
 
 
-def _count(run: Run, mask_T: Tensor, counts: list[Tensor]) -> None:
+def _count(setup: Setup, mask_T: Tensor, counts: list[Tensor]) -> None:
     """Add what the last pass selected to the counts."""
-    for count_E, routed in zip(counts, run.tap.routed, strict=True):
+    for count_E, routed in zip(counts, setup.tap.routed, strict=True):
         count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
 
 
-def check_finite(run: Run, measured: dict[str, float], step: int) -> None:
+def check_finite(setup: Setup, measured: dict[str, float], step: int) -> None:
     """Stop at what is no number, before it gets into the weights or the log.
 
     Args:
@@ -169,29 +183,29 @@ def check_finite(run: Run, measured: dict[str, float], step: int) -> None:
         Diverged: one of the values is not finite; of gradients, unless it is the loss scaler of
             float16, which lowers itself and skips the step.
     """
-    scaler = run.accelerator.scaler
+    scaler = setup.accelerator.scaler
     rescaled = scaler is not None and scaler.get_scale() > 1
     for name, value in measured.items():
         if math.isfinite(value) or (name == "grad_norm" and rescaled):
             continue
         if step == 0:
             raise Diverged(f"the {name} is {value:g} before the first step: the model is broken")
-        rate = run.settings.lr * learning_rate(run.settings, step - 1, "other")
+        rate = setup.settings.lr * learning_rate(setup.settings, step - 1, "other")
         raise Diverged(
             f"training stopped at step {step}: the {name.replace('_', ' ')} is {value:g} "
-            f"(learning rate {rate:.3g} of --lr {run.settings.lr:g}, precision "
-            f"{run.accelerator.mixed_precision}): lower --lr, or train in another --precision"
+            f"(learning rate {rate:.3g} of --lr {setup.settings.lr:g}, precision "
+            f"{setup.accelerator.mixed_precision}): lower --lr, or train in another --precision"
         )
 
 
-def _micro_batches(run: Run) -> list[Data]:
-    settings = run.settings
-    rows = batch_rows(len(run.train), settings.batch_size, run.step, settings.seed)
-    return [run.train.take(part) for part in rows.split(settings.micro_batch)]
+def _micro_batches(setup: Setup, step: int) -> list[Data]:
+    settings = setup.settings
+    rows = batch_rows(len(setup.train), settings.batch_size, step, settings.seed)
+    return [setup.train.take(part) for part in rows.split(settings.micro_batch)]
 
 
 def _terms(
-    run: Run, batch: Data, counts: list[Tensor], load: list[Tensor]
+    setup: Setup, batch: Data, counts: list[Tensor], load: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The losses of a micro-batch that count, each unweighted, under their settings' names; its
     selections are added to the step's counts.
@@ -199,7 +213,7 @@ def _terms(
     Args:
         load: the whole batch's counts, or `counts` itself if this is the whole of it.
     """
-    settings, device = run.settings, run.accelerator.device
+    settings, device = setup.settings, setup.accelerator.device
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
     scored_BL, foretelling_BL = batch.scored_BL.to(device), batch.foretelling_BL.to(device)
     mask_T = mask_BL.flatten()
@@ -209,13 +223,13 @@ def _terms(
         "output_hidden_states": settings.match_layers > 0,
     }
     expected = None
-    if run.teacher is not None:
-        with torch.no_grad(), run.accelerator.autocast():
-            expected = run.teacher(**arguments)
+    if setup.teacher is not None:
+        with torch.no_grad(), setup.accelerator.autocast():
+            expected = setup.teacher(**arguments)
     # Of itself, accelerate rounds in all models but sharded ones.
-    with run.tap.recording(), run.accelerator.autocast():
-        out = run.model(**arguments)
-    _count(run, mask_T, counts)
+    with setup.tap.recording(), setup.accelerator.autocast():
+        out = setup.model(**arguments)
+    _count(setup, mask_T, counts)
     if settings.next_token:
         yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
     if settings.distill and expected is not None:
@@ -223,10 +237,12 @@ def _terms(
     if settings.match_layers and expected is not None:
         hidden = out.hidden_states[1:], expected.hidden_states[1:]
         yield "match_layers", losses.layer_match_loss(*hidden, mask_BL)
-    logits = [untempered(r.logits_TE, s) for r, s in zip(run.tap.routed, run.scales, strict=True)]
+    logits = [
+        untempered(r.logits_TE, s) for r, s in zip(setup.tap.routed, setup.scales, strict=True)
+    ]
     if settings.balance:
         each = [
-            losses.balance_loss(_shares(run, z_TE), count_E, mask_T)
+            losses.balance_loss(_shares(setup, z_TE), count_E, mask_T)
             for z_TE, count_E in zip(logits, load, strict=True)
         ]
         yield "balance", torch.stack(each).mean()
@@ -242,16 +258,16 @@ def score_of(model_type: str) -> Callable[[Tensor], Tensor]:
     return lambda logits_TE: logits_TE.softmax(-1)
 
 
-def _shares(run: Run, logits_TE: Tensor) -> Tensor:
+def _shares(setup: Setup, logits_TE: Tensor) -> Tensor:
     """Scores that add up to 1 for each token."""
-    scores_TE = run.tap.score(logits_TE)
+    scores_TE = setup.tap.score(logits_TE)
     return scores_TE / scores_TE.sum(-1, keepdim=True)
 
 
-def _check_effect(run: Run, terms: dict[str, Tensor]) -> None:
+def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
     """A router loss that moves nothing is a mistake, whoever made it."""
     # The last block's alone: from the others, the way leads through the blocks after them.
-    logits_TE = run.tap.routed[-1].logits_TE
+    logits_TE = setup.tap.routed[-1].logits_TE
     for name in ("balance", "z_loss"):
         if name not in terms:
             continue
@@ -261,52 +277,52 @@ def _check_effect(run: Run, terms: dict[str, Tensor]) -> None:
         if grad_TE is None or not grad_TE.any():
             flag = name.replace("_", "-")
             raise UpcycleError(
-                f"--{flag} {getattr(run.settings, name)} has no effect on this model's routers: "
+                f"--{flag} {getattr(setup.settings, name)} has no effect on this model's routers: "
                 "set it to 0, or train them (--train moe)"
             )
 
 
-def _check_router_gradient(run: Run) -> None:
-    routers = [g for g in run.optimizer.param_groups if g["part"] == "router"]
+def _check_router_gradient(setup: Setup) -> None:
+    routers = [g for g in setup.optimizer.param_groups if g["part"] == "router"]
     grads = [p.grad for group in routers for p in group["params"] if p.grad is not None]
-    if routers and (_fixed_weights(run) or not any(float(grad.norm()) for grad in grads)):
+    if routers and (_fixed_weights(setup) or not any(float(grad.norm()) for grad in grads)):
         raise UpcycleError(
             "the routers get no gradient: with one expert per token and renormalised weights, the "
             "weight is always 1; pass --dense-router-gradient or --balance, or --train experts"
         )
 
 
-def _fixed_weights(run: Run) -> bool:
+def _fixed_weights(setup: Setup) -> bool:
     """Whether the routers' weights do not depend on their logits, so that a gradient would be
     rounding; several alike, as those of a copy's shards, are not fixed."""
-    settings = run.settings
+    settings = setup.settings
     if settings.dense_router_gradient or settings.balance or settings.z_loss:
         return False
     return all(
         routed.weights_TK.shape[1] == 1
         and bool((routed.weights_TK == routed.weights_TK[0, 0]).all())
         and bool((routed.logits_TE != routed.logits_TE[0, 0]).any())
-        for routed in run.tap.routed
+        for routed in setup.tap.routed
     )
 
 
-def _balance(run: Run, counts: list[Tensor]) -> Row:
+def _balance(setup: Setup, counts: list[Tensor]) -> Row:
     """How evenly the experts were used in a step, with the selection biases moved accordingly."""
-    counts = [run.accelerator.reduce(count_E, "sum") for count_E in counts]
-    if run.settings.balance_bias:
-        for block, scale, count_E in zip(run.blocks, run.scales, counts, strict=True):
-            update_bias(block, count_E, run.settings.balance_bias * scale.bias)
+    counts = [setup.accelerator.reduce(count_E, "sum") for count_E in counts]
+    if setup.settings.balance_bias:
+        for block, scale, count_E in zip(setup.blocks, setup.scales, counts, strict=True):
+            update_bias(block, count_E, setup.settings.balance_bias * scale.bias)
     return {
         "imbalance": sum(float(c.max() / c.mean()) for c in counts) / max(1, len(counts)),
         "dead": sum(int((count_E == 0).sum()) for count_E in counts),
     }
 
 
-def _reduced(run: Run, row: Row) -> Row:
+def _reduced(setup: Setup, row: Row) -> Row:
     """The row with its losses averaged over processes."""
-    if run.accelerator.num_processes == 1:
+    if setup.accelerator.num_processes == 1:
         return row
     names = [name for name in row if name != "grad_norm"]
-    values = torch.tensor([row[name] for name in names], device=run.accelerator.device)
-    means = run.accelerator.reduce(values, "mean").tolist()
+    values = torch.tensor([row[name] for name in names], device=setup.accelerator.device)
+    means = setup.accelerator.reduce(values, "mean").tolist()
     return row | dict(zip(names, means, strict=True))
