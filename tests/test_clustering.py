@@ -6,13 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
 
 from upcycle.core.clustering import (
     balanced_assignment,
     balanced_kmeans,
+    importance_by_cluster,
+    kmeans,
     spread_rows,
     squared_distance,
 )
+from upcycle.core.types import DenseFFN, LayerActivations
 
 OPTIMALITY = 1e-3
 """Excess over the least cost, where costs are distances as in k-means."""
@@ -251,6 +255,83 @@ def test_rows_of_low_precision_are_clustered_in_float32():
     members_EM, centroids_EC = cluster(blobs(4, 16)[0].bfloat16(), 4)
     assert members_EM.shape == (4, 16)
     assert centroids_EC.dtype == torch.float32
+
+
+# --- beside scikit-learn ----------------------------------------------------------------------
+
+
+def least_inertia(rows_FC, num_clusters):
+    """Of clusters of any size, the best of many starts."""
+    return KMeans(num_clusters, n_init=30, random_state=0).fit(rows_FC.double().numpy()).inertia_
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clusters_of_equal_size_are_no_tighter_than_those_of_any(seed):
+    rows_FC = normal(48, 3, seed=seed)
+    assert inertia(rows_FC, cluster(rows_FC, 4, seed)[0]) >= least_inertia(rows_FC, 4) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(("num_clusters", "size"), [(4, 16), (9, 5)])
+def test_blobs_of_equal_size_are_clustered_as_by_plain_kmeans(num_clusters, size):
+    rows_FC, _ = blobs(num_clusters, size)
+    found = inertia(rows_FC, cluster(rows_FC, num_clusters)[0])
+    assert found == pytest.approx(least_inertia(rows_FC, num_clusters), rel=1e-9)
+
+
+def uneven_blobs(sizes, seed=0):
+    """Rows in shuffled order around far-apart centres, and the blob of each."""
+    rng = torch.Generator().manual_seed(seed)
+    blob_F = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    blob_F = blob_F[torch.randperm(len(blob_F), generator=rng)]
+    centres = 10 * torch.randn(len(sizes), 24, generator=rng)
+    return centres[blob_F] + torch.randn(len(blob_F), 24, generator=rng), blob_F
+
+
+def plain(rows_FC, num_clusters, seed=0):
+    return kmeans(rows_FC, num_clusters, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plain_kmeans_finds_blobs_whatever_their_size(seed):
+    sizes = [70, 11, 40, 5]
+    rows_FC, blob_F = uneven_blobs(sizes, seed)
+    members, centroids_EC = plain(rows_FC, 4, seed)
+    assert sorted(map(len, members)) == sorted(sizes)
+    assert all(row == sorted(row) for row in (member.tolist() for member in members))
+    for member, centroid_C in zip(members, centroids_EC, strict=True):
+        assert len(set(blob_F[member].tolist())) == 1
+        torch.testing.assert_close(centroid_C, sum(rows_FC[i] for i in member) / len(member))
+
+
+def test_plain_kmeans_depends_on_its_generator_alone():
+    rows_FC = normal(300, 8, seed=0)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, second, other = plain(rows_FC, 6), plain(rows_FC, 6), plain(rows_FC, 6, seed=1)
+    assert torch.equal(first[1], second[1])
+    assert all(map(torch.equal, first[0], second[0]))
+    assert not torch.equal(first[1], other[1])
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_plain_kmeans_of_equal_rows_leaves_clusters_empty():
+    members, centroids_EC = plain(torch.ones(24, 3).bfloat16(), 4)
+    assert sorted(map(len, members)) == [0, 0, 0, 24]
+    assert torch.equal(centroids_EC, torch.ones(4, 3))
+
+
+def test_importance_is_of_the_clusters_that_are_asked_for():
+    """Regions of 3 and 93 tokens; a neuron that fires in each. Clusters of equal size have the
+    small region's tokens among others, and its neuron matters less to them."""
+    x_TD = torch.eye(2).repeat_interleave(torch.tensor([3, 93]), dim=0)
+    x_TD = x_TD + 0.01 * normal(96, 2, seed=0)
+    ffn = DenseFFN(torch.eye(2), torch.eye(2), torch.eye(2), torch.relu)
+    activations = LayerActivations(ffn, x_TD)
+    rng = torch.Generator().manual_seed(0)
+    found_CF = importance_by_cluster(activations, 2, rng, balanced=False)
+    order = found_CF[:, 0].argsort(descending=True)
+    torch.testing.assert_close(found_CF[order], torch.eye(2), rtol=0, atol=0.05)
 
 
 def test_squared_distance_differs_from_the_true_one_by_a_constant_per_row():

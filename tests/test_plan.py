@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from math import isclose
 from typing import get_args
 
@@ -1040,6 +1041,13 @@ def test_sample_of_one_token_per_expert_is_enough(dense, tmp_path, settings, mon
         alike_EE = functional.cosine_similarity(router_ED[:, None], x_ED[None], dim=-1)
         assert alike_EE.max(0).values.min() > 1 - 1e-5
         assert alike_EE.max(1).values.min() > 1 - 1e-5
+
+
+def test_split_whose_library_is_not_installed(dense, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymetis", None)
+    assert refusal(dense, split="coactivation_graph") == (
+        "split 'coactivation_graph' needs `pip install upcycle[metis]`"
+    )
 
 
 def test_model_without_a_tokenizer(dense, tmp_path):

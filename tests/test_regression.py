@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from upcycle import UpcycleError
 from upcycle.core.regression import predictable_profiles, ridge
@@ -38,6 +39,17 @@ def test_ridge_is_least_squares_of_the_augmented_system(tokens, strength):
     x_TD, y_TE = (tensor.double() for tensor in make_pair(tokens))
     expected_ED = augmented_least_squares(x_TD, y_TE, strength)
     torch.testing.assert_close(ridge([(x_TD, y_TE)], strength), expected_ED)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 0.01, 1.0, 30.0])
+@pytest.mark.parametrize("tokens", [T, 5], ids=["many tokens", "fewer tokens than inputs"])
+def test_ridge_in_pieces_is_scikit_learns_of_the_whole(tokens, strength):
+    """Whose penalty has a unit: `strength` of x's mean second moment, summed over tokens."""
+    x_TD, y_TE = (tensor.double() for tensor in make_pair(tokens))
+    alpha = strength * float(x_TD.square().sum(0).mean())
+    theirs = Ridge(alpha=alpha, fit_intercept=False, solver="svd").fit(x_TD.numpy(), y_TE.numpy())
+    ours_ED = ridge(zip(x_TD.split(7), y_TE.split(7), strict=True), strength)
+    torch.testing.assert_close(ours_ED, torch.from_numpy(theirs.coef_).float())
 
 
 def test_ridge_of_float32_inputs_is_off_by_their_rounding_only():

@@ -259,6 +259,35 @@ def test_kmeans_accepts_tokens_that_are_no_multiple_of_the_experts():
     assert route("kmeans", activations, make_experts()).shape == (E, D)
 
 
+def uneven_topics():
+    """Tokens around the directions of four topics, of which one has most, and neurons that fire
+    on one topic only. Returns activations, experts and the mean of each expert's topic."""
+    topics_ED = 6 * torch.linalg.qr(normal(D, E, seed=0)).Q.T
+    topic_T = torch.tensor([3, 1, 0, 2]).repeat_interleave(torch.tensor([8, 60, 12, 20]))
+    topic_T = topic_T[torch.randperm(100, generator=torch.Generator().manual_seed(1))]
+    x_TD = topics_ED[topic_T] + 0.1 * normal(100, D, seed=2)
+    favourite_F = torch.tensor([2, 0, 3, 1]).repeat_interleave(F // E)
+    gate_FD = topics_ED[favourite_F] / 6
+    ffn = DenseFFN(gate_FD, gate_FD, normal(D, F, seed=3), torch.relu)
+    means_ED = torch.stack([x_TD[topic_T == topic].mean(0) for topic in (2, 0, 3, 1)])
+    return LayerActivations(ffn, x_TD), torch.arange(F).view(E, -1), means_ED
+
+
+def test_kmeans_without_balance_finds_topics_of_any_size():
+    activations, experts_EM, means_ED = uneven_topics()
+    router_ED = route("kmeans", activations, experts_EM, balanced=False)
+    torch.testing.assert_close(router_ED, means_ED)
+    equal_ED = route("kmeans", activations, experts_EM)
+    assert (equal_ED - means_ED).abs().max() > 1  # clusters of 25 mix topics
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_kmeans_without_balance_accepts_clusters_that_stay_empty():
+    activations = LayerActivations(make_activations().ffn, torch.ones(40, D))
+    router_ED = route("kmeans", activations, make_experts(), balanced=False)
+    assert torch.equal(router_ED, torch.ones(E, D))
+
+
 def test_membership_is_the_regression_of_whose_topic_a_token_is():
     activations, experts_EM, _ = make_topics(torch.ones(E))
     expert_of_topic = torch.tensor([2, 0, 3, 1]).argsort()

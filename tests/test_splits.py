@@ -497,6 +497,25 @@ def test_token_clusters_need_no_multiple_of_the_experts(tokens):
     assert_equal_experts("token_clusters", split("token_clusters", few))
 
 
+@pytest.mark.parametrize("name", ["token_clusters", "sharing_inner"])
+@pytest.mark.parametrize("seed", range(3))
+def test_clusters_without_balance_may_hold_few_tokens(name, seed):
+    """Of the E regions, one is half of the tokens, the last a sixteenth."""
+    activations, group_F = make_clusters(seed)
+    fires_TF = activations.ffn.hidden(activations.x_TD) != 0
+    region_T = torch.stack([fires_TF[:, group_F == e].any(1) for e in range(E)]).int().argmax(0)
+    kept = torch.cat([(region_T == e).nonzero()[: T // E // (1 + 3 * e), 0] for e in range(E)])
+    few = LayerActivations(activations.ffn, activations.x_TD[kept])
+    assert purity(split(name, few, balanced=False), group_F) == 1
+
+
+@pytest.mark.parametrize("name", ["token_clusters", "sharing_inner"])
+def test_clusters_without_balance_are_others(name):
+    balanced, plain = (split(name, make_activations(), balanced=b) for b in (True, False))
+    assert_equal_experts(name, plain)
+    assert not torch.equal(balanced, plain)
+
+
 # --- sharing inner ---------------------------------------------------------------------------
 
 

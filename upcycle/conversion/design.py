@@ -1,6 +1,7 @@
 """The design: what every FFN becomes. All that making experts depends on, but the layer itself."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -46,10 +47,13 @@ def bind(registry: Registry[M], choice: Choice) -> Bound[M]:
     """The method of this name, with the parameters that were chosen.
 
     Raises:
-        UpcycleError: there is none, or a parameter is unknown or out of range.
+        UpcycleError: there is none, it needs an extra that is not installed, or a parameter is
+            unknown or out of range.
     """
     method = registry[choice.name]
     named = f"{registry.kind} {choice.name!r}"
+    if method.extra is not None and find_spec(method.extra[0]) is None:
+        raise UpcycleError(f"{named} needs `pip install upcycle[{method.extra[1]}]`")
     check_parameters(named, choice.params, method.params.model_fields)
     try:
         return Bound(method, method.params(**choice.params))

@@ -1,4 +1,4 @@
-"""Balanced clustering: groups of exactly equal size, and what matters in groups of tokens."""
+"""Clustering into groups of exactly equal size or of any, and what matters in groups of tokens."""
 
 import numpy as np
 import torch
@@ -120,16 +120,41 @@ def _distances(rows_FC: Tensor, square_F: Tensor, some_R: Tensor) -> Tensor:
     return (square_F[some_R, None] - 2 * product_RF + square_F).clamp_min(0)
 
 
+def kmeans(rows_FC: Tensor, num_clusters: int, rng: torch.Generator) -> tuple[list[Tensor], Tensor]:
+    """k-means whose clusters hold the rows that lie nearest: any number, perhaps none.
+
+    In float64, so that no row changes its cluster with the order in which threads add up.
+
+    Returns:
+        The members of each cluster, ascending, and the centroids [E, C].
+    """
+    from sklearn.cluster import KMeans
+
+    rows_FC = rows_FC.float().cpu()
+    start_EC = rows_FC[spread_rows(rows_FC, num_clusters, rng)]
+    found = KMeans(num_clusters, init=start_EC.double().numpy(), n_init=1)
+    owner_F = torch.from_numpy(found.fit_predict(rows_FC.double().numpy()))
+    members = [(owner_F == e).nonzero()[:, 0] for e in range(num_clusters)]
+    centroids = [
+        rows_FC[member].mean(0) if len(member) else torch.from_numpy(centre).float()
+        for member, centre in zip(members, found.cluster_centers_, strict=True)
+    ]
+    return members, torch.stack(centroids)
+
+
 def importance_by_cluster(
-    sample: LayerActivations, num_clusters: int, rng: torch.Generator
+    sample: LayerActivations, num_clusters: int, rng: torch.Generator, balanced: bool = True
 ) -> Tensor:
     """How much each neuron puts out, |h| |down|, in each of C regions of hidden states [C, F].
 
-    The regions are those of a balanced k-means; a token counts where the dot product with the
-    centroid is largest.
+    The regions are those of k-means; a token counts where the dot product with the centroid is
+    largest.
+
+    Args:
+        balanced: whether clusters, from which the centroids are, hold equally many tokens.
     """
     x_TD = sample.x_TD[: len(sample.x_TD) // num_clusters * num_clusters]
-    _, centroids_CD = balanced_kmeans(x_TD, num_clusters, rng)
+    _, centroids_CD = (balanced_kmeans if balanced else kmeans)(x_TD, num_clusters, rng)
     norm_F = sample.ffn.down_DF.norm(dim=0)
     importance_CF, tokens_C = torch.zeros(num_clusters, len(norm_F)), torch.zeros(num_clusters)
     for x_tD, h_tF in sample.chunks():

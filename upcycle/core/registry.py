@@ -30,6 +30,9 @@ class Method(Generic[F]):
     run: F
     needs_activations: bool
     params: type[Params] = Params
+    extra: tuple[str, str] | None = None
+    """A module that it imports and that is not always there, and upcycle's extra that installs it.
+    """
 
 
 class About(TypedDict):
@@ -38,6 +41,7 @@ class About(TypedDict):
     summary: str
     paper: str
     params: NotRequired[type[Params]]
+    extra: NotRequired[tuple[str, str]]
 
 
 class Registry(Mapping[str, T], Generic[T]):

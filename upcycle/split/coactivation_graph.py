@@ -43,6 +43,7 @@ class GraphParams(Params):
     summary="METIS cut of the graph of neurons that fire together",
     paper="arXiv:2110.01786",
     params=GraphParams,
+    extra=("pymetis", "metis"),
 )
 def split(
     activations: LayerActivations, num_experts: int, params: GraphParams, rng: torch.Generator

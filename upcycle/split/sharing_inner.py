@@ -29,6 +29,7 @@ def split(
     params: TokenClustersParams,
     rng: torch.Generator,
 ) -> Tensor:
-    importance_EF = importance_by_cluster(activations.sample(params.tokens), num_experts, rng)
+    sample = activations.sample(params.tokens)
+    importance_EF = importance_by_cluster(sample, num_experts, rng, params.balanced)
     size = importance_EF.shape[1] // num_experts
     return importance_EF.topk(size).indices.sort(dim=1).values

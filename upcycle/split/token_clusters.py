@@ -19,6 +19,8 @@ from upcycle.split.base import split_from_activations
 class TokenClustersParams(Params):
     tokens: PositiveInt = 8192
     """Hidden states that are clustered, and over which importance is averaged."""
+    balanced: bool = True
+    """Whether clusters hold equally many hidden states, or as many as lie nearest."""
 
 
 @split_from_activations(
@@ -33,6 +35,7 @@ def split(
     params: TokenClustersParams,
     rng: torch.Generator,
 ) -> Tensor:
-    importance_CF = importance_by_cluster(activations.sample(params.tokens), num_experts, rng)
+    sample = activations.sample(params.tokens)
+    importance_CF = importance_by_cluster(sample, num_experts, rng, params.balanced)
     owner_F = balanced_assignment(-importance_CF.T.contiguous())
     return owner_F.argsort(stable=True).view(num_experts, -1)
