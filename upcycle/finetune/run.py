@@ -17,6 +17,7 @@ from torch import nn
 from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.machine import torch_threads
 from upcycle.core.paths import local_path
+from upcycle.core.settings import setting
 from upcycle.evaluation.run import load_model
 from upcycle.finetune.data import Data, Used, training_data
 from upcycle.finetune.job import Job, job_identity, open_job
@@ -210,8 +211,8 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Run, Gro
         )
     if settings.balance_bias and any(correction_bias(block) is None for block in blocks):
         raise UpcycleError(
-            f"--balance-bias {settings.balance_bias} has no effect on {model.config.model_type}, "
-            "which has no selection bias: use --balance"
+            f"{setting('balance_bias', settings.balance_bias)} has no effect on "
+            f"{model.config.model_type}, which has no selection bias: use --balance"
         )
     keep_float32(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)

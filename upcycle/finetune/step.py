@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.json_text import json_text
 from upcycle.core.rng import draw_seed, generator
+from upcycle.core.settings import setting
 from upcycle.finetune import losses
 from upcycle.finetune.data import Data, batch_rows
 from upcycle.finetune.routers import RouterTap, Scale, untempered, update_bias
@@ -259,10 +260,9 @@ def _check_effect(run: Run, terms: dict[str, Tensor]) -> None:
         if logits_TE.requires_grad:
             (grad_TE,) = torch.autograd.grad(terms[name], logits_TE, retain_graph=True)
         if grad_TE is None or not grad_TE.any():
-            flag = name.replace("_", "-")
             raise UpcycleError(
-                f"--{flag} {getattr(run.settings, name)} has no effect on this model's routers: "
-                "set it to 0, or train them (--train moe)"
+                f"{setting(name, getattr(run.settings, name))} has no effect on this model's "
+                "routers: set it to 0, or train them (--train moe)"
             )
 
 
@@ -272,7 +272,8 @@ def _check_router_gradient(run: Run) -> None:
     if routers and (_fixed_weights(run) or not any(float(grad.norm()) for grad in grads)):
         raise UpcycleError(
             "the routers get no gradient: with one expert per token and renormalised weights, the "
-            "weight is always 1; pass --dense-router-gradient or --balance, or --train experts"
+            f"weight is always 1; pass {setting('dense_router_gradient', True)} or --balance, or "
+            "--train experts"
         )
 
 
