@@ -21,15 +21,15 @@ from rich.table import Table
 WAYS: dict[str, list[str]] = {
     "heal": ["--recipe", "heal"],
     "next token only": ["--recipe", "heal", "--distill", "0"],
-    "distil only": ["--recipe", "heal", "--next-token", "0"],
+    "distil only": ["--recipe", "heal", "--set", "next_token=0"],
     "CMoE's low-rank recipe": [
         *("--recipe", "lora", "--lora", "8", "--set", "lora_alpha=32", "--lr", "5.95e-5"),
-        *("--router-lr", "1e-3", "--merge"),
+        *("--set", "router_lr=1e-3", "--merge"),
     ],
     "heal, MoE only": ["--recipe", "heal", "--train", "moe"],
     "heal, routers only": ["--recipe", "heal", "--train", "router"],
-    "heal, layers matched": ["--recipe", "heal", "--match-layers", "1"],
-    "heal, dense router gradient": ["--recipe", "heal", "--dense-router-gradient"],
+    "heal, layers matched": ["--recipe", "heal", "--set", "match_layers=1"],
+    "heal, dense router gradient": ["--recipe", "heal", "--set", "dense_router_gradient=true"],
 }
 
 

@@ -33,11 +33,11 @@ RECIPES: dict[str, list[str]] = {
     "moefication": ["--recipe", "moefication"],
     "emoe": ["--recipe", "emoe"],
     "pruned copies": ["--recipe", "pruned-copies"],
-    "descent": ["--compensate", "descent"],
-    "no compensation": ["--compensate", "none"],
-    "not sequential": ["--no-sequential"],
+    "descent": ["--set", "compensate=descent"],
+    "no compensation": ["--set", "compensate=none"],
+    "not sequential": ["--set", "sequential=false"],
     "no dense layers": ["--keep-dense", "none"],
-    "coactivation": ["--split", "coactivation"],
+    "coactivation": ["--set", "split=coactivation"],
     "12 experts": ["--experts", "12"],
 }
 

@@ -10,20 +10,25 @@ from typing import Any
 
 import typer
 
-from upcycle.cli import app
+from upcycle.cli import app, every_setting
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
 from upcycle.conversion.catalogue import methods as registered
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"
 OF_KIND = {
-    "split": "Which neurons share an expert: `--split`",
-    "shared-expert rule": "Which neurons are always on: `--shared-by`",
-    "router": "Who chooses the experts: `--router`",
-    "compensation": "What makes up for the others: `--compensate`",
-    "method": "What becomes of copies: `--method`",
+    "split": "Which neurons share an expert: `--set split=NAME`",
+    "shared-expert rule": "Which neurons are always on: `--set shared_by=NAME`",
+    "router": "Who chooses the experts: `--set router=NAME`",
+    "compensation": "What makes up for the others: `--set compensate=NAME`",
+    "method": "What becomes of copies: `--method NAME`",
 }
 """Titles; a kind that is not here goes by its own name."""
+
+DEFAULTS = {
+    "convert": "Defaults are those of the recipe `default`; another may have its own.",
+    "finetune": "A preset may have other defaults: `upcycle recipes heal` prints its own.",
+}
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -88,9 +93,12 @@ def methods_table(methods: Iterable[dict[str, Any]]) -> str:
 
 def cli_page() -> str:
     """Every command with its options, as their help has them."""
+    settings = every_setting()
     parts = [
-        f"# The command line\n\n{NOTE} from the commands' help. What has no option of its own is "
-        "set by `--set KEY=VALUE`.\n"
+        f"# The command line\n\n{NOTE} from the commands' help and the settings' meanings.\n",
+        "A setting without a flag is set by `--set KEY=VALUE`, a method's parameter by "
+        "`--set KEY.PARAMETER=VALUE`: `--set split=coactivation --set split.tokens=2048`. "
+        "[Methods and their parameters](methods.md).\n",
     ]
     for name, command in typer.main.get_command(app).commands.items():
         parts += [f"## upcycle {name}\n", f"{command.help.strip()}\n"]
@@ -100,7 +108,27 @@ def cli_page() -> str:
         for title in dict.fromkeys(title for title, _ in shown):
             rows = [(f"`{names}`", text) for of, (names, text) in shown if of == title]
             parts += [f"### {title} of {name}\n", table(("", "what it says"), rows)]
+        if name in settings:
+            parts += [
+                f"### Every setting of {name}\n",
+                f"{DEFAULTS[name]}\n",
+                settings_table(settings[name]),
+            ]
     return "\n".join(parts)
+
+
+def settings_table(settings: Iterable[dict[str, str]]) -> str:
+    return table(
+        ("key", "default", "what it is", "flag"),
+        (
+            (f"`{row['name']}`", *(code(row["default"]), row["meaning"], code(row["flag"])))
+            for row in settings
+        ),
+    )
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 def panel(param: Any) -> str:

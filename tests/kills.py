@@ -23,7 +23,7 @@ TIMES = {"seconds", "peak_memory", "tokens_per_second"}
 """What differs from run to run."""
 SPLIT = """
     --experts 8 --top-k 2 --calibration builtin --calibration-tokens 128 --seq-len 64
-    --max-shard-size 100KB --check none
+    --set max_shard_size=100KB --check none
 """.split()
 TRAINING = """
     --steps 4 --seq-len 32 --batch-size 2 --distill 0 --set validation_tokens=64

@@ -1,16 +1,20 @@
 """The command line: what goes in, what comes out on which stream, and with which exit code."""
 
+import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
 import typer
+import yaml
 from models import PLAIN_SPLIT
 from reference import load
 from typer.testing import CliRunner
@@ -22,8 +26,10 @@ from upcycle.conversion import geometry as budget
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.compensate import COMPENSATIONS
-from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe
+from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, load_recipe
+from upcycle.core import flags as settings
 from upcycle.core.settings import shipped_recipes
+from upcycle.finetune.settings import Training
 from upcycle.models.source import copy_companions
 from upcycle.models.targets import TARGETS
 from upcycle.models.text import PROBES, kind_name
@@ -34,7 +40,7 @@ from upcycle.split.shared import SHARED
 
 COMMANDS = ["convert", "plan", "finetune", "eval", "inspect", "report", "recipes", "env"]
 QUICK = """
-    --calibration builtin --calibration-tokens 64 --seq-len 64 --check none --split contiguous
+    --calibration builtin --calibration-tokens 64 --seq-len 64 --check none --set split=contiguous
 """.split()
 TARGET_OF = {
     "mixtral": "llama",
@@ -115,13 +121,13 @@ BAD = """
     convert MODEL -o OUT --experts many
     convert MODEL -o OUT --active 2
     convert MODEL -o OUT --method cut
-    convert MODEL -o OUT --split rendom
+    convert MODEL -o OUT --set split=rendom
     convert MODEL -o OUT --target mixtrel
     convert MODEL -o OUT --set split.row=gate
     convert MODEL -o OUT --set split
     convert MODEL -o OUT --calibration none.txt
     convert MODEL -o OUT --exprts 4
-    plan MODEL --split rendom
+    plan MODEL --set split=rendom
     finetune ./none -o OUT
     finetune MODEL
     finetune MODEL -o OUT --recipe hael
@@ -217,10 +223,6 @@ def test_no_arguments_show_the_help():
     ("option", "names"),
     [
         ("--method", {"split", "prune", "copy", *PERTURBS}),
-        ("--split", {*SPLITS}),
-        ("--router", {*ROUTERS}),
-        ("--shared-by", {*SHARED}),
-        ("--compensate", {*COMPENSATIONS}),
         ("--target", {"auto", *TARGETS}),
     ],
 )
@@ -229,18 +231,115 @@ def test_names_in_the_help_are_the_registered_ones(command, option, names):
     assert set(listed.split(" | ")) == names
 
 
-@pytest.mark.parametrize("command", ["convert", "plan"])
-def test_every_setting_has_an_option_and_a_variable(command):
-    fields = set(Recipe.model_fields) - {"name", "summary", "paper", "departures"}
-    settings = {o.removeprefix("--").replace("-", "_"): p for o, p in options(command).items()}
-    assert fields <= settings.keys()
-    for field in fields - {"allow_frozen_router"}:
-        assert settings[field].envvar == f"UPCYCLE_{field.upper()}"
+FLAGS = {
+    "convert": """
+        --recipe --set --revision
+        --method --keep-dense --target
+        --active --experts --top-k --shared
+        --calibration --calibration-tokens --seq-len
+        --check --dtype --device --seed --resume --dry-run
+        -o --overwrite --json --push-to-hub --private
+    """,
+    "plan": """
+        --recipe --set --revision
+        --method --keep-dense --target
+        --active --experts --top-k --shared
+        --calibration --calibration-tokens --seq-len
+        --check --dtype --device --seed --resume
+        -o --overwrite --json
+    """,
+    "finetune": """
+        --recipe --set
+        --train --lora --merge --lr
+        --data --assistant-only-loss --tokens --steps --seq-len --batch-size
+        --teacher --distill --balance
+        --precision --device --seed --resume
+        -o --overwrite --json --push-to-hub --private
+    """,
+    "eval": """
+        --against --text --tokens --seq-len --speed --card --tasks --batch-size --dtype --device
+        --output --json
+    """,
+    "inspect": "--revision --json",
+    "report": "-o --against --text --tokens --seq-len --evaluation --overwrite",
+    "recipes": "--json",
+    "env": "--json",
+}
+"""What most people need to decide. A setting that few need has no flag: `--set` sets it."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_these(command):
+    assert options(command).keys() == set(FLAGS[command].split())
+    assert not any(option.envvar for option in options(command).values())
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "finetune"])
+def test_help_fits_two_screens_of_80_columns(command):
+    shown = run(command, "--help", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
+    assert len(shown.splitlines()) <= 62
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "listed", "model"),
+    [
+        ("convert", settings.CONVERSION_FLAGS, Recipe),
+        ("plan", settings.CONVERSION_FLAGS, Recipe),
+        ("finetune", settings.TRAINING_FLAGS, Training),
+    ],
+)
+def test_errors_know_which_settings_have_a_flag(command, listed, model):
+    flags = {name.removeprefix("--").replace("-", "_") for name in options(command)}
+    assert set(listed) == flags & set(model.model_fields)
+
+
+NOT_OURS = {
+    "--num_processes", "--nproc_per_node", "--config_file",  # accelerate's and torchrun's
+    "--xformers",
+}  # fmt: skip
+
+
+def test_sentences_name_no_flag_that_is_gone():
+    """Neither do recipes: what they name can be typed."""
+    package = Path(upcycle.__file__).parent
+    known = {"--out", "--help", "--version"} | set().union(*map(options, COMMANDS))
+    for path in sorted([*package.rglob("*.py"), *package.rglob("recipes/**/*.yaml")]):
+        text = path.read_text() if path.suffix == ".yaml" else strings(path)
+        text = text.replace(SHARED_EXPERTS, "")
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= known | NOT_OURS, path
+
+
+def strings(path: Path) -> str:
+    """The strings in a module, docstrings included."""
+    constants = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant))
+    return "\n".join(n.value for n in constants if isinstance(n.value, str))
+
+
+@pytest.mark.parametrize("command", ["convert", "finetune"])
+def test_every_setting_is_described(command):
+    model = {"convert": Recipe, "finetune": Training}[command]
+    rows = {row["name"]: row for row in report("recipes")["settings"][command]}
+    assert rows.keys() == set(model.model_fields) - {"name", "summary", "paper", "departures"}
+    shown = run("recipes").stdout
+    for name, row in rows.items():
+        assert row["meaning"].endswith("."), name
+        assert name in shown
+        literal = re.search(r"Literal\[(.*?)\]", str(model.model_fields[name].annotation))
+        for value in re.findall(r"'(\w+)'", literal.group(1)) if literal else ():
+            assert f"`{value}`" in row["meaning"], name
+
+
+def test_described_defaults_are_those_of_the_default_recipe():
+    rows = {row["name"]: row["default"] for row in report("recipes")["settings"]["convert"]}
+    given = {name: yaml.safe_load(default) for name, default in rows.items() if default}
+    assert load_recipe("default", given) == load_recipe("default")
+    assert (rows["split"], rows["keep_dense"]) == ("predictability", "auto")
 
 
 @pytest.mark.parametrize(
     "option",
-    ["granularity", "calibration", "calibration-tokens", "seq-len", "seed", "max-shard-size"],
+    ["calibration", "calibration-tokens", "seq-len", "seed"],
 )
 def test_default_in_the_help_is_the_recipes(option):
     written = re.search(r"\[default: (\w+)\]", options("convert")[f"--{option}"].help).group(1)
@@ -251,18 +350,30 @@ def test_default_in_the_help_is_the_recipes(option):
 @pytest.mark.parametrize(
     ("option", "default"),
     [
-        ("experts", f"about {3 * budget.FEWEST // 4} to {budget.MOST}, or {budget.COPIES} copies"),
+        ("experts", f"{3 * budget.FEWEST // 4} to {budget.MOST}, or {budget.COPIES} copies"),
         ("top-k", f"by --active, or {budget.COPIES_PER_TOKEN} copies"),
         ("active", f"{budget.ACTIVE}"),
-        (
-            "router-spread",
-            f"{planning.SPREAD} with a refit, else {planning.UNFITTED_SPREAD}",
-        ),
     ],
 )
 def test_default_in_the_help_is_the_plans_where_the_recipe_has_none(option, default):
     assert getattr(Recipe(), option.replace("-", "_")) is None
     assert options("convert")[f"--{option}"].help.endswith(f"[default: {default}]")
+
+
+@pytest.mark.parametrize(
+    ("field", "default"),
+    [
+        (
+            "experts",
+            f"about {3 * budget.FEWEST // 4} to {budget.MOST} parts, or {budget.COPIES} copies",
+        ),
+        ("active", f"{budget.ACTIVE}"),
+        ("router_spread", f"{planning.SPREAD} with a refit, else {planning.UNFITTED_SPREAD}"),
+    ],
+)
+def test_default_in_a_description_is_the_plans(field, default):
+    described = " ".join(Recipe.model_fields[field].description.split())
+    assert described.endswith(f"By default {default}.")
 
 
 # --- streams and exit codes ------------------------------------------------------------------
@@ -277,7 +388,7 @@ def test_convert_prints_one_json_object(dense, tmp_path):
 
 def test_process_prints_one_json_object_and_leaves_with_0(dense, tmp_path):
     program = "from upcycle.cli import main; main()"
-    arguments = ["convert", str(dense()), "-o", str(tmp_path / "out"), "--split", "contiguous"]
+    arguments = ["convert", str(dense()), "-o", str(tmp_path / "out"), "--set", "split=contiguous"]
     arguments += ["--calibration", "builtin", "--calibration-tokens", "512", "--json"]
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -381,7 +492,9 @@ def test_a_name_that_is_too_long_leaves_with_2(arguments):
 
 
 def test_settings_of_any_size_leave_with_2(dense):
-    assert "give a size such as 5GB" in error("plan", dense(), "--max-shard-size", "9" * 400 + "GB")
+    assert "give a size such as 5GB" in error(
+        "plan", dense(), "--set", f"max_shard_size={'9' * 400}GB"
+    )
 
 
 @pytest.mark.parametrize("name", ["a[/red][b", ":smile:"])
@@ -519,7 +632,7 @@ def test_misspelt_command_leaves_with_2():
         ["--out", "/dev/null/out"],
         ["--out", "/"],
         ["--revision", "v1"],
-        ["--max-shard-size", "-5GB"],
+        ["--set", "max_shard_size=-5GB"],
         ["--keep-dense", "0-2"],
     ],
 )
@@ -538,16 +651,14 @@ def test_models_that_are_none_are_one_sentence(model, tmp_path, monkeypatch):
 # --- precedence ------------------------------------------------------------------------------
 
 
-def test_flag_over_variable_over_recipe_over_default(dense, tmp_path):
+def test_flag_over_recipe_over_default(dense, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("experts: 4\ntop_k: 1\nseq_len: 128\n")
-    variables = {"UPCYCLE_EXPERTS": "6", "UPCYCLE_TOP_K": "3", "UPCYCLE_RECIPE": str(recipe)}
-    made = report("plan", dense(), "--experts", "12", env=variables)["recipe"]
-    assert (made["experts"], made["top_k"], made["seq_len"]) == (12, 3, 128)
+    request = ["plan", dense(), "--recipe", recipe, "--experts", "12"]
+    made = report(*request, env={"UPCYCLE_TOP_K": "3"})["recipe"]
+    assert (made["experts"], made["top_k"], made["seq_len"]) == (12, 1, 128)
     assert made["calibration_tokens"] == Recipe().calibration_tokens
     assert made["name"] == "mine"
-    other = report("plan", dense(), "--recipe", "default", env=variables)["recipe"]
-    assert (other["name"], other["experts"]) == ("default", 6)
 
 
 def test_set_replaces_any_setting(dense):
@@ -563,24 +674,66 @@ def test_parameters_of_a_named_method(dense):
 
 
 def test_underscores_in_options(dense):
-    made = report("plan", dense(), "--top_k", "3", "--keep_dense", "1", "--shared-by", "rate")
+    made = report("plan", dense(), "--top_k", "3", "--keep_dense", "1")
     assert (made["top_k"], made["dense_layers"]) == (3, [1])
+
+
+SETS = {
+    "convert": {
+        "--granularity 8": "--set granularity=8",
+        "--split=random": "--set split=random",
+        "--shared_by rate": "--set shared_by=rate",
+        "--no-sequential": "--set sequential=false",
+        "--allow-frozen-router": "--set allow_frozen_router=true",
+        "--router --json": "--set router=…",
+        "--max-shard-size 5GB": "--set max_shard_size=5GB",
+    },
+    "finetune": {
+        "--micro-batch 2": "--set micro_batch=2",
+        "--z-loss=0.001": "--set z_loss=0.001",
+        "--dense-router-gradient": "--set dense_router_gradient=true",
+        "--lora-alpha 32": "--set lora_alpha=32",
+        "--tracker 'my board'": "--set 'tracker=my board'",
+    },
+}
+SETS["plan"] = SETS["convert"]
+
+
+@pytest.mark.parametrize("command", SETS)
+def test_flag_that_a_setting_lacks_is_told_how_it_is_set(command, tmp_path):
+    for words, spelling in SETS[command].items():
+        flag = re.match("--[a-z_-]+", words).group()
+        request = ["./none", "-o", tmp_path / "out", *shlex.split(words)]
+        assert error(command, *request) == f"{flag} is no flag: give {spelling}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flag_that_no_setting_has_is_unknown():
+    result = run("convert", "./none", "--lr", "1", "--", "--split")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "No such option: --lr" in result.stderr
+
+
+def test_every_setting_of_a_recipe_can_be_set(dense):
+    sets = "granularity=2 method=copy shared_by=rate router=normal split=random"
+    sets = [word for text in sets.split() for word in ("--set", text)]
+    made = report("plan", dense(), *sets, "--set", "max_shard_size=1MB")["recipe"]
+    names = [made[field]["name"] for field in ("method", "shared_by", "router", "split")]
+    assert names == ["copy", "rate", "normal", "random"]
+    assert (made["granularity"], made["max_shard_size"]) == (2, 10**6)
 
 
 @pytest.mark.parametrize("command", ["plan", "convert"])
 @pytest.mark.parametrize(
-    ("flags", "env"),
+    "flags",
     [
-        (["--experts", "16", "--shared-experts", "2"], {}),
-        (["--shared_experts=0"], {}),
-        (["--set", "shared_experts=2"], {}),
-        ([], {"UPCYCLE_SHARED_EXPERTS": "2"}),
+        ["--experts", "16", "--shared-experts", "2"],
+        ["--shared_experts=0"],
+        ["--set", "shared_experts=2"],
     ],
 )
-def test_a_number_of_shared_experts_is_told_the_new_spelling(dense, tmp_path, command, flags, env):
-    sentence = error(command, dense(), "-o", tmp_path / "out", *flags, env=env)
-    assert sentence == SHARED_EXPERTS
-    assert "--shared-experts" not in run(command, "--help").stdout
+def test_a_number_of_shared_experts_is_told_the_new_spelling(dense, tmp_path, command, flags):
+    assert error(command, dense(), "-o", tmp_path / "out", *flags) == SHARED_EXPERTS
     assert list(tmp_path.iterdir()) == []
 
 

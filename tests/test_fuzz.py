@@ -40,7 +40,7 @@ fuzzed = settings(
 SMALL = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8,
          "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
 PLAN = "--top-k 2 --seq-len 32 --calibration-tokens 64 --calibration builtin".split()
-COPY = "--method copy --check none --calibration none --router normal".split()
+COPY = "--method copy --check none --calibration none --set router=normal".split()
 WORDS = "the quick brown fox jumps over the lazy dog. " * 20
 
 # --- what may happen to a file ------------------------------------------------------------------

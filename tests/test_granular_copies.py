@@ -88,7 +88,7 @@ def test_other_numbers_of_shards_run_and_are_said_not_to_be_the_dense_model(
     wanted = {"target": target, "top_k": top_k, "allow_frozen_router": True, **PER_COPY}
     said = upcycle.plan(str(dense()), check="none", **wanted).warnings
     assert any(
-        f"--top-k {top_k} is no multiple of --granularity {SHARDS}" in note
+        f"--top-k {top_k} is no multiple of --set granularity={SHARDS}" in note
         and "until it is trained, the result is not the dense model" in note
         for note in said
     )

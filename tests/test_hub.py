@@ -76,7 +76,7 @@ def run(hub, monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
 
 
-QUICK = ["--method", "copy", "--experts", "2", "--router", "normal", "--check", "none"]
+QUICK = ["--method", "copy", "--experts", "2", "--set", "router=normal", "--check", "none"]
 
 
 def content(folder):

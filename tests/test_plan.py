@@ -64,7 +64,7 @@ def test_feedback_is_half_or_the_active_share(dense, settings, expected):
     [
         ("olmo2", {}, "olmo2 has a norm between its FFN and the hidden states, so give 0"),
         ("llama", {"method": "prune"}, "pruned copies are fitted to the dense FFN's output"),
-        ("llama", {"sequential": False}, "--no-sequential fits layers on the dense model's"),
+        ("llama", {"sequential": False}, "--set sequential=false fits layers on the dense model's"),
     ],
 )
 def test_feedback_that_would_have_no_effect(dense, family, settings, why):
@@ -127,8 +127,8 @@ def test_windows_of_each_kind_that_the_check_reads(dense, check, seq_len, window
         ({"experts": 16, "shared": 0, "target": "glm4_moe"}, "--experts 16", "12 or 24"),
         ({"experts": 25, "target": "glm4_moe"}, "--experts 25", "24"),
         ({"experts": 10**9, "target": "mixtral"}, f"--experts {10**9}", "24"),
-        ({"method": "copy", "granularity": 5, "top_k": 5}, "--granularity 5", "4 or 6"),
-        ({"method": "copy", "granularity": 96, "top_k": 96}, "--granularity 96", "24"),
+        ({"method": "copy", "granularity": 5, "top_k": 5}, "--set granularity=5", "4 or 6"),
+        ({"method": "copy", "granularity": 96, "top_k": 96}, "--set granularity=96", "24"),
     ],
 )
 def test_parts_that_do_not_fit_name_the_nearest_that_do(dense, settings, flag, nearest):
@@ -212,7 +212,7 @@ def test_copies_of_any_width_need_no_divisor(dense):
         ),
         (
             {"granularity": 2},
-            "--granularity 2 goes with copies: for a split, raise --experts",
+            "--set granularity=2 goes with copies: for a split, raise --experts",
         ),
     ],
 )
@@ -224,7 +224,7 @@ def test_one_copy_per_token_where_the_router_would_learn_nothing(dense):
     assert refusal(dense, method="copy", top_k=1, target="mixtral") == (
         "--top-k 1 gives each token one expert, and mixtral always renormalises its weight, so the "
         "router would get no gradient: raise --top-k, choose --target glm4_moe or qwen2_moe, or "
-        "pass --allow-frozen-router"
+        "pass --set allow_frozen_router=true"
     )
 
 
@@ -240,7 +240,7 @@ def test_one_copy_of_several_shards_has_weights_to_learn(dense):
 
 def test_one_copy_per_token_names_only_targets_that_host_the_model(dense):
     sentence = refusal(dense, "granite", method="copy", top_k=1)
-    assert sentence.endswith("raise --top-k, or pass --allow-frozen-router")
+    assert sentence.endswith("raise --top-k, or pass --set allow_frozen_router=true")
 
 
 def test_one_copy_per_token_is_fine_where_weights_stay_plain_or_it_is_asked_for(dense):
@@ -945,7 +945,7 @@ def test_what_is_refused_is_refused_by_convert_before_it_writes(dense, tmp_path)
 @pytest.mark.parametrize("router", ["ridge", "centroid", "representative"])
 def test_router_that_cannot_tell_copies_apart(dense, router):
     words = "has nothing to tell copies apart by: use kmeans or membership or normal"
-    with pytest.raises(UpcycleError, match=f"--router {router} {words}"):
+    with pytest.raises(UpcycleError, match=f"--set router={router} {words}"):
         upcycle.plan(str(dense()), method="copy", experts=4, router=router)
 
 

@@ -29,8 +29,8 @@ SETTINGS = PLAIN_SPLIT | {
 DEFAULT = {"calibration_tokens": 128, "seq_len": 64, "max_shard_size": "100KB"}
 """By the default recipe, which chooses the layers that stay dense and converts one on another."""
 FLAGS = """
-    --calibration-tokens 128 --seq-len 64 --max-shard-size 100KB --keep-dense 1
-    --experts 8 --top-k 2 --split coactivation --compensate none --no-sequential
+    --calibration-tokens 128 --seq-len 64 --set max_shard_size=100KB --keep-dense 1
+    --experts 8 --top-k 2 --set split=coactivation --set compensate=none --set sequential=false
     --set router_spread=1e-4 --calibration builtin
 """.split()
 

@@ -464,7 +464,7 @@ def test_a_held_out_row_of_one_token_spoils_nothing(split, train, tmp_path):
         ({"data": "self"}, "--data 'self' is not a file: give builtin"),
         ({"seq_len": 4096}, "is more than the model.s 1024 positions"),
         ({"micro_batch": 3}, "--batch-size 4 is not a multiple of 3"),
-        ({"balance_bias": 0.1}, "--balance-bias 0.1 has no effect on qwen2_moe"),
+        ({"balance_bias": 0.1}, "--set balance_bias=0.1 has no effect on qwen2_moe"),
         ({"train": "experts", "balance": 0.1}, "--balance 0.1 has no effect with --train experts"),
         ({"distill": 1.0, "teacher": "/no/such"}, "--teacher: .*/no/such"),
         ({"preset": "hael"}, "unknown recipe 'hael'"),

@@ -29,8 +29,8 @@ SETTINGS = {
     "validation_tokens": 160, "lr": 1e-3, "balance": 0.1, "next_token": 0.5, "seed": 3,
 }  # fmt: skip
 DEVICE_LEFT_OPEN = [
-    *"--recipe heal --steps 3 --seq-len 32 --batch-size 4 --micro-batch 1 --lr 1e-3".split(),
-    *"--balance 0.1 --next-token 0.5 --seed 3 --set validation_tokens=160".split(),
+    *"--recipe heal --steps 3 --seq-len 32 --batch-size 4 --set micro_batch=1 --lr 1e-3".split(),
+    *"--balance 0.1 --set next_token=0.5 --seed 3 --set validation_tokens=160".split(),
 ]
 FLAGS = [*DEVICE_LEFT_OPEN, "--device", "cpu"]
 CONFIGS = Path(upcycle.__file__).parent / "recipes" / "accelerate"
@@ -166,7 +166,9 @@ SHARDED = {
     "bf16": ("bf16", [], {"precision": "bf16"}),
     "all at once": (
         "no",
-        [*"--dense-router-gradient --gradient-checkpointing --match-layers 0.1".split()],
+        """
+        --set dense_router_gradient=true --set gradient_checkpointing=true --set match_layers=0.1
+        """.split(),
         {"dense_router_gradient": True, "gradient_checkpointing": True, "match_layers": 0.1},
     ),
     "low-rank": ("no", ["--lora", "2", "--merge"], {"lora": 2, "merge": True}),

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,9 +19,11 @@ from upcycle.core.json_text import json_text
 from upcycle.core.paths import check_model, local_path, write_whole
 from upcycle.models.hub import check_repo, push
 from upcycle.options import (
-    NOT_SETTINGS,
+    CONVERSION,
     REQUEST,
+    RUN,
     TRAINING,
+    DryRun,
     Json,
     Model,
     Options,
@@ -30,7 +33,10 @@ from upcycle.options import (
     PushToHub,
     Revision,
     Set,
+    field_named,
+    option,
     with_options,
+    without_flag,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +66,41 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+class Settings(typer.core.TyperCommand):
+    """A command that says of a setting without a flag, given as one, how it is set."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for param in self.get_params(ctx) for name in param.opts}
+        words = args[: args.index("--")] if "--" in args else args
+        for word, after in zip_longest(words, words[1:]):
+            flag = word.partition("=")[0].replace("_", "-")
+            if flag.startswith("--") and flag not in known:
+                told = self.told(word, after)
+                if told is not None:
+                    _fail(told, 2)
+        return super().parse_args(ctx, args)
+
+    def told(self, word: str, after: str | None) -> str | None:
+        """What is to be said of an unknown flag. The settings are imported when there is one."""
+        raise NotImplementedError
+
+
+class OfRecipe(Settings):
+    def told(self, word: str, after: str | None) -> str | None:
+        from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe
+
+        if field_named(word) == "shared_experts":
+            return SHARED_EXPERTS
+        return without_flag(word, after, Recipe.model_fields)
+
+
+class OfTraining(Settings):
+    def told(self, word: str, after: str | None) -> str | None:
+        from upcycle.finetune.settings import Training
+
+        return without_flag(word, after, Training.model_fields)
+
+
 @app.callback()
 def _every_command(
     version: Annotated[
@@ -70,27 +111,25 @@ def _every_command(
     pass
 
 
-@app.command()
+@app.command(cls=OfRecipe)
 @with_options(REQUEST)
 def convert(
     options: Options,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
+    dry_run: DryRun = False,
     push_to_hub: PushToHub = None,
     private: Private = False,
 ) -> None:
     """Convert a dense checkpoint into a Mixture-of-Experts, and check the result.
 
-    A **split** cuts each FFN into experts: same size, less work per token, some loss. **prune**
-    makes every expert a pruned copy of the FFN for tokens of its own: larger, less work per token,
-    some loss. **copy** makes every expert the whole FFN (sparse upcycling), **drop** re-draws half
-    of each copy (drop-upcycling): larger, to be trained further.
+    **split** cuts each FFN into experts: same size, less work per token, some loss. **prune** makes
+    every expert a pruned copy of the FFN: larger, less work, less loss. **copy** makes every expert
+    the whole FFN, **drop** and **noise** perturb it: larger, to be trained.
 
     Examples:
 
     * `upcycle convert meta-llama/Llama-3.2-1B --experts 8 --top-k 2 -o out`
-    * `upcycle convert ./my-llama --method prune --experts 8 --active 0.25 -o out`
-    * `upcycle convert ./my-llama --method copy --experts 8 --top-k 2 -o out`
-    * `upcycle convert ./my-llama --recipe moefication -o out`
+    * `upcycle convert ./my-llama --method prune --active 0.25 -o out`
+    * `upcycle convert ./my-llama --recipe cmoe --set router=ridge -o out`
     """
     if dry_run:
         return _show_plan(options)
@@ -120,7 +159,7 @@ def convert(
     return None
 
 
-@app.command()
+@app.command(cls=OfRecipe)
 @with_options(REQUEST)
 def plan(options: Options) -> None:
     """Show what `convert` would build, and raise every error that can be known. Writes nothing."""
@@ -153,7 +192,7 @@ def _check_conversion(options: Options) -> None:
 
 def _recipe_settings(options: Options) -> dict[str, Any]:
     """The fields of the recipe that the command's options replace."""
-    settings = {k: v for k, v in options.items() if k not in NOT_SETTINGS and v is not None}
+    settings = {k: options[k] for k in CONVERSION if options[k] is not None}
     return settings | dict(_assignment(text) for text in options["set_"] or [])
 
 
@@ -214,39 +253,34 @@ EvalDtype = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=OfTraining)
 @with_options(TRAINING)
 def finetune(
     options: Options,
     model: Annotated[str, typer.Argument(help="An MoE: a folder or a hub id.", metavar="MODEL")],
-    out: Out = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            help="heal | specialise | lora, or a YAML file. [default: heal for a split or "
-            "pruned copies, specialise for whole copies]",
-            show_default=False,
-        ),
+        option("heal | specialise | lora, or a YAML file. [default: by what MODEL is]", "--recipe"),
     ] = None,
     set_: Set = None,
-    overwrite: Overwrite = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the state of a run that was stopped.")
+        bool, option("Go on from the state of a run that was stopped.", "--resume", panel=RUN)
     ] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
     private: Private = False,
     json_: Json = False,
 ) -> None:
     """Train a Mixture-of-Experts further: heal a split, or let copies come to differ.
 
-    Runs alone, or as several processes, on GPUs or CPUs, by `torchrun --nproc_per_node 2 -m
-    upcycle finetune …`. Ctrl-C saves the state, from which --resume goes on. The result is a
-    checkpoint like MODEL.
+    Runs alone or, by `torchrun --nproc_per_node 2 -m upcycle finetune …`, as several processes.
+    Ctrl-C saves the state, from which --resume goes on. The result is a checkpoint like MODEL.
 
     Examples:
 
     * `upcycle finetune split --data notes.txt -o healed`
-    * `upcycle finetune copies --recipe specialise --data hf:DATASET --tokens 50000000 -o out`
+    * `upcycle finetune copies --recipe specialise --data hf:DATASET -o out`
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
     with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):
@@ -438,8 +472,8 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one as YAML.")] = None,
     json_: Json = False,
 ) -> None:
-    """List the recipes of `convert` and `finetune` and the methods that they are made of, or print
-    one recipe."""
+    """List the recipes of `convert` and `finetune`, the methods that they are made of and every
+    setting, or print one recipe."""
     with _errors():
         from upcycle import console
         from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
@@ -454,9 +488,22 @@ def recipes(
             sys.stdout.write(recipe_text(name))
         elif json_:
             listed = {"recipes": describe_recipes(), "presets": describe_presets()}
-            _print_json(listed | {"methods": methods()})
+            _print_json(listed | {"methods": methods(), "settings": every_setting()})
         else:
             console.show_recipes(describe_recipes(), describe_presets(), methods())
+            console.show_settings(every_setting())
+
+
+def every_setting() -> dict[str, list[dict[str, str]]]:
+    """What `--set` sets, by command. A recipe or a preset may have other defaults."""
+    from upcycle.conversion.recipe import load_recipe
+    from upcycle.core.flags import CONVERSION_FLAGS, TRAINING_FLAGS, describe_settings
+    from upcycle.finetune.settings import Training
+
+    return {
+        "convert": describe_settings(load_recipe(), CONVERSION_FLAGS),
+        "finetune": describe_settings(Training(), TRAINING_FLAGS),
+    }
 
 
 @app.command()

@@ -505,23 +505,42 @@ def show_recipes(
 ) -> None:
     """The shipped recipes, the presets of training, then by kind the methods that a recipe can
     name."""
-    _show_listed("recipes", [(row, row["method"]) for row in recipes])
-    _show_listed("presets of finetune", [(row, "") for row in presets])
+    _show_listed("recipes", [_described(row, row["method"]) for row in recipes])
+    _show_listed("presets of finetune", [_described(row, "") for row in presets])
     for kind in dict.fromkeys(method["kind"] for method in methods):
-        rows = [(row, _defaults(row["parameters"])) for row in methods if row["kind"] == kind]
+        of_kind = [row for row in methods if row["kind"] == kind]
         called = "perturbation of copies" if kind == "method" else kind
+        rows = [_described(row, _defaults(row["parameters"])) for row in of_kind]
         _show_listed(f"methods: {called}", rows)
 
 
-def _show_listed(title: str, rows: Iterable[tuple[Mapping[str, Any], str]]) -> None:
-    """What each does; below it, its paper and what else is to be said of it. (Two columns, since a
-    terminal of 80 has no room for more.)"""
+def show_settings(settings: Mapping[str, Iterable[Mapping[str, str]]]) -> None:
+    """By command, every setting with its meaning, its flag if it has one, and its default."""
+    for command, rows in settings.items():
+        listed = []
+        for row in rows:
+            default = f"default {row['default']}" if row["default"] else ""
+            listed.append((row["name"], row["meaning"].replace("`", ""), (row["flag"], default)))
+        _show_listed(f"settings of {command}: --set KEY=VALUE", listed)
+
+
+Listed = tuple[str, str, tuple[str, ...]]
+"""A name, what it means, and what is to be said below that."""
+
+
+def _described(row: Mapping[str, Any], more: str) -> Listed:
+    return row["name"], row["summary"], (row["paper"], more)
+
+
+def _show_listed(title: str, rows: Iterable[Listed]) -> None:
+    """What each does, and below it the rest. (Two columns, since a terminal of 80 has no room for
+    more.)"""
     grid = Table(title=title, title_justify="left", title_style="bold", show_header=False)
     grid.add_column(no_wrap=True)
     grid.add_column()
-    for row, more in rows:
-        below = " · ".join(part for part in (row["paper"], more) if part)
-        grid.add_row(row["name"], Text(row["summary"]).append(f"\n{below}" if below else "", "dim"))
+    for name, summary, parts in rows:
+        below = " · ".join(part for part in parts if part)
+        grid.add_row(name, Text(summary).append(f"\n{below}" if below else "", "dim"))
     out.print(grid)
 
 

@@ -5,6 +5,7 @@ import math
 
 from upcycle.conversion.recipe import Recipe
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.types import Geometry
 from upcycle.models.targets import SharedWidth
 
@@ -66,7 +67,7 @@ def copied_geometry(recipe: Recipe, num_neurons: int) -> Geometry:
     """The same of whole copies, or of their shards."""
     granularity = recipe.granularity
     if granularity > 1:
-        _check_cut(granularity, "--granularity", num_neurons)
+        _check_cut("granularity", granularity, num_neurons)
     experts = (recipe.experts or COPIES) * granularity
     top_k = recipe.top_k or COPIES_PER_TOKEN * granularity
     size = num_neurons // granularity
@@ -87,7 +88,7 @@ def _split(
     asked = 0.0 if shared_width == "none" else recipe.shared
     default = SHARED if recipe.top_k else max(0.0, min(SHARED, share / 2))
     if asked == 0 and recipe.experts:
-        _check_cut(recipe.experts, "--experts", num_neurons)
+        _check_cut("experts", recipe.experts, num_neurons)
     for shared in (default, 0.0) if asked is None else (asked,):
         if asked == 0 or shared_width == "multiple":
             experts, size = _equal_parts(recipe.experts, num_neurons, shared, min_experts)
@@ -108,7 +109,7 @@ def _equal_parts(
     shared expert holds some."""
     if experts is None:
         parts = default_parts(num_neurons)
-        _check_cut(parts, "--experts", num_neurons)
+        _check_cut("experts", parts, num_neurons)
         experts = max(min(min_experts, parts), parts - round(shared * parts))
         return experts, num_neurons // parts
     parts = min(
@@ -117,7 +118,7 @@ def _equal_parts(
         default=0,
     )
     if not parts:
-        _check_cut(experts, "--experts", num_neurons)
+        _check_cut("experts", experts, num_neurons)
     return experts, num_neurons // parts
 
 
@@ -213,14 +214,14 @@ def legal_parts(num_neurons: int, step: int = ALIGNMENT) -> list[int]:
     return [n for n in range(1, num_neurons // step + 1) if num_neurons % (n * step) == 0]
 
 
-def _check_cut(parts: int, flag: str, num_neurons: int) -> None:
+def _check_cut(field: str, parts: int, num_neurons: int) -> None:
     if num_neurons % (parts * ALIGNMENT) == 0:
         return
     legal = legal_parts(num_neurons)
     near = [n for n in legal if n < parts][-1:] + [n for n in legal if n > parts][:1]
     nearest = " or ".join(map(str, near)) or "none"
     raise UpcycleError(
-        f"{flag} {parts} does not cut {num_neurons} neurons into equal parts that are a "
+        f"{setting(field, parts)} does not cut {num_neurons} neurons into equal parts that are a "
         f"multiple of {ALIGNMENT}, which grouped matrix products need; nearest: {nearest}"
     )
 

@@ -19,6 +19,7 @@ from upcycle.conversion.request import check_calibration, check_tokens, named_de
 from upcycle.conversion.ways import WAYS, Room, Way
 from upcycle.conversion.ways.base import Exact
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.machine import choose_device, free_memory, total_memory
 from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
@@ -390,7 +391,7 @@ def _combine(
         raise UpcycleError(
             f"--top-k 1 gives each token one expert, and {target} always renormalises "
             f"its weight, so the router would get no gradient: raise --top-k, {choose}or pass "
-            "--allow-frozen-router"
+            f"{setting('allow_frozen_router', True)}"
         )
     return "sum" if geometry.whole_copies else "plain"
 
@@ -450,7 +451,7 @@ def _check_feedback(plan: Plan) -> None:
     if asked and not plan.design.feedback:
         why = f"{plan.source.arch.family} has a norm between its FFN and the hidden states"
         if not plan.design.sequential:
-            why = "--no-sequential fits layers on the dense model's hidden states"
+            why = f"{setting('sequential', False)} fits layers on the dense model's hidden states"
         if not plan.way.takes_feedback:
             why = "pruned copies are fitted to the dense FFN's output"
         raise UpcycleError(f"compensate.feedback={asked} has no effect: {why}, so give 0")

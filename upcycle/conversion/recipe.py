@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.registry import suggest
 from upcycle.core.settings import (
     Choice,
@@ -70,7 +71,7 @@ def _as_bytes(value: Any) -> Any:
 class Recipe(BaseModel):
     """A conversion request. `None` means: chosen by the plan."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = "custom"
     summary: str = ""
@@ -79,46 +80,68 @@ class Recipe(BaseModel):
     """Where the recipe can't or does not follow its paper."""
 
     method: PlugIn = Choice(name="split")
-    """`split`, `prune`, `copy`, or a perturbation of copies: `drop`, `noise`."""
+    """What becomes of each FFN: `split` | `prune` | `copy`, or a perturbation of copies, `drop` |
+    `noise`."""
     experts: PositiveInt | None = None
-    """Routed experts that a split cuts the FFN into, or copies of the FFN."""
+    """Experts that the router chooses from: parts of each FFN, or copies of it, pruned or whole.
+    By default about 24 to 64 parts, or 8 copies."""
     top_k: PositiveInt | None = None
+    """Of these, active per token; of pruned copies 1. By default as `active` has it, or 2
+    copies."""
     active: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Active share of all layers' FFNs, from which a split's top_k is chosen, or what a pruned copy
-    keeps."""
+    """Share of all layers' FFN neurons that a token uses, from which a split's top-k and shared
+    neurons follow, or what a pruned copy keeps; layers kept dense count as 1. By default 0.5."""
     shared: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of the FFN's neurons that a split keeps always on."""
+    """Share of each FFN's neurons that is always on, beside a split's experts. By default 0.25
+    with top_k, else up to that, where the target has a shared expert."""
     granularity: PositiveInt = 1
     """Shards that each copy is cut into."""
     spread_gain: bool = False
     """Copies' weights stay as the router makes them, and what makes up for their size is spread
     over an expert's three matrices, as in arXiv:2410.07524: no longer the dense model's equal."""
     split: PlugIn = Choice(name="coactivation")
+    """Which neurons share an expert: the name of a split."""
     shared_by: PlugIn = Choice(name="energy")
+    """Which neurons are always on: the name of a shared-expert rule."""
     router: PlugIn | None = None
+    """Who chooses the experts: the name of a router. By default ridge for a split, membership for
+    pruned copies, normal for copies."""
     compensate: PlugIn = Choice(name="none")
-    """How the active neurons make up for the others."""
+    """What makes up for inactive neurons: the name of a compensation."""
     sequential: bool = False
     """Each layer is fitted on what the layers already converted put out, not on the dense
     model's hidden states."""
     router_spread: Annotated[float, Field(ge=1e-4, le=1)] | None = None
     """Standard deviation of a token's logits over experts, to which the router is scaled: the
-    smaller, the more alike the experts' weights; the larger, the less training upsets it."""
+    smaller, the more alike the experts' weights; the larger, the less training upsets it. By
+    default 0.1 with a refit, else 0.01."""
     keep_dense: Annotated[
         Literal["auto"] | tuple[NonNegativeInt, ...], BeforeValidator(_as_layers)
     ] = ()
-    """`auto`: those that would hurt most, as many as pay under the active share."""
+    """Layers that stay dense: `0,1,29`, `none`, or `auto`: those that measurably hurt most, as
+    many as pay under the active share."""
     target: str = "auto"
+    """Architecture of the result; `auto` is the first that fits."""
     allow_frozen_router: bool = False
+    """Allow one copy per token where its router can't learn."""
 
     calibration: str = "mixed"
+    """Text to fit on: `mixed` (builtin and self) | `builtin` | `self` | a file or folder of text |
+    `hf:DATASET[@config][:split[:column]]` | `none`; several, joined by +, in equal parts."""
     calibration_tokens: PositiveInt = 32768
+    """Tokens to fit on."""
     seq_len: PositiveInt = Field(default=512, ge=8)
+    """Tokens per sequence."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Of the result: `auto` (the source's) | `float32` | `float16` | `bfloat16`."""
     device: str = "auto"
+    """Where layers are fitted: `auto` | `cpu` | `cuda`."""
     max_shard_size: Annotated[PositiveInt, BeforeValidator(_as_bytes)] = 5 * 1000**3
+    """Largest weight file, in bytes or as `5GB`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Same seed, same bytes."""
     check: Literal["fast", "full", "none"] = "fast"
+    """How much text to compare the result on: `fast` | `full` | `none`."""
 
     def settings(self) -> dict[str, Any]:
         """All fields as plain values that make the same recipe again."""
@@ -173,5 +196,7 @@ def _override(fields: dict[str, Any], key: str, value: Any) -> None:
     default = Recipe.model_fields[name].default
     current = as_choice(fields.get(name)) or (default.model_dump() if default else None)
     if not isinstance(current, dict):
-        raise UpcycleError(f"--set {key}: name the {name} itself first, by --{name} or in a recipe")
+        raise UpcycleError(
+            f"--set {key}: name the {name} itself first, by {setting(name, 'NAME')} or in a recipe"
+        )
     fields[name] = current | {parameter: value}

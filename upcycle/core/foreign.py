@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 
 DEEPEST = 64
 """Lists and mappings in one another. Deeper ones bring down programs that follow them."""
@@ -26,7 +27,8 @@ NO_MEMORY = ("not enough memory", "allocate memory", "out of memory", "bad_alloc
 """What a RuntimeError says that is a lack of memory; torch has no other on a CPU."""
 NO_ROOM = ("No space left", "os error 28")
 OUT_OF_MEMORY = (
-    "out of memory: lower --calibration-tokens, --seq-len or --micro-batch, or pass --check none"
+    f"out of memory: lower --calibration-tokens, --seq-len or {setting('micro_batch')}, or pass "
+    "--check none"
 )
 
 

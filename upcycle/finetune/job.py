@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.versions import versions
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.calibration import check_seq_len, text_fingerprint
@@ -94,8 +95,9 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
         )
     if request.match_layers and _depth_and_width(teacher) != _depth_and_width(folder):
         raise UpcycleError(
-            f"--match-layers {request.match_layers} compares layer by layer, but --teacher "
-            f"{request.teacher} has {' layers of '.join(map(str, _depth_and_width(teacher)))} and "
+            f"{setting('match_layers', request.match_layers)} compares layer by layer, but "
+            f"--teacher {request.teacher} has "
+            f"{' layers of '.join(map(str, _depth_and_width(teacher)))} and "
             f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use --distill"
         )
     return teacher

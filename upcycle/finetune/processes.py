@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.finetune.settings import Training
 
 
@@ -79,7 +80,7 @@ def _check_started(accelerator: Accelerator) -> None:
 def _check_request(accelerator: Accelerator, request: Training) -> None:
     if request.tracker is not None and not accelerator.log_with:
         raise UpcycleError(
-            f"--tracker {request.tracker} is not installed: pip install {request.tracker}"
+            f"{setting('tracker', request.tracker)} is not installed: pip install {request.tracker}"
         )
     if request.device == "cuda" and accelerator.device.type != "cuda":
         raise UpcycleError("--device cuda: torch sees no CUDA device here")
@@ -87,8 +88,8 @@ def _check_request(accelerator: Accelerator, request: Training) -> None:
     if request.batch_size % each:
         raise UpcycleError(
             f"--batch-size {request.batch_size} is not a multiple of {each}, which is "
-            f"--micro-batch {request.micro_batch} on {accelerator.num_processes} processes: "
-            f"give --batch-size {-(-request.batch_size // each) * each}"
+            f"{setting('micro_batch', request.micro_batch)} on {accelerator.num_processes} "
+            f"processes: give --batch-size {-(-request.batch_size // each) * each}"
         )
 
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from upcycle.core.errors import Diverged, UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.machine import torch_threads
 from upcycle.core.paths import local_path
 from upcycle.evaluation.run import load_model
@@ -211,8 +212,8 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         )
     if settings.balance_bias and any(correction_bias(block) is None for block in blocks):
         raise UpcycleError(
-            f"--balance-bias {settings.balance_bias} has no effect on {model.config.model_type}, "
-            "which has no selection bias: use --balance"
+            f"{setting('balance_bias', settings.balance_bias)} has no effect on "
+            f"{model.config.model_type}, which has no selection bias: use --balance"
         )
     keep_float32(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.settings import find_recipe, shipped_presets, validated, yaml_fields
 
 Train = Literal["router", "experts", "moe", "all"]
@@ -26,39 +27,47 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Training(BaseModel):
     """A training request."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = "custom"
     summary: str = ""
     paper: str = ""
 
     train: Train = "moe"
+    """Which weights change: `router` | `experts` | `moe` (both) | `all`."""
     lora: Annotated[PositiveInt, Field(le=2**20)] | None = None
-    """Rank of low-rank changes; None trains the weights themselves."""
+    """Train low-rank changes of this rank, in place of the weights themselves."""
     lora_alpha: PositiveInt | None = None
-    """Low-rank changes count alpha / rank; None: 2 x rank."""
+    """Low-rank changes count alpha / rank. By default 2 x rank."""
     merge: bool = False
     """Add low-rank changes to the weights at the end and write a plain checkpoint."""
 
     data: str = "builtin"
+    """Text to train on: a file or folder of text or chats, `builtin` or
+    `hf:DATASET[@config][:split[:column]]`; several, joined by +, in equal parts."""
     assistant_only_loss: bool = False
     """Learn the assistant's turns of chats alone, by the tokenizer's chat template."""
     tokens: PositiveInt | None = None
+    """To train on, from all over a file; its end validates. By default 262144."""
     steps: PositiveInt | None = None
+    """To train for, instead of tokens."""
     seq_len: PositiveInt = Field(default=512, ge=8)
+    """Tokens per sequence."""
     batch_size: PositiveInt = Field(default=8, le=2**20)
     """Sequences per step, over all processes."""
     micro_batch: PositiveInt = 1
     """Sequences that a process holds activations of at a time."""
     validation_tokens: PositiveInt = 8192
+    """Held back from the end of the text, to validate on."""
     validate_every: PositiveInt | None = None
-    """Steps; None: ten times in all."""
+    """Steps between validations. By default a tenth of them."""
     keep_best: bool = True
     """The result is the state with the lowest validation perplexity, not the last one."""
 
     lr: PositiveFloat = 1e-4
+    """Highest learning rate."""
     router_lr: PositiveFloat | None = None
-    """None: lr. Either is multiplied by a tempered router's temperature."""
+    """Of the routers. By default lr; either is multiplied by a tempered router's temperature."""
     weight_decay: NonNegativeFloat = 0.0
     """Of matrices other than routers."""
     warmup: Share = 0.05
@@ -68,27 +77,40 @@ class Training(BaseModel):
     router_warmup: Share = 0.0
     """Share of the steps, at the start, in which only the routers move."""
     clip: PositiveFloat = 1.0
+    """Largest norm of a step's gradient."""
 
     teacher: str | None = None
+    """The dense model to learn from. By default what the model was made from."""
     next_token: NonNegativeFloat = 1.0
+    """Weight of the next-token loss."""
     distill: NonNegativeFloat = 0.0
+    """Weight of the KL divergence from the teacher."""
     match_layers: NonNegativeFloat = 0.0
+    """Weight of the distance from the teacher's hidden states."""
     balance: NonNegativeFloat = 0.0
+    """Weight of the load-balancing loss, over all sequences of a step."""
     z_loss: NonNegativeFloat = 0.0
+    """Weight of the router z-loss."""
     balance_bias: NonNegativeFloat = 0.0
-    """What a step moves the selection bias by, where the target has one: balance without a loss.
-    DeepSeek-V3 has 0.001 (arXiv:2412.19437). Scaled down for a tempered router."""
+    """What a step moves the selection bias by, where the target has one (glm4_moe): balance without
+    a loss. DeepSeek-V3 has 0.001 (arXiv:2412.19437). Scaled down for a tempered router."""
     dense_router_gradient: bool = False
+    """Let routers learn from experts not selected, too."""
 
     precision: Literal["no", "bf16", "fp16"] | None = None
-    """Mixed precision; None: what `accelerate launch` says, else none."""
+    """Mixed precision: `no` | `bf16` | `fp16`. By default what `accelerate launch` says, else
+    no."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights while they train; auto: float32, the checkpoint's own under LoRA."""
+    """Of the weights while they train: `auto` (float32, the checkpoint's own under LoRA) |
+    `float32` | `bfloat16` | `float16`."""
     gradient_checkpointing: bool = False
+    """Less memory, more work."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Same seed, same bytes on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it trains: `auto` | `cpu` | `cuda`."""
     tracker: str | None = None
-    """Where accelerate logs metrics beside train_log.jsonl: tensorboard, wandb, …"""
+    """Where accelerate logs metrics beside train_log.jsonl: tensorboard, wandb and others."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Training":
@@ -97,23 +119,26 @@ class Training(BaseModel):
         for name in ("distill", "match_layers"):
             if getattr(self, name) and self.teacher is None:
                 raise UpcycleError(
-                    f"--{name.replace('_', '-')} compares with a dense model: name it by "
-                    "--teacher DENSE"
+                    f"{setting(name, getattr(self, name))} compares with a dense model: name it "
+                    "by --teacher DENSE"
                 )
         if not (self.next_token or self.distill or self.match_layers):
-            raise UpcycleError("--next-token 0 leaves no loss: give --distill or --match-layers")
+            raise UpcycleError(
+                f"{setting('next_token', 0)} leaves no loss: give --distill 1 or "
+                f"{setting('match_layers', 1)}"
+            )
         if self.merge and self.lora is None:
             raise UpcycleError("--merge merges low-rank changes: give --lora RANK too")
         if self.lora and self.balance_bias:
             raise UpcycleError(
-                "--balance-bias changes the checkpoint itself, which --lora leaves as it is: "
-                "give --balance, or drop --lora"
+                f"{setting('balance_bias', self.balance_bias)} changes the checkpoint itself, "
+                "which --lora leaves as it is: give --balance, or drop --lora"
             )
         if self.train == "experts":
             for name in OF_ROUTERS:
                 if getattr(self, name):
                     raise UpcycleError(
-                        f"--{name.replace('_', '-')} {getattr(self, name)} has no effect with "
+                        f"{setting(name, getattr(self, name))} has no effect with "
                         "--train experts, which leaves the routers as they are: set it to 0, or "
                         "train moe"
                     )

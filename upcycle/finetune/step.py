@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from upcycle.core.errors import Diverged, UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.rng import draw_seed, generator
 from upcycle.finetune import losses
 from upcycle.finetune.data import Data, batch_rows
@@ -275,10 +276,9 @@ def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
         if logits_TE.requires_grad:
             (grad_TE,) = torch.autograd.grad(terms[name], logits_TE, retain_graph=True)
         if grad_TE is None or not grad_TE.any():
-            flag = name.replace("_", "-")
             raise UpcycleError(
-                f"--{flag} {getattr(setup.settings, name)} has no effect on this model's routers: "
-                "set it to 0, or train them (--train moe)"
+                f"{setting(name, getattr(setup.settings, name))} has no effect on this model's "
+                "routers: set it to 0, or train them (--train moe)"
             )
 
 
@@ -288,7 +288,8 @@ def _check_router_gradient(setup: Setup) -> None:
     if routers and (_fixed_weights(setup) or not any(float(grad.norm()) for grad in grads)):
         raise UpcycleError(
             "the routers get no gradient: with one expert per token and renormalised weights, the "
-            "weight is always 1; pass --dense-router-gradient or --balance, or --train experts"
+            f"weight is always 1; pass {setting('dense_router_gradient', True)} or --balance, or "
+            "--train experts"
         )
 
 

@@ -16,6 +16,7 @@ from upcycle.conversion.converted import ConvertedLayer, Inputs
 from upcycle.conversion.design import Bound, Design, Methods
 from upcycle.conversion.recipe import Recipe
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.registry import Registry
 from upcycle.core.types import DenseFFN, Geometry
 from upcycle.models.targets import SharedWidth
@@ -160,10 +161,13 @@ def check_no_copies(recipe: Recipe) -> None:
         UpcycleError: it is.
     """
     if recipe.spread_gain:
-        raise UpcycleError("spread_gain goes with copies: a split and pruned copies are refit")
+        raise UpcycleError(
+            f"{setting('spread_gain', True)} goes with copies: a split and pruned copies are refit"
+        )
     if recipe.granularity != 1:
         raise UpcycleError(
-            f"--granularity {recipe.granularity} goes with copies: for a split, raise --experts"
+            f"{setting('granularity', recipe.granularity)} goes with copies: for a split, raise "
+            "--experts"
         )
 
 
@@ -176,7 +180,8 @@ def check_alike(recipe: Recipe, methods: Methods) -> None:
     if not methods.router.method.tells_copies_apart:
         fitting = " or ".join(name for name, r in ROUTERS.items() if r.tells_copies_apart)
         raise UpcycleError(
-            f"--router {methods.router.name} has nothing to tell copies apart by: use {fitting}"
+            f"{setting('router', methods.router.name)} has nothing to tell copies apart by: use "
+            f"{fitting}"
         )
     if recipe.shared:
         raise UpcycleError(f"--shared {recipe.shared:g} goes with a split: copies have none")

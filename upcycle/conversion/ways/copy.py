@@ -15,6 +15,7 @@ from upcycle.conversion.geometry import copied_geometry
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_alike
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.rng import generator
 from upcycle.core.types import ExpertLayout, Geometry
 from upcycle.models.targets import TARGETS
@@ -34,7 +35,7 @@ class Copy(Way):
         check_alike(recipe, methods)
         if recipe.compensate.name != "none":
             raise UpcycleError(
-                f"--compensate {recipe.compensate.name} goes with a split: copies lose nothing"
+                f"{setting('compensate', recipe.compensate)} goes with a split: copies lose nothing"
             )
         if recipe.active is not None:
             raise UpcycleError(
@@ -92,9 +93,9 @@ class Copy(Way):
         if not geometry.whole_copies:
             whole = max(top_k // granularity, 1) * granularity
             yield (
-                f"--top-k {top_k} is no multiple of --granularity {granularity}, so tokens get "
-                "parts of copies: until it is trained, the result is not the dense model (--top-k "
-                f"{whole} would be)"
+                f"--top-k {top_k} is no multiple of {setting('granularity', granularity)}, so "
+                "tokens get parts of copies: until it is trained, the result is not the dense "
+                f"model (--top-k {whole} would be)"
             )
         elif granularity > 1 and dtype != torch.float32 and not target.groups:
             fitting = " or ".join(f"--target {name}" for name, t in TARGETS.items() if t.groups)
@@ -104,8 +105,8 @@ class Copy(Way):
             )
         if recipe.spread_gain:
             yield (
-                "spread_gain multiplies gate_proj, too, in which an FFN is not linear: until it "
-                "is trained, the result is not the dense model"
+                f"{setting('spread_gain', True)} multiplies gate_proj, too, in which an FFN is not "
+                "linear: until it is trained, the result is not the dense model"
             )
 
 

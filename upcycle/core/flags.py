@@ -1,0 +1,68 @@
+"""How an error, a note or a help text names a setting: by its flag, or by `--set` if it has none.
+
+The flags of `convert` and `finetune` are listed here alone.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from pydantic import BaseModel
+
+CONVERSION_FLAGS = (
+    *("method", "keep_dense", "target"),
+    *("active", "experts", "top_k", "shared"),
+    *("calibration", "calibration_tokens", "seq_len"),
+    *("check", "dtype", "device", "seed"),
+)
+"""Fields of a recipe that `convert` and `plan` have a flag for; `--set` sets the others."""
+TRAINING_FLAGS = (
+    *("train", "lora", "merge", "lr"),
+    *("data", "assistant_only_loss", "tokens", "steps", "seq_len", "batch_size"),
+    *("teacher", "distill", "balance"),
+    *("precision", "device", "seed"),
+)
+"""Fields of a training request that `finetune` has a flag for; `--set` sets the others."""
+ABOUT = ("name", "summary", "paper", "departures")
+"""Fields that say what a recipe is, and change nothing."""
+
+
+def setting(field: str, value: Any = None) -> str:
+    """A setting as the command line spells it: `--top-k 2`, `--set granularity=2`.
+
+    Args:
+        value: left out where it is not known: `--top-k`, `--set granularity=…`.
+    """
+    if field not in (*CONVERSION_FLAGS, *TRAINING_FLAGS):
+        return f"--set {field}={'…' if value is None else spelled(value)}"
+    flag = "--" + field.replace("_", "-")
+    return flag if value is None or value is True else f"{flag} {spelled(value)}"
+
+
+def spelled(value: Any) -> str:
+    """A value as people type it: true, 0.5, 0,1,29, a method by its name."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(spelled, value)) or "none"
+    if isinstance(value, BaseModel):
+        return spelled(value.name)  # type: ignore[attr-defined]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def describe_settings(defaults: BaseModel, flags: Collection[str]) -> list[dict[str, str]]:
+    """Every setting of a recipe or a training request: its name, its meaning, its default as
+    people type it and its flag, each empty where there is none.
+
+    Args:
+        defaults: a request in which nothing was asked for.
+    """
+    return [
+        {
+            "name": name,
+            "meaning": " ".join((field.description or "").split()),
+            "default": "" if getattr(defaults, name) is None else spelled(getattr(defaults, name)),
+            "flag": setting(name) if name in flags else "",
+        }
+        for name, field in type(defaults).model_fields.items()
+        if name not in ABOUT
+    ]
