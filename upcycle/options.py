@@ -79,7 +79,7 @@ SpreadGain = Annotated[
 Split = Annotated[
     str | None,
     setting(
-        "predictability | coactivation | coactivation_graph | parameter_clustering | "
+        "predictability | coactivation | coactivation_graph | spectral | parameter_clustering | "
         "token_clusters | sharing_inner | ranked | random | contiguous",
         "--split",
     ),
