@@ -20,6 +20,7 @@ from upcycle.split.coactivation_graph import (
     edges,
     rebalance,
 )
+from upcycle.split.spectral import embedding, strengthened
 
 D, F, E, T = 24, 64, 4, 192
 PURITY = 0.9
@@ -27,6 +28,7 @@ PLANTED = {
     "parameter_clustering": {},
     "coactivation": {},
     "coactivation_graph": {},
+    "spectral": {},
     "predictability": {},
     "token_clusters": {},
     "sharing_inner": {},
@@ -162,6 +164,7 @@ def test_an_unknown_parameter_is_met_with_the_nearest_known(name):
         ("coactivation_graph", {"fire_fraction": 1.1}),
         ("coactivation_graph", {"batch_tokens": 0}),
         ("coactivation_graph", {"batch_tokens": 9}),
+        ("spectral", {"fire_fraction": 0}),
         ("parameter_clustering", {"rows": "down"}),
         ("token_clusters", {"tokens": 0}),
     ],
@@ -514,6 +517,51 @@ def test_clusters_without_balance_are_others(name):
     balanced, plain = (split(name, make_activations(), balanced=b) for b in (True, False))
     assert_equal_experts(name, plain)
     assert not torch.equal(balanced, plain)
+
+
+# --- spectral --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_parts", [2, 5])
+def test_spectral_embedding_has_the_angles_of_the_leading_eigenvectors(num_parts):
+    """Of D^-1/2 A D^-1/2 without loops, by numpy's dense solver."""
+    counts = np.random.default_rng(0).poisson(2, (20, 20))
+    edges_FF = strengthened(counts + counts.T)
+    plain_FF = edges_FF - np.diag(np.diag(edges_FF))
+    degree_F = plain_FF.sum(1)
+    vectors_FF = np.linalg.eigh(plain_FF / np.sqrt(np.outer(degree_F, degree_F)))[1]
+    rows_FE = vectors_FF[:, -num_parts:]
+    rows_FE /= np.linalg.norm(rows_FE, axis=1, keepdims=True)
+    found_FE = embedding(edges_FF, num_parts, 0).numpy()
+    np.testing.assert_allclose(found_FE @ found_FE.T, rows_FE @ rows_FE.T, atol=1e-6)
+
+
+def test_every_edge_is_strengthened_by_the_mean_of_all_without_loops():
+    counts = np.array([[9, 4, 0], [4, 9, 0], [0, 0, 9]], dtype=np.int32)
+    off_diagonal = strengthened(counts)[np.triu_indices(3, 1)]
+    np.testing.assert_allclose(off_diagonal, np.array([4, 0, 0]) + 8 / 9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_neurons_that_fire_with_no_others_leave_the_groups_whole():
+    """Three of them and a pair, beside three groups of eight: without more edges they would be
+    parts of their own."""
+    group_F = torch.tensor([0, 1, 2] * 8 + [3, 4, 5, 6, 6])
+    counts = 5 * (group_F[:, None] == group_F).int().numpy() + (group_F[:, None] < 3).numpy()
+    counts = np.minimum(counts, counts.T)
+    rows_FE = embedding(strengthened(counts), 3, 0)[:24]
+    alike_FF = rows_FE @ rows_FE.T
+    same_FF = group_F[:24, None] == group_F[:24]
+    assert alike_FF[same_FF].min() > 0.95
+    assert alike_FF[~same_FF].max() < 0.5
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_experts", [F // 2, F])
+def test_spectral_experts_may_be_as_small_as_a_neuron(num_experts):
+    """Then each token fires one or two, and hardly any two fire together."""
+    experts_EM = split("spectral", make_activations(), num_experts=num_experts)
+    assert_equal_experts("spectral", experts_EM, num_experts)
 
 
 # --- sharing inner ---------------------------------------------------------------------------

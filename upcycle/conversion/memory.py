@@ -16,7 +16,8 @@ FLOAT, DOUBLE = 4, 8
 INTERPRETER = 420 * 10**6  # Python, torch and transformers
 PER_WORD = 1300  # of the tokenizer's vocabulary
 WORKING = 200 * 10**6  # thread buffers, kernels, and freed memory that the allocator keeps
-EDGE = 24  # bytes per pair of neurons that a graph joins, while METIS cuts it
+EDGE = {"coactivation_graph": 24, "spectral": 36}
+"""Bytes per pair of neurons that a graph joins, while METIS cuts it or its matrix is solved."""
 GGUF_COPIES = 2  # of the largest tensor or layer of a GGUF file, while it is written in float32
 GGUF_KEPT = 100 * 10**6  # after that
 
@@ -97,8 +98,7 @@ def _fitting(plan: Plan) -> int:
     # xᵀy in both precisions, before and after it is added up.
     split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
     used = plan.way.used(plan.design.methods, plan.design.geometry)
-    if "split" in used and used["split"].name == "coactivation_graph":
-        split += EDGE * neurons**2
+    split += EDGE.get(used["split"].name, 0) * neurons**2 if "split" in used else 0
     # The matrix, its factor and the solver's copy; the right-hand side and the solution.
     refit = chunks + DOUBLE * (3 * on**2 + 2 * on * hidden)
     # The refit weights, their gradient and Adam's two moments; a batch's activations.

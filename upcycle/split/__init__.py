@@ -8,6 +8,7 @@ import upcycle.split.predictability
 import upcycle.split.random
 import upcycle.split.ranked
 import upcycle.split.sharing_inner
+import upcycle.split.spectral
 import upcycle.split.token_clusters
 from upcycle.split.base import SPLITS
 

@@ -28,11 +28,14 @@ Graph = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 """As METIS takes it: where each neuron's edges start [F + 1], where they lead, what they weigh."""
 
 
-class GraphParams(Params):
+class FiringParams(Params):
     fire_fraction: float | None = Field(default=None, gt=0, le=1)
     """Share of the neurons that fire on a token; by default one expert's, 1 / E."""
     batch_tokens: int = Field(default=8, ge=1, le=8)
     """Tokens per batch, in which a pair counts once."""
+
+
+class GraphParams(FiringParams):
     max_edges_per_neuron: PositiveInt | None = None
     """Keep only a neuron's strongest edges. All, as in the paper, take up to 24 F² bytes: 5 GB
     for 14,336 neurons."""
