@@ -233,7 +233,7 @@ def test_several_dtypes_become_the_one_that_config_states(spoil, word, stated):
     folder = spoil(widen(word), dtype=torch.bfloat16, fields={"dtype": stated})
     model = AutoModelForCausalLM.from_pretrained(folder)
     plan = upcycle.plan(str(folder), **COPIES)
-    assert plan.dtype == model.dtype == getattr(torch, stated)
+    assert plan.design.dtype == model.dtype == getattr(torch, stated)
     rounded = f"in float32 are rounded to {stated}, as in transformers; --dtype float32 keeps them"
     assert (rounded in notes(folder)) == (stated == "bfloat16")
     tolerance = 1e-5 if stated == "float32" else 0.1
@@ -242,7 +242,7 @@ def test_several_dtypes_become_the_one_that_config_states(spoil, word, stated):
 
 def test_dtypes_that_config_does_not_state_become_the_most_weights(spoil):
     folder = spoil(widen("embed"), dtype=torch.bfloat16, fields={"dtype": None})
-    assert upcycle.plan(str(folder), **COPIES).dtype == torch.bfloat16
+    assert upcycle.plan(str(folder), **COPIES).design.dtype == torch.bfloat16
     assert "1 tensors in float32 are rounded to bfloat16" in notes(folder)
 
 

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# A folder takes its name in the package when it is first imported: here, before the function does.
+import upcycle.finetune  # noqa: F401
 from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
 
 if TYPE_CHECKING:
