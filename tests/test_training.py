@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+import upcycle
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.core.errors import Diverged
 from upcycle.core.machine import torch_threads
@@ -722,3 +723,8 @@ def test_copies_come_to_differ(dense, moe, train):
     assert all(not torch.equal(one.down_proj[0], one.down_proj[e]) for e in range(1, 4))
     assert router.weight.abs().max() > 0
     assert done.after["loss"] < done.before["loss"]
+
+
+def test_function_of_the_package_has_the_name_of_a_folder():
+    assert callable(upcycle.finetune)
+    assert upcycle.finetune.__module__ == "upcycle"

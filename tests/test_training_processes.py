@@ -153,10 +153,10 @@ def sharded(precision="no"):
     PartialState.__init__ = accelerated
     take_up = loop._take_up
 
-    def check(run):
-        assert run.accelerator.distributed_type == DistributedType.FSDP
-        assert all(isinstance(p, DTensor) for p in run.plain.parameters())
-        take_up(run)
+    def check(setup, progress):
+        assert setup.accelerator.distributed_type == DistributedType.FSDP
+        assert all(isinstance(p, DTensor) for p in setup.plain.parameters())
+        take_up(setup, progress)
 
     loop._take_up = check
 

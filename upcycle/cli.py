@@ -374,10 +374,7 @@ def evaluate(
             )
         summary = evaluation_summary(report)
         if output is not None:
-            place = local_path(output)
-            # A link to a file stays one; the file that it leads to is replaced.
-            place = place.resolve() if place.is_file() else place
-            write_whole(place, json_text(summary, indent=2) + "\n")
+            _write_json(output, summary)
         if card:
             write_speed(report)
         if json_:
@@ -533,6 +530,12 @@ def _check_file(output: Path | None) -> None:
         needed.append(path.resolve().parent)  # in which the new file takes the former one's place
     if not all(os.access(place, os.W_OK) for place in needed):
         raise UpcycleError(f"--output {output} can't be written: give another file")
+
+
+def _write_json(output: Path, value: Any) -> None:
+    """A file of JSON; a link to one stays, and the file that it leads to is replaced."""
+    path = local_path(output)
+    write_whole(path.resolve() if path.is_file() else path, json_text(value, indent=2) + "\n")
 
 
 def _print_json(value: Any) -> None:

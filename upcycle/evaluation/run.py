@@ -196,11 +196,8 @@ def evaluate(
     for text in texts:
         check_text(text, "--text")
     place, windows = choose_device(device), max(1, tokens // seq_len)
-    if speed and batch_size > windows * len(texts):
-        raise UpcycleError(
-            f"--batch-size {batch_size} needs as many windows of text, but there are "
-            f"{windows * len(texts)}: raise --tokens"
-        )
+    if speed:
+        _check_batch(batch_size, windows * len(texts))
     suite = open_tasks(tasks) if tasks else None
     with (
         checkpoint_folder(model) as named,
@@ -231,6 +228,14 @@ def evaluate(
         )
         progress("tasks", 1, 1)
         return replace(measured, tasks=scores)
+
+
+def _check_batch(batch_size: int, windows: int) -> None:
+    if batch_size > windows:
+        raise UpcycleError(
+            f"--batch-size {batch_size} needs as many windows of text, but there are "
+            f"{windows}: raise --tokens"
+        )
 
 
 @contextmanager
