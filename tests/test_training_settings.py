@@ -2,6 +2,7 @@
 
 import pytest
 
+import upcycle
 from upcycle import UpcycleError
 from upcycle.core.settings import shipped_presets
 from upcycle.finetune.settings import DEFAULT_TOKENS, Training, load_training
@@ -88,3 +89,13 @@ def test_alpha_is_twice_the_rank():
 def test_presets_leave_routers_alone_where_only_experts_train():
     training = load_training("specialise", {"train": "experts"})
     assert (training.balance, training.z_loss) == (0, 0)
+
+
+def test_no_is_a_precision_in_yaml(tmp_path):
+    (tmp_path / "mine.yaml").write_text("precision: no")
+    assert load_training(tmp_path / "mine.yaml", {}).precision == "no"
+
+
+def test_a_module_of_the_folder_leaves_the_function_of_its_name():
+    """This module has imported one."""
+    assert callable(upcycle.finetune)

@@ -6,6 +6,7 @@ print(upcycle.plan("meta-llama/Llama-3.2-1B", experts=8, top_k=2).target)
 upcycle.convert("meta-llama/Llama-3.2-1B", "out", experts=8, top_k=2)
 """
 
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 __version__ = version("upcycle")
 __all__ = ["AlreadyFinished", "CheckFailed", "UpcycleError", "convert", "finetune", "plan"]
+
+# A folder has the name of the function `finetune`: imported first, it does not take its place.
+import_module("upcycle.finetune")
 
 
 def plan(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -22,6 +23,11 @@ Train = Literal["router", "experts", "moe", "all"]
 OF_ROUTERS = ("balance", "z_loss", "dense_router_gradient", "router_warmup")
 """Settings that have an effect only where routers train."""
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _no(value: Any) -> Any:
+    """YAML reads the word no as false."""
+    return "no" if value is False else value
 
 
 class Training(BaseModel):
@@ -97,7 +103,7 @@ class Training(BaseModel):
     dense_router_gradient: bool = False
     """Let routers learn from experts not selected, too."""
 
-    precision: Literal["no", "bf16", "fp16"] | None = None
+    precision: Annotated[Literal["no", "bf16", "fp16"] | None, BeforeValidator(_no)] = None
     """Mixed precision: `no` | `bf16` | `fp16`. By default what `accelerate launch` says, else
     no."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
