@@ -17,6 +17,7 @@ from upcycle.cli import app
 from upcycle.conversion import check
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
+from upcycle.evaluation import result as comparison
 from upcycle.evaluation.run import Comparison
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.assemble import assemble_head
@@ -350,11 +351,13 @@ def test_changed_copies_are_not_asked_to_be_exact(dense, out):
 
 def test_models_are_compared_in_float32_whatever_they_are_stored_in(dense, out, monkeypatch):
     dtypes, load_model = [], check.load_model
-    monkeypatch.setattr(
-        check,
-        "load_model",
-        lambda folder, dtype, device: dtypes.append(dtype) or load_model(folder, dtype, device),
-    )
+
+    def load(folder, dtype, device):
+        dtypes.append(dtype)
+        return load_model(folder, dtype, device)
+
+    for place in (check, comparison):  # of the dense model, and of what was made
+        monkeypatch.setattr(place, "load_model", load)
     settings = {"dtype": "bfloat16", "method": "copy"}
     upcycle.convert(str(dense(dtype=torch.bfloat16)), out, **settings, **SETTINGS)
     assert dtypes == [torch.float32, torch.float32]

@@ -161,16 +161,8 @@ def load_recipe(
         UpcycleError: no such recipe, or a field that is unknown or out of range.
     """
     path = find_recipe(recipe, shipped_recipes())
-    fields = yaml_fields(path)
     given = dict(overrides or {})
-    method = _method_name(given.get("method"))
-    if _method_name(fields.get("method")) == "split" != method:
-        void = set(SPLIT_ONLY) - set(LOSSY if method == "prune" else ())
-        fields = {key: value for key, value in fields.items() if key not in void}
-    if given.get("active") is not None:
-        if given.get("top_k") is not None:
-            raise UpcycleError("--active chooses --top-k: give one of them")
-        fields.pop("top_k", None)
+    fields = _not_void(yaml_fields(path), given)
     # A method first, then its parameters, in whichever order they were given.
     for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
         _override(fields, key, value)
@@ -178,6 +170,24 @@ def load_recipe(
         raise UpcycleError(SHARED_EXPERTS)
     where = str(path) if path.suffix and str(recipe) == str(path) else "the request"
     return validated(Recipe, fields, where)
+
+
+def _not_void(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe's fields holds beside what is given: not what it says of a split, where
+    another method takes its place, and no top_k beside an active share.
+
+    Raises:
+        UpcycleError: both an active share and a top_k are given.
+    """
+    void: set[str] = set()
+    method = _method_name(given.get("method"))
+    if _method_name(fields.get("method")) == "split" != method:
+        void = set(SPLIT_ONLY) - set(LOSSY if method == "prune" else ())
+    if given.get("active") is not None:
+        if given.get("top_k") is not None:
+            raise UpcycleError("--active chooses --top-k: give one of them")
+        void.add("top_k")
+    return {key: value for key, value in fields.items() if key not in void}
 
 
 def _method_name(method: Any) -> Any:

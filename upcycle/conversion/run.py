@@ -234,37 +234,76 @@ def _write_layer(
         stream: the tokens on their way through the converted layers, if any method looks at them.
         dense: the same through the dense model, if the plan has feedback.
     """
-    source, unit = plan.source, f"layer {layer}"
+    unit = f"layer {layer}"
     finished = unit in workspace.records
     if finished and stream is None:
         return
-    raw = source.read_layer(layer)
-    tensors = source.canonical(raw)
+    raw = plan.source.read_layer(layer)
+    tensors = plan.source.canonical(raw)
     ffn = dense_ffn(tensors, _activation(plan))
-    activations = norm_T = wanted_TD = converted = None
-    if dense:
-        dense.attend(layer, raw)
-        dense.advance(layer)
-    if stream:
-        x_TD, norm_T = stream.attend(layer, raw)
-        activations = LayerActivations(ffn.to(x_TD.device, torch.float32), x_TD.float())
+    activations, norm_T = _attend(layer, raw, ffn, stream, dense)
+    converted = None
     if layer in plan.moe_layers and not finished:
-        if stream and dense:
-            wanted_TD = stream.lag(dense).div_(source.arch.fields["residual_multiplier"])
+        wanted_TD = _wanted(plan, stream, dense)
         converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD)
     elif layer in plan.moe_layers and plan.design.sequential:
         converted = _take_up(plan, workspace, unit, ffn)
-    if stream and activations and converted and plan.design.sequential:
-        stream.advance(layer, converted.output(activations, plan.design.weigh))
-    elif stream:
-        stream.advance(layer)
+    if stream:
+        stream.advance(layer, _output(plan, converted, activations))
     if not finished:
-        record = _put_aside(plan, workspace, unit, converted)
-        moe = converted.experts(plan.design, layer) if converted else None
-        named = assemble_layer(
-            TARGETS[plan.target], source.arch, layer, tensors, moe, plan.design.gains
-        )
-        _write_unit(workspace, writer, unit, named, {"layer": layer} | record)
+        _write_converted(plan, workspace, writer, layer, tensors, converted)
+
+
+def _attend(
+    layer: int,
+    raw: Mapping[str, Tensor],
+    ffn: DenseFFN,
+    stream: HiddenStream | None,
+    dense: HiddenStream | None,
+) -> tuple[LayerActivations | None, Tensor | None]:
+    """Move the stream up to a layer's FFN, and the dense one past it; what the FFN sees, and the
+    norms [T] of what its output is added to."""
+    if dense:
+        dense.attend(layer, raw)
+        dense.advance(layer)
+    if stream is None:
+        return None, None
+    x_TD, norm_T = stream.attend(layer, raw)
+    return LayerActivations(ffn.to(x_TD.device, torch.float32), x_TD.float()), norm_T
+
+
+def _wanted(plan: Plan, stream: HiddenStream | None, dense: HiddenStream | None) -> Tensor | None:
+    """What the output of a layer's FFN is to make up for besides, [T, D], if the plan has
+    feedback: what the layers already converted lack of the dense model's."""
+    if stream is None or dense is None:
+        return None
+    return stream.lag(dense).div_(plan.source.arch.fields["residual_multiplier"])
+
+
+def _output(
+    plan: Plan, converted: ConvertedLayer | None, activations: LayerActivations | None
+) -> Tensor | None:
+    """What takes the place of the dense FFN's output for the layers after it, [T, D], if they are
+    fitted on that."""
+    if converted is None or activations is None or not plan.design.sequential:
+        return None
+    return converted.output(activations, plan.design.weigh)
+
+
+def _write_converted(
+    plan: Plan,
+    workspace: Workspace,
+    writer: CheckpointWriter,
+    layer: int,
+    tensors: dict[str, Tensor],
+    converted: ConvertedLayer | None,
+) -> None:
+    """Write a layer with its experts, or as it was, and what is known of it."""
+    unit, target = f"layer {layer}", TARGETS[plan.target]
+    record = _put_aside(plan, workspace, unit, converted)
+    moe = converted.experts(plan.design, layer) if converted else None
+    named = assemble_layer(target, plan.source.arch, layer, tensors, moe, plan.design.gains)
+    _write_unit(workspace, writer, unit, named, {"layer": layer} | record)
 
 
 def _put_aside(
