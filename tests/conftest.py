@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from models import PLAIN_SPLIT, make_dense
 from transformers.utils import logging
 
 import upcycle
+from upcycle.conversion import run as conversion
+from upcycle.finetune import run as training_run
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -70,3 +73,18 @@ def moe(tmp_path_factory, text):
         return made[key]
 
     return convert
+
+
+@pytest.fixture
+def threads_asked_for(monkeypatch):
+    """With how many threads every run computes; they are not started, for which a busy machine
+    may take minutes."""
+    asked = []
+
+    def ask(count):
+        asked.append(count)
+        return nullcontext()
+
+    for stage in (conversion, training_run):
+        monkeypatch.setattr(stage, "torch_threads", ask)
+    return asked

@@ -332,23 +332,28 @@ def test_resuming_beside_the_result_of_another_request_is_refused(dense, out):
 # --- threads ---------------------------------------------------------------------------------
 
 
-def test_resume_goes_on_with_the_threads_that_the_run_began_with(dense, out, tmp_path):
+def test_resume_goes_on_with_the_threads_that_the_run_began_with(
+    dense, out, monkeypatch, threads_asked_for
+):
     """Sums are dealt out among them, so that their number shows in the bytes."""
-    for threads, place in ((2, out), (1, tmp_path / "one")):
-        with torch_threads(threads):
-            start_and_kill(dense, place, "before layer 1", check="none")
-    seen = []
+    request = SETTINGS | {"check": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 3)
+        start_and_kill(dense, out, "before layer 1", check="none")
+    upcycle.convert(str(dense()), out, resume=True, **request)
+    assert json.loads((out / "upcycle.json").read_text())["run"]["threads"] == 3
+    with pytest.raises(AlreadyFinished):
+        upcycle.convert(str(dense()), out, resume=True, **request)
+    upcycle.convert(str(dense()), out, overwrite=True, **request)
+    assert json.loads((out / "upcycle.json").read_text())["run"]["threads"] == 1
+    assert threads_asked_for == [3, 1]
 
-    def progress(*_):
-        seen.append(torch.get_num_threads())
 
-    with torch_threads(1):
-        upcycle.convert(str(dense()), out, resume=True, progress=progress, **SETTINGS, check="none")
-        assert torch.get_num_threads() == 1
-    assert set(seen) == {2}
-    assert json.loads((out / "upcycle.json").read_text())["run"]["threads"] == 2
-    with torch_threads(1), pytest.raises(AlreadyFinished):
-        upcycle.convert(str(dense()), out, resume=True, **SETTINGS, check="none")
+def test_threads_are_those_of_before_after_a_run():
+    before = torch.get_num_threads()
+    with torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
 
 
 # --- interrupts and failures -----------------------------------------------------------------

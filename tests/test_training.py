@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 import upcycle
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.core.errors import Diverged
-from upcycle.core.machine import torch_threads
 from upcycle.evaluation.run import load_model
 from upcycle.finetune import run as run_module
 from upcycle.finetune import step
@@ -619,14 +618,16 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(split, train):
     assert {path: path.read_bytes() for path in done.out.iterdir()} == before
 
 
-def test_resume_goes_on_with_the_threads_that_the_run_began_with(split, train):
-    seen = []
-    with torch_threads(2), pytest.raises(KeyboardInterrupt):
-        train(split(), watch=at_step(2, interrupt))
-    watch = Watch(row=lambda row, *_: seen.append(torch.get_num_threads()))
-    done = train(split(), resume=True, watch=watch)
-    assert set(seen) == {2}
-    assert read_json(done.out / "upcycle.json")["run"]["threads"] == 2
+def test_resume_goes_on_with_the_threads_that_the_run_began_with(
+    split, train, monkeypatch, threads_asked_for
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(split(), watch=at_step(2, interrupt))
+    done = train(split(), resume=True)
+    assert read_json(done.out / "upcycle.json")["run"]["threads"] == 3
+    assert threads_asked_for[-2:] == [3, 3]
 
 
 @pytest.mark.parametrize("name", ["model", "text"])
