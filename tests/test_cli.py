@@ -33,6 +33,7 @@ from upcycle.finetune.settings import Training
 from upcycle.models.source import copy_companions
 from upcycle.models.targets import TARGETS
 from upcycle.models.text import PROBES, kind_name
+from upcycle.options import as_set
 from upcycle.router_init import ROUTERS
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
@@ -680,32 +681,48 @@ def test_underscores_in_options(dense):
 
 SETS = {
     "convert": {
-        "--granularity 8": "--set granularity=8",
-        "--split=random": "--set split=random",
-        "--shared_by rate": "--set shared_by=rate",
-        "--no-sequential": "--set sequential=false",
-        "--allow-frozen-router": "--set allow_frozen_router=true",
-        "--router --json": "--set router=…",
-        "--max-shard-size 5GB": "--set max_shard_size=5GB",
+        "--granularity 8": "granularity=8",
+        "--split=random": "split=random",
+        "--shared_by rate": "shared_by=rate",
+        "--no-sequential": "sequential=false",
+        "--allow-frozen-router": "allow_frozen_router=true",
+        "--max-shard-size 5GB": "max_shard_size=5GB",
     },
     "finetune": {
-        "--micro-batch 2": "--set micro_batch=2",
-        "--z-loss=0.001": "--set z_loss=0.001",
-        "--dense-router-gradient": "--set dense_router_gradient=true",
-        "--lora-alpha 32": "--set lora_alpha=32",
-        "--tracker 'my board'": "--set 'tracker=my board'",
+        "--micro-batch 2": "micro_batch=2",
+        "--z-loss=0.001": "z_loss=0.001",
+        "--dense-router-gradient": "dense_router_gradient=true",
+        "--lora-alpha 32": "lora_alpha=32",
+        "--tracker 'my board'": "tracker=my board",
     },
 }
 SETS["plan"] = SETS["convert"]
 
 
 @pytest.mark.parametrize("command", SETS)
-def test_flag_that_a_setting_lacks_is_told_how_it_is_set(command, tmp_path):
-    for words, spelling in SETS[command].items():
-        flag = re.match("--[a-z_-]+", words).group()
-        request = ["./none", "-o", tmp_path / "out", *shlex.split(words)]
-        assert error(command, *request) == f"{flag} is no flag: give {spelling}"
-    assert list(tmp_path.iterdir()) == []
+def test_setting_that_has_no_flag_can_be_given_as_one(command):
+    kind = Training if command == "finetune" else Recipe
+    for words, setting in SETS[command].items():
+        first, *others = shlex.split(words)
+        after = others[0] if others else "--json"
+        assert as_set(first, after, kind.model_fields) == (setting, 1 + len(others))
+
+
+def test_settings_given_as_flags_are_those_of_set(dense):
+    made = report("plan", dense(), *shlex.split("--split=random --router normal --no-sequential"))
+    sets = [word for text in SAME.split() for word in ("--set", text)]
+    assert made == report("plan", dense(), *sets)
+    assert made["recipe"]["split"] == {"name": "random"}
+    assert made["recipe"]["sequential"] is False
+
+
+SAME = "split=random router=normal sequential=false"
+
+
+def test_setting_that_wants_a_value_says_so(dense):
+    assert error("plan", dense(), "--router", "--json") == (
+        "--router wants a value: --set router=…"
+    )
 
 
 def test_flag_that_no_setting_has_is_unknown():

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -33,10 +32,10 @@ from upcycle.options import (
     PushToHub,
     Revision,
     Set,
+    as_set,
     field_named,
     option,
     with_options,
-    without_flag,
 )
 
 if TYPE_CHECKING:
@@ -67,38 +66,46 @@ def _show_version(asked: bool) -> None:
 
 
 class Settings(typer.core.TyperCommand):
-    """A command that says of a setting without a flag, given as one, how it is set."""
+    """A command that takes any setting as a flag: one that help does not show is `--set`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = {name for param in self.get_params(ctx) for name in param.opts}
-        words = args[: args.index("--")] if "--" in args else args
-        for word, after in zip_longest(words, words[1:]):
-            flag = word.partition("=")[0].replace("_", "-")
+        end = args.index("--") if "--" in args else len(args)
+        words, left = [], args[:end]
+        while left:
+            flag, count = left[0].partition("=")[0].replace("_", "-"), 1
+            given = None
             if flag.startswith("--") and flag not in known:
-                told = self.told(word, after)
-                if told is not None:
-                    _fail(told, 2)
-        return super().parse_args(ctx, args)
+                with _errors():
+                    given = self.given(left[0], left[1] if len(left) > 1 else None)
+            if given is not None:
+                setting, count = given
+                words += ["--set", setting]
+            else:
+                words.append(left[0])
+            left = left[count:]
+        return super().parse_args(ctx, words + args[end:])
 
-    def told(self, word: str, after: str | None) -> str | None:
-        """What is to be said of an unknown flag. The settings are imported when there is one."""
+    def given(self, word: str, after: str | None) -> tuple[str, int] | None:
+        """An unknown flag as `--set` takes it; see `as_set`. The settings are imported when there
+        is one."""
         raise NotImplementedError
 
 
 class OfRecipe(Settings):
-    def told(self, word: str, after: str | None) -> str | None:
+    def given(self, word: str, after: str | None) -> tuple[str, int] | None:
         from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe
 
         if field_named(word) == "shared_experts":
-            return SHARED_EXPERTS
-        return without_flag(word, after, Recipe.model_fields)
+            raise UpcycleError(SHARED_EXPERTS)
+        return as_set(word, after, Recipe.model_fields)
 
 
 class OfTraining(Settings):
-    def told(self, word: str, after: str | None) -> str | None:
+    def given(self, word: str, after: str | None) -> tuple[str, int] | None:
         from upcycle.finetune.settings import Training
 
-        return without_flag(word, after, Training.model_fields)
+        return as_set(word, after, Training.model_fields)
 
 
 @app.callback()

@@ -5,12 +5,13 @@ Without torch or transformers: `--help` must be quick.
 
 import functools
 import inspect
-import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from upcycle.core.errors import UpcycleError
 
 Options = dict[str, Any]
 
@@ -153,24 +154,29 @@ def field_named(word: str) -> str:
     return word.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
-def without_flag(word: str, after: str | None, fields: Mapping[str, Any]) -> str | None:
-    """How a setting that has no flag is set, where a word looks like its flag; else None.
+def as_set(word: str, after: str | None, fields: Mapping[str, Any]) -> tuple[str, int] | None:
+    """What `--set` takes for a setting that is given as a flag it does not have, and how many words
+    that is; None if there is no such setting.
 
     Args:
         after: the word that follows it.
         fields: of the recipe or the training request, as pydantic describes them.
+
+    Raises:
+        UpcycleError: it wants a value and has none.
     """
     (flag, equals, value), field = word.partition("="), field_named(word)
     off = field not in fields and field.startswith("no_")
     field = field.removeprefix("no_") if off else field
     if field not in fields:
         return None
-    if not equals and fields[field].annotation is bool:
-        value = "false" if off else "true"
-    elif not equals:
-        value = "…" if after is None or after.startswith("--") else after
-    given = f"{field}={value}" if value == "…" else shlex.quote(f"{field}={value}")
-    return f"{flag} is no flag: give --set {given}"
+    if equals:
+        return f"{field}={value}", 1
+    if fields[field].annotation in (bool, bool | None):
+        return f"{field}={'false' if off else 'true'}", 1
+    if after is None or after.startswith("--"):
+        raise UpcycleError(f"{flag} wants a value: --set {field}=…")
+    return f"{field}={after}", 2
 
 
 def with_options(listed: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
