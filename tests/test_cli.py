@@ -261,7 +261,7 @@ FLAGS = {
         --against --text --tokens --seq-len --speed --card --tasks --batch-size --dtype --device
         --output --json
     """,
-    "inspect": "--revision --json",
+    "inspect": "--revision --partition --json",
     "report": "-o --against --text --tokens --seq-len --evaluation --overwrite",
     "recipes": "--json",
     "env": "--json",

@@ -28,6 +28,7 @@ from upcycle.options import (
     Options,
     Out,
     Overwrite,
+    Partition,
     Private,
     PushToHub,
     Revision,
@@ -391,14 +392,19 @@ def evaluate(
 
 
 @app.command()
-def inspect(model: Model, revision: Revision = None, json_: Json = False) -> None:
+def inspect(
+    model: Model, revision: Revision = None, partition: Partition = None, json_: Json = False
+) -> None:
     """Show a model's shapes, its FFN width and divisors, and the MoE targets that it can reach."""
     with _errors():
         check_model(model, revision)
         from upcycle import console
         from upcycle.conversion.inspection import inspect_model
+        from upcycle.evaluation.stability import partition_agreement
 
         report = inspect_model(model, revision=revision)
+        if partition is not None:
+            report["agreement"] = partition_agreement(model, partition)
         if json_:
             _print_json(report)
         else:

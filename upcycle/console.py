@@ -480,7 +480,7 @@ def _speed(report: "Evaluation") -> dict[str, str]:
 
 def show_inspection(report: Mapping[str, Any]) -> None:
     """A model's facts, then what each target says of it."""
-    hidden = {"model", "targets", "traits", "check", "experts_possible"}
+    hidden = {"model", "targets", "traits", "check", "experts_possible", "agreement"}
     rows = {name.replace("_", " "): _fact(v) for name, v in report.items() if name not in hidden}
     rows |= {f"has {trait}": why for trait, why in report.get("traits", {}).items()}
     if "experts_possible" in report:
@@ -490,6 +490,9 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     table(str(report["model"]), rows)
     if "targets" in report:
         table("targets", report["targets"])
+    if "agreement" in report:
+        alike = {f"layer {layer}": f"{index:.2f}" for layer, index in report["agreement"].items()}
+        table("how alike the experts are (adjusted Rand index: 0 by chance, 1 the same)", alike)
 
 
 def _fact(value: Any) -> str:

@@ -50,6 +50,15 @@ PushToHub = Annotated[
     option("Upload the result there, too.", "--push-to-hub", metavar="REPO", panel=RESULT),
 ]
 Private = Annotated[bool, option("Make REPO a private one.", "--private", panel=RESULT)]
+Partition = Annotated[
+    str | None,
+    option(
+        "Another split of the same model, say by another seed: how alike their experts are "
+        "(adjusted Rand index, by layer).",
+        "--partition",
+        metavar="MODEL",
+    ),
+]
 Json = Annotated[bool, option("One JSON object on stdout, nothing else.", "--json", panel=RESULT)]
 
 
