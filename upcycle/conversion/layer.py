@@ -29,6 +29,7 @@ def convert_layer(
     """
     if activations is None:
         activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
-    fitted = plan.design.compensates and norm_T is not None
-    weight_T = token_weights(norm_T) if fitted and norm_T is not None else None
+    weight_T = None
+    if plan.design.compensates and norm_T is not None:
+        weight_T = token_weights(norm_T)
     return plan.way.make(plan.design, Inputs(layer, ffn, activations, weight_T, wanted_TD))

@@ -279,8 +279,8 @@ def _feedback(
     geometry: Geometry,
     room: Room,
 ) -> float:
-    """None where the FFN's output is not what is added to the hidden states, or where it helps no
-    more than it harms."""
+    """How much of what was lost before a layer's refit makes up for: nothing where the FFN's output
+    is not what is added to the hidden states, or where that helps no more than it harms."""
     follows = way.takes_feedback and recipe.sequential and methods.compensate.method.refits
     if not follows or Trait.POST_NORM in arch.traits:
         return 0.0
