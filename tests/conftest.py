@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import PLAIN_SPLIT, make_dense
+from tiny import PLAIN_SPLIT, make_dense
 from transformers.utils import logging
 
 import upcycle

@@ -12,8 +12,8 @@ import shutil
 import time
 from functools import partial
 
-from models import make_dense
 from processes import killed
+from tiny import make_dense
 from typer.testing import CliRunner
 
 from upcycle.cli import app

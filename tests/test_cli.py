@@ -15,8 +15,8 @@ import pytest
 import torch
 import typer
 import yaml
-from models import PLAIN_SPLIT
 from reference import load
+from tiny import PLAIN_SPLIT
 from typer.testing import CliRunner
 
 import upcycle

@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from models import PLAIN_SPLIT
 from rich.console import Console
+from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle import console

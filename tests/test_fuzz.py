@@ -18,7 +18,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from models import make_dense
+from tiny import make_dense
 from typer.testing import CliRunner
 
 from upcycle import UpcycleError

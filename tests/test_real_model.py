@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import PLAIN_SPLIT
+from tiny import PLAIN_SPLIT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle

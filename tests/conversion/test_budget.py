@@ -6,7 +6,7 @@ from math import isclose
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from models import SIZES
+from tiny import SIZES
 
 import upcycle
 from upcycle import UpcycleError

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from models import FAMILIES as FAMILY_FIELDS
-from models import SIZES
+from tiny import FAMILIES as FAMILY_FIELDS
+from tiny import SIZES
 from transformers import CONFIG_MAPPING
 
 import upcycle

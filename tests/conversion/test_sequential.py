@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import make_tokenizer
 from processes import kill, killed
 from reference import (
     TOLERANCE,
@@ -29,6 +28,7 @@ from reference import (
     weights,
 )
 from safetensors.torch import save_file
+from tiny import make_tokenizer
 from torch.nn.functional import silu
 
 import upcycle

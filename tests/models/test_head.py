@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models import SIZES
 from reference import TOKENS
+from tiny import SIZES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from upcycle.models.head import decode, drop_layers

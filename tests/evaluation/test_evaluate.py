@@ -8,8 +8,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from models import SIZES, make_tokenizer
 from reference import load, read_json, selections
+from tiny import SIZES, make_tokenizer
 
 from upcycle import UpcycleError
 from upcycle.evaluation import run as stage

@@ -3,8 +3,8 @@ transformers adds up, with the dense model's own neurons."""
 
 import pytest
 import torch
-from models import PLAIN_SPLIT
 from reference import experts, load, logits, moe_layers, routers
+from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle.models.targets import TARGETS

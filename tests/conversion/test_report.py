@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
-from models import PLAIN_SPLIT
 from reference import read_json, weights
+from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle.conversion import plan as planning

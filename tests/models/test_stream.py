@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
-from models import FAMILIES, SIZES
 from reference import gap, load, logits
+from tiny import FAMILIES, SIZES
 
 import upcycle.models.stream
 from upcycle.core.errors import UpcycleError

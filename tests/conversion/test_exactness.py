@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import PLAIN_SPLIT
 from reference import (
     dense_logits,
     load,
@@ -13,6 +12,7 @@ from reference import (
     selected,
     weights,
 )
+from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle.conversion import plan as planning

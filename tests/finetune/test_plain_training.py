@@ -3,8 +3,8 @@ are: a router whose logits hardly differ would be turned over by the first steps
 
 import pytest
 import torch
-from models import PLAIN_SPLIT
 from reference import load, selections
+from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle.conversion import run as conversion

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from models import FAMILIES
 from reference import dense_logits, gap, load, logits, read_json
+from tiny import FAMILIES
 
 import upcycle
 from upcycle import UpcycleError

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import PLAIN_SPLIT, SIZES
 from reference import load, logits, read_json
 from safetensors.torch import load_file, save_file
+from tiny import PLAIN_SPLIT, SIZES
 
 import upcycle
 from upcycle import UpcycleError

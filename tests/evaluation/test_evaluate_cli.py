@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make_tokenizer
 from processes import kill, killed
 from reference import load, weights
 from safetensors.torch import save_file
+from tiny import make_tokenizer
 from typer.testing import CliRunner
 
 import upcycle

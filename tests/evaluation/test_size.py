@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from models import SIZES
 from reference import experts, load, read_json
+from tiny import SIZES
 from torch import nn
 
 from upcycle.evaluation.size import expert_similarity, flops, measure_size

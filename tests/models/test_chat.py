@@ -1,7 +1,7 @@
 """Chat templates: rendered as transformers renders them, in a process that is ended in time."""
 
 import pytest
-from models import make_tokenizer
+from tiny import make_tokenizer
 
 from upcycle import UpcycleError
 from upcycle.models import chat

@@ -8,8 +8,8 @@ from itertools import accumulate
 
 import pytest
 import torch
-from models import make_tokenizer
 from reference import load
+from tiny import make_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 

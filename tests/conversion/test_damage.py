@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import SIZES
 from reference import load, logits
+from tiny import SIZES
 
 import upcycle
 from upcycle.conversion.damage import measure_damage, strongest

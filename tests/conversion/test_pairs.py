@@ -5,8 +5,6 @@ import shutil
 
 import pytest
 import torch
-from models import FAMILIES as FAMILY_FIELDS
-from models import SIZES
 from reference import (
     ALWAYS_RENORMALISES,
     MUTATED,
@@ -28,6 +26,8 @@ from reference import (
     weights,
 )
 from safetensors.torch import save_file
+from tiny import FAMILIES as FAMILY_FIELDS
+from tiny import SIZES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import upcycle

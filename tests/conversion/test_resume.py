@@ -9,10 +9,10 @@ import signal
 
 import pytest
 import torch
-from models import PLAIN_SPLIT
 from processes import kill, killed
 from reference import content
 from safetensors.torch import load_file, save_file
+from tiny import PLAIN_SPLIT
 from typer.testing import CliRunner
 
 import upcycle

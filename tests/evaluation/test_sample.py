@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import make_tokenizer
+from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from upcycle.evaluation.sample import PROMPTS, TOKENS, continuation, samples

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import yaml
-from models import PLAIN_SPLIT
 from reference import gap, load, logits, read_json
+from tiny import PLAIN_SPLIT
 from typer.testing import CliRunner
 
 import upcycle

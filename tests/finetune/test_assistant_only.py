@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from models import make_tokenizer
 from reference import load, logits
+from tiny import make_tokenizer
 from torch.nn import functional
 
 from upcycle import UpcycleError

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from models import PLAIN_SPLIT, SIZES
 from reference import load, routers, selections
+from tiny import PLAIN_SPLIT, SIZES
 from typer.testing import CliRunner
 
 import upcycle

@@ -11,10 +11,10 @@ from typing import get_args
 
 import pytest
 import torch
-from models import PLAIN_SPLIT
 from reference import load, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import PLAIN_SPLIT
 from torch.nn import functional
 
 import upcycle
