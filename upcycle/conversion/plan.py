@@ -93,13 +93,12 @@ class Plan:
 
     @property
     def moe_layers(self) -> list[int]:
-        layers = range(self.source.arch.num_layers)
-        return [i for i in layers if i not in self.spec.dense_layers]
+        return [i for i in self.source.arch.ffn_layers if i not in self.spec.dense_layers]
 
     @property
     def active_ffn_ratio(self) -> float:
         """Active FFN neurons over the dense model's; layers kept dense count as 1."""
-        layers, dense = self.source.arch.num_layers, len(self.spec.dense_layers)
+        layers, dense = len(self.source.arch.ffn_layers), len(self.spec.dense_layers)
         return active_ffn_ratio(self.design.geometry, layers, dense)
 
     @property
@@ -207,7 +206,7 @@ def make_plan(
     units = _units(source, target, spec, design.dtype)
     params_total = sum(s.numel for unit in units.values() for s in unit)
     idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
-    idle = idle_neurons * 3 * source.arch.hidden_size
+    idle = idle_neurons * source.arch.ffn_params // source.arch.intermediate_size
     plan = Plan(
         source=source,
         request=recipe,
@@ -237,7 +236,7 @@ def make_plan(
 def _room(arch: Architecture, target: str, num_dense: int) -> Room:
     return Room(
         num_neurons=arch.intermediate_size,
-        layers=arch.num_layers,
+        layers=len(arch.ffn_layers),
         num_dense=num_dense,
         shared_width=TARGETS[target].shared_width,
         min_experts=TARGETS[target].min_experts,
@@ -409,15 +408,15 @@ def _units(
         return source.canonical(empty)
 
     outer = meta(source.outer_names())
-    units = {"embeddings": _specs(assemble_embeddings(outer))}
+    units = {"embeddings": _specs(assemble_embeddings(TARGETS[target], outer))}
     for layer in range(source.arch.num_layers):
         tensors = meta(source.layer_names(layer), f"model.layers.{layer}.")
         moe = None
-        if layer not in spec.dense_layers:
-            moe = _meta_layer(spec, source.arch.hidden_size, dtype)
+        if layer in source.arch.ffn_layers and layer not in spec.dense_layers:
+            moe = _meta_layer(spec, source.arch, dtype)
         named = assemble_layer(TARGETS[target], source.arch, layer, tensors, moe, spec.gains)
         units[f"layer {layer}"] = _specs(named)
-    units["head"] = _specs(assemble_head(outer))
+    units["head"] = _specs(assemble_head(TARGETS[target], outer))
     return units
 
 
@@ -425,12 +424,13 @@ def _specs(named: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in named)
 
 
-def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
+def _meta_layer(spec: MoESpec, arch: Architecture, dtype: torch.dtype) -> MoELayer:
     def ffn(size: int) -> DenseFFN:
-        rows = torch.empty(size, hidden, dtype=dtype, device="meta")
-        return DenseFFN(rows, rows, rows.T, act=lambda x: x)
+        rows = torch.empty(size, arch.hidden_size, dtype=dtype, device="meta")
+        gate = None if Trait.UNGATED in arch.traits else rows
+        return DenseFFN(gate, rows, rows.T, act=lambda x: x)
 
-    router_ED = torch.empty(spec.geometry.num_experts, hidden, dtype=dtype, device="meta")
+    router_ED = torch.empty(spec.geometry.num_experts, arch.hidden_size, dtype=dtype, device="meta")
     shared = ffn(spec.geometry.shared_size) if spec.geometry.shared_size else None
     return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
 

@@ -21,6 +21,7 @@ class Trait(StrEnum):
     RESIDUAL_MULTIPLIER = "scaled residual branches"
     ATTENTION_MULTIPLIER = "its own attention scale"
     LOGITS_SCALING = "scaled logits"
+    UNGATED = "an FFN without a gate"
     MLP_BIAS = "biases in the FFN"
 
 
@@ -34,6 +35,8 @@ class Architecture:
     traits: Mapping[Trait, str]
     """What a target must accept, with the config field and value that asks for it."""
     intermediate_size: int
+    bare_layers: tuple[int, ...] = ()
+    """Layers without an FFN."""
 
     @property
     def hidden_size(self) -> int:
@@ -46,6 +49,17 @@ class Architecture:
     @property
     def num_layers(self) -> int:
         return int(self.fields["num_hidden_layers"])
+
+    @property
+    def ffn_layers(self) -> list[int]:
+        """Those that have an FFN."""
+        return [i for i in range(self.num_layers) if i not in self.bare_layers]
+
+    @property
+    def ffn_params(self) -> int:
+        """Weights of a dense FFN."""
+        matrices = 2 if Trait.UNGATED in self.traits else 3
+        return matrices * self.hidden_size * self.intermediate_size
 
     @property
     def tied(self) -> bool:
