@@ -7,7 +7,7 @@ what all experts share gets more; the base counts if it is a source.
 from collections.abc import Iterator
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from upcycle.conversion.rest.registry import rest
@@ -16,7 +16,7 @@ from upcycle.core.registry import Params
 
 
 class LinearParams(Params):
-    weights: list[NonNegativeFloat] = []
+    weights: list[NonNegativeFloat] = Field(default_factory=list)
     """What each source counts, in the order of the experts; only their ratios matter. None: all
     count the same."""
 
