@@ -27,6 +27,7 @@ from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, load_recipe
+from upcycle.conversion.rest import RESTS
 from upcycle.core import flags as settings
 from upcycle.core.settings import shipped_recipes
 from upcycle.finetune.settings import Training
@@ -822,7 +823,7 @@ def test_inspect_for_people_names_divisors_and_targets(dense):
 def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
-    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS}
+    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS, *RESTS}
     assert {method["name"] for method in listed["methods"]} == names
     shown = run("recipes").stdout
     assert all(name in shown for name in shipped_recipes())
