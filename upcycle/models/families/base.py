@@ -174,11 +174,6 @@ def _traits(
 
 
 def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> None:
-    if getattr(config, "quantization_config", None):
-        raise UpcycleError(
-            "config.json has a quantization_config, and quantised weights can't be split or "
-            "copied: start from the unquantised checkpoint"
-        )
     defaults = type(config)()
     for name in type(config).__annotations__:
         if name in UNDERSTOOD or name in CARRIED or name in family.carried:
