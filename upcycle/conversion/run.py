@@ -208,7 +208,7 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
     _write_unit(workspace, writer, "embeddings", assemble_embeddings(outer), {})
-    _write_unit(workspace, writer, "head", assemble_head(outer), {})
+    _write_unit(workspace, writer, "head", assemble_head(outer, source.arch), {})
     del outer
     layers = source.arch.num_layers
     for layer in range(layers):
