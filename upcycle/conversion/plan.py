@@ -4,7 +4,7 @@ Reads headers, never weights, and writes nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,15 @@ from torch import Tensor
 
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
-from upcycle.conversion.notes import runtime_refusals, runtimes_lost, source_notes, warnings
+from upcycle.conversion.notes import layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
+from upcycle.conversion.runtimes import (
+    for_runtimes,
+    runtime_refusals,
+    runtimes_lost,
+    takes_dense_layers,
+)
 from upcycle.conversion.ways import WAYS, Room, Way
 from upcycle.conversion.ways.base import Exact
 from upcycle.core.errors import UpcycleError
@@ -104,8 +110,10 @@ class Plan:
     @property
     def undecided(self) -> bool:
         """Whether the layers to keep dense are yet to be measured; until then there are none, and
-        where the target has none, it stays at that."""
-        return self.request.keep_dense == "auto" and TARGETS[self.target].dense_layers != "none"
+        where the target or a runtime that is asked for has none, it stays at that."""
+        runtimes, arch = self.request.runtimes, self.source.arch
+        auto = self.request.keep_dense == "auto"
+        return auto and takes_dense_layers(runtimes, arch, self.target, self.spec)
 
     def geometries(self) -> list[Geometry]:
         """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
@@ -192,8 +200,11 @@ def make_plan(
     way = WAYS[recipe.method.name]
     methods = Methods.of(recipe, way.default_router)
     way.check(recipe, methods)
-    dense_layers = named_dense_layers(recipe, source)
-    targets = refusals(source.arch, recipe, dense_layers)
+    dense_layers, asked = named_dense_layers(recipe, source), source
+    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
+    hosts = refusals(arch, recipe, dense_layers)
+    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
+    source = replace(source, arch=arch)
     target = _choose_target(recipe, way, targets)
     room = _room(source.arch, target, len(dense_layers))
     geometry = way.geometry(recipe, room)
@@ -210,7 +221,9 @@ def make_plan(
     plan = Plan(
         source=source,
         request=recipe,
-        recipe=_resolved(recipe, methods, target, geometry, calibration),
+        recipe=_resolved(
+            recipe, methods, target, geometry, calibration, untied=arch is not asked.arch
+        ),
         out=out,
         target=target,
         targets=targets,
@@ -224,6 +237,7 @@ def make_plan(
         params_active=params_total - idle * (room.layers - len(dense_layers)),
         warnings=(
             *source_notes(source, design.dtype),
+            *layout_notes(asked, arch),
             *warnings(recipe, way, spec, target, design.dtype),
             *left_out,
         ),
@@ -231,6 +245,22 @@ def make_plan(
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
+
+
+def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
+    """What the request makes of the model in a target.
+
+    Raises:
+        UpcycleError: the target does not host it.
+    """
+    way = WAYS[recipe.method.name]
+    dense_layers = () if recipe.keep_dense == "auto" else recipe.keep_dense
+    targets = refusals(arch, recipe, dense_layers)
+    if targets[target]:
+        raise UpcycleError(targets[target])
+    geometry = way.geometry(recipe, _room(arch, target, len(dense_layers)))
+    combine = _combine(recipe, way, geometry, target, targets)
+    return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
 
 
 def _room(arch: Architecture, target: str, num_dense: int) -> Room:
@@ -290,7 +320,13 @@ def _feedback(
 
 
 def _resolved(
-    recipe: Recipe, methods: Methods, target: str, geometry: Geometry, calibration: str
+    recipe: Recipe,
+    methods: Methods,
+    target: str,
+    geometry: Geometry,
+    calibration: str,
+    *,
+    untied: bool,
 ) -> Recipe:
     """The recipe with what it left open."""
     decided = {
@@ -300,6 +336,7 @@ def _resolved(
         "shared": geometry.shared_ratio,
         "router": recipe.router or Choice(name=methods.router.name),
         "calibration": calibration,
+        "untied": untied or recipe.untied,
     }
     return recipe.model_copy(update=decided)
 
@@ -416,7 +453,7 @@ def _units(
             moe = _meta_layer(spec, source.arch, dtype)
         named = assemble_layer(TARGETS[target], source.arch, layer, tensors, moe, spec.gains)
         units[f"layer {layer}"] = _specs(named)
-    units["head"] = _specs(assemble_head(TARGETS[target], outer))
+    units["head"] = _specs(assemble_head(TARGETS[target], source.arch, outer))
     return units
 
 

@@ -209,7 +209,7 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     outer = source.canonical(raw)
     target = TARGETS[plan.target]
     _write_unit(workspace, writer, "embeddings", assemble_embeddings(target, outer), {})
-    _write_unit(workspace, writer, "head", assemble_head(target, outer), {})
+    _write_unit(workspace, writer, "head", assemble_head(target, source.arch, outer), {})
     del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):

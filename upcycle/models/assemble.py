@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from upcycle.core.types import Activation, DenseFFN, MoELayer
-from upcycle.models.names import EMBEDDINGS
+from upcycle.models.names import EMBEDDINGS, HEAD
 from upcycle.models.targets import Gains, MoETarget
 from upcycle.models.traits import Architecture
 
@@ -48,8 +48,11 @@ def assemble_layer(
             yield prefix + name, tensor
 
 
-def assemble_head(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:
-    """What comes after the layers: the last norm, and the head where it is not tied."""
+def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Tensor]) -> Named:
+    """What comes after the layers: the last norm, and the head where it is not tied; the
+    embeddings again, where it is no longer."""
     for name, tensor in outer.items():
         if name != EMBEDDINGS:
             yield target.spelled.get(name, name), tensor
+    if not arch.tied and HEAD not in outer:
+        yield HEAD, outer[EMBEDDINGS]

@@ -1,7 +1,7 @@
 """The vocabulary between dense families and MoE targets: neither names the other."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -64,6 +64,10 @@ class Architecture:
     @property
     def tied(self) -> bool:
         return bool(self.fields["tie_word_embeddings"])
+
+    def untied(self) -> "Architecture":
+        """The same with output embeddings of its own."""
+        return replace(self, fields={**self.fields, "tie_word_embeddings": False})
 
     @property
     def sliding_window(self) -> int | None:

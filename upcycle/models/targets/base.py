@@ -23,11 +23,11 @@ from torch import Tensor
 
 from upcycle.core.registry import Registry
 from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.models.runtimes import Runtime
 from upcycle.models.traits import Architecture, Trait
 
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean", "plain"]
-Runtime = Literal["llama.cpp", "vLLM", "MLX", "transformers 4"]
 SharedWidth = Literal["any", "multiple", "none"]
 """Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
 
