@@ -48,6 +48,8 @@ class HiddenStream:
         model.model.layers = nn.ModuleList(self.recorders)
         model.model.norm = nn.Identity()
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+        for i, rotary in enumerate(getattr(model.model, "rotary_embs", ())):  # one for each base
+            model.model.rotary_embs[i] = type(rotary)(config=rotary.config).to(device)
         embed = model.model.embed_tokens
         embed.load_state_dict({"weight": embed_VD.to(device, self.dtype)}, assign=True)
         if hasattr(embed, "embed_scale"):
@@ -155,9 +157,10 @@ class HiddenStream:
         if isinstance(mask, Tensor):
             mask = mask[:1].expand(batch, *mask.shape[1:])
             arguments["attention_mask"] = mask.to(self.dtype) if mask.is_floating_point() else mask
-        arguments["position_embeddings"] = tuple(
-            angles.to(self.dtype) for angles in arguments["position_embeddings"]
-        )
+        if arguments["position_embeddings"] is not None:
+            arguments["position_embeddings"] = tuple(
+                angles.to(self.dtype) for angles in arguments["position_embeddings"]
+            )
         return arguments
 
 
