@@ -123,14 +123,14 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def test_queries_that_grow_with_their_position_are_hosted_as_far_as_they_do_not(dense):
-    rope = ROPE | BETA | {"original_max_position_embeddings": 128}
+    rope = ROPE | BETA | {"original_max_position_embeddings": 512}
     sentence = (
-        r"queries scaled by their position \(llama_4_scaling_beta=0.1 from position 128 on: "
-        "with max_position_embeddings=128 in config.json the model is hosted exactly up to there"
+        r"queries scaled by their position \(llama_4_scaling_beta=0.1 from position 512 on: "
+        "with max_position_embeddings=512 in config.json the model is hosted exactly up to there"
     )
     with pytest.raises(UpcycleError, match=sentence):
         upcycle.plan(str(dense("ministral3", rope_parameters=rope)))
-    shorter = dense("ministral3", rope_parameters=rope, max_position_embeddings=128)
+    shorter = dense("ministral3", rope_parameters=rope, max_position_embeddings=512)
     assert upcycle.plan(str(shorter)).config["rope_parameters"] == ROPE
 
 

@@ -4,9 +4,10 @@ layer, and attention sinks.
 A sink takes a share of a head's attention from all tokens; of a source without sinks they are so
 low that this share is zero in every dtype, and stays so, as it has no gradient.
 
-The class has no sdpa: transformers falls back on eager attention by itself, whose memory grows with
-the square of the text, and refuses attn_implementation="sdpa"; flash attention runs from version 3
-on. So what has none of the traits it is made for is better off elsewhere.
+The class has no sdpa: transformers loads it with eager attention by itself, whose memory grows with
+the square of the text, and refuses attn_implementation="sdpa"; flex_attention trains it, and flash
+attention from version 3 on generates with it. So what has none of the traits that it is made for is
+better off elsewhere.
 
 Of other runtimes nothing was run, only read: llama.cpp has the class since b10514 as granite-swa,
 with layers without a rotary embedding, but one base for the others; vLLM has it without biases, and
