@@ -50,6 +50,7 @@ TARGET_OF = {
     "qwen3_moe": "qwen3",
     "glm4_moe": "llama",
     "granitemoeshared": "granite",
+    "granitemoe_swa": "smollm3",
     "flex_olmo": "olmo2",
 }
 

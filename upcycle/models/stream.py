@@ -59,6 +59,8 @@ class HiddenStream:
         setattr(decoder, self.blocks.norm, nn.Identity())
         if getattr(decoder, "rotary_emb", None) is not None:
             decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+        for i, rotary in enumerate(getattr(decoder, "rotary_embs", ())):  # one for each base
+            decoder.rotary_embs[i] = type(rotary)(config=rotary.config).to(device)
         self.dtype = self._load_embeddings(outer)
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []

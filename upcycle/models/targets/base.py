@@ -109,6 +109,8 @@ class MoETarget:
     does."""
     accepts: frozenset[Trait] = frozenset()
     requires: frozenset[Trait] = frozenset()
+    made_for: frozenset[Trait] = frozenset()
+    """Traits of which the source must have one, where what has none does better elsewhere."""
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
     """Tensors of a layer that the source does not have, given those that it has."""
     spelled: Mapping[str, str] = field(default_factory=dict)
@@ -177,6 +179,11 @@ class MoETarget:
             )
         for trait in sorted(self.requires - set(arch.traits)):
             return f"{self.name} always has {trait}, which the source has not"
+        if self.made_for and not self.made_for & set(arch.traits):
+            return (
+                f"{self.name} is only for models with {' or '.join(sorted(self.made_for))}, "
+                "as others run faster on other targets"
+            )
         if shared and self.shared_width == "none":
             return f"{self.name} has no shared expert (--shared {shared:g})"
         if dense_layers and self.dense_layers == "none":
@@ -228,6 +235,7 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
 _PLACED_BY_TARGETS = {
     "sliding_window",
     "layer_types",
+    "layer_rope_theta",
     "attention_multiplier",
     "embedding_multiplier",
     "residual_multiplier",
@@ -237,6 +245,13 @@ _PLACED_BY_TARGETS = {
 
 def attention_bias(arch: Architecture) -> bool:
     return Trait.QKV_BIAS in arch.traits
+
+
+def missing_biases(layer: Mapping[str, Tensor], *projections: str) -> Named:
+    """Biases of zeros for those of a layer's attention that have none."""
+    for name in (f"self_attn.{projection}" for projection in projections):
+        if f"{name}.bias" not in layer:
+            yield f"{name}.bias", torch.zeros_like(layer[f"{name}.weight"][:, 0])
 
 
 def with_gain(ffn: DenseFFN, gain: float) -> DenseFFN:
