@@ -50,6 +50,9 @@ TARGET_OF = {
     "glm4_moe": "llama",
     "granitemoeshared": "granite",
     "flex_olmo": "olmo2",
+    "ernie4_5_moe": "ernie4_5",
+    "laguna": "qwen3",
+    "deepseek_v3": "youtu",
 }
 
 

@@ -1,5 +1,6 @@
 """One file, one dense family; one line here registers it."""
 
+import upcycle.models.families.ernie4_5
 import upcycle.models.families.gemma
 import upcycle.models.families.granite
 import upcycle.models.families.llama
@@ -8,6 +9,7 @@ import upcycle.models.families.olmo2
 import upcycle.models.families.phi3
 import upcycle.models.families.qwen2
 import upcycle.models.families.qwen3
+import upcycle.models.families.youtu
 from upcycle.models.families.base import FAMILIES, DenseFamily, describe
 
 __all__ = ["FAMILIES", "DenseFamily", "describe"]

@@ -41,6 +41,8 @@ class DenseFamily:
     partial_rotary: bool = False
     """Whether its class reads `partial_rotary_factor`; the others rotate whole heads whatever it
     says."""
+    carried: tuple[str, ...] = ()
+    """Config fields of its own that its targets have under the same names."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
 
@@ -97,7 +99,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
         "sliding_window": getattr(config, "sliding_window", None),
         "layer_types": layer_types(config),
     }
-    fields |= family.extra(config)
+    fields |= {name: getattr(config, name) for name in family.carried} | family.extra(config)
     return Architecture(
         family=family.name,
         fields=fields,
@@ -158,7 +160,7 @@ def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> Non
         )
     defaults = type(config)()
     for name in type(config).__annotations__:
-        if name in UNDERSTOOD or name in CARRIED:
+        if name in UNDERSTOOD or name in CARRIED or name in family.carried:
             continue
         value, default = getattr(config, name, None), getattr(defaults, name, None)
         if name in family.inert:
