@@ -74,6 +74,15 @@ FAMILIES = {
         "attention_multiplier": 0.2,
         "logits_scaling": 2.0,
     },
+    "ernie4_5": {"head_dim": 16},
+    "youtu": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    },
 }
 PLAIN_SPLIT = {
     "experts": 8,

@@ -78,11 +78,7 @@ CONVERSION = (
         FFNS,
         ("method", str, "split | prune | copy | drop | noise"),
         ("keep_dense", str, "Layers that stay dense: 0,1,29, none or auto."),
-        (
-            "target",
-            str,
-            "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo",
-        ),
+        ("target", str, "auto, or a class in reach: `upcycle inspect MODEL`."),
         ("runtimes", list[str], "To run in llama.cpp, vllm, mlx, … Repeatable."),
     )
     | _settings(

@@ -302,7 +302,7 @@ def test_ways_to_write_the_dense_layers(dense, written, layers):
 def test_trait_that_the_target_has_no_place_for(dense):
     assert refusal(dense, "qwen3", target="mixtral") == (
         "--target mixtral: the source has a norm per head on q and k (qwen3 always has it), which "
-        "mixtral has no place for (reachable: glm4_moe, qwen3_moe)"
+        "mixtral has no place for (reachable: glm4_moe, laguna, qwen3_moe)"
     )
 
 
@@ -535,12 +535,28 @@ def test_plan_reads_no_weights_and_writes_nothing(dense, tmp_path, monkeypatch):
         ("gemma", "granitemoeshared", "granitemoeshared"),
         ("granite", "granitemoeshared", "granitemoeshared"),
         ("olmo2", "flex_olmo", "flex_olmo"),
+        ("ernie4_5", "ernie4_5_moe", "ernie4_5_moe"),
+        ("youtu", "deepseek_v3", "deepseek_v3"),
     ],
 )
 def test_target_that_auto_chooses(dense, family, split_target, copy_target):
     model = str(dense(family))
     assert upcycle.plan(model).target == split_target
     assert upcycle.plan(model, method="copy").target == copy_target
+
+
+@pytest.mark.parametrize(
+    ("settings", "target"),
+    [
+        ({}, "qwen3_moe"),
+        ({"keep_dense": "1"}, "qwen3_moe"),
+        ({"shared": 0.25}, "glm4_moe"),
+        ({"shared": 0.25, "keep_dense": "0"}, "glm4_moe"),
+        ({"shared": 0.25, "keep_dense": "1"}, "laguna"),
+    ],
+)
+def test_laguna_is_for_what_no_other_target_does(dense, settings, target):
+    assert upcycle.plan(str(dense("qwen3")), experts=6, top_k=2, **settings).target == target
 
 
 @pytest.mark.parametrize("target", ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"])

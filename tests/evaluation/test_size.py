@@ -17,6 +17,9 @@ FAMILIES = {
     "granitemoeshared": "granite",
     "granitemoe_swa": "granite_swa",
     "flex_olmo": "olmo2",
+    "ernie4_5_moe": "ernie4_5",
+    "laguna": "qwen3",
+    "deepseek_v3": "youtu",
 }
 
 

@@ -103,7 +103,7 @@ def test_biases_in_the_ffn(dense, family):
 def test_two_kinds_of_layers_with_norms_on_q_and_k(dense):
     source = dense("qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     with pytest.raises(UpcycleError, match=r"a sliding window on some layers \(sliding_window=8\)"):
-        upcycle.plan(str(source))
+        upcycle.plan(str(source), target="qwen3_moe")
 
 
 def test_asked_target_that_can_not_names_those_that_can(dense):

@@ -84,4 +84,5 @@ def _origin(path: Path) -> dict[str, Any]:
 def is_routed(name: str) -> bool:
     """Whether a tensor of a target's hub layout belongs to the routed experts."""
     fused = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
-    return ".experts." in name or any(part in name for part in fused)
+    stacked = ".experts." in name and not name.endswith("correction_bias")
+    return stacked or any(part in name for part in fused)

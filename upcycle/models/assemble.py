@@ -38,10 +38,11 @@ def assemble_layer(
         tensors: all of the layer's, under llama's names without prefix.
     """
     prefix = f"model.layers.{layer}."
+    extra = dict(target.extra(arch, tensors))
     for name, tensor in tensors.items():
-        if moe is None or name not in FFN:
+        if name not in extra and (moe is None or name not in FFN):
             yield prefix + target.spelled.get(name, name), tensor
-    for name, tensor in target.extra(arch, tensors):
+    for name, tensor in extra.items():
         yield prefix + name, tensor
     if moe is not None:
         for name, tensor in target.experts(moe, gains):

@@ -22,11 +22,13 @@ class Trait(StrEnum):
     LAYERS_WITHOUT_ROTARY = "layers without a rotary embedding"
     LAYER_ROTARY = "a rotary base per layer"
     QUERY_SCALING = "queries scaled by their position"
+    INTERLEAVED_ROTARY = "rotary embedding of neighbouring channels"
     EMBEDDING_MULTIPLIER = "scaled embeddings"
     RESIDUAL_MULTIPLIER = "scaled residual branches"
     ATTENTION_MULTIPLIER = "its own attention scale"
     LOGITS_SCALING = "scaled logits"
     UNGATED = "an FFN without a gate"
+    LATENT_ATTENTION = "keys and values made from a latent (MLA)"
     MLP_BIAS = "biases in the FFN"
 
 
@@ -49,7 +51,19 @@ class Architecture:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head's queries and keys. (Where these are made from a latent, the field of
+        this name is what transformers rotates of them.)"""
+        if Trait.LATENT_ATTENTION in self.traits:
+            return int(self.fields["qk_nope_head_dim"] + self.fields["qk_rope_head_dim"])
         return int(self.fields["head_dim"])
+
+    @property
+    def cached(self) -> int:
+        """Values that a layer keeps of every token: keys and values, or the latent that they are
+        made from and what all heads rotate."""
+        if Trait.LATENT_ATTENTION in self.traits:
+            return int(self.fields["kv_lora_rank"] + self.fields["qk_rope_head_dim"])
+        return 2 * int(self.fields["num_key_value_heads"]) * self.head_dim
 
     @property
     def num_layers(self) -> int:

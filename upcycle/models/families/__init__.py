@@ -1,6 +1,7 @@
 """One file, one dense family; one line here registers it."""
 
 import upcycle.models.families.cwm
+import upcycle.models.families.ernie4_5
 import upcycle.models.families.gemma
 import upcycle.models.families.glm
 import upcycle.models.families.granite
@@ -17,6 +18,7 @@ import upcycle.models.families.qwen2
 import upcycle.models.families.qwen3
 import upcycle.models.families.seed_oss
 import upcycle.models.families.smollm3
+import upcycle.models.families.youtu
 from upcycle.models.families.base import FAMILIES, DenseFamily, describe
 
 __all__ = ["FAMILIES", "DenseFamily", "describe"]

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from upcycle.models.families.base import FAMILIES, DenseFamily
-from upcycle.models.families.rotary import paired_as_llama
+from upcycle.models.rotary import paired_as_llama
 from upcycle.models.traits import Trait
 
 

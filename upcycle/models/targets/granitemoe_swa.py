@@ -58,7 +58,7 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 
 def experts(layer: MoELayer, gains: Gains) -> Named:
     ffns = [with_routed_gain(layer.expert(e), gains) for e in range(layer.num_experts)]
-    fused = [torch.cat([ffn.gate_FD, ffn.up_FD]) for ffn in ffns]
+    fused = [torch.cat([ffn.rows_FD, ffn.up_FD]) for ffn in ffns]
     yield "block_sparse_moe.router.weight", layer.router_ED
     yield "block_sparse_moe.experts.gate_up_proj", torch.stack(fused)
     yield "block_sparse_moe.experts.down_proj", torch.stack([ffn.down_DF for ffn in ffns])

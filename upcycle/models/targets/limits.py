@@ -22,6 +22,11 @@ def all_layers_routed(arch: Architecture, spec: MoESpec) -> str:
     return "every layer must have experts (--keep-dense none)" if spec.dense_layers else ""
 
 
+def first_dense_only(arch: Architecture, spec: MoESpec) -> str:
+    first = spec.dense_layers == tuple(range(len(spec.dense_layers)))
+    return "" if first else "only the first layers can be dense (--keep-dense 0,1,…)"
+
+
 def shared_needed(arch: Architecture, spec: MoESpec) -> str:
     return "" if spec.geometry.shared_size else "there must be a shared expert"
 
@@ -82,6 +87,16 @@ def usual_yarn(arch: Architecture, spec: MoESpec) -> str:
     if rope.get("rope_type") != "yarn" or not own:
         return ""
     return f"rotary embeddings of rope_type yarn have no {' and '.join(own)}"
+
+
+def interleaved(arch: Architecture, spec: MoESpec) -> str:
+    neighbours = arch.fields.get("rope_interleave", True)
+    return "" if neighbours else "rotary embeddings are of neighbouring channels"
+
+
+def no_dynamic_rope(arch: Architecture, spec: MoESpec) -> str:
+    dynamic = arch.fields["rope_parameters"].get("rope_type") == "dynamic"
+    return "rotary embeddings do not grow with the text (rope_type dynamic)" if dynamic else ""
 
 
 def unscaled_rope(arch: Architecture, spec: MoESpec) -> str:
