@@ -101,14 +101,14 @@ def test_no_call_of_an_auto_class_runs_a_checkpoints_code():
     found = [
         (where, s) for where, name, s in calls() if name.startswith("Auto") and "from_" in name
     ]
-    assert len(found) >= 6
+    assert len(found) >= 5
     assert [where for where, s in found if s.get("trust_remote_code") is not False] == []
 
 
 def test_no_weights_are_a_pickle():
     loaders = ("AutoModelForCausalLM.from_pretrained", "PeftModel.from_pretrained")
     found = [(where, settings) for where, name, settings in calls() if name in loaders]
-    assert len(found) >= 4
+    assert len(found) >= 3
     assert [where for where, s in found if s.get("use_safetensors") is not True] == []
     assert [where for where, name, _ in calls() if name in ("torch.load", "pickle.load")] == []
 

@@ -124,8 +124,15 @@ def test_partial_rotary_in_a_family_that_ignores_it(refusal):
     assert "partial_rotary_factor=0.5" in refusal("llama", rope_parameters=rope)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
-def test_quantised_weights(refusal, method):
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "hqq", "quanto"])
+def test_weights_that_nothing_here_dequantises(refusal, method):
     sentence = refusal("llama", quantization_config={"quant_method": method, "bits": 4})
-    assert "quantization_config" in sentence
-    assert "unquantised checkpoint" in sentence
+    assert f"a quantization_config of {method}, which can't be dequantised here" in sentence
+    assert sentence.endswith(
+        "start from the unquantised checkpoint, which the card of this one names as base_model"
+    )
+
+
+def test_weights_that_are_quantised_in_a_rotated_basis(refusal):
+    said = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R1": {}}}}
+    assert "rotates or thins out the weights" in refusal("llama", quantization_config=said)

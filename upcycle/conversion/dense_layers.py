@@ -21,7 +21,6 @@ from upcycle.conversion.plan import Plan, make_plan
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import LayerActivations
 from upcycle.models.assemble import dense_ffn
-from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import DenseLayers, Trial
 from upcycle.models.stream import PREDICTED_TOKENS, HiddenStream
 from upcycle.models.targets import TARGETS
@@ -236,8 +235,7 @@ def _cut(tokens_BL: Tensor, front: int) -> Tensor:
 def _stream_dense(plan: Plan, tokens_BL: Tensor) -> HiddenStream:
     source, stream = plan.source, _embedded(plan, tokens_BL)
     for layer in range(source.arch.num_layers):
-        stream.attend(layer, source.read_layer(layer))
-        stream.advance(layer)
+        stream.through(layer, source.read_layer(layer))
     return stream
 
 
@@ -249,10 +247,10 @@ def _stream_converted(plan: Plan, sample: Sample) -> HiddenStream:
     fitted = sample.fit_BL.numel()
     for layer in range(source.arch.num_layers):
         raw = source.read_layer(layer)
-        x_TD, norm_T = stream.attend(layer, raw)
         if layer not in plan.moe_layers:
-            stream.advance(layer)
+            stream.through(layer, raw)
             continue
+        x_TD, norm_T = stream.attend(layer, raw)
         ffn = dense_ffn(source.canonical(raw), act)
         wide = ffn.to(x_TD.device, torch.float32)
         x_TD = x_TD.float()
@@ -266,8 +264,9 @@ def _stream_converted(plan: Plan, sample: Sample) -> HiddenStream:
 def _embedded(plan: Plan, tokens_BL: Tensor) -> HiddenStream:
     """A stream before the first layer. (A function of its own, so that the embeddings are gone.)"""
     source = plan.source
-    embed_VD = source.canonical(source.read(source.outer_names()))[EMBEDDINGS]
-    return HiddenStream(source.config, embed_VD, tokens_BL, plan.device)
+    return HiddenStream(
+        source.config, source.read(source.embedding_names()), tokens_BL, plan.device
+    )
 
 
 def _losses(stream: HiddenStream, plan: Plan, rows: int) -> list[float]:

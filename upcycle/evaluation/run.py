@@ -20,7 +20,6 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
@@ -36,8 +35,8 @@ from upcycle.models.calibration import check_seq_len
 from upcycle.models.config_fields import check_layers
 from upcycle.models.head import Decoded, decode, drop_layers
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.names import KEY_MAPPING
-from upcycle.models.source import checkpoint_folder, read_config, read_headers, reading_whole
+from upcycle.models.loading import load_whole
+from upcycle.models.source import checkpoint_folder, read_config, read_headers
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
 
@@ -386,19 +385,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         UpcycleError: it does not load, or not every tensor finds its place.
     """
     check_layers(read_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
-    with warnings.catch_warnings(), reading_whole():
+    with warnings.catch_warnings():
         # A target that always has a shared expert holds one of no neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         with blaming(f"{folder} does not load in transformers"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                key_mapping=KEY_MAPPING,
-            )
+            model, info = load_whole(folder, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")

@@ -1,7 +1,7 @@
 """The vocabulary between dense families and MoE targets: neither names the other."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -23,6 +23,7 @@ class Trait(StrEnum):
     ATTENTION_MULTIPLIER = "its own attention scale"
     LOGITS_SCALING = "scaled logits"
     LATENT_ATTENTION = "keys and values made from a latent (MLA)"
+    UNGATED = "an FFN without a gate"
     MLP_BIAS = "biases in the FFN"
 
 
@@ -36,6 +37,8 @@ class Architecture:
     traits: Mapping[Trait, str]
     """What a target must accept, with the config field and value that asks for it."""
     intermediate_size: int
+    bare_layers: tuple[int, ...] = ()
+    """Layers without an FFN."""
 
     @property
     def hidden_size(self) -> int:
@@ -62,8 +65,23 @@ class Architecture:
         return int(self.fields["num_hidden_layers"])
 
     @property
+    def ffn_layers(self) -> list[int]:
+        """Those that have an FFN."""
+        return [i for i in range(self.num_layers) if i not in self.bare_layers]
+
+    @property
+    def ffn_params(self) -> int:
+        """Weights of a dense FFN."""
+        matrices = 2 if Trait.UNGATED in self.traits else 3
+        return matrices * self.hidden_size * self.intermediate_size
+
+    @property
     def tied(self) -> bool:
         return bool(self.fields["tie_word_embeddings"])
+
+    def untied(self) -> "Architecture":
+        """The same with output embeddings of its own."""
+        return replace(self, fields={**self.fields, "tie_word_embeddings": False})
 
     @property
     def sliding_window(self) -> int | None:

@@ -25,6 +25,22 @@ def keep(name: str, tensor: Tensor, config: PreTrainedConfig) -> Mapping[str, Te
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Where a family's modules keep what the calibration tokens pass through."""
+
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    """Modules of the decoder that make its first hidden states of tokens."""
+    norm: str = "norm"
+    """The decoder's last one."""
+    mixers: tuple[str, ...] = ("self_attn",)
+    """Modules of a layer that mix tokens, of which each layer has one."""
+    ffn: str = "mlp"
+    after: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of a layer with the values by which nothing is done to what it is when its FFN's
+    output has been added."""
+
+
+@dataclass(frozen=True)
 class DenseFamily:
     """A dense architecture, by its `model_type`."""
 
@@ -42,7 +58,10 @@ class DenseFamily:
     """Whether its class reads `partial_rotary_factor`; the others rotate whole heads whatever it
     says."""
     carried: tuple[str, ...] = ()
-    """Config fields of its own that its targets have under the same names."""
+    """Config fields of its own that go to the target under the same name."""
+    blocks: Blocks = Blocks()
+    bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
+    """Layers without an FFN."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
 
@@ -99,12 +118,14 @@ def describe(config: PreTrainedConfig) -> Architecture:
         "sliding_window": getattr(config, "sliding_window", None),
         "layer_types": layer_types(config),
     }
-    fields |= {name: getattr(config, name) for name in family.carried} | family.extra(config)
+    fields |= {name: getattr(config, name) for name in family.carried}
+    fields |= family.extra(config)
     return Architecture(
         family=family.name,
         fields=fields,
         traits=dict(family.always) | _traits(config, family, fields),
         intermediate_size=config.intermediate_size,
+        bare_layers=family.bare_layers(config),
     )
 
 
@@ -153,11 +174,6 @@ def _traits(
 
 
 def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> None:
-    if getattr(config, "quantization_config", None):
-        raise UpcycleError(
-            "config.json has a quantization_config, and quantised weights can't be split or "
-            "copied: start from the unquantised checkpoint"
-        )
     defaults = type(config)()
     for name in type(config).__annotations__:
         if name in UNDERSTOOD or name in CARRIED or name in family.carried:

@@ -9,13 +9,13 @@ import upcycle.models.targets.laguna
 import upcycle.models.targets.mixtral
 import upcycle.models.targets.qwen2_moe
 import upcycle.models.targets.qwen3_moe
+from upcycle.models.runtimes import Runtime
 from upcycle.models.targets.base import (
     TARGETS,
     Combine,
     Gains,
     MoESpec,
     MoETarget,
-    Runtime,
     SharedWidth,
     common_fields,
     older_spellings,

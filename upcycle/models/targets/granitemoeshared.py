@@ -51,12 +51,12 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 def experts(layer: MoELayer, gains: Gains) -> Named:
     yield "block_sparse_moe.router.layer.weight", layer.router_ED
     ffns = [with_routed_gain(layer.expert(e), gains) for e in range(layer.num_experts)]
-    fused = [torch.cat([ffn.gate_FD, ffn.up_FD]) for ffn in ffns]
+    fused = [torch.cat([ffn.rows_FD, ffn.up_FD]) for ffn in ffns]
     yield "block_sparse_moe.input_linear.weight", torch.stack(fused)
     yield "block_sparse_moe.output_linear.weight", torch.stack([ffn.down_DF for ffn in ffns])
     if layer.shared is not None:
         shared = with_gain(layer.shared, gains.shared)
-        yield "shared_mlp.input_linear.weight", torch.cat([shared.gate_FD, shared.up_FD])
+        yield "shared_mlp.input_linear.weight", torch.cat([shared.rows_FD, shared.up_FD])
         yield "shared_mlp.output_linear.weight", shared.down_DF
 
 
