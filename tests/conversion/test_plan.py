@@ -709,6 +709,8 @@ COPIES = {"method": "copy", "experts": 4, "top_k": 2}
         ("vLLM", "qwen3", {}, {}),
         ("vLLM", "granite", {}, {}),
         ("vLLM", "olmo2", {}, {}),
+        ("vLLM", "cwm", {}, {"target": "granitemoe_swa"}),
+        ("llama.cpp", "smollm3", {}, {}),
         ("transformers 4", "llama", TIED, {"keep_dense": [1]}),
         ("transformers 4", "llama", {"head_dim": 32}, COPIES),
         ("transformers 4", "llama", LONGROPE, {}),
@@ -760,6 +762,12 @@ def test_nothing_is_said_of_a_runtime_that_runs_the_result(
         ("vLLM", "qwen2", MIXED_WINDOW, {}, "all layers must have the same sliding window"),
         ("vLLM", "llama", {"head_dim": 32}, {}, "heads must be of 48 / 4 channels, not 32"),
         ("vLLM", "llama", {}, COPIES | {"target": "glm4_moe"}, "must be a shared expert"),
+        ("vLLM", "ministral3", {}, COPIES, "yarn may not heed mscale and mscale_all_dim"),
+        ("llama.cpp", "ministral3", {}, COPIES, "yarn may not heed mscale and mscale_all_dim"),
+        ("vLLM", "smollm3", {}, {}, "all layers must have the same rotary embedding"),
+        ("vLLM", "smollm3", {"attention_bias": True}, {}, "attention has no biases"),
+        ("llama.cpp", "granite_swa", {}, {}, "rotary embeddings must have the same base"),
+        ("transformers 4", "smollm3", {}, {}, "it does not know the architecture"),
     ],
 )
 def test_what_a_runtime_can_not_run_is_said(dense, runtime, family, fields, settings, obstacle):

@@ -27,7 +27,14 @@ from upcycle.models.targets.base import (
     shared_or_silent,
     with_gain,
 )
-from upcycle.models.targets.limits import no_window, shared_needed, silu_only, unscaled_rope, untied
+from upcycle.models.targets.limits import (
+    no_window,
+    shared_needed,
+    silu_only,
+    unscaled_rope,
+    untied,
+    usual_yarn,
+)
 from upcycle.models.traits import Architecture, Trait
 
 
@@ -77,7 +84,7 @@ TARGETS.add(
         experts=experts,
         runtimes={
             "llama.cpp": (lambda arch, spec: "only GLM's own tokenizers are converted",),
-            "vLLM": (shared_needed, silu_only),
+            "vLLM": (shared_needed, silu_only, usual_yarn),
             "MLX": (shared_needed, untied, silu_only, no_window, unscaled_rope),
             "transformers 4": (),
         },

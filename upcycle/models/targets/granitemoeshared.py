@@ -27,6 +27,7 @@ from upcycle.models.targets.limits import (
     no_window,
     silu_only,
     unknown,
+    usual_yarn,
 )
 from upcycle.models.traits import Architecture, Trait
 
@@ -98,8 +99,8 @@ TARGETS.add(
         config=config,
         experts=experts,
         runtimes={
-            "llama.cpp": (silu_only, no_window),
-            "vLLM": (silu_only, heads_fill_hidden, no_biases),
+            "llama.cpp": (silu_only, no_window, usual_yarn),
+            "vLLM": (silu_only, heads_fill_hidden, no_biases, usual_yarn),
             "MLX": (unknown,),
             "transformers 4": (heads_fill_hidden,),
         },

@@ -80,13 +80,13 @@ def one_rotary_base(arch: Architecture, spec: MoESpec) -> str:
 
 
 def usual_yarn(arch: Architecture, spec: MoESpec) -> str:
-    """Where what rope_type yarn multiplies queries and keys by is always worked out of its
-    factor."""
+    """Where what rope_type yarn multiplies queries and keys by may be worked out of its factor
+    alone. Read, not run: llama.cpp's converter leaves mscale out, and versions of vLLM differ."""
     rope = arch.fields["rope_parameters"]
     own = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name)]
     if rope.get("rope_type") != "yarn" or not own:
         return ""
-    return f"rotary embeddings of rope_type yarn have no {' and '.join(own)}"
+    return f"rotary embeddings of rope_type yarn may not heed {' and '.join(own)}"
 
 
 def interleaved(arch: Architecture, spec: MoESpec) -> str:

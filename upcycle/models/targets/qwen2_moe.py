@@ -38,6 +38,7 @@ from upcycle.models.targets.limits import (
     silu_only,
     unscaled_rope,
     untied,
+    usual_yarn,
 )
 from upcycle.models.traits import Architecture, Trait
 
@@ -87,8 +88,11 @@ TARGETS.add(
         config=config,
         experts=experts,
         runtimes={
-            "llama.cpp": (all_layers_routed, untied, never_renormalises, silu_only, no_window),
-            "vLLM": (silu_only, heads_fill_hidden, one_window),
+            "llama.cpp": (
+                *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
+                usual_yarn,
+            ),
+            "vLLM": (silu_only, heads_fill_hidden, one_window, usual_yarn),
             "MLX": (
                 *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
                 *(heads_fill_hidden, unscaled_rope),
