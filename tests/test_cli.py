@@ -27,6 +27,7 @@ from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, load_recipe
+from upcycle.conversion.rest import RESTS
 from upcycle.core import flags as settings
 from upcycle.core.settings import shipped_recipes
 from upcycle.finetune.settings import Training
@@ -49,6 +50,7 @@ TARGET_OF = {
     "qwen3_moe": "qwen3",
     "glm4_moe": "llama",
     "granitemoeshared": "granite",
+    "granitemoe_swa": "smollm3",
     "flex_olmo": "olmo2",
 }
 
@@ -235,7 +237,7 @@ def test_names_in_the_help_are_the_registered_ones(command, option, names):
 FLAGS = {
     "convert": """
         --recipe --set --revision
-        --method --keep-dense --target
+        --method --keep-dense --target --for
         --active --experts --top-k --shared
         --calibration --calibration-tokens --seq-len
         --check --dtype --device --seed --resume --dry-run
@@ -243,7 +245,7 @@ FLAGS = {
     """,
     "plan": """
         --recipe --set --revision
-        --method --keep-dense --target
+        --method --keep-dense --target --for
         --active --experts --top-k --shared
         --calibration --calibration-tokens --seq-len
         --check --dtype --device --seed --resume
@@ -291,8 +293,8 @@ def test_help_fits_two_screens_of_80_columns(command):
     ],
 )
 def test_errors_know_which_settings_have_a_flag(command, listed, model):
-    flags = {name.removeprefix("--").replace("-", "_") for name in options(command)}
-    assert set(listed) == flags & set(model.model_fields)
+    flags = {settings.flag_of(field): field for field in model.model_fields}
+    assert set(listed) == {flags[name] for name in options(command) if name in flags}
 
 
 NOT_OURS = {
@@ -822,7 +824,7 @@ def test_inspect_for_people_names_divisors_and_targets(dense):
 def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
-    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS}
+    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS, *RESTS}
     assert {method["name"] for method in listed["methods"]} == names
     shown = run("recipes").stdout
     assert all(name in shown for name in shipped_recipes())

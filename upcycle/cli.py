@@ -200,7 +200,7 @@ def _check_conversion(options: Options) -> None:
 
 def _recipe_settings(options: Options) -> dict[str, Any]:
     """The fields of the recipe that the command's options replace."""
-    settings = {k: options[k] for k in CONVERSION if options[k] is not None}
+    settings = {k: options[k] for k in CONVERSION if options[k] not in (None, [])}
     return settings | dict(_assignment(text) for text in options["set_"] or [])
 
 

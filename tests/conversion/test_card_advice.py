@@ -15,6 +15,7 @@ HOSTS = {
     "qwen2_moe": ("llama", {"shared": 0.25, "experts": 6}),
     "glm4_moe": ("llama", {"shared": 0.25, "experts": 6}),
     "granitemoeshared": ("llama", {"shared": 0.25, "experts": 6}),
+    "granitemoe_swa": ("smollm3", {"shared": 0.25, "experts": 6}),
     "mixtral": ("llama", {}),
     "qwen3_moe": ("qwen3", {}),
     "flex_olmo": ("olmo2", {}),

@@ -13,6 +13,7 @@ from upcycle.conversion.catalogue import CATALOGUE, check_names
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.inspection import registered
 from upcycle.conversion.recipe import load_recipe
+from upcycle.conversion.rest import RESTS
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry, suggest
 from upcycle.core.settings import shipped_recipes
@@ -29,6 +30,7 @@ FOLDERS = {
     "split/shared": SHARED,
     "router_init": ROUTERS,
     "conversion/compensate": COMPENSATIONS,
+    "conversion/rest": RESTS,
     "split/copies": PERTURBS,
     "models/families": FAMILIES,
     "models/targets": TARGETS,
@@ -39,6 +41,11 @@ METHODS = [
     if folder not in ("models/families", "models/targets")
     for method in registry.values()
 ]
+NO_PLUG_INS = {
+    "models/targets": {"__init__", "base", "limits"},
+    "conversion/rest": {"__init__", "registry"},
+}
+"""Files of these folders that register nothing; elsewhere `__init__` and `base`."""
 MAX_LINES = 65
 MAX_LINES_OF_MOST = 25
 """Of nine functions in ten."""
@@ -46,7 +53,7 @@ MAX_LINES_OF_MOST = 25
 
 def plug_ins(folder):
     names = {path.stem for path in (PACKAGE / folder).glob("*.py")}
-    return sorted(names - {"__init__", "base", "limits"})
+    return sorted(names - NO_PLUG_INS.get(folder, {"__init__", "base"}))
 
 
 def imported_by(folder):

@@ -9,7 +9,12 @@ from tiny import PLAIN_SPLIT
 import upcycle
 from upcycle.models.targets import TARGETS
 
-FAMILY = {"qwen3_moe": "qwen3", "flex_olmo": "olmo2", "granitemoeshared": "granite"}
+FAMILY = {
+    "qwen3_moe": "qwen3",
+    "flex_olmo": "olmo2",
+    "granitemoeshared": "granite",
+    "granitemoe_swa": "smollm3",
+}
 """Of a dense model that the target takes; else llama."""
 SPREAD = 0.3
 SPLITS = [

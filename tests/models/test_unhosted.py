@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING
 import upcycle
 from upcycle.core.errors import UpcycleError
 
+SUPPORTED = f"supported: {', '.join(sorted(FAMILY_FIELDS))}"
 UNGATED = "ungated FFN"
 REASONS = {
     "gemma2": "caps its attention logits",
@@ -56,7 +57,7 @@ def test_architecture_that_no_moe_hosts(refusal, model_type):
     sentence = refusal(model_type)
     assert model_type in sentence
     assert REASONS[model_type] in sentence
-    assert "supported: gemma, granite, llama, mistral, olmo2, phi3, qwen2, qwen3" in sentence
+    assert f"({SUPPORTED})" in sentence
 
 
 @pytest.mark.parametrize(
@@ -72,8 +73,7 @@ def test_architecture_that_no_moe_hosts(refusal, model_type):
 def test_an_encoder_decoder_is_refused_whatever_its_ffn(refusal, model_type, fields):
     """Of T5, version 1.0 has no gate and 1.1 has one."""
     assert refusal(model_type, **fields) == (
-        f"{model_type} is an encoder-decoder, and upcycle converts decoders alone "
-        "(supported: gemma, granite, llama, mistral, olmo2, phi3, qwen2, qwen3)"
+        f"{model_type} is an encoder-decoder, and upcycle converts decoders alone ({SUPPORTED})"
     )
 
 
@@ -116,6 +116,49 @@ def test_config_field_without_a_home(refusal):
     sentence = refusal("gemma", use_bidirectional_attention=True)
     assert "use_bidirectional_attention=True" in sentence
     assert "changes the forward pass of gemma" in sentence
+
+
+BETA = {"llama_4_scaling_beta": 0.1}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def test_queries_that_grow_with_their_position_are_hosted_as_far_as_they_do_not(dense):
+    rope = ROPE | BETA | {"original_max_position_embeddings": 512}
+    sentence = (
+        r"queries scaled by their position \(llama_4_scaling_beta=0.1 from position 512 on: "
+        "with max_position_embeddings=512 in config.json the model is hosted exactly up to there"
+    )
+    with pytest.raises(UpcycleError, match=sentence):
+        upcycle.plan(str(dense("ministral3", rope_parameters=rope)))
+    shorter = dense("ministral3", rope_parameters=rope, max_position_embeddings=512)
+    assert upcycle.plan(str(shorter)).config["rope_parameters"] == ROPE
+
+
+@pytest.mark.parametrize("rope", [ROPE, ROPE | BETA], ids=["no beta", "no original length"])
+def test_queries_without_a_scale(refusal, rope):
+    sentence = refusal("ministral3", rope_parameters=rope)
+    assert "transformers can't run it" in sentence
+    assert "set llama_4_scaling_beta to 0" in sentence
+
+
+def test_norms_before_and_after(dense):
+    sentence = r"norms before and after attention and FFN \(use_post_norm=true\)"
+    with pytest.raises(UpcycleError, match=sentence):
+        upcycle.plan(str(dense("hyperclovax", use_post_norm=True)))
+
+
+def test_logits_of_nothing(refusal):
+    assert "logits_scaling=0.0" in refusal("hyperclovax", logits_scaling=0.0)
+
+
+def test_window_of_no_length(refusal):
+    assert "no sliding_window" in refusal("ministral", sliding_window=None)
+
+
+def test_plain_model_on_a_target_made_for_others(dense):
+    sentence = "granitemoe_swa is only for models with .*layers without a rotary embedding"
+    with pytest.raises(UpcycleError, match=sentence):
+        upcycle.plan(str(dense()), target="granitemoe_swa")
 
 
 def test_partial_rotary_in_a_family_that_ignores_it(refusal):

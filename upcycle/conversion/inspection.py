@@ -11,6 +11,7 @@ from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.geometry import legal_parts
 from upcycle.conversion.plan import refusals
 from upcycle.conversion.recipe import Recipe
+from upcycle.conversion.rest import RESTS
 from upcycle.conversion.ways import WAYS
 from upcycle.core.versions import versions
 from upcycle.evaluation.inspection import has_experts, inspect_dense, inspect_moe
@@ -45,7 +46,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 def registered() -> dict[str, Any]:
     """Every registered method with its parameters and their defaults, every way and every target:
     what catalogue.json holds."""
-    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS)
+    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS, RESTS)
     methods = [
         {
             "kind": registry.kind,

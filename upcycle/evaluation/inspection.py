@@ -15,7 +15,7 @@ def inspect_dense(source: DenseSource) -> dict[str, Any]:
     arch = source.arch
     neurons = arch.intermediate_size
     params = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
-    ffn = 3 * arch.hidden_size * neurons * arch.num_layers
+    ffn = arch.ffn_params * len(arch.ffn_layers)
     return {
         "model": source.label,
         "kind": "dense",

@@ -22,11 +22,13 @@ def load_whole(folder: Path, **settings: Any) -> Any:
     Raises:
         Exception: as transformers does.
     """
-    settings |= {"local_files_only": True, "trust_remote_code": False, "key_mapping": KEY_MAPPING}
+    settings |= {"local_files_only": True, "key_mapping": KEY_MAPPING}
     state = deferred(folder)
     if not state:
         with reading_whole():
-            return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **settings)
+            return AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False, **settings
+            )
     config = read_config(folder)
     if (folder / GENERATION).is_file():
         settings["generation_config"] = GenerationConfig.from_pretrained(folder)

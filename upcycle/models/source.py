@@ -166,6 +166,11 @@ class DenseSource:
         """Tensors that belong to no layer."""
         return [n for n in self.tensors if not LAYER.fullmatch(n)]
 
+    def embedding_names(self) -> list[str]:
+        """Tensors by which the first hidden states are made of tokens."""
+        places = tuple(f"model.{name}." for name in FAMILIES[self.arch.family].blocks.embeddings)
+        return [n for n in self.tensors if n.startswith(places)]
+
     def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under llama's names."""
         rewrite = FAMILIES[self.arch.family].rewrite

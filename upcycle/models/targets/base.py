@@ -15,7 +15,7 @@ combine bridge that:
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from upcycle.core.registry import Registry
 from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.models.runtimes import Runtime
 from upcycle.models.traits import Architecture, Trait
 
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean", "plain"]
-Runtime = Literal["llama.cpp", "vLLM", "MLX", "transformers 4"]
 SharedWidth = Literal["any", "multiple", "none"]
 """Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
 
@@ -109,8 +109,13 @@ class MoETarget:
     does."""
     accepts: frozenset[Trait] = frozenset()
     requires: frozenset[Trait] = frozenset()
+    made_for: frozenset[Trait] = frozenset()
+    """Traits of which the source must have one, where what has none does better elsewhere."""
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
     """Tensors of a layer that the source does not have, given those that it has."""
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    """Its own names for tensors that are not converted, by llama's: of a dense layer's FFN, below
+    `model.layers.N.`, and of what belongs to no layer."""
     min_experts: int = 1
     groups: bool = False
     """Whether a token can be held to the best groups of experts (`n_group`, `topk_group`)."""
@@ -174,6 +179,11 @@ class MoETarget:
             )
         for trait in sorted(self.requires - set(arch.traits)):
             return f"{self.name} always has {trait}, which the source has not"
+        if self.made_for and not self.made_for & set(arch.traits):
+            return (
+                f"{self.name} is only for models with {' or '.join(sorted(self.made_for))}, "
+                "as others run faster on other targets"
+            )
         if shared and self.shared_width == "none":
             return f"{self.name} has no shared expert (--shared {shared:g})"
         if dense_layers and self.dense_layers == "none":
@@ -225,6 +235,7 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
 _PLACED_BY_TARGETS = {
     "sliding_window",
     "layer_types",
+    "layer_rope_theta",
     "attention_multiplier",
     "embedding_multiplier",
     "residual_multiplier",
@@ -234,6 +245,13 @@ _PLACED_BY_TARGETS = {
 
 def attention_bias(arch: Architecture) -> bool:
     return Trait.QKV_BIAS in arch.traits
+
+
+def missing_biases(layer: Mapping[str, Tensor], *projections: str) -> Named:
+    """Biases of zeros for those of a layer's attention that have none."""
+    for name in (f"self_attn.{projection}" for projection in projections):
+        if f"{name}.bias" not in layer:
+            yield f"{name}.bias", torch.zeros_like(layer[f"{name}.weight"][:, 0])
 
 
 def with_gain(ffn: DenseFFN, gain: float) -> DenseFFN:
@@ -247,8 +265,7 @@ def with_routed_gain(ffn: DenseFFN, gains: Gains) -> DenseFFN:
     if not gains.spread:
         return with_gain(ffn, gains.routed)
     root = gains.routed ** (1 / 3)
-    gate_FD, up_FD = _times(ffn.gate_FD, root), _times(ffn.up_FD, root)
-    return replace(ffn, gate_FD=gate_FD, up_FD=up_FD, down_DF=_times(ffn.down_DF, root))
+    return ffn.changed(lambda matrix: _times(matrix, root))
 
 
 def _times(matrix: Tensor, gain: float) -> Tensor:
@@ -265,8 +282,9 @@ def shared_or_silent(layer: MoELayer, neurons: int) -> DenseFFN:
 
 
 def separate(prefix: str, ffn: DenseFFN, names: tuple[str, str, str]) -> Named:
-    """The three matrices of one FFN under `prefix` + (gate, up, down)."""
-    for name, tensor in zip(names, (ffn.gate_FD, ffn.up_FD, ffn.down_DF), strict=True):
+    """The three matrices of one FFN under `prefix` + (gate, up, down). Where it has no gate, up
+    stands for it: with relu in place of relu², that is the same."""
+    for name, tensor in zip(names, (ffn.rows_FD, ffn.up_FD, ffn.down_DF), strict=True):
         yield f"{prefix}{name}.weight", tensor
 
 

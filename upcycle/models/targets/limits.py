@@ -46,7 +46,8 @@ def heads_fill_hidden(arch: Architecture, spec: MoESpec) -> str:
 
 
 def no_biases(arch: Architecture, spec: MoESpec) -> str:
-    return "attention has no biases" if Trait.QKV_BIAS in arch.traits else ""
+    biased = {Trait.QKV_BIAS, Trait.O_BIAS} & set(arch.traits)
+    return "attention has no biases" if biased else ""
 
 
 def no_output_bias(arch: Architecture, spec: MoESpec) -> str:
@@ -61,6 +62,26 @@ def no_window(arch: Architecture, spec: MoESpec) -> str:
 def one_window(arch: Architecture, spec: MoESpec) -> str:
     mixed = Trait.MIXED_WINDOW in arch.traits
     return "all layers must have the same sliding window" if mixed else ""
+
+
+def one_rotary(arch: Architecture, spec: MoESpec) -> str:
+    own = {Trait.LAYERS_WITHOUT_ROTARY, Trait.LAYER_ROTARY} & set(arch.traits)
+    return "all layers must have the same rotary embedding" if own else ""
+
+
+def one_rotary_base(arch: Architecture, spec: MoESpec) -> str:
+    own = Trait.LAYER_ROTARY in arch.traits
+    return "all rotary embeddings must have the same base" if own else ""
+
+
+def usual_yarn(arch: Architecture, spec: MoESpec) -> str:
+    """Where what rope_type yarn multiplies queries and keys by is always worked out of its
+    factor."""
+    rope = arch.fields["rope_parameters"]
+    own = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name)]
+    if rope.get("rope_type") != "yarn" or not own:
+        return ""
+    return f"rotary embeddings of rope_type yarn have no {' and '.join(own)}"
 
 
 def unscaled_rope(arch: Architecture, spec: MoESpec) -> str:

@@ -23,7 +23,7 @@ from upcycle.models.targets.base import (
     MoETarget,
     Named,
     Routing,
-    attention_bias,
+    missing_biases,
     per_expert,
     separate,
     shared_or_silent,
@@ -73,10 +73,7 @@ def experts(layer: MoELayer, gains: Gains) -> Named:
 
 def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
     """The biases of a source that has none."""
-    if not attention_bias(arch):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            rows = layer[f"self_attn.{name}.weight"]
-            yield f"self_attn.{name}.bias", torch.zeros_like(rows[:, 0])
+    return missing_biases(layer, "q_proj", "k_proj", "v_proj")
 
 
 TARGETS.add(
