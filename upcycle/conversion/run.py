@@ -74,6 +74,7 @@ def run(
     """
     if plan.out is None:
         raise ValueError("the plan has no output folder")
+    plan.source.fetch()
     begun = None
     if resume:
         # What is there was made by a run with its own number of threads.

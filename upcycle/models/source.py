@@ -25,6 +25,7 @@ from upcycle.core.foreign import blamed, blaming, read_json
 from upcycle.core.paths import check_model, check_name, local_path
 from upcycle.core.types import all_finite
 from upcycle.models.config_fields import check_fields, check_layers
+from upcycle.models.download import LEGAL, Remote, download, remote_weights
 from upcycle.models.families import FAMILIES, describe
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
 from upcycle.models.quantised import Packed, Part, dequantised, packing, quantization_of
@@ -33,14 +34,6 @@ from upcycle.models.traits import Architecture
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-LEGAL = tuple(
-    "".join(
-        f"[{letter.lower()}{letter.upper()}]" if letter.isalpha() else letter for letter in name
-    )
-    for name in ("*license*", "*licence*", "*notice*", "*use_policy*", "copying*")
-)
-"""Names of what a model's terms are in, in any case."""
-DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", *LEGAL]
 PLACES = (
     *("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file"),
     *("vocab_file", "merges_file"),
@@ -92,11 +85,22 @@ class DenseSource:
     """What is not as config.json says."""
     revision: str | None = None
     """The commit of a hub id."""
+    remote: Remote | None = field(default=None, repr=False)
+    """The weights of a hub id that are not in `folder` before `fetch`."""
     temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
     """Holds the dequantised weights of a GGUF file for as long as the source lives."""
     digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Of every tensor's bytes, once `fingerprint` has looked at them: what is read later must be
     the same."""
+
+    def fetch(self) -> None:
+        """Download the weights if they are not here; to be called before any are read.
+
+        Raises:
+            UpcycleError: the hub does not give them.
+        """
+        if self.remote is not None:
+            self.remote.fetch()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -358,17 +362,22 @@ def deferred(folder: Path) -> dict[str, Deferred]:
 
 
 def open_source(model: str, *, revision: str | None = None) -> DenseSource:
-    """The dense checkpoint that MODEL names; reads headers, no weights (but all of a GGUF file).
+    """The dense checkpoint that MODEL names; reads headers, no weights (but all of a GGUF file). Of
+    a hub id the weights stay where they are until `DenseSource.fetch`.
 
     Raises:
         UpcycleError: it is not there, is no model, is corrupt, or is of a family that upcycle
             does not know.
     """
-    folder = model_folder(model, revision, accept=describe)
-    if folder is None:
+    return open_located(model, locate(model, revision, accept=describe))
+
+
+def open_located(model: str, found: "Checkpoint | None") -> DenseSource:
+    """`open_source` of what `locate` found."""
+    if found is None:
         return _open_gguf(model, local_path(model))
     local = local_path(model).is_dir()
-    return _open_folder(model, folder, revision=None if local else folder.name)
+    return _open_folder(model, found, revision=None if local else found.folder.name)
 
 
 @contextmanager
@@ -386,48 +395,88 @@ def checkpoint_folder(model: str) -> Iterator[Path]:
         yield source.folder
 
 
-def model_folder(
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder."""
+
+    folder: Path
+    remote: Remote | None = None
+    """Its weights, if they are not in the folder yet."""
+
+    def headers(self) -> dict[str, TensorInfo]:
+        """As `read_headers`."""
+        return read_headers(self.folder, self.remote.parts if self.remote else None)
+
+
+def model_folder(model: str, revision: str | None) -> Path | None:
+    """The folder that MODEL names, downloaded if it is a hub id; None for a GGUF file."""
+    found = locate(model, revision)
+    if found is None:
+        return None
+    if found.remote is not None:
+        found.remote.fetch()
+    return found.folder
+
+
+def locate(
     model: str,
     revision: str | None,
     *,
     accept: Callable[[PreTrainedConfig], Any] = lambda config: None,
-) -> Path | None:
-    """The folder that MODEL names, downloaded if it is a hub id; None for a GGUF file.
+) -> Checkpoint | None:
+    """What MODEL names, of a hub id without the weights that are not in the hub's cache; None for a
+    GGUF file.
 
-    `accept` may raise on the config of a hub id before its weights are fetched.
+    `accept` may raise on the config of a hub id before anything else is fetched.
     """
     check_model(model, revision)
     path = local_path(model)
     check_name(path)
     if path.is_dir():
-        return path
+        return Checkpoint(path)
     if path.is_file():
         return None
-    return _download(model, revision, accept)
+    folder = download(model, revision, lambda folder: accept(read_config(folder)))
+    return Checkpoint(
+        folder, None if _weights_are_here(folder) else remote_weights(model, folder.name)
+    )
+
+
+def _weights_are_here(folder: Path) -> bool:
+    try:
+        return bool(_weight_files(folder))
+    except UpcycleError:
+        return False
 
 
 def _open_folder(
     label: str,
-    folder: Path,
+    checkpoint: Checkpoint,
     *,
     revision: str | None = None,
     temporary: tempfile.TemporaryDirectory[str] | None = None,
 ) -> DenseSource:
+    folder, remote = checkpoint.folder, checkpoint.remote
     config = read_config(folder)
     arch = describe(config)
-    headers = read_headers(folder)
+    headers = checkpoint.headers()
     check_layers(arch.num_layers, len(headers), folder)
     model = skeleton(config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     stored = plain_names(headers, expected, model.base_model_prefix)
     found = {name: headers[old] for name, old in stored.items() if not BUFFER.search(name)}
+    if remote is not None and config.tie_word_embeddings and {HEAD, EMBEDDINGS} <= found.keys():
+        # Whether they are one is not in the headers.
+        remote.fetch({found[HEAD].file, found[EMBEDDINGS].file})
     notes = (*_settle_head(folder, config, found), *_dequantised(found.values()))
     if config.tie_word_embeddings:
         expected.pop(HEAD, None)
     _verify(folder, config.model_type, found, expected)
     # Sorted: how the source is sharded must not show in the output.
     tensors = {name: found[name] for name in sorted(found)}
-    return DenseSource(label, folder, config, describe(config), tensors, notes, revision, temporary)
+    return DenseSource(
+        label, folder, config, describe(config), tensors, notes, revision, remote, temporary
+    )
 
 
 def _settle_head(
@@ -524,15 +573,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
+def read_headers(folder: Path, remote: Mapping[str, Part] | None = None) -> dict[str, TensorInfo]:
     """Every tensor of a folder's safetensors files, without its values. Those that are quantised
     count as what they are dequantised to.
+
+    Args:
+        remote: what is in those files, if they are not in the folder yet.
 
     Raises:
         UpcycleError: a file is missing, cut short, outside the folder, or holds weights that are
             quantised in a way that can't be undone.
     """
-    parts = _read_parts(folder)
+    parts = _read_parts(folder) if remote is None else remote
     path = folder / "config.json"
     fields = _read_json(path) if path.is_file() else {}
     quantization = quantization_of(fields)
@@ -637,31 +689,6 @@ def _verify(
             )
 
 
-def _download(model: str, revision: str | None, accept: Callable[[PreTrainedConfig], Any]) -> Path:
-    """The model's folder in the hub cache; config.json first."""
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
-
-    try:
-        config = hf_hub_download(model, "config.json", revision=revision)
-        accept(read_config(Path(config).parent))
-        return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOAD))
-    except errors.GatedRepoError as error:
-        raise UpcycleError(
-            f"{model} is gated: accept its terms on the hub, then run `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UpcycleError(f"{model} has no revision {revision!r}") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UpcycleError(f"{model} is neither a folder here nor a model on the hub") from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise UpcycleError(f"{model} on the hub holds no config.json") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise UpcycleError(
-            f"{model} is not in the local cache and the hub can't be reached (offline): "
-            "give a local folder, or connect"
-        ) from error
-
-
 def _open_gguf(label: str, path: Path) -> DenseSource:
     """A GGUF file, dequantised to float32 in a temporary folder."""
     try:
@@ -675,7 +702,7 @@ def _open_gguf(label: str, path: Path) -> DenseSource:
         raise
     except Exception as error:  # readers of corrupt files raise anything
         raise blamed(error, f"{label} is not a whole GGUF file") from error
-    return _open_folder(label, Path(temporary.name), temporary=temporary)
+    return _open_folder(label, Checkpoint(Path(temporary.name)), temporary=temporary)
 
 
 def own_file(path: Path, folder: Path) -> Path:
