@@ -256,7 +256,8 @@ FLAGS = {
         -o --overwrite --json --push-to-hub --private
     """,
     "eval": """
-        --against --text --tokens --seq-len --speed --card --tasks --batch-size --dtype --device
+        --against --text --tokens --seq-len --top-k --speed --card --tasks --batch-size --dtype
+        --device
         --output --json
     """,
     "inspect": "--revision --partition --json",

@@ -236,6 +236,12 @@ Texts = Annotated[
         show_default=False,
     ),
 ]
+TopKs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K,…", help="Measure MODEL at other numbers of experts per token, too: 4,8,16."
+    ),
+]
 Speed = Annotated[
     bool, typer.Option("--speed", help="Time both models in turn; this holds both in memory.")
 ]
@@ -332,6 +338,7 @@ def evaluate(
     text: Texts = None,
     tokens: Annotated[int, typer.Option(min=8, help="Of each text, from all over it.")] = 8192,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    top_k: TopKs = None,
     speed: Speed = False,
     card: Card = False,
     tasks: Tasks = None,
@@ -351,13 +358,15 @@ def evaluate(
 
     * `upcycle eval out --against MODEL --text notes.txt --text code.txt`
     * `upcycle eval out --against MODEL --speed --output eval.json`
+    * `upcycle eval out --against MODEL --top-k 4,8,16`
     * `upcycle eval out --against MODEL --speed --card`
     """
     with _errors():
-        from upcycle.evaluation.preflight import check_evaluation
+        from upcycle.evaluation.preflight import check_evaluation, top_ks_named
 
         _check_file(output)
         check_evaluation(model, against, text or [])
+        top_ks = None if top_k is None else top_ks_named(top_k)
         from upcycle import console
         from upcycle.evaluation.run import evaluate as measure
         from upcycle.evaluation.run import evaluation_summary
@@ -373,6 +382,7 @@ def evaluate(
                 against=against,
                 tokens=tokens,
                 seq_len=seq_len,
+                top_ks=top_ks,
                 speed=speed,
                 tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
                 batch_size=batch_size,

@@ -61,6 +61,38 @@ def _is_stacked(module: nn.Module) -> bool:
 
 
 @contextmanager
+def selecting(model: nn.Module, top_k: int) -> Iterator[None]:
+    """The model as if its config.json had another number of experts per token.
+
+    Every module that keeps the number gets the other one: in some architectures the block selects,
+    not the router.
+
+    Raises:
+        UpcycleError: while it runs, it selects another number all the same.
+    """
+    blocks = moe_blocks(model)
+    own = {block.router.top_k for block in blocks}
+    keep: list[Any] = [m for m in model.modules() if getattr(m, "top_k", None) in own]
+    before = [module.top_k for module in keep]
+
+    def check(_: int, chosen_TK: Tensor, __: Tensor) -> None:
+        if chosen_TK.shape[1] != top_k:
+            raise UpcycleError(
+                f"{type(model).__name__} keeps its number of experts per token where upcycle does "
+                f"not know of it: write {top_k} into a copy's config.json instead"
+            )
+
+    try:
+        for module in keep:
+            module.top_k = top_k
+        with watch_selections(blocks[:1], check):
+            yield
+    finally:
+        for module, number in zip(keep, before, strict=True):
+            module.top_k = number
+
+
+@contextmanager
 def watch_selections(
     blocks: list[MoEBlock], see: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
