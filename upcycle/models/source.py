@@ -484,12 +484,21 @@ def _verify(
 
 def _download(model: str, revision: str | None, accept: Callable[[PreTrainedConfig], Any]) -> Path:
     """The model's folder in the hub cache; config.json first."""
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    try:
+    with hub_errors(model, revision):
         config = hf_hub_download(model, "config.json", revision=revision)
         accept(read_config(Path(config).parent))
         return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOAD))
+
+
+@contextmanager
+def hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Within it, what keeps a repository from being fetched is a sentence."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise UpcycleError(
             f"{model} is gated: accept its terms on the hub, then run `hf auth login`"
