@@ -264,11 +264,11 @@ def _embedded(plan: Plan, tokens_BL: Tensor) -> HiddenStream:
 def _losses(stream: HiddenStream, plan: Plan, rows: int) -> list[float]:
     """The mean loss of each of the last rows, at the end of a stream."""
     outer = plan.source.read(plan.source.outer_names())
-    next_T = stream.tokens_BL[-rows:].roll(-1, 1).flatten().to(plan.device)
+    next_T = stream.groups[-1][-rows:].roll(-1, 1).flatten().to(plan.device)
     nats = [
         -log_probs_tV.gather(1, next_t[:, None])[:, 0]
         for log_probs_tV, next_t in zip(
-            stream.last_log_probs(outer, rows), next_T.split(PREDICTED_TOKENS), strict=True
+            stream.last_log_probs(outer, len(next_T)), next_T.split(PREDICTED_TOKENS), strict=True
         )
     ]
     # Nothing comes after a row's last token.

@@ -1,6 +1,6 @@
 """The dense model as transformers builds it, and its hidden states layer by layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +32,21 @@ class HiddenStream:
     Args:
         config: of the dense model.
         embed_VD: the input embeddings, [vocab, hidden].
-        tokens_BL: token ids, [sequences, seq_len].
+        tokens_BL: token ids, [sequences, seq_len]; or several such, each of its own seq_len, whose
+            tokens T then follow each other.
         device: where the layers run. On a CPU they run in float32, elsewhere in the weights' dtype.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, embed_VD: Tensor, tokens_BL: Tensor, device: torch.device
+        self,
+        config: PreTrainedConfig,
+        embed_VD: Tensor,
+        tokens_BL: Tensor | Sequence[Tensor],
+        device: torch.device,
     ) -> None:
         self.model = model = skeleton(config)
         self.layers, self.norm = model.model.layers, model.model.norm
-        self.tokens_BL = tokens_BL
+        self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else embed_VD.dtype
         self.recorders = [_Recorder() for _ in self.layers]
@@ -55,9 +60,10 @@ class HiddenStream:
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
         with torch.no_grad():
-            for ids_bL in tokens_BL.to(device).split(max(1, BATCH_TOKENS // tokens_BL.shape[1])):
-                model.model(input_ids=ids_bL, use_cache=False)
-                self.hidden.append(self.recorders[0].hidden)
+            for ids_BL in self.groups:
+                for ids_bL in ids_BL.to(device).split(max(1, BATCH_TOKENS // ids_BL.shape[1])):
+                    model.model(input_ids=ids_bL, use_cache=False)
+                    self.hidden.append(self.recorders[0].hidden)
         # It is not needed again before the end: a large vocabulary's may be gigabytes.
         embed.weight = nn.Parameter(embed.weight.to("meta"), requires_grad=False)
 
@@ -77,9 +83,7 @@ class HiddenStream:
             {k: v.to(self.device, self.dtype) for k, v in weights.items()}, assign=True
         )
         self.ffn, block.mlp = block.mlp, _SilentFFN()
-        tokens = sum(hidden_bLD[..., 0].numel() for hidden_bLD in self.hidden)
-        x_TD = torch.empty(tokens, self.hidden[0].shape[-1], device=self.device, dtype=self.dtype)
-        room = iter(x_TD.split(self.hidden[0][..., 0].numel()))
+        x_TD, room = self._room(self.dtype)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD)
             next(room).copy_(block.mlp.x_bLD.flatten(0, 1))
@@ -94,12 +98,16 @@ class HiddenStream:
     def lag(self, other: "HiddenStream") -> Tensor:
         """What these hidden states lack of another stream's of the same tokens, [T, D] in float32.
         Between `attend` and `advance` they are what the FFN's output is added to."""
-        tokens, hidden = self.tokens_BL.numel(), self.hidden[0].shape[-1]
-        lag_TD = torch.empty(tokens, hidden, device=self.device, dtype=torch.float32)
-        room = iter(lag_TD.split(self.hidden[0][..., 0].numel()))
+        lag_TD, room = self._room(torch.float32)
         for ours_bLD, theirs_bLD in zip(self.hidden, other.hidden, strict=True):
             next(room).copy_(theirs_bLD.flatten(0, 1)).sub_(ours_bLD.flatten(0, 1))
         return lag_TD
+
+    def _room(self, dtype: torch.dtype) -> tuple[Tensor, Iterator[Tensor]]:
+        """An empty tensor [T, D] for all tokens, and its rows of each batch in turn."""
+        sizes = [hidden_bLD[..., 0].numel() for hidden_bLD in self.hidden]
+        room_TD = torch.empty(sum(sizes), self.hidden[0].shape[-1], device=self.device, dtype=dtype)
+        return room_TD, iter(room_TD.split(sizes))
 
     @torch.no_grad()
     def branch(self, layer: int, y_TD: Tensor) -> None:
@@ -119,12 +127,11 @@ class HiddenStream:
         self.branches = []
         self.ffn = self.layers[layer] = nn.Identity()
 
-    def last_log_probs(self, outer: Mapping[str, Tensor], rows: int) -> Iterator[Tensor]:
-        """After the last layer: log-probabilities [t, V] of all tokens of the last sequences, in
-        order, PREDICTED_TOKENS at a time."""
-        last_TD = torch.cat(self.hidden)[-rows:].flatten(0, 1)
+    def last_log_probs(self, outer: Mapping[str, Tensor], tokens: int) -> Iterator[Tensor]:
+        """After the last layer: log-probabilities [t, V] of the last tokens, in order,
+        PREDICTED_TOKENS at a time."""
+        last_TD = torch.cat([hidden_bLD.flatten(0, 1) for hidden_bLD in self.hidden])[-tokens:]
         self.hidden = list(last_TD[None].split(PREDICTED_TOKENS, 1))
-        self.tokens_BL = self.tokens_BL[-rows:]
         return (log_probs_1tV[0] for log_probs_1tV in self.log_probs(outer))
 
     @torch.no_grad()
@@ -140,17 +147,19 @@ class HiddenStream:
         self.model.load_state_dict(weights, assign=True, strict=False)
         for hidden_bLD in self.hidden:
             self.model.model.layers = nn.ModuleList([_Constant(hidden_bLD)])
-            ids_bL = self.tokens_BL[: len(hidden_bLD)].to(self.device)
+            # Which tokens they were no longer matters.
+            ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
             yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
 
     def _run(self, layer: int, hidden_bLD: Tensor) -> Tensor:
-        out = self.layers[layer](hidden_bLD, **self._arguments(layer, len(hidden_bLD)))
+        out = self.layers[layer](hidden_bLD, **self._arguments(layer, *hidden_bLD.shape[:2]))
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
 
-    def _arguments(self, layer: int, batch: int) -> dict[str, Any]:
-        """What transformers called the layer with; the last batch may be the shorter one."""
-        arguments = dict(self.recorders[layer].arguments)
+    def _arguments(self, layer: int, batch: int, length: int) -> dict[str, Any]:
+        """What transformers called the layer with for sequences of this length; the last batch of
+        them may be the shorter one."""
+        arguments = dict(self.recorders[layer].arguments[length])
         mask = arguments.get("attention_mask")
         if isinstance(mask, Tensor):
             mask = mask[:1].expand(batch, *mask.shape[1:])
@@ -165,10 +174,15 @@ class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps what it was called with, passes the input on."""
 
     hidden: Tensor
-    arguments: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[int, dict[str, Any]] = {}
+        """By the sequences' length."""
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden, arguments
+        self.hidden = hidden
+        self.arguments[hidden.shape[1]] = arguments
         return hidden
 
 
