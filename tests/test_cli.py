@@ -40,7 +40,7 @@ from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
 
-COMMANDS = ["convert", "plan", "finetune", "eval", "inspect", "report", "recipes", "env"]
+COMMANDS = ["convert", "plan", "merge", "finetune", "eval", "inspect", "report", "recipes", "env"]
 QUICK = """
     --calibration builtin --calibration-tokens 64 --seq-len 64 --check none --set split=contiguous
 """.split()
@@ -134,6 +134,20 @@ BAD = """
     convert MODEL -o OUT --calibration none.txt
     convert MODEL -o OUT --exprts 4
     plan MODEL --set split=rendom
+    merge
+    merge MODEL
+    merge ./none -o OUT
+    merge NOTES -o OUT
+    merge none.yml -o OUT
+    merge BROKEN -o OUT
+    merge BROKEN MODEL -o OUT
+    merge MODEL MODEL -o OUT --top-k 3
+    merge MODEL -o OUT --rest tise
+    merge MODEL -o OUT --router rigde
+    merge MODEL -o OUT --target mixtrel
+    merge MODEL -o OUT --set rest.densty=1
+    merge MODEL -o OUT --text MODEL=none.txt
+    merge MODEL -o OUT --text other=NOTES
     finetune ./none -o OUT
     finetune MODEL
     finetune MODEL -o OUT --recipe hael
@@ -152,7 +166,9 @@ BAD = """
 
 
 def test_what_needs_no_model_imports_no_torch(dense, text, tmp_path):
-    places = {"MODEL": dense(), "NOTES": text, "OUT": tmp_path / "out"}
+    broken = tmp_path / "moe.yml"
+    broken.write_text("base_model: MODEL\nexperts:\n\t- source_model: MODEL\n")
+    places = {"MODEL": dense(), "NOTES": text, "OUT": tmp_path / "out", "BROKEN": broken}
     cases = [(line.split(), 0) for line in GOOD]
     cases += [(line.split(), 2) for line in BAD.split("\n") if line]
     cases = [([str(places.get(word, word)) for word in words], code) for words, code in cases]
@@ -247,6 +263,11 @@ FLAGS = {
         --check --dtype --device --seed --resume
         -o --overwrite --json
     """,
+    "merge": """
+        --base --shared-model --text --rest --router --target --top-k --set
+        --seq-len --check --dtype --device --seed --resume --dry-run
+        -o --overwrite --json --push-to-hub --private
+    """,
     "finetune": """
         --recipe --set
         --train --lora --merge --lr
@@ -274,7 +295,7 @@ def test_flags_are_these(command):
     assert not any(option.envvar for option in options(command).values())
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "finetune"])
+@pytest.mark.parametrize("command", ["convert", "plan", "merge", "finetune"])
 def test_help_fits_two_screens_of_80_columns(command):
     shown = run(command, "--help", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
     assert len(shown.splitlines()) <= 62
@@ -286,6 +307,7 @@ def test_help_fits_two_screens_of_80_columns(command):
     [
         ("convert", settings.CONVERSION_FLAGS, Recipe),
         ("plan", settings.CONVERSION_FLAGS, Recipe),
+        ("merge", settings.MERGE_FLAGS, Recipe),
         ("finetune", settings.TRAINING_FLAGS, Training),
     ],
 )
@@ -764,7 +786,8 @@ def test_shared_is_a_share(dense):
     made = report("plan", dense(), "--experts", "12", "--shared", "0.5", "--top-k", "1")
     assert (made["experts"], made["expert_size"], made["shared_size"]) == (12, 8, 96)
     sentence = error("plan", dense(), "--shared", "2")
-    assert sentence == "the request: shared=2.0: input should be less than 1"
+    assert sentence == "the request: shared=2.0: input should be less than or equal to 1"
+    assert "leaves nothing to route" in error("plan", dense(), "--shared", "1")
 
 
 def test_typo_in_a_recipe_names_the_nearest_setting(dense, tmp_path):

@@ -4,9 +4,11 @@ Initial std 0.2 and distinct sizes, so that a lost gain or swapped matrices chan
 as much as their own spread.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -120,3 +122,30 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def make_moved(folder: Path, base: Path, seed: int, scale: float = 0.05):
+    """Write what a fine-tune of the base may be, all its weights moved a little; returns it."""
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    rng = torch.Generator().manual_seed(seed)
+    for file in sorted(folder.glob("*.safetensors")):
+        moved = {
+            name: (tensor.float() + scale * torch.randn(tensor.shape, generator=rng)).to(tensor)
+            for name, tensor in load_file(file).items()
+        }
+        save_file(moved, file, {"format": "pt"})
+    return folder
+
+
+def make_lora(folder: Path, base: Path, targets: list[str], **settings):
+    """Write an adapter of the base by peft, both factors non-zero; returns its folder."""
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(target_modules=targets, **settings))
+    rng = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=rng) * 0.1)
+    model.save_pretrained(folder)
+    return folder

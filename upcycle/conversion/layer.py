@@ -32,4 +32,6 @@ def convert_layer(
     weight_T = None
     if plan.design.compensates and norm_T is not None:
         weight_T = token_weights(norm_T)
-    return plan.way.make(plan.design, Inputs(layer, ffn, activations, weight_T, wanted_TD))
+    ffns = plan.sources.ffns(layer, ffn.act) if plan.sources else ()
+    inputs = Inputs(layer, ffn, activations, weight_T, wanted_TD, ffns)
+    return plan.way.make(plan.design, inputs)

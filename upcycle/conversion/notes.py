@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from upcycle.conversion.design import Design
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways import Way
 from upcycle.core.words import count
@@ -37,9 +38,7 @@ def layout_notes(source: DenseSource, arch: Architecture) -> Iterator[str]:
         )
 
 
-def warnings(
-    recipe: Recipe, way: Way, spec: MoESpec, target: str, dtype: torch.dtype
-) -> Iterator[str]:
+def warnings(recipe: Recipe, way: Way, spec: MoESpec, target: str, design: Design) -> Iterator[str]:
     """Of sizes that some runtimes or kernels do not like, or that save nothing, and of what is
     not the dense model's equal though it could be."""
     geometry = spec.geometry
@@ -53,4 +52,4 @@ def warnings(
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
         yield f"--shared {asked:g} became {got:.3g}, so that all experts have the same width"
-    yield from way.notes(recipe, geometry, TARGETS[target], dtype)
+    yield from way.notes(recipe, design, TARGETS[target])

@@ -103,6 +103,9 @@ def identity(plan: Plan, threads: int) -> Identity:
         "versions": versions(),
         "threads": threads,
     }
+    if plan.sources is not None:
+        ingredients["merge"] = plan.sources.merge.settings()
+        ingredients["sources"] = plan.sources.fingerprints()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 
@@ -201,7 +204,7 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
     source = plan.source
     writer = CheckpointWriter(workspace.result, plan.specs, plan.recipe.max_shard_size)
-    raw = source.read(source.outer_names())
+    raw = plan.read(source.outer_names())
     stream = dense = None
     if plan.streams:
         stream = HiddenStream(source.config, raw, fit_BL, plan.device)
@@ -240,7 +243,7 @@ def _write_layer(
     finished = unit in workspace.records
     if finished and stream is None:
         return
-    raw = plan.source.read_layer(layer)
+    raw = plan.read_layer(layer)
     tensors = plan.source.canonical(raw)
     if layer not in plan.source.arch.ffn_layers:
         for each in filter(None, (stream, dense)):

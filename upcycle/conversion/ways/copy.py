@@ -60,8 +60,9 @@ class Copy(Way):
         router_ED = router_ND.repeat_interleave(geometry.granularity, dim=0)
         return ConvertedLayer(ffn, layout, stored(design, inputs, router_ED), neurons_F)
 
-    def exact(self, recipe: Recipe, methods: Methods, geometry: Geometry) -> Exact:
-        equal = methods.perturb is None and geometry.whole_copies and not recipe.spread_gain
+    def exact(self, recipe: Recipe, design: Design) -> Exact:
+        unperturbed = design.methods.perturb is None
+        equal = unperturbed and design.geometry.whole_copies and not recipe.spread_gain
         return "logits" if equal else "nothing"
 
     def used(self, methods: Methods, geometry: Geometry) -> dict[str, Bound[Any]]:
@@ -85,10 +86,9 @@ class Copy(Way):
             "trained further."
         )
 
-    def notes(
-        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
-    ) -> Iterator[str]:
+    def notes(self, recipe: Recipe, design: Design, target: MoETarget) -> Iterator[str]:
         """Why copies do not compute what the dense model does, before they are trained."""
+        geometry = design.geometry
         top_k, granularity = geometry.top_k, geometry.granularity
         if not geometry.whole_copies:
             whole = max(top_k // granularity, 1) * granularity
@@ -97,7 +97,7 @@ class Copy(Way):
                 "tokens get parts of copies: until it is trained, the result is not the dense "
                 f"model (--top-k {whole} would be)"
             )
-        elif granularity > 1 and dtype != torch.float32 and not target.groups:
+        elif granularity > 1 and design.dtype != torch.float32 and not target.groups:
             fitting = " or ".join(f"--target {name}" for name, t in TARGETS.items() if t.groups)
             yield (
                 "below float32, two copies score the same on some tokens, which then get shards "

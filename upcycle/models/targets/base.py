@@ -167,12 +167,14 @@ class MoETarget:
         *,
         dense_layers: tuple[int, ...] = (),
         shared: float | None = None,
+        gated: bool = False,
         experts: int | None = None,
     ) -> str:
         """Why this target can't host the model, as the end of a sentence; empty if it can.
 
         Args:
             shared: the share of the neurons that is asked to be always on.
+            gated: whether that is to have a gate with a row of its own.
             experts: as many as are asked for.
         """
         for trait in sorted(set(arch.traits) - self.accepts - self.requires):
@@ -187,7 +189,10 @@ class MoETarget:
                 "as others run faster on other targets"
             )
         if shared and self.shared_width == "none":
-            return f"{self.name} has no shared expert (--shared {shared:g})"
+            asked = f" (--shared {shared:g})" if shared < 1 else ""
+            return f"{self.name} has no shared expert{asked}"
+        if gated and self.shared_gate is None:
+            return f"{self.name} has no gate for its shared expert, which has prompts"
         if dense_layers and self.dense_layers == "none":
             return f"{self.name} can't keep layers dense (--keep-dense)"
         if self.dense_layers == "prefix" and dense_layers != tuple(range(len(dense_layers))):

@@ -67,9 +67,12 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 
 def experts(layer: MoELayer, gains: Gains) -> Named:
     yield from per_expert(layer, gains, router="mlp.gate.weight", prefix="mlp.experts.")
-    shared = with_gain(shared_or_silent(layer, SILENT), gains.shared)
+    shared, gate_1D = shared_or_silent(layer, SILENT), layer.shared_gate_1D
+    if gate_1D is None:
+        shared = with_gain(shared, gains.shared)
+        gate_1D = torch.full_like(layer.router_ED[:1], SHARED_GATE)
     yield from separate("mlp.shared_expert.", shared, LLAMA_NAMES)
-    yield "mlp.shared_expert_gate.weight", torch.full_like(layer.router_ED[:1], SHARED_GATE)
+    yield "mlp.shared_expert_gate.weight", gate_1D
 
 
 def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
