@@ -56,8 +56,9 @@ def source_of(dense):
 
 
 def stream_through(folder, tokens_BL=TOKENS_BL, replaced=None):
-    """Of tokens, or of several groups of them: what every layer's FFN sees [T, D], the norms of what its output is added to [T], and the
-    last hidden states [T, D]; in layers in `replaced`, the function there takes the FFN's place."""
+    """Of tokens, or of several groups of them: what every layer's FFN sees [T, D], the norms of
+    what its output is added to [T], and the last hidden states [T, D]; in layers in `replaced`, the
+    function there takes the FFN's place."""
     source = open_source(str(folder))
     outer = source.canonical(source.read(source.outer_names()))
     stream = HiddenStream(source.config, outer["model.embed_tokens.weight"], tokens_BL, CPU)
