@@ -200,7 +200,7 @@ def _check_conversion(options: Options) -> None:
 
 def _recipe_settings(options: Options) -> dict[str, Any]:
     """The fields of the recipe that the command's options replace."""
-    settings = {k: options[k] for k in CONVERSION if options[k] is not None}
+    settings = {k: options[k] for k in CONVERSION if options[k] not in (None, [])}
     return settings | dict(_assignment(text) for text in options["set_"] or [])
 
 
@@ -234,6 +234,12 @@ Texts = Annotated[
     typer.Option(
         help="A file or folder of text, probes, builtin or hf:… Repeatable. [default: probes]",
         show_default=False,
+    ),
+]
+TopKs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K,…", help="Measure MODEL at other numbers of experts per token, too: 4,8,16."
     ),
 ]
 Speed = Annotated[
@@ -332,6 +338,7 @@ def evaluate(
     text: Texts = None,
     tokens: Annotated[int, typer.Option(min=8, help="Of each text, from all over it.")] = 8192,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    top_k: TopKs = None,
     speed: Speed = False,
     card: Card = False,
     tasks: Tasks = None,
@@ -351,13 +358,15 @@ def evaluate(
 
     * `upcycle eval out --against MODEL --text notes.txt --text code.txt`
     * `upcycle eval out --against MODEL --speed --output eval.json`
+    * `upcycle eval out --against MODEL --top-k 4,8,16`
     * `upcycle eval out --against MODEL --speed --card`
     """
     with _errors():
-        from upcycle.evaluation.preflight import check_evaluation
+        from upcycle.evaluation.preflight import check_evaluation, top_ks_named
 
         _check_file(output)
         check_evaluation(model, against, text or [])
+        top_ks = None if top_k is None else top_ks_named(top_k)
         from upcycle import console
         from upcycle.evaluation.run import evaluate as measure
         from upcycle.evaluation.run import evaluation_summary
@@ -373,6 +382,7 @@ def evaluate(
                 against=against,
                 tokens=tokens,
                 seq_len=seq_len,
+                top_ks=top_ks,
                 speed=speed,
                 tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
                 batch_size=batch_size,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import flag_of
 
 Options = dict[str, Any]
 
@@ -62,11 +63,12 @@ Partition = Annotated[
 Json = Annotated[bool, option("One JSON object on stdout, nothing else.", "--json", panel=RESULT)]
 
 
-def _settings(panel: str, *rows: tuple[str, type, str]) -> Options:
+def _settings(panel: str, *rows: tuple[str, Any, str]) -> Options:
     """Options that replace fields of a recipe or a preset: the field, its type, the help."""
     found: Options = {}
     for field, kind, text in rows:
-        flag = option(text, "--" + field.replace("_", "-"), panel=panel)
+        metavar = "<str>" if kind == list[str] else None
+        flag = option(text, flag_of(field), panel=panel, metavar=metavar)
         found[field] = (Annotated[kind | None, flag], None)
     return found
 
@@ -76,11 +78,8 @@ CONVERSION = (
         FFNS,
         ("method", str, "split | prune | copy | drop | noise"),
         ("keep_dense", str, "Layers that stay dense: 0,1,29, none or auto."),
-        (
-            "target",
-            str,
-            "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo",
-        ),
+        ("target", str, "auto, or a class in reach: `upcycle inspect MODEL`."),
+        ("runtimes", list[str], "To run in llama.cpp, vllm, mlx, … Repeatable."),
     )
     | _settings(
         SHARE,

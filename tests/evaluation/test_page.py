@@ -726,7 +726,7 @@ def test_saved_evaluation_is_read_whole(model, saved):
     found = evaluation(experts=7) | {"tasks": {"arc": {"acc": [0.5, None]}}}
     saved.write_text(json.dumps(found))
     read = facts.read_evaluation(saved, facts.gather(str(model)))
-    assert json.loads(json.dumps(evaluation_summary(read.evaluation))) == found
+    assert json.loads(json.dumps(evaluation_summary(read.evaluation))) == found | {"top_ks": []}
     assert read.samples == []
 
 

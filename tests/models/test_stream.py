@@ -60,8 +60,8 @@ def stream_through(folder, tokens_BL=TOKENS_BL, replaced=None):
     what its output is added to [T], and the last hidden states [T, D]; in layers in `replaced`, the
     function there takes the FFN's place."""
     source = open_source(str(folder))
-    outer = source.canonical(source.read(source.outer_names()))
-    stream = HiddenStream(source.config, outer["model.embed_tokens.weight"], tokens_BL, CPU)
+    outer = source.read(source.embedding_names())
+    stream = HiddenStream(source.config, outer, tokens_BL, CPU)
     inputs, norms = [], []
     for layer in range(LAYERS):
         x_TD, norm_T = stream.attend(layer, source.read_layer(layer))
@@ -196,9 +196,7 @@ def test_log_probs_are_those_of_the_model_and_of_the_models_with_one_ffn_replace
     folder, tokens_BL = source_of(variant), TOKENS_BL[:4]
     source = open_source(str(folder))
     outer = source.read(source.outer_names())
-    stream = HiddenStream(
-        source.config, source.canonical(outer)["model.embed_tokens.weight"], tokens_BL, CPU
-    )
+    stream = HiddenStream(source.config, outer, tokens_BL, CPU)
     for layer in range(LAYERS):
         x_TD, _ = stream.attend(layer, source.read_layer(layer))
         stream.branch(layer, another_ffn(x_TD[: tokens_BL.numel()]))
@@ -217,9 +215,7 @@ def test_last_log_probs_are_those_of_the_last_sequences(dense, monkeypatch, at_o
     monkeypatch.setattr(upcycle.models.stream, "PREDICTED_TOKENS", at_once)
     source = open_source(str(dense("granite")))
     outer = source.read(source.outer_names())
-    stream = HiddenStream(
-        source.config, source.canonical(outer)["model.embed_tokens.weight"], TOKENS_BL, CPU
-    )
+    stream = HiddenStream(source.config, outer, TOKENS_BL, CPU)
     for layer in range(LAYERS):
         stream.attend(layer, source.read_layer(layer))
         stream.advance(layer)
@@ -232,8 +228,8 @@ def test_last_log_probs_are_those_of_the_last_sequences(dense, monkeypatch, at_o
 
 def test_a_model_that_overflows_is_refused_by_the_layer(dense):
     source = open_source(str(dense()))
-    outer = source.canonical(source.read(source.outer_names()))
-    stream = HiddenStream(source.config, outer["model.embed_tokens.weight"], TOKENS_BL, CPU)
+    outer = source.read(source.embedding_names())
+    stream = HiddenStream(source.config, outer, TOKENS_BL, CPU)
     x_TD, _ = stream.attend(0, source.read_layer(0))
     stream.advance(0, x_TD * torch.inf)
     with pytest.raises(UpcycleError, match="overflows in layer 1 on the calibration text"):

@@ -28,7 +28,7 @@ def convert_layer(
             plan has feedback.
     """
     if activations is None:
-        activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
+        activations = LayerActivations(ffn, ffn.up_FD.new_empty(0, ffn.hidden_size))
     weight_T = None
     if plan.design.compensates and norm_T is not None:
         weight_T = token_weights(norm_T)

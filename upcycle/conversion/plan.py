@@ -4,7 +4,7 @@ Reads headers, never weights, and writes nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,15 @@ from torch import Tensor
 
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
-from upcycle.conversion.notes import runtime_refusals, runtimes_lost, source_notes, warnings
+from upcycle.conversion.notes import layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
+from upcycle.conversion.runtimes import (
+    for_runtimes,
+    runtime_refusals,
+    runtimes_lost,
+    takes_dense_layers,
+)
 from upcycle.conversion.ways import WAYS, Room, Way
 from upcycle.conversion.ways.base import Exact
 from upcycle.core.errors import UpcycleError
@@ -93,20 +99,21 @@ class Plan:
 
     @property
     def moe_layers(self) -> list[int]:
-        layers = range(self.source.arch.num_layers)
-        return [i for i in layers if i not in self.spec.dense_layers]
+        return [i for i in self.source.arch.ffn_layers if i not in self.spec.dense_layers]
 
     @property
     def active_ffn_ratio(self) -> float:
         """Active FFN neurons over the dense model's; layers kept dense count as 1."""
-        layers, dense = self.source.arch.num_layers, len(self.spec.dense_layers)
+        layers, dense = len(self.source.arch.ffn_layers), len(self.spec.dense_layers)
         return active_ffn_ratio(self.design.geometry, layers, dense)
 
     @property
     def undecided(self) -> bool:
         """Whether the layers to keep dense are yet to be measured; until then there are none, and
-        where the target has none, it stays at that."""
-        return self.request.keep_dense == "auto" and TARGETS[self.target].dense_layers != "none"
+        where the target or a runtime that is asked for has none, it stays at that."""
+        runtimes, arch = self.request.runtimes, self.source.arch
+        auto = self.request.keep_dense == "auto"
+        return auto and takes_dense_layers(runtimes, arch, self.target, self.spec)
 
     def geometries(self) -> list[Geometry]:
         """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
@@ -193,8 +200,11 @@ def make_plan(
     way = WAYS[recipe.method.name]
     methods = Methods.of(recipe, way.default_router)
     way.check(recipe, methods)
-    dense_layers = named_dense_layers(recipe, source)
-    targets = refusals(source.arch, recipe, dense_layers)
+    dense_layers, asked = named_dense_layers(recipe, source), source
+    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
+    hosts = refusals(arch, recipe, dense_layers)
+    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
+    source = replace(source, arch=arch)
     target = _choose_target(recipe, way, targets)
     room = _room(source.arch, target, len(dense_layers))
     geometry = way.geometry(recipe, room)
@@ -207,11 +217,13 @@ def make_plan(
     units = _units(source, target, spec, design.dtype)
     params_total = sum(s.numel for unit in units.values() for s in unit)
     idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
-    idle = idle_neurons * 3 * source.arch.hidden_size
+    idle = idle_neurons * source.arch.ffn_params // source.arch.intermediate_size
     plan = Plan(
         source=source,
         request=recipe,
-        recipe=_resolved(recipe, methods, target, geometry, calibration),
+        recipe=_resolved(
+            recipe, methods, target, geometry, calibration, untied=arch is not asked.arch
+        ),
         out=out,
         target=target,
         targets=targets,
@@ -225,6 +237,7 @@ def make_plan(
         params_active=params_total - idle * (room.layers - len(dense_layers)),
         warnings=(
             *source_notes(source, design.dtype),
+            *layout_notes(asked, arch),
             *warnings(recipe, way, spec, target, design.dtype),
             *left_out,
         ),
@@ -234,10 +247,26 @@ def make_plan(
     return plan
 
 
+def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
+    """What the request makes of the model in a target.
+
+    Raises:
+        UpcycleError: the target does not host it.
+    """
+    way = WAYS[recipe.method.name]
+    dense_layers = () if recipe.keep_dense == "auto" else recipe.keep_dense
+    targets = refusals(arch, recipe, dense_layers)
+    if targets[target]:
+        raise UpcycleError(targets[target])
+    geometry = way.geometry(recipe, _room(arch, target, len(dense_layers)))
+    combine = _combine(recipe, way, geometry, target, targets)
+    return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
+
+
 def _room(arch: Architecture, target: str, num_dense: int) -> Room:
     return Room(
         num_neurons=arch.intermediate_size,
-        layers=arch.num_layers,
+        layers=len(arch.ffn_layers),
         num_dense=num_dense,
         shared_width=TARGETS[target].shared_width,
         min_experts=TARGETS[target].min_experts,
@@ -291,7 +320,13 @@ def _feedback(
 
 
 def _resolved(
-    recipe: Recipe, methods: Methods, target: str, geometry: Geometry, calibration: str
+    recipe: Recipe,
+    methods: Methods,
+    target: str,
+    geometry: Geometry,
+    calibration: str,
+    *,
+    untied: bool,
 ) -> Recipe:
     """The recipe with what it left open."""
     decided = {
@@ -301,6 +336,7 @@ def _resolved(
         "shared": geometry.shared_ratio,
         "router": recipe.router or Choice(name=methods.router.name),
         "calibration": calibration,
+        "untied": untied or recipe.untied,
     }
     return recipe.model_copy(update=decided)
 
@@ -409,15 +445,15 @@ def _units(
         return source.canonical(empty)
 
     outer = meta(source.outer_names())
-    units = {"embeddings": _specs(assemble_embeddings(outer))}
+    units = {"embeddings": _specs(assemble_embeddings(TARGETS[target], outer))}
     for layer in range(source.arch.num_layers):
         tensors = meta(source.layer_names(layer), f"model.layers.{layer}.")
         moe = None
-        if layer not in spec.dense_layers:
-            moe = _meta_layer(spec, source.arch.hidden_size, dtype)
+        if layer in source.arch.ffn_layers and layer not in spec.dense_layers:
+            moe = _meta_layer(spec, source.arch, dtype)
         named = assemble_layer(TARGETS[target], source.arch, layer, tensors, moe, spec.gains)
         units[f"layer {layer}"] = _specs(named)
-    units["head"] = _specs(assemble_head(outer))
+    units["head"] = _specs(assemble_head(TARGETS[target], source.arch, outer))
     return units
 
 
@@ -425,12 +461,13 @@ def _specs(named: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in named)
 
 
-def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
+def _meta_layer(spec: MoESpec, arch: Architecture, dtype: torch.dtype) -> MoELayer:
     def ffn(size: int) -> DenseFFN:
-        rows = torch.empty(size, hidden, dtype=dtype, device="meta")
-        return DenseFFN(rows, rows, rows.T, act=lambda x: x)
+        rows = torch.empty(size, arch.hidden_size, dtype=dtype, device="meta")
+        gate = None if Trait.UNGATED in arch.traits else rows
+        return DenseFFN(gate, rows, rows.T, act=lambda x: x)
 
-    router_ED = torch.empty(spec.geometry.num_experts, hidden, dtype=dtype, device="meta")
+    router_ED = torch.empty(spec.geometry.num_experts, arch.hidden_size, dtype=dtype, device="meta")
     shared = ffn(spec.geometry.shared_size) if spec.geometry.shared_size else None
     return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
 

@@ -26,6 +26,7 @@ from upcycle.core.settings import (
     validated,
     yaml_fields,
 )
+from upcycle.models.runtimes import Runtime, runtimes_named
 
 PLUG_INS = ("method", "split", "shared_by", "router", "compensate")
 """The fields that are a `Choice`."""
@@ -56,6 +57,15 @@ def _as_layers(value: Any) -> Any:
     if not all(str(part).strip().isdecimal() for part in parts):
         raise ValueError("give layers such as 0,1,29, auto or none")
     return tuple(sorted({int(part) for part in parts}))
+
+
+def _as_runtimes(value: Any) -> Any:
+    """`llama.cpp`, `vllm,mlx` or a list."""
+    value = () if value is None else value
+    words = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError("give runtimes such as llama.cpp,vllm")
+    return runtimes_named(words)
 
 
 def _as_bytes(value: Any) -> Any:
@@ -122,6 +132,13 @@ class Recipe(BaseModel):
     many as pay under the active share."""
     target: str = "auto"
     """Architecture of the result; `auto` is the first that fits."""
+    runtimes: Annotated[tuple[Runtime, ...], BeforeValidator(_as_runtimes)] = ()
+    """Runtimes that are to run the result, beside transformers 5: `llama.cpp` | `vLLM` | `MLX` |
+    `transformers-4`, in any case, several joined by commas. The target, the layers kept dense and
+    `untied` are chosen so that all of them do."""
+    untied: bool = False
+    """Write the output embeddings as a tensor of their own where the source ties them to the
+    input's."""
     allow_frozen_router: bool = False
     """Allow one copy per token where its router can't learn."""
 

@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
+from upcycle.core.types import DenseFFN
+from upcycle.models.families import FAMILIES
+from upcycle.models.names import HEAD
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
 PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
@@ -31,7 +34,8 @@ class HiddenStream:
 
     Args:
         config: of the dense model.
-        embed_VD: the input embeddings, [vocab, hidden].
+        outer: the tensors that belong to no layer, under their names in the source; of these, the
+            embeddings' are looked at, [vocab, hidden].
         tokens_BL: token ids, [sequences, seq_len]; or several such, each of its own seq_len, whose
             tokens T then follow each other.
         device: where the layers run. On a CPU they run in float32, elsewhere in the weights' dtype.
@@ -40,32 +44,50 @@ class HiddenStream:
     def __init__(
         self,
         config: PreTrainedConfig,
-        embed_VD: Tensor,
+        outer: Mapping[str, Tensor],
         tokens_BL: Tensor | Sequence[Tensor],
         device: torch.device,
     ) -> None:
+        self.blocks = FAMILIES[config.model_type].blocks
         self.model = model = skeleton(config)
-        self.layers, self.norm = model.model.layers, model.model.norm
+        self.decoder = decoder = model.model
+        self.layers, self.norm = decoder.layers, getattr(decoder, self.blocks.norm)
         self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
         self.device = device
-        self.dtype = torch.float32 if device.type == "cpu" else embed_VD.dtype
         self.recorders = [_Recorder() for _ in self.layers]
-        model.model.layers = nn.ModuleList(self.recorders)
-        model.model.norm = nn.Identity()
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-        embed = model.model.embed_tokens
-        embed.load_state_dict({"weight": embed_VD.to(device, self.dtype)}, assign=True)
-        if hasattr(embed, "embed_scale"):
-            embed.embed_scale = torch.tensor(embed.scalar_embed_scale, device=device)
+        decoder.layers = nn.ModuleList(self.recorders)
+        setattr(decoder, self.blocks.norm, nn.Identity())
+        if getattr(decoder, "rotary_emb", None) is not None:
+            decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+        for i, rotary in enumerate(getattr(decoder, "rotary_embs", ())):  # one for each base
+            decoder.rotary_embs[i] = type(rotary)(config=rotary.config).to(device)
+        self.dtype = self._load_embeddings(outer)
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
         with torch.no_grad():
             for ids_BL in self.groups:
                 for ids_bL in ids_BL.to(device).split(max(1, BATCH_TOKENS // ids_BL.shape[1])):
-                    model.model(input_ids=ids_bL, use_cache=False)
+                    decoder(input_ids=ids_bL, use_cache=False)
                     self.hidden.append(self.recorders[0].hidden)
-        # It is not needed again before the end: a large vocabulary's may be gigabytes.
-        embed.weight = nn.Parameter(embed.weight.to("meta"), requires_grad=False)
+        # They are not needed again before the end: a large vocabulary's may be gigabytes.
+        for name in self.blocks.embeddings:
+            module = getattr(decoder, name)
+            gone = {n: weight.to("meta") for n, weight in module.state_dict().items()}
+            module.load_state_dict(gone, assign=True)
+
+    def _load_embeddings(self, outer: Mapping[str, Tensor]) -> torch.dtype:
+        """Give the modules before the layers their weights; the dtype in which layers run."""
+        for name in self.blocks.embeddings:
+            module, place = getattr(self.decoder, name), f"model.{name}."
+            own = {n.removeprefix(place): t for n, t in outer.items() if n.startswith(place)}
+            on_cpu = self.device.type == "cpu"
+            dtype = torch.float32 if on_cpu else next(iter(own.values())).dtype
+            module.load_state_dict(
+                {n: t.to(self.device, dtype) for n, t in own.items()}, assign=True
+            )
+            if hasattr(module, "embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
+        return dtype
 
     @torch.no_grad()
     def attend(self, layer: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -78,16 +100,19 @@ class HiddenStream:
         Returns:
             What its FFN sees, x [T, D], and the norm [T] of what the FFN's output is added to.
         """
-        block = self.layers[layer]
-        block.load_state_dict(
-            {k: v.to(self.device, self.dtype) for k, v in weights.items()}, assign=True
-        )
-        self.ffn, block.mlp = block.mlp, _SilentFFN()
+        block, blocks = self._load(layer, weights), self.blocks
+        self.ffn, silent = getattr(block, blocks.ffn), _SilentFFN()
+        self.after = {name: getattr(block, name) for name in blocks.after}
+        self._set(layer, {blocks.ffn: silent} | dict(blocks.after))
+        mixers = [name for name in blocks.mixers if getattr(block, name, None) is not None]
+        stand_ins = {name: _SilentMixer(getattr(block, name)) for name in mixers}
+        self._set(layer, stand_ins)
         x_TD, room = self._room(self.dtype)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD)
-            next(room).copy_(block.mlp.x_bLD.flatten(0, 1))
-        block.self_attn = _SilentAttention()
+            next(room).copy_(silent.x_bLD.flatten(0, 1))
+        for stand_in in stand_ins.values():
+            stand_in.mixer = None
         if not torch.isfinite(x_TD).all():
             raise UpcycleError(
                 f"the dense model overflows in layer {layer} on the calibration text, in "
@@ -117,19 +142,39 @@ class HiddenStream:
     def branch(self, layer: int, y_TD: Tensor) -> None:
         """Between `attend` and `advance`: let the first batch also go on in another way, with
         this output of its FFN, and through the dense layers after it."""
-        self.layers[layer].mlp = _Replay(y_TD)
+        self._set(layer, {self.blocks.ffn: _Replay(y_TD)} | self.after)
         self.branches.append(self._run(layer, self.hidden[0]))
 
     @torch.no_grad()
     def advance(self, layer: int, y_TD: Tensor | None = None) -> None:
         """Move all tokens through the rest of the layer: its own FFN, or one in its place that
         puts out y for the x of `attend`."""
-        self.layers[layer].mlp = self.ffn if y_TD is None else _Replay(y_TD)
+        ffn = self.ffn if y_TD is None else _Replay(y_TD)
+        self._set(layer, {self.blocks.ffn: ffn} | self.after)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD)
         self.hidden += self.branches
         self.branches = []
         self.ffn = self.layers[layer] = nn.Identity()
+
+    @torch.no_grad()
+    def through(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """Move all tokens through a whole layer, in place of `attend` and `advance`."""
+        self._load(layer, weights)
+        for i, hidden_bLD in enumerate(self.hidden):
+            self.hidden[i] = self._run(layer, hidden_bLD)
+        self.layers[layer] = nn.Identity()
+
+    def _load(self, layer: int, weights: Mapping[str, Tensor]) -> nn.Module:
+        block: nn.Module = self.layers[layer]
+        block.load_state_dict(
+            {k: v.to(self.device, self.dtype) for k, v in weights.items()}, assign=True
+        )
+        return block
+
+    def _set(self, layer: int, attributes: Mapping[str, Any]) -> None:
+        for name, value in attributes.items():
+            setattr(self.layers[layer], name, value)
 
     def last_log_probs(self, outer: Mapping[str, Tensor], tokens: int) -> Iterator[Tensor]:
         """After the last layer: log-probabilities [t, V] of the last tokens, in order,
@@ -145,12 +190,12 @@ class HiddenStream:
         Args:
             outer: the tensors that belong to no layer, under their names in the source.
         """
-        self.model.model.norm = self.norm
+        setattr(self.decoder, self.blocks.norm, self.norm)
         weights = {k: v.to(self.device, self.dtype) for k, v in outer.items()}
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+        weights.setdefault(HEAD, weights[f"model.{self.blocks.embeddings[0]}.weight"])
         self.model.load_state_dict(weights, assign=True, strict=False)
         for hidden_bLD in self.hidden:
-            self.model.model.layers = nn.ModuleList([_Constant(hidden_bLD)])
+            self.decoder.layers = nn.ModuleList([_Constant(hidden_bLD)])
             # Which tokens they were no longer matters.
             ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
             yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
@@ -168,9 +213,9 @@ class HiddenStream:
         if isinstance(mask, Tensor):
             mask = mask[:1].expand(batch, *mask.shape[1:])
             arguments["attention_mask"] = mask.to(self.dtype) if mask.is_floating_point() else mask
-        arguments["position_embeddings"] = tuple(
-            angles.to(self.dtype) for angles in arguments["position_embeddings"]
-        )
+        if arguments.get("position_embeddings") is not None:
+            angles = arguments["position_embeddings"]
+            arguments["position_embeddings"] = tuple(each.to(self.dtype) for each in angles)
         return arguments
 
 
@@ -200,11 +245,22 @@ class _SilentFFN(nn.Module):
         return torch.zeros_like(x_bLD)
 
 
-class _SilentAttention(nn.Module):
-    """Stands in for an attention that has been added already."""
+class _SilentMixer(nn.Module):
+    """Stands in for what mixes tokens: itself, until it has been added and is dropped; then
+    nothing, in the same form."""
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer: nn.Module | None = mixer
+        self.pair = False
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
+        if self.mixer is not None:
+            out = self.mixer(hidden_states, **arguments)
+            self.pair = isinstance(out, tuple)
+            return out
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.pair else nothing
 
 
 class _Replay(nn.Module):
@@ -230,3 +286,20 @@ class _Constant(nn.Module):
 
     def forward(self, hidden: Tensor, **_: Any) -> Tensor:
         return self.hidden_bLD
+
+
+def replace_ffn(model: PreTrainedModel, layer: int, ffn: DenseFFN) -> None:
+    """Let a whole dense model use another FFN in a layer."""
+    blocks, weight = FAMILIES[model.config.model_type].blocks, next(model.parameters())
+    setattr(model.model.layers[layer], blocks.ffn, _Given(ffn.to(weight.device, weight.dtype)))
+
+
+class _Given(nn.Module):
+    """Stands in for an FFN: another one."""
+
+    def __init__(self, ffn: DenseFFN) -> None:
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x_bLD: Tensor) -> Tensor:
+        return self.ffn(x_bLD)

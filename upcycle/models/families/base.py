@@ -25,6 +25,22 @@ def keep(name: str, tensor: Tensor, config: PreTrainedConfig) -> Mapping[str, Te
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Where a family's modules keep what the calibration tokens pass through."""
+
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    """Modules of the decoder that make its first hidden states of tokens."""
+    norm: str = "norm"
+    """The decoder's last one."""
+    mixers: tuple[str, ...] = ("self_attn",)
+    """Modules of a layer that mix tokens, of which each layer has one."""
+    ffn: str = "mlp"
+    after: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of a layer with the values by which nothing is done to what it is when its FFN's
+    output has been added."""
+
+
+@dataclass(frozen=True)
 class DenseFamily:
     """A dense architecture, by its `model_type`."""
 
@@ -36,11 +52,20 @@ class DenseFamily:
     inert: Mapping[str, Any] = field(default_factory=dict)
     """Config fields of its own that do not change the forward pass at the given value; with
     ANY they never do."""
+    understood: frozenset[str] = frozenset()
+    """Config fields of its own that `extra` and `traits` read."""
     extra: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """Config fields in the common vocabulary that the source spells differently."""
+    traits: Callable[[PreTrainedConfig], dict[Trait, str]] = lambda config: {}
+    """Traits that config fields of its own switch, each with the field and value that does."""
     partial_rotary: bool = False
     """Whether its class reads `partial_rotary_factor`; the others rotate whole heads whatever it
     says."""
+    carried: tuple[str, ...] = ()
+    """Config fields of its own that go to the target under the same name."""
+    blocks: Blocks = Blocks()
+    bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
+    """Layers without an FFN."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
 
@@ -90,19 +115,22 @@ def describe(config: PreTrainedConfig) -> Architecture:
     _refuse_unknown_fields(config, family)
     fields = {name: getattr(config, name, None) for name in CARRIED}
     fields["head_dim"] = head_dim(config)
-    fields["rope_parameters"] = dict(config.rope_parameters)
+    fields["rope_parameters"] = rope = dict(config.rope_parameters)
     fields["attention_multiplier"] = getattr(config, "attention_multiplier", None)
     fields |= {name: getattr(config, name, 1.0) for name in MULTIPLIERS}
     fields |= {
         "sliding_window": getattr(config, "sliding_window", None),
         "layer_types": layer_types(config),
+        "layer_rope_theta": [rope.get("rope_theta")] * config.num_hidden_layers,
     }
+    fields |= {name: getattr(config, name) for name in family.carried}
     fields |= family.extra(config)
     return Architecture(
         family=family.name,
         fields=fields,
-        traits=dict(family.always) | _traits(config, family, fields),
+        traits=dict(family.always) | family.traits(config) | _traits(config, family, fields),
         intermediate_size=config.intermediate_size,
+        bare_layers=family.bare_layers(config),
     )
 
 
@@ -113,7 +141,8 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """`full_attention` or `sliding_attention` for each layer."""
-    declared = getattr(config, "layer_types", None)
+    # A class that does not declare the field does not read it, whatever config.json says.
+    declared = "layer_types" in type(config).__annotations__ and config.layer_types
     if declared:
         return list(declared)
     window = getattr(config, "sliding_window", None)
@@ -131,8 +160,18 @@ def _traits(
         traits[Trait.MLP_BIAS] = "mlp_bias=true"
     kinds = set(fields["layer_types"])
     if "sliding_attention" in kinds:
+        if not fields["sliding_window"]:
+            raise UpcycleError(
+                "config.json has sliding_attention in layer_types but no sliding_window, so what "
+                "those layers see is not clear: set the one or change the other"
+            )
         trait = Trait.SLIDING_WINDOW if len(kinds) == 1 else Trait.MIXED_WINDOW
         traits[trait] = f"sliding_window={fields['sliding_window']}"
+    thetas = fields["layer_rope_theta"]
+    if 0 in thetas:
+        traits[Trait.LAYERS_WITHOUT_ROTARY] = f"{thetas.count(0)} of {len(thetas)}"
+    if len(set(thetas) - {0}) > 1:
+        traits[Trait.LAYER_ROTARY] = f"layer_rope_theta={thetas}"
     rotary = fields["rope_parameters"].get("partial_rotary_factor", 1.0)
     if rotary != 1.0 and not family.partial_rotary:
         raise UpcycleError(
@@ -151,14 +190,10 @@ def _traits(
 
 
 def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> None:
-    if getattr(config, "quantization_config", None):
-        raise UpcycleError(
-            "config.json has a quantization_config, and quantised weights can't be split or "
-            "copied: start from the unquantised checkpoint"
-        )
     defaults = type(config)()
     for name in type(config).__annotations__:
-        if name in UNDERSTOOD or name in CARRIED:
+        known = (*CARRIED, *family.carried, *family.understood)
+        if name in UNDERSTOOD or name in known:
             continue
         value, default = getattr(config, name, None), getattr(defaults, name, None)
         if name in family.inert:

@@ -22,6 +22,11 @@ def all_layers_routed(arch: Architecture, spec: MoESpec) -> str:
     return "every layer must have experts (--keep-dense none)" if spec.dense_layers else ""
 
 
+def first_dense_only(arch: Architecture, spec: MoESpec) -> str:
+    first = spec.dense_layers == tuple(range(len(spec.dense_layers)))
+    return "" if first else "only the first layers can be dense (--keep-dense 0,1,…)"
+
+
 def shared_needed(arch: Architecture, spec: MoESpec) -> str:
     return "" if spec.geometry.shared_size else "there must be a shared expert"
 
@@ -46,7 +51,8 @@ def heads_fill_hidden(arch: Architecture, spec: MoESpec) -> str:
 
 
 def no_biases(arch: Architecture, spec: MoESpec) -> str:
-    return "attention has no biases" if Trait.QKV_BIAS in arch.traits else ""
+    biased = {Trait.QKV_BIAS, Trait.O_BIAS} & set(arch.traits)
+    return "attention has no biases" if biased else ""
 
 
 def no_output_bias(arch: Architecture, spec: MoESpec) -> str:
@@ -61,6 +67,36 @@ def no_window(arch: Architecture, spec: MoESpec) -> str:
 def one_window(arch: Architecture, spec: MoESpec) -> str:
     mixed = Trait.MIXED_WINDOW in arch.traits
     return "all layers must have the same sliding window" if mixed else ""
+
+
+def one_rotary(arch: Architecture, spec: MoESpec) -> str:
+    own = {Trait.LAYERS_WITHOUT_ROTARY, Trait.LAYER_ROTARY} & set(arch.traits)
+    return "all layers must have the same rotary embedding" if own else ""
+
+
+def one_rotary_base(arch: Architecture, spec: MoESpec) -> str:
+    own = Trait.LAYER_ROTARY in arch.traits
+    return "all rotary embeddings must have the same base" if own else ""
+
+
+def usual_yarn(arch: Architecture, spec: MoESpec) -> str:
+    """Where what rope_type yarn multiplies queries and keys by may be worked out of its factor
+    alone. Read, not run: llama.cpp's converter leaves mscale out, and versions of vLLM differ."""
+    rope = arch.fields["rope_parameters"]
+    own = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name)]
+    if rope.get("rope_type") != "yarn" or not own:
+        return ""
+    return f"rotary embeddings of rope_type yarn may not heed {' and '.join(own)}"
+
+
+def interleaved(arch: Architecture, spec: MoESpec) -> str:
+    neighbours = arch.fields.get("rope_interleave", True)
+    return "" if neighbours else "rotary embeddings are of neighbouring channels"
+
+
+def no_dynamic_rope(arch: Architecture, spec: MoESpec) -> str:
+    dynamic = arch.fields["rope_parameters"].get("rope_type") == "dynamic"
+    return "rotary embeddings do not grow with the text (rope_type dynamic)" if dynamic else ""
 
 
 def unscaled_rope(arch: Architecture, spec: MoESpec) -> str:

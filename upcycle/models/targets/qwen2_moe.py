@@ -23,7 +23,7 @@ from upcycle.models.targets.base import (
     MoETarget,
     Named,
     Routing,
-    attention_bias,
+    missing_biases,
     per_expert,
     separate,
     shared_or_silent,
@@ -38,6 +38,7 @@ from upcycle.models.targets.limits import (
     silu_only,
     unscaled_rope,
     untied,
+    usual_yarn,
 )
 from upcycle.models.traits import Architecture, Trait
 
@@ -73,10 +74,7 @@ def experts(layer: MoELayer, gains: Gains) -> Named:
 
 def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
     """The biases of a source that has none."""
-    if not attention_bias(arch):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            rows = layer[f"self_attn.{name}.weight"]
-            yield f"self_attn.{name}.bias", torch.zeros_like(rows[:, 0])
+    return missing_biases(layer, "q_proj", "k_proj", "v_proj")
 
 
 TARGETS.add(
@@ -90,8 +88,11 @@ TARGETS.add(
         config=config,
         experts=experts,
         runtimes={
-            "llama.cpp": (all_layers_routed, untied, never_renormalises, silu_only, no_window),
-            "vLLM": (silu_only, heads_fill_hidden, one_window),
+            "llama.cpp": (
+                *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
+                usual_yarn,
+            ),
+            "vLLM": (silu_only, heads_fill_hidden, one_window, usual_yarn),
             "MLX": (
                 *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
                 *(heads_fill_hidden, unscaled_rope),
