@@ -36,6 +36,7 @@ from upcycle.models.targets import TARGETS
 from upcycle.models.text import PROBES, kind_name
 from upcycle.options import as_set
 from upcycle.router_init import ROUTERS
+from upcycle.router_init.gates import GATES
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
@@ -844,7 +845,7 @@ def test_inspect_for_people_names_divisors_and_targets(dense):
 def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
-    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS, *RESTS}
+    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS, *GATES, *RESTS}
     assert {method["name"] for method in listed["methods"]} == names
     shown = run("recipes").stdout
     assert all(name in shown for name in shipped_recipes())

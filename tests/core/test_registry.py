@@ -20,6 +20,7 @@ from upcycle.core.settings import shipped_recipes
 from upcycle.models.families import FAMILIES
 from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS
+from upcycle.router_init.gates import GATES
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
@@ -29,6 +30,7 @@ FOLDERS = {
     "split": SPLITS,
     "split/shared": SHARED,
     "router_init": ROUTERS,
+    "router_init/gates": GATES,
     "conversion/compensate": COMPENSATIONS,
     "conversion/rest": RESTS,
     "split/copies": PERTURBS,
@@ -125,7 +127,7 @@ def test_entries_carry_the_name_they_are_registered_by(folder):
 def test_every_method_has_a_summary_and_a_paper(method):
     assert len(method.summary) > 10
     assert "\n" not in method.summary
-    assert re.search(r"arXiv:\d{4}\.\d{5}|^ours$|^baseline$", method.paper)
+    assert re.search(r"arXiv:\d{4}\.\d{5}|^ours$|^baseline$|^mergekit-moe$", method.paper)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,6 +18,7 @@ from upcycle.evaluation.inspection import has_experts, inspect_dense, inspect_mo
 from upcycle.models.source import locate, open_located
 from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS
+from upcycle.router_init.gates import GATES
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
@@ -46,7 +47,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 def registered() -> dict[str, Any]:
     """Every registered method with its parameters and their defaults, every way and every target:
     what catalogue.json holds."""
-    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS, RESTS)
+    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS, GATES, RESTS)
     methods = [
         {
             "kind": registry.kind,

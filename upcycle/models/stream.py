@@ -120,6 +120,10 @@ class HiddenStream:
             )
         return x_TD, torch.cat([h_bLD.norm(dim=-1).flatten() for h_bLD in self.hidden])
 
+    def entering(self) -> Tensor:
+        """Before `attend`: the residual stream that enters the layer, [T, D]."""
+        return torch.cat([hidden_bLD.flatten(0, 1) for hidden_bLD in self.hidden])
+
     def lag(self, other: "HiddenStream") -> Tensor:
         """What these hidden states lack of another stream's of the same tokens, [T, D] in float32.
         Between `attend` and `advance` they are what the FFN's output is added to."""
@@ -175,7 +179,7 @@ class HiddenStream:
     def last_log_probs(self, outer: Mapping[str, Tensor], tokens: int) -> Iterator[Tensor]:
         """After the last layer: log-probabilities [t, V] of the last tokens, in order,
         PREDICTED_TOKENS at a time."""
-        last_TD = torch.cat([hidden_bLD.flatten(0, 1) for hidden_bLD in self.hidden])[-tokens:]
+        last_TD = self.entering()[-tokens:]
         self.hidden = list(last_TD[None].split(PREDICTED_TOKENS, 1))
         return (log_probs_1tV[0] for log_probs_1tV in self.log_probs(outer))
 
