@@ -15,7 +15,7 @@ combine bridge that:
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from upcycle.core.registry import Registry
 from upcycle.core.types import DenseFFN, Geometry, MoELayer
-from upcycle.models.runtimes import Runtime
+from upcycle.models.runtimes import Run, Runtime
 from upcycle.models.traits import Architecture, Trait
 
 Named = Iterator[tuple[str, Tensor]]
@@ -107,6 +107,8 @@ class MoETarget:
     runtimes: Mapping[Runtime, tuple[Limit, ...]]
     """What may keep each other runtime from loading this, or from computing what transformers
     does."""
+    ran: Mapping[Runtime, Run] = field(default_factory=dict)
+    """Where results in this target were run; of the other runtimes only the sources were read."""
     accepts: frozenset[Trait] = frozenset()
     requires: frozenset[Trait] = frozenset()
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
