@@ -241,23 +241,20 @@ def make_plan(
     spec = MoESpec(geometry, design.gains, dense_layers)
     device = choose_device(recipe.device)
     calibration, left_out = _calibration(recipe, way, source, device)
-    fields = common_fields(source.arch, TARGETS[target], design.dtype)
     units = _units(source, target, spec, design.dtype)
     params_total = sum(s.numel for unit in units.values() for s in unit)
-    idle = geometry.idle_neurons * source.arch.ffn_params // source.arch.intermediate_size
+    idle = geometry.idle_neurons * arch.ffn_params // arch.intermediate_size
     plan = Plan(
         source=source,
         request=recipe,
-        recipe=_resolved(
-            recipe, methods, target, geometry, calibration, untied=arch is not asked.arch
-        ),
+        recipe=_resolved(recipe, methods, target, geometry, calibration, arch != asked.arch),
         out=out,
         target=target,
         targets=targets,
         way=way,
         design=design,
         spec=spec,
-        config=fields | TARGETS[target].config(source.arch, spec),
+        config=_config(arch, target, spec, design.dtype),
         device=device,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
@@ -267,7 +264,7 @@ def make_plan(
             *layout_notes(asked, arch),
             *notes,
             *(sources.notes if sources else ()),
-            *warnings(recipe, way, spec, target, design),
+            *warnings(recipe, way, spec, target, design, _reached(targets)),
             *left_out,
         ),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
@@ -275,6 +272,16 @@ def make_plan(
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
+
+
+def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
+    made = TARGETS[target]
+    return common_fields(arch, made, dtype) | made.config(arch, spec)
+
+
+def _reached(targets: Mapping[str, str]) -> list[str]:
+    """The targets that can host the model."""
+    return [name for name, why in targets.items() if not why]
 
 
 def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
@@ -368,7 +375,6 @@ def _resolved(
     target: str,
     geometry: Geometry,
     calibration: str,
-    *,
     untied: bool,
 ) -> Recipe:
     """The recipe with what it left open."""
@@ -436,7 +442,7 @@ def _router_name(recipe: Recipe) -> str:
 
 
 def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
-    reachable = ", ".join(name for name, why in targets.items() if not why) or "none"
+    reachable = ", ".join(_reached(targets)) or "none"
     if recipe.target != "auto":
         if recipe.target not in TARGETS:
             hint = suggest(recipe.target, TARGETS)
@@ -447,7 +453,7 @@ def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
                 f"--target {recipe.target}: {targets[recipe.target]} (reachable: {reachable})"
             )
         return recipe.target
-    reachable_names = [name for name, why in targets.items() if not why]
+    reachable_names = _reached(targets)
     if not reachable_names:
         reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
         raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")

@@ -4,7 +4,7 @@ Copies are averaged, so that the model computes what it did; it is larger, and m
 A perturbation (`split/copies/`) makes them differ from the start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -86,7 +86,9 @@ class Copy(Way):
             "trained further."
         )
 
-    def notes(self, recipe: Recipe, design: Design, target: MoETarget) -> Iterator[str]:
+    def notes(
+        self, recipe: Recipe, design: Design, target: MoETarget, hosts: Collection[str]
+    ) -> Iterator[str]:
         """Why copies do not compute what the dense model does, before they are trained."""
         geometry = design.geometry
         top_k, granularity = geometry.top_k, geometry.granularity
@@ -98,7 +100,7 @@ class Copy(Way):
                 f"model (--top-k {whole} would be)"
             )
         elif granularity > 1 and design.dtype != torch.float32 and not target.groups:
-            fitting = " or ".join(f"--target {name}" for name, t in TARGETS.items() if t.groups)
+            fitting = " or ".join(f"--target {name}" for name in hosts if TARGETS[name].groups)
             yield (
                 "below float32, two copies score the same on some tokens, which then get shards "
                 f"of both: {fitting} keeps copies whole, and so does --dtype float32"
