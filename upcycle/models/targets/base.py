@@ -136,6 +136,10 @@ class MoETarget:
             return "none"
         return "multiple" if self.shared_in_experts else "any"
 
+    def like(self, other: "MoETarget") -> bool:
+        """Whether it hosts, as far as traits go, what the other one always needs."""
+        return self.requires <= other.requires <= self.accepts | self.requires
+
     def gains(self, combine: Combine, geometry: Geometry) -> Gains:
         """The gains for this combination; see the module's docstring."""
         renormalises, num_experts = self.routing.renormalises, geometry.num_experts
