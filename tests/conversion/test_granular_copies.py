@@ -133,7 +133,8 @@ def test_ties_below_float32_are_said_where_there_are_no_groups(dense):
     assert not said(target="glm4_moe")
     assert not said(target="mixtral", granularity=1, top_k=2)
     (note,) = said("ernie4_5")
-    assert note.startswith("below float32") and note.endswith("--dtype float32 keeps copies whole")
+    assert note.startswith("below float32")
+    assert note.endswith("--dtype float32 keeps copies whole")
 
 
 def test_ties_of_sigmoid_scores_without_groups_are_said_in_float32_too(dense):
