@@ -229,12 +229,10 @@ def make_plan(
     _check_way(recipe, way, methods, sources)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
-    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
-    hosts = refusals(arch, recipe, dense_layers, merge)
-    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
-    source = replace(source, arch=arch)
+    source, targets = _laid_out(recipe, source, dense_layers, merge)
+    arch = source.arch
     target = _choose_target(recipe, way, targets)
-    room = _room(source.arch, target, len(dense_layers))
+    room = _room(arch, target, len(dense_layers))
     geometry = way.geometry(recipe, room)
     combine = _combine(recipe, way, geometry, target, targets)
     design = _design(recipe, way, methods, source, target, geometry, combine, room, merge)
@@ -267,11 +265,22 @@ def make_plan(
             *warnings(recipe, way, spec, target, design, _reached(targets)),
             *left_out,
         ),
-        runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
+        runtimes=runtime_refusals(recipe, arch, target, spec, combine),
         sources=sources,
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
+
+
+def _laid_out(
+    recipe: Recipe, source: DenseSource, dense_layers: tuple[int, ...], merge: Merge | None
+) -> tuple[DenseSource, dict[str, str]]:
+    """The source as it is written, its output embeddings tied or not, and every target, with why it
+    can't be chosen."""
+    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
+    hosts = refusals(arch, recipe, dense_layers, merge)
+    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
+    return replace(source, arch=arch), targets
 
 
 def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
