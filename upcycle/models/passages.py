@@ -11,7 +11,6 @@ from torch import Tensor
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.passages import Passage
-from upcycle.models.names import EMBEDDINGS
 from upcycle.models.source import DenseSource
 from upcycle.models.stream import PREDICTED_TOKENS, HiddenStream
 from upcycle.models.tokens import Reader
@@ -86,9 +85,7 @@ def next_token_losses(
         progress: told how many layers are done, of how many.
     """
     outer = source.read(source.outer_names())
-    stream = HiddenStream(
-        source.config, source.canonical(outer)[EMBEDDINGS], grouped.groups, device
-    )
+    stream = HiddenStream(source.config, outer, grouped.groups, device)
     layers = source.arch.num_layers
     for layer in range(layers):
         progress(layer, layers)
