@@ -218,7 +218,7 @@ def make_plan(
 
     Args:
         sources: of a merge, whose base is `source`.
-        notes: on the request itself.
+        notes: on what was asked for.
 
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
@@ -261,7 +261,6 @@ def make_plan(
             *source_notes(source, design.dtype),
             *layout_notes(asked, arch),
             *notes,
-            *(sources.notes if sources else ()),
             *warnings(recipe, way, spec, target, design, _reached(targets)),
             *left_out,
         ),
