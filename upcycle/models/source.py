@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, modeling_utils
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, modeling_utils
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from upcycle.core.errors import UpcycleError
@@ -27,6 +27,7 @@ from upcycle.core.types import all_finite
 from upcycle.models.config_fields import check_fields, check_layers
 from upcycle.models.download import LEGAL, Remote, download, remote_weights
 from upcycle.models.families import FAMILIES, describe
+from upcycle.models.families.base import unsupported_reason
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
 from upcycle.models.quantised import LINK, Packed, Part, dequantised, packing, quantization_of
 from upcycle.models.stream import skeleton
@@ -569,6 +570,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if "model_type" not in fields:
         raise UpcycleError(f"{path} has no model_type, so it is not a transformers model")
     check_fields(fields, path)
+    if fields["model_type"] not in CONFIG_MAPPING:
+        raise UpcycleError(
+            f"{path} is not a config that transformers reads: "
+            f"{unsupported_reason(fields['model_type'])}"
+        )
     quantization = quantization_of(fields)
     if quantization is not None:
         packing(quantization, str(path))
