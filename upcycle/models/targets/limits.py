@@ -69,7 +69,7 @@ def one_window(arch: Architecture, spec: MoESpec) -> str:
 
 
 def interleaved(arch: Architecture, spec: MoESpec) -> str:
-    neighbours = arch.fields["rope_interleave"]
+    neighbours = arch.fields.get("rope_interleave", True)
     return "" if neighbours else "rotary embeddings are of neighbouring channels"
 
 
