@@ -36,7 +36,7 @@ from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.plan import Plan
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
-from upcycle.models.assemble import EMBEDDINGS, dense_ffn
+from upcycle.models.assemble import dense_ffn
 from upcycle.models.calibration import calibration_tokens
 from upcycle.models.source import DenseSource
 from upcycle.models.stream import HiddenStream
@@ -147,8 +147,8 @@ def inputs(
 ) -> Iterator[tuple[int, DenseFFN, Tensor, Tensor]]:
     """For each of the layers: its FFN, what that sees in the dense model, x [T, D], and the norm
     [T] of what its output is added to."""
-    outer = source.canonical(source.read(source.outer_names()))
-    stream = HiddenStream(source.config, outer[EMBEDDINGS], tokens_BL, device)
+    outer = source.read(source.embedding_names())
+    stream = HiddenStream(source.config, outer, tokens_BL, device)
     for layer in range(max(layers) + 1):
         raw = source.read_layer(layer)
         x_TD, norm_T = stream.attend(layer, raw)

@@ -28,6 +28,8 @@ OF_KIND = {
     "router": "Who chooses the experts: `--set router=NAME`",
     "compensation": "What makes up for the others: `--set compensate=NAME`",
     "method": "What becomes of copies: `--method NAME`",
+    "gate": "Who chooses among merged models: `--set router=NAME`",
+    "rest rule": "What becomes of all but the FFNs in a merge: `--set rest=NAME`",
 }
 """Titles; a kind that is not here goes by its own name."""
 

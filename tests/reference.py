@@ -23,7 +23,9 @@ NOISE = 4.0
 MUTATED = 0.5
 """The least gap of a model with one mistake in it: far beyond every tolerance."""
 
-ALWAYS_RENORMALISES = {"mixtral", "granitemoeshared"}
+ALWAYS_RENORMALISES = {
+    "mixtral", "granitemoeshared", "granitemoe_swa", "ernie4_5_moe", "laguna"
+}  # fmt: skip
 """Their K selected experts share weight 1 whatever K is, so a split's gain is K; elsewhere each
 expert's weight does not depend on K."""
 
@@ -68,8 +70,13 @@ def load_all_on(folder, dtype=torch.float32):
     model = load(folder, dtype, num_experts_per_tok=routed)
     if config.get("norm_topk_prob", True):
         for stacked in experts(model):
-            stacked.down_proj.data *= routed / config["num_experts_per_tok"]
+            stacked.down_proj.data *= routed / top_k(config)
     return model
+
+
+def top_k(config):
+    """As config.json spells it."""
+    return config.get("num_experts_per_tok") or config["moe_k"]
 
 
 def load_all_alike(folder, dtype=torch.float32):

@@ -298,7 +298,7 @@ def show_conversion(conversion: "Conversion") -> None:
 def _exactness(conversion: "Conversion") -> str:
     check = conversion.check
     if check is None or check.exact_error is None:
-        return "not expected: copies were changed"
+        return f"not expected: {conversion.plan.way.changed}"
     plan, what = conversion.plan, "all experts on"
     if plan.exact == "logits":
         what = "copies"

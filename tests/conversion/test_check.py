@@ -132,8 +132,8 @@ def test_neurons_in_two_experts_are_caught(dense, out, monkeypatch):
 
 
 def test_tensor_under_a_wrong_name_is_caught(dense, out, monkeypatch):
-    def misspelt(outer):
-        for name, tensor in assemble_head(outer):
+    def misspelt(*arguments):
+        for name, tensor in assemble_head(*arguments):
             yield name.replace("norm", "nrom"), tensor
 
     for module in (planning, conversion):

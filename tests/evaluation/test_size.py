@@ -12,7 +12,15 @@ from upcycle.evaluation.size import expert_similarity, flops, measure_size
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.targets import TARGETS
 
-FAMILIES = {"qwen3_moe": "qwen3", "granitemoeshared": "granite", "flex_olmo": "olmo2"}
+FAMILIES = {
+    "qwen3_moe": "qwen3",
+    "granitemoeshared": "granite",
+    "granitemoe_swa": "granite_swa",
+    "flex_olmo": "olmo2",
+    "ernie4_5_moe": "ernie4_5",
+    "laguna": "qwen3",
+    "deepseek_v3": "youtu",
+}
 
 
 def linear_weights(model):

@@ -10,6 +10,7 @@ import jinja2
 import yaml
 
 from upcycle.conversion.memory import peak_bytes
+from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
 from upcycle.core.paths import local_path, public_name, way_from
 from upcycle.core.versions import versions
@@ -19,10 +20,12 @@ from upcycle.models.record import (
     CheckReport,
     ConversionResult,
     DenseLayers,
+    ExpertPart,
     Identity,
     KindResult,
     LayerPart,
     Made,
+    MergePart,
     PlanPart,
     RecipePart,
     Source,
@@ -78,7 +81,31 @@ def plan_summary(plan: Plan, *, measured: bool = False) -> PlanPart:
         feedback=plan.design.feedback,
         warnings=list(plan.warnings),
         recipe=RecipePart.model_validate(plan.recipe.settings()),
+        **({} if plan.sources is None else {"merge": _merge_part(plan.sources)}),
     )
+
+
+def _merge_part(sources: Sources, *, fingerprints: bool = False) -> MergePart:
+    """The models, by names that may be published.
+
+    Args:
+        fingerprints: of what was read, which takes reading all of it.
+    """
+    merge, count = sources.merge, len(sources.merge.experts)
+    found = sources.fingerprints() if fingerprints else [None] * len(merge.all)
+    parts = [
+        ExpertPart(
+            model=expert.model.public,
+            prompts=list(expert.prompts),
+            negatives=list(expert.negatives),
+            text=expert.text and public_texts(expert.text),
+            noise_scale=expert.noise_scale,
+            residual_scale=expert.residual_scale,
+            fingerprint=fingerprint,
+        )
+        for expert, fingerprint in zip(merge.all, found, strict=True)
+    ]
+    return MergePart(experts=parts[:count], shared=parts[count] if merge.shared else None)
 
 
 def conversion_summary(conversion: Conversion) -> ConversionResult:
@@ -101,7 +128,9 @@ def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]
         name = way_from(conversion.out, local_path(source.label))
     calibration = public_texts(conversion.plan.recipe.calibration)
     recipe = result.plan.recipe.model_copy(update={"calibration": calibration})
-    public = {"source": public_name(source.label), "recipe": recipe}
+    public: dict[str, Any] = {"source": public_name(source.label), "recipe": recipe}
+    if conversion.plan.sources is not None:
+        public["merge"] = _merge_part(conversion.plan.sources, fingerprints=True)
     return Made(
         out=conversion.out.resolve().name,
         plan=result.plan.model_copy(update=public),

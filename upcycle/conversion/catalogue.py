@@ -21,6 +21,7 @@ KINDS = {
     "shared_by": "shared-expert rule",
     "router": "router",
     "compensate": "compensation",
+    "rest": "rest rule",
 }
 """The fields of a recipe that name a method, and what the methods are called there."""
 

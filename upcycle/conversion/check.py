@@ -32,6 +32,7 @@ from upcycle.evaluation.run import (
 from upcycle.models.blocks import moe_blocks, watch_selections
 from upcycle.models.head import drop_layers
 from upcycle.models.record import CheckReport, KindResult
+from upcycle.models.stream import replace_ffn
 
 EXACT_TOKENS = 128
 
@@ -65,7 +66,7 @@ def run_check(
     model = load_model(plan.source.folder, dtype, plan.device)
     dense = {kind: decode_windows(model, windows_WL, step) for kind, windows_WL in held.items()}
     for layer, ffn in all_on:
-        _replace(model.model.layers[layer].mlp, ffn)
+        replace_ffn(model, layer, ffn)
     exact_LV = next_token_logits(model, exact_L)
     drop_layers(model)
     model = load_result(folder, dtype, plan.device)
@@ -111,16 +112,6 @@ def _steps(progress: Any, total: int) -> Callable[[int], None]:
     """Tells `progress` of every window of all kinds and both models."""
     windows = itertools.count(1)
     return lambda _: progress("checking", next(windows), total)
-
-
-def _replace(mlp: Any, ffn: DenseFFN) -> None:
-    """Give a dense model's FFN other weights, and perhaps more or fewer neurons."""
-    matrices = {"gate_proj": ffn.gate_FD, "up_proj": ffn.up_FD, "down_proj": ffn.down_DF}
-    if hasattr(mlp, "gate_up_proj"):
-        matrices["gate_up_proj"] = torch.cat([matrices.pop("gate_proj"), matrices.pop("up_proj")])
-    for name, matrix in matrices.items():
-        linear = getattr(mlp, name)
-        linear.weight = torch.nn.Parameter(matrix.to(linear.weight), requires_grad=False)
 
 
 def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:
@@ -189,7 +180,7 @@ def _check_routing(plan: Plan, model: Any, window_L: Tensor) -> None:
         hook.remove()
     for block, x_TD, (chosen_TK, weights_TK) in zip(blocks, inputs, seen, strict=True):
         expected_TE = design.weigh(x_TD.float() @ block.router.weight.float().T)
-        routed = design.gains.routed * weights_TK.float()
+        routed = design.gains.routed * block.factor * weights_TK.float()
         found_TE = torch.zeros_like(expected_TE).scatter_(1, chosen_TK, routed)
         # Experts at the margin may change places by rounding; the planned ones hardly differ then.
         error = float((found_TE.sort(1).values - expected_TE.sort(1).values).abs().mean(0).max())

@@ -16,7 +16,6 @@ from transformers.activations import ACT2FN
 from upcycle.conversion.plan import Plan
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.models.assemble import dense_ffn
-from upcycle.models.names import EMBEDDINGS
 from upcycle.models.stream import HiddenStream
 
 
@@ -27,13 +26,15 @@ def measure_damage(
     """KL(dense ‖ branch) per layer, in nats per token."""
     source = plan.source
     outer = source.read(source.outer_names())
-    embed_VD = source.canonical(outer)[EMBEDDINGS]
-    stream = HiddenStream(source.config, embed_VD, tokens_BL, plan.device)
+    stream = HiddenStream(source.config, outer, tokens_BL, plan.device)
     layers = source.arch.num_layers
     kept = round(plan.design.geometry.active_ratio * source.arch.intermediate_size)
     for layer in range(layers):
         progress("measuring layers", layer, layers)
         raw = source.read_layer(layer)
+        if layer not in source.arch.ffn_layers:
+            stream.through(layer, raw)
+            continue
         x_TD, _ = stream.attend(layer, raw)
         ffn = dense_ffn(source.canonical(raw), ACT2FN[source.arch.fields["hidden_act"]])
         base_TD = x_TD[: tokens_BL.numel()]

@@ -21,7 +21,6 @@ from upcycle.conversion.plan import Plan, make_plan
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import LayerActivations
 from upcycle.models.assemble import dense_ffn
-from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import DenseLayers, Trial
 from upcycle.models.stream import PREDICTED_TOKENS, HiddenStream
 from upcycle.models.targets import TARGETS
@@ -137,12 +136,21 @@ def _ends(kind: str, layers: int) -> tuple[int, ...]:
 
 def _by_damage(damage: list[float], kind: str, first: tuple[int, ...] = ()) -> list[int]:
     """Layers in the order in which they become dense: after these, the most damaged."""
-    layers = range(len(damage))
-    return (
-        list(layers)
-        if kind == "prefix"
-        else sorted(layers, key=lambda i: (i not in first, -damage[i]))
-    )
+    layers = list(range(len(damage)))
+    if kind == "prefix":
+        return layers
+    if kind == "ends":
+        return _from_the_ends(layers, damage, first)
+    return sorted(layers, key=lambda i: (i not in first, -damage[i]))
+
+
+def _from_the_ends(layers: list[int], damage: list[float], first: tuple[int, ...]) -> list[int]:
+    """Layers, the more damaged of the outermost two before the other; before that, these."""
+    order = list(first)
+    rest = [layer for layer in layers if layer not in first]
+    while rest:
+        order.append(rest.pop(0 if damage[rest[0]] >= damage[rest[-1]] else -1))
+    return order
 
 
 def best_dense_layers(
@@ -153,7 +161,7 @@ def best_dense_layers(
 
     Args:
         damage: per layer, when this layer alone is cut to the active share.
-        kind: which layers a target can keep dense: `any`, `prefix` or `none`.
+        kind: which layers a target can keep dense (see `MoETarget`).
         most: how many layers can stay dense and leave the others experts to route; by default
             all but one.
     """
@@ -227,8 +235,7 @@ def _cut(tokens_BL: Tensor, front: int) -> Tensor:
 def _stream_dense(plan: Plan, tokens_BL: Tensor) -> HiddenStream:
     source, stream = plan.source, _embedded(plan, tokens_BL)
     for layer in range(source.arch.num_layers):
-        stream.attend(layer, source.read_layer(layer))
-        stream.advance(layer)
+        stream.through(layer, source.read_layer(layer))
     return stream
 
 
@@ -240,10 +247,10 @@ def _stream_converted(plan: Plan, sample: Sample) -> HiddenStream:
     fitted = sample.fit_BL.numel()
     for layer in range(source.arch.num_layers):
         raw = source.read_layer(layer)
-        x_TD, norm_T = stream.attend(layer, raw)
         if layer not in plan.moe_layers:
-            stream.advance(layer)
+            stream.through(layer, raw)
             continue
+        x_TD, norm_T = stream.attend(layer, raw)
         ffn = dense_ffn(source.canonical(raw), act)
         wide = ffn.to(x_TD.device, torch.float32)
         x_TD = x_TD.float()
@@ -257,18 +264,19 @@ def _stream_converted(plan: Plan, sample: Sample) -> HiddenStream:
 def _embedded(plan: Plan, tokens_BL: Tensor) -> HiddenStream:
     """A stream before the first layer. (A function of its own, so that the embeddings are gone.)"""
     source = plan.source
-    embed_VD = source.canonical(source.read(source.outer_names()))[EMBEDDINGS]
-    return HiddenStream(source.config, embed_VD, tokens_BL, plan.device)
+    return HiddenStream(
+        source.config, source.read(source.embedding_names()), tokens_BL, plan.device
+    )
 
 
 def _losses(stream: HiddenStream, plan: Plan, rows: int) -> list[float]:
     """The mean loss of each of the last rows, at the end of a stream."""
     outer = plan.source.read(plan.source.outer_names())
-    next_T = stream.tokens_BL[-rows:].roll(-1, 1).flatten().to(plan.device)
+    next_T = stream.groups[-1][-rows:].roll(-1, 1).flatten().to(plan.device)
     nats = [
         -log_probs_tV.gather(1, next_t[:, None])[:, 0]
         for log_probs_tV, next_t in zip(
-            stream.last_log_probs(outer, rows), next_T.split(PREDICTED_TOKENS), strict=True
+            stream.last_log_probs(outer, len(next_T)), next_T.split(PREDICTED_TOKENS), strict=True
         )
     ]
     # Nothing comes after a row's last token.

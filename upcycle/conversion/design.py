@@ -10,7 +10,10 @@ from torch import Tensor
 
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.compensate.base import Compensation
+from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.recipe import Recipe
+from upcycle.conversion.rest import RESTS
+from upcycle.conversion.rest.registry import Run as MergeRest
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem
 from upcycle.core.registry import Method, Params, Registry, check_parameters
@@ -71,6 +74,8 @@ class Methods:
     compensate: Bound[Compensation]
     perturb: Bound[Method[Any]] | None
     """What makes copies differ, if anything does."""
+    rest: Bound[Method[MergeRest]]
+    """How several models' tensors become one's, but for the FFNs."""
 
     @classmethod
     def of(cls, recipe: Recipe, default_router: str) -> "Methods":
@@ -85,6 +90,7 @@ class Methods:
             router=bind(ROUTERS, recipe.router or Choice(name=default_router)),
             compensate=bind(COMPENSATIONS, recipe.compensate),
             perturb=bind(PERTURBS, recipe.method) if recipe.method.name in PERTURBS else None,
+            rest=bind(RESTS, recipe.rest),
         )
 
 
@@ -107,6 +113,8 @@ class Design:
     dtype: torch.dtype
     """That is written."""
     seed: int
+    merge: Merge | None = None
+    """Of several models, which are experts and how."""
 
     def weigh(self, logits_TE: Tensor) -> Tensor:
         """What each expert counts by the router's logits [T, E]; see `Routing.weights`."""

@@ -28,8 +28,10 @@ def convert_layer(
             plan has feedback.
     """
     if activations is None:
-        activations = LayerActivations(ffn, ffn.gate_FD.new_empty(0, ffn.hidden_size))
+        activations = LayerActivations(ffn, ffn.up_FD.new_empty(0, ffn.hidden_size))
     weight_T = None
     if plan.design.compensates and norm_T is not None:
         weight_T = token_weights(norm_T)
-    return plan.way.make(plan.design, Inputs(layer, ffn, activations, weight_T, wanted_TD))
+    ffns = plan.sources.ffns(layer, ffn.act) if plan.sources else ()
+    inputs = Inputs(layer, ffn, activations, weight_T, wanted_TD, ffns)
+    return plan.way.make(plan.design, inputs)

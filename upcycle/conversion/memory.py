@@ -57,10 +57,9 @@ def _embedding(plan: Plan) -> int:
 
 def _sampling(plan: Plan) -> int:
     """The whole model writes calibration text, with keys and values of all that it has written."""
-    fields = plan.source.arch.fields
+    arch = plan.source.arch
     tokens = 2 * TOGETHER * LENGTH  # an opener may be as long
-    width = 2 * fields["num_key_value_heads"] * plan.source.arch.head_dim
-    cache = tokens * plan.source.arch.num_layers * width * plan.source.dtype.itemsize
+    cache = tokens * arch.num_layers * arch.cached * plan.source.dtype.itemsize
     return _whole(plan) + int(cache)
 
 

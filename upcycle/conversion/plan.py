@@ -13,6 +13,9 @@ from torch import Tensor
 
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
+from upcycle.conversion.merging.request import Merge
+from upcycle.conversion.merging.rest import check_rest, read_merged
+from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.notes import layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
@@ -78,6 +81,8 @@ class Plan:
     runtimes: Mapping[Runtime, str]
     """Every runtime beside transformers 5, with the reason that it does not run the result, or an
     empty string."""
+    sources: Sources | None = None
+    """The experts' models, of a merge; `source` is its base."""
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -99,13 +104,12 @@ class Plan:
 
     @property
     def moe_layers(self) -> list[int]:
-        layers = range(self.source.arch.num_layers)
-        return [i for i in layers if i not in self.spec.dense_layers]
+        return [i for i in self.source.arch.ffn_layers if i not in self.spec.dense_layers]
 
     @property
     def active_ffn_ratio(self) -> float:
         """Active FFN neurons over the dense model's; layers kept dense count as 1."""
-        layers, dense = self.source.arch.num_layers, len(self.spec.dense_layers)
+        layers, dense = len(self.source.arch.ffn_layers), len(self.spec.dense_layers)
         return active_ffn_ratio(self.design.geometry, layers, dense)
 
     @property
@@ -115,6 +119,22 @@ class Plan:
         runtimes, arch = self.request.runtimes, self.source.arch
         auto = self.request.keep_dense == "auto"
         return auto and takes_dense_layers(runtimes, arch, self.target, self.spec)
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """These tensors of the source; of a merge, all but FFNs as its rule for the rest has them.
+
+        Raises:
+            UpcycleError: as `DenseSource.read`.
+        """
+        if self.sources is None:
+            return self.source.read(names)
+        return read_merged(self.sources, self.design.methods.rest, names, self.design.seed)
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """A layer's tensors by their names below `model.layers.N.`, as the source spells them."""
+        prefix = f"model.layers.{layer}."
+        found = self.read(self.source.layer_names(layer))
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def geometries(self) -> list[Geometry]:
         """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
@@ -131,7 +151,7 @@ class Plan:
     @property
     def exact(self) -> Exact:
         """What of the dense model the result must have to rounding."""
-        return self.way.exact(self.recipe, self.design.methods, self.design.geometry)
+        return self.way.exact(self.recipe, self.design)
 
     @property
     def partitions(self) -> bool:
@@ -189,10 +209,16 @@ def make_plan(
     recipe: Recipe,
     out: Path | None = None,
     *,
+    sources: Sources | None = None,
+    notes: tuple[str, ...] = (),
     overwrite: bool = False,
     resume: bool = False,
 ) -> Plan:
     """Decide everything; see `Plan`.
+
+    Args:
+        sources: of a merge, whose base is `source`.
+        notes: on what was asked for.
 
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
@@ -200,38 +226,33 @@ def make_plan(
     out = None if out is None else local_path(out).resolve()
     way = WAYS[recipe.method.name]
     methods = Methods.of(recipe, way.default_router)
-    way.check(recipe, methods)
+    _check_way(recipe, way, methods, sources)
     dense_layers, asked = named_dense_layers(recipe, source), source
-    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
-    hosts = refusals(arch, recipe, dense_layers)
-    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
-    source = replace(source, arch=arch)
+    merge = sources.merge if sources else None
+    source, targets = _laid_out(recipe, source, dense_layers, merge)
+    arch = source.arch
     target = _choose_target(recipe, way, targets)
-    room = _room(source.arch, target, len(dense_layers))
+    room = _room(arch, target, len(dense_layers))
     geometry = way.geometry(recipe, room)
     combine = _combine(recipe, way, geometry, target, targets)
-    design = _design(recipe, way, methods, source, target, geometry, combine, room)
+    design = _design(recipe, way, methods, source, target, geometry, combine, room, merge)
     spec = MoESpec(geometry, design.gains, dense_layers)
     device = choose_device(recipe.device)
     calibration, left_out = _calibration(recipe, way, source, device)
-    fields = common_fields(source.arch, TARGETS[target], design.dtype)
     units = _units(source, target, spec, design.dtype)
     params_total = sum(s.numel for unit in units.values() for s in unit)
-    idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
-    idle = idle_neurons * 3 * source.arch.hidden_size
+    idle = geometry.idle_neurons * arch.ffn_params // arch.intermediate_size
     plan = Plan(
         source=source,
         request=recipe,
-        recipe=_resolved(
-            recipe, methods, target, geometry, calibration, untied=arch is not asked.arch
-        ),
+        recipe=_resolved(recipe, methods, target, geometry, calibration, arch != asked.arch),
         out=out,
         target=target,
         targets=targets,
         way=way,
         design=design,
         spec=spec,
-        config=fields | TARGETS[target].config(source.arch, spec),
+        config=_config(arch, target, spec, design.dtype),
         device=device,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
@@ -239,13 +260,36 @@ def make_plan(
         warnings=(
             *source_notes(source, design.dtype),
             *layout_notes(asked, arch),
-            *warnings(recipe, way, spec, target, design.dtype),
+            *notes,
+            *warnings(recipe, way, spec, target, design, _reached(targets)),
             *left_out,
         ),
-        runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
+        runtimes=runtime_refusals(recipe, arch, target, spec, combine),
+        sources=sources,
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
+
+
+def _laid_out(
+    recipe: Recipe, source: DenseSource, dense_layers: tuple[int, ...], merge: Merge | None
+) -> tuple[DenseSource, dict[str, str]]:
+    """The source as it is written, its output embeddings tied or not, and every target, with why it
+    can't be chosen."""
+    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
+    hosts = refusals(arch, recipe, dense_layers, merge)
+    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
+    return replace(source, arch=arch), targets
+
+
+def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
+    made = TARGETS[target]
+    return common_fields(arch, made, dtype) | made.config(arch, spec)
+
+
+def _reached(targets: Mapping[str, str]) -> list[str]:
+    """The targets that can host the model."""
+    return [name for name, why in targets.items() if not why]
 
 
 def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
@@ -264,10 +308,21 @@ def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
     return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
 
 
+def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | None) -> None:
+    """What is asked goes with the way, and as many models are there as it takes."""
+    if way.several and sources is None:
+        raise UpcycleError(f"--method {way.name} takes several models: upcycle {way.name} MODEL…")
+    if not way.several and methods.rest.name != "base":
+        raise UpcycleError(f"--rest {methods.rest.name} goes with upcycle merge: here is one model")
+    way.check(recipe, methods)
+    if sources is not None:
+        check_rest(sources, methods.rest)
+
+
 def _room(arch: Architecture, target: str, num_dense: int) -> Room:
     return Room(
         num_neurons=arch.intermediate_size,
-        layers=arch.num_layers,
+        layers=len(arch.ffn_layers),
         num_dense=num_dense,
         shared_width=TARGETS[target].shared_width,
         min_experts=TARGETS[target].min_experts,
@@ -283,6 +338,7 @@ def _design(
     geometry: Geometry,
     combine: Combine,
     room: Room,
+    merge: Merge | None,
 ) -> Design:
     compensates = bool(methods.compensate.method.refits)
     spread = recipe.router_spread or (SPREAD if compensates else UNFITTED_SPREAD)
@@ -298,6 +354,7 @@ def _design(
         feedback=_feedback(recipe, way, methods, source.arch, geometry, room),
         dtype=source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
         seed=recipe.seed,
+        merge=merge,
     )
 
 
@@ -326,7 +383,6 @@ def _resolved(
     target: str,
     geometry: Geometry,
     calibration: str,
-    *,
     untied: bool,
 ) -> Recipe:
     """The recipe with what it left open."""
@@ -370,30 +426,48 @@ def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tu
 
 
 def refusals(
-    arch: Architecture, recipe: Recipe, dense_layers: tuple[int, ...] = ()
+    arch: Architecture,
+    recipe: Recipe,
+    dense_layers: tuple[int, ...] = (),
+    merge: Merge | None = None,
 ) -> dict[str, str]:
     """Every target, with why it can't host this model; empty if it can."""
     experts = None if recipe.experts is None else recipe.experts * recipe.granularity
     return {
-        name: target.refusal(arch, dense_layers=dense_layers, shared=recipe.shared, experts=experts)
+        name: target.refusal(
+            arch,
+            dense_layers=dense_layers,
+            shared=recipe.shared,
+            gated=merge is not None and merge.gates_shared(_router_name(recipe)),
+            experts=experts,
+        )
         for name, target in TARGETS.items()
     }
 
 
+def _router_name(recipe: Recipe) -> str:
+    return "" if recipe.router is None else recipe.router.name
+
+
 def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
+    reachable = ", ".join(_reached(targets)) or "none"
     if recipe.target != "auto":
         if recipe.target not in TARGETS:
-            raise UpcycleError(f"unknown target {recipe.target!r}{suggest(recipe.target, TARGETS)}")
+            hint = suggest(recipe.target, TARGETS)
+            beside = f" (reachable: {reachable})" if way.several else ""
+            raise UpcycleError(f"unknown target {recipe.target!r}{hint}{beside}")
         if targets[recipe.target]:
-            reachable = ", ".join(name for name, why in targets.items() if not why) or "none"
             raise UpcycleError(
                 f"--target {recipe.target}: {targets[recipe.target]} (reachable: {reachable})"
             )
         return recipe.target
-    reachable_names = [name for name, why in targets.items() if not why]
+    reachable_names = _reached(targets)
     if not reachable_names:
         reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
         raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")
+    if way.softmax_rows:
+        softmax = [n for n in reachable_names if TARGETS[n].routing.score == "softmax"]
+        reachable_names = softmax or reachable_names
     if _router_needs_plain_weights(recipe, way):
         reachable_names = [n for n in reachable_names if _plain_weights(n)] or reachable_names
     rank = "copy_rank" if way.averages else "split_rank"
@@ -446,15 +520,15 @@ def _units(
         return source.canonical(empty)
 
     outer = meta(source.outer_names())
-    units = {"embeddings": _specs(assemble_embeddings(outer))}
+    units = {"embeddings": _specs(assemble_embeddings(TARGETS[target], outer))}
     for layer in range(source.arch.num_layers):
         tensors = meta(source.layer_names(layer), f"model.layers.{layer}.")
         moe = None
-        if layer not in spec.dense_layers:
-            moe = _meta_layer(spec, source.arch.hidden_size, dtype)
+        if layer in source.arch.ffn_layers and layer not in spec.dense_layers:
+            moe = _meta_layer(spec, source.arch, dtype)
         named = assemble_layer(TARGETS[target], source.arch, layer, tensors, moe, spec.gains)
         units[f"layer {layer}"] = _specs(named)
-    units["head"] = _specs(assemble_head(outer, source.arch))
+    units["head"] = _specs(assemble_head(TARGETS[target], source.arch, outer))
     return units
 
 
@@ -462,12 +536,13 @@ def _specs(named: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in named)
 
 
-def _meta_layer(spec: MoESpec, hidden: int, dtype: torch.dtype) -> MoELayer:
+def _meta_layer(spec: MoESpec, arch: Architecture, dtype: torch.dtype) -> MoELayer:
     def ffn(size: int) -> DenseFFN:
-        rows = torch.empty(size, hidden, dtype=dtype, device="meta")
-        return DenseFFN(rows, rows, rows.T, act=lambda x: x)
+        rows = torch.empty(size, arch.hidden_size, dtype=dtype, device="meta")
+        gate = None if Trait.UNGATED in arch.traits else rows
+        return DenseFFN(gate, rows, rows.T, act=lambda x: x)
 
-    router_ED = torch.empty(spec.geometry.num_experts, hidden, dtype=dtype, device="meta")
+    router_ED = torch.empty(spec.geometry.num_experts, arch.hidden_size, dtype=dtype, device="meta")
     shared = ffn(spec.geometry.shared_size) if spec.geometry.shared_size else None
     return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
 
@@ -480,7 +555,8 @@ def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     _check_memory(plan)
     if plan.out is not None:
         room = plan.bytes + plan.aside_bytes()
-        check_out(plan.out, plan.source.folder, room, overwrite=overwrite, resume=resume)
+        for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+            check_out(plan.out, source.folder, room, overwrite=overwrite, resume=resume)
 
 
 def _check_feedback(plan: Plan) -> None:

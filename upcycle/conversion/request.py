@@ -25,7 +25,9 @@ def named_dense_layers(recipe: Recipe, source: DenseSource) -> tuple[int, ...]:
             raise UpcycleError(
                 f"--keep-dense names layer {layer}, but {source.label} has layers 0 to {layers - 1}"
             )
-    if len(recipe.keep_dense) == layers:
+        if layer not in source.arch.ffn_layers:
+            raise UpcycleError(f"--keep-dense names layer {layer}, which has no FFN to keep dense")
+    if len(recipe.keep_dense) == len(source.arch.ffn_layers):
         raise UpcycleError("--keep-dense names every layer, which leaves nothing to convert")
     return recipe.keep_dense
 

@@ -31,7 +31,6 @@ from upcycle.models.assemble import (
     dense_ffn,
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
-from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import RECORD, CheckReport, DenseLayers, Identity, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
@@ -75,6 +74,7 @@ def run(
     """
     if plan.out is None:
         raise ValueError("the plan has no output folder")
+    plan.source.fetch()
     begun = None
     if resume:
         # What is there was made by a run with its own number of threads.
@@ -103,6 +103,9 @@ def identity(plan: Plan, threads: int) -> Identity:
         "versions": versions(),
         "threads": threads,
     }
+    if plan.sources is not None:
+        ingredients["merge"] = plan.sources.merge.settings()
+        ingredients["sources"] = plan.sources.fingerprints()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 
@@ -201,15 +204,17 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
     source = plan.source
     writer = CheckpointWriter(workspace.result, plan.specs, plan.recipe.max_shard_size)
-    outer = source.canonical(source.read(source.outer_names()))
+    raw = plan.read(source.outer_names())
     stream = dense = None
     if plan.streams:
-        stream = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
+        stream = HiddenStream(source.config, raw, fit_BL, plan.device)
     if plan.design.feedback:
-        dense = HiddenStream(source.config, outer[EMBEDDINGS], fit_BL, plan.device)
-    _write_unit(workspace, writer, "embeddings", assemble_embeddings(outer), {})
-    _write_unit(workspace, writer, "head", assemble_head(outer, source.arch), {})
-    del outer
+        dense = HiddenStream(source.config, raw, fit_BL, plan.device)
+    outer = source.canonical(raw)
+    target = TARGETS[plan.target]
+    _write_unit(workspace, writer, "embeddings", assemble_embeddings(target, outer), {})
+    _write_unit(workspace, writer, "head", assemble_head(target, source.arch, outer), {})
+    del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):
         progress("converting layers", layer, layers)
@@ -238,8 +243,14 @@ def _write_layer(
     finished = unit in workspace.records
     if finished and stream is None:
         return
-    raw = plan.source.read_layer(layer)
+    raw = plan.read_layer(layer)
     tensors = plan.source.canonical(raw)
+    if layer not in plan.source.arch.ffn_layers:
+        for each in filter(None, (stream, dense)):
+            each.through(layer, raw)
+        if not finished:
+            _write_converted(plan, workspace, writer, layer, tensors, None)
+        return
     ffn = dense_ffn(tensors, _activation(plan))
     activations, norm_T = _attend(layer, raw, ffn, stream, dense)
     converted = None
@@ -264,8 +275,7 @@ def _attend(
     """Move the stream up to a layer's FFN, and the dense one past it; what the FFN sees, and the
     norms [T] of what its output is added to."""
     if dense:
-        dense.attend(layer, raw)
-        dense.advance(layer)
+        dense.through(layer, raw)
     if stream is None:
         return None, None
     x_TD, norm_T = stream.attend(layer, raw)
@@ -313,9 +323,14 @@ def _put_aside(
     the check need."""
     if converted is None or not plan.way.kept_neurons(plan.design.geometry):
         return {"dense": converted is None}
-    refit = {name: getattr(converted.ffn, name) for name in plan.design.refits}
+    refit = {name: getattr(converted.ffn, name) for name in _refit(plan, converted.ffn)}
     workspace.keep(unit, {"router": converted.router_ED} | refit)
     return {"dense": False, "permutation": converted.permutation.tolist()}
+
+
+def _refit(plan: Plan, ffn: DenseFFN) -> list[str]:
+    """The matrices of an FFN that the plan refits."""
+    return [name for name in ffn.matrices if name in plan.design.refits]
 
 
 def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> ConvertedLayer:

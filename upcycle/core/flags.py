@@ -15,6 +15,11 @@ CONVERSION_FLAGS = (
     *("check", "dtype", "device", "seed"),
 )
 """Fields of a recipe that `convert` and `plan` have a flag for; `--set` sets the others."""
+MERGE_FLAGS = (
+    *("rest", "router", "target", "top_k"),
+    *("seq_len", "check", "dtype", "device", "seed"),
+)
+"""Fields of a recipe that `merge` has a flag for; `--set` sets the others."""
 TRAINING_FLAGS = (
     *("train", "lora", "merge", "lr"),
     *("data", "assistant_only_loss", "tokens", "steps", "seq_len", "batch_size"),

@@ -8,7 +8,7 @@ routed expert, S shared neurons, K experts per token.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,27 +27,45 @@ HELD_ELEMENTS = 2**28  # of h_TF that a layer may hold: 1 GB in float32
 
 @dataclass(frozen=True, slots=True)
 class DenseFFN:
-    """A gated FFN: y = down (act(gate x) * (up x)).
+    """A gated FFN, y = down (act(gate x) * (up x)), or one without a gate, y = down act(up x).
 
     Neuron i is row i of gate and up, and column i of down.
     """
 
-    gate_FD: Tensor
+    gate_FD: Tensor | None
     up_FD: Tensor
     down_DF: Tensor
     act: Activation
 
     @property
     def num_neurons(self) -> int:
-        return self.gate_FD.shape[0]
+        return self.up_FD.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        return self.gate_FD.shape[1]
+        return self.up_FD.shape[1]
+
+    @property
+    def rows_FD(self) -> Tensor:
+        """What decides how much each neuron is on: the gate's rows, or without a gate, up's."""
+        return self.up_FD if self.gate_FD is None else self.gate_FD
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The fields that hold its weights."""
+        names = ("gate_FD", "up_FD", "down_DF")
+        return names[1:] if self.gate_FD is None else names
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "DenseFFN":
+        """The FFN with each of its matrices changed."""
+        made: dict[str, Any] = {name: change(getattr(self, name)) for name in self.matrices}
+        return replace(self, **made)
 
     def hidden(self, x_TD: Tensor) -> Tensor:
         """The neurons' activations h [T, F] for inputs x [T, D]."""
         linear = torch.nn.functional.linear
+        if self.gate_FD is None:
+            return self.act(linear(x_TD, self.up_FD))
         h_TF: Tensor = self.act(linear(x_TD, self.gate_FD)) * linear(x_TD, self.up_FD)
         return h_TF
 
@@ -56,14 +74,13 @@ class DenseFFN:
 
     def hides_as(self, other: "DenseFFN") -> bool:
         """Whether the neurons' activations are another FFN's."""
-        gate_FD, up_FD = self.gate_FD, self.up_FD
-        return torch.equal(gate_FD, other.gate_FD) and torch.equal(up_FD, other.up_FD)
+        return torch.equal(self.rows_FD, other.rows_FD) and torch.equal(self.up_FD, other.up_FD)
 
     def take(self, neurons: Tensor) -> "DenseFFN":
         """The FFN of these neurons [M] only, in this order."""
         return replace(
             self,
-            gate_FD=self.gate_FD[neurons],
+            gate_FD=None if self.gate_FD is None else self.gate_FD[neurons],
             up_FD=self.up_FD[neurons],
             down_DF=self.down_DF[:, neurons],
         )
@@ -71,17 +88,13 @@ class DenseFFN:
     @classmethod
     def concatenate(cls, parts: "Sequence[DenseFFN]") -> Self:
         """The FFN of all the parts' neurons, whose output is the parts' sum."""
-        gate_FD = torch.cat([part.gate_FD for part in parts])
+        gates = [part.gate_FD for part in parts if part.gate_FD is not None]
+        gate_FD = torch.cat(gates) if gates else None
         up_FD = torch.cat([part.up_FD for part in parts])
         return cls(gate_FD, up_FD, torch.cat([p.down_DF for p in parts], dim=1), parts[0].act)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "DenseFFN":
-        return replace(
-            self,
-            gate_FD=self.gate_FD.to(device, dtype),
-            up_FD=self.up_FD.to(device, dtype),
-            down_DF=self.down_DF.to(device, dtype),
-        )
+        return self.changed(lambda matrix: matrix.to(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -202,6 +215,11 @@ class Geometry:
         return self.shared_size / self.num_neurons
 
     @property
+    def idle_neurons(self) -> int:
+        """Of the experts that a token does not get."""
+        return (self.num_experts - self.top_k) * self.expert_size
+
+    @property
     def active_ratio(self) -> float:
         """Active neurons per token, as a multiple of the dense FFN's."""
         return (self.shared_size + self.top_k * self.expert_size) / self.num_neurons
@@ -258,6 +276,8 @@ class MoELayer:
     router_ED: Tensor
     expert: Callable[[int], DenseFFN]
     shared: DenseFFN | None
+    shared_gate_1D: Tensor | None = None
+    """The row by whose logistic sigmoid the shared expert counts; None: it always counts 1."""
 
     @property
     def num_experts(self) -> int:
@@ -267,6 +287,8 @@ class MoELayer:
         """The reference forward: the shared expert and what the routed ones count."""
         weight_TE = weigh(x_TD @ self.router_ED.T)
         y_TD = self.shared(x_TD) if self.shared else torch.zeros_like(x_TD)
+        if self.shared_gate_1D is not None:
+            y_TD = y_TD * (x_TD @ self.shared_gate_1D.T).sigmoid()
         for e in range(self.num_experts):
             y_TD = y_TD + weight_TE[:, e, None] * self.expert(e)(x_TD)
         return y_TD

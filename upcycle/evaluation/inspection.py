@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from upcycle.models.record import RECORD, Made, check_summary, read_record
-from upcycle.models.source import DenseSource, model_folder, read_config, read_headers
+from upcycle.models.source import Checkpoint, DenseSource, open_located, read_config
 from upcycle.models.targets import TARGETS
 
 
@@ -15,7 +15,7 @@ def inspect_dense(source: DenseSource) -> dict[str, Any]:
     arch = source.arch
     neurons = arch.intermediate_size
     params = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
-    ffn = 3 * arch.hidden_size * neurons * arch.num_layers
+    ffn = arch.ffn_params * len(arch.ffn_layers)
     return {
         "model": source.label,
         "kind": "dense",
@@ -32,20 +32,25 @@ def inspect_dense(source: DenseSource) -> dict[str, Any]:
     }
 
 
-def moe_folder(model: str, revision: str | None = None) -> Path | None:
-    """The folder of a model with experts; None of any other."""
-    folder = model_folder(model, revision)
-    return folder if folder is not None and read_config(folder).model_type in TARGETS else None
+def inspect_found(label: str, found: Checkpoint | None) -> dict[str, Any]:
+    """What a model is, dense or not."""
+    if found is not None and has_experts(found):
+        return inspect_moe(label, found)
+    return inspect_dense(open_located(label, found))
 
 
-def inspect_moe(label: str, folder: Path) -> dict[str, Any]:
+def has_experts(found: Checkpoint) -> bool:
+    return read_config(found.folder).model_type in TARGETS
+
+
+def inspect_moe(label: str, found: Checkpoint) -> dict[str, Any]:
     """What an MoE is and, if upcycle made it, how it came to be.
 
     Raises:
         UpcycleError: its record is not what upcycle writes.
     """
-    config = read_config(folder)
-    headers = read_headers(folder)
+    config = read_config(found.folder)
+    headers = found.headers()
     routed = {n: torch.Size(i.shape).numel() for n, i in headers.items() if is_routed(n)}
     total = sum(torch.Size(info.shape).numel() for info in headers.values())
     experts = (
@@ -65,7 +70,7 @@ def inspect_moe(label: str, folder: Path) -> dict[str, Any]:
         "params_total": total,
         "params_active": total - sum(routed.values()) * (experts - top_k) // experts,
     }
-    record = folder / RECORD
+    record = found.folder / RECORD
     return report | _origin(record) if record.is_file() else report
 
 
@@ -84,4 +89,5 @@ def _origin(path: Path) -> dict[str, Any]:
 def is_routed(name: str) -> bool:
     """Whether a tensor of a target's hub layout belongs to the routed experts."""
     fused = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
-    return ".experts." in name or any(part in name for part in fused)
+    stacked = ".experts." in name and not name.endswith("correction_bias")
+    return stacked or any(part in name for part in fused)

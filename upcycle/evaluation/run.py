@@ -20,7 +20,6 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
@@ -37,8 +36,8 @@ from upcycle.models.calibration import check_seq_len
 from upcycle.models.config_fields import check_layers
 from upcycle.models.head import Decoded, decode, drop_layers
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.names import KEY_MAPPING
-from upcycle.models.source import checkpoint_folder, read_config, read_headers, reading_whole
+from upcycle.models.loading import load_whole
+from upcycle.models.source import checkpoint_folder, read_config, read_headers
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
 
@@ -102,6 +101,8 @@ class TextResult:
     """The largest ratio of perplexities of any window."""
     fitted: bool = False
     """Whether the model was calibrated or trained on this text, which flatters these numbers."""
+    load: list[list[float]] = field(default_factory=list)
+    """Per MoE layer and expert: its share of this text's selections over the fair share."""
 
 
 @dataclass(frozen=True)
@@ -243,15 +244,9 @@ def evaluate(
         if suite is None:
             return measured
         progress("tasks", 0, 1)
-        name = str(kind).removeprefix("torch.")
+        settings = {"dtype": str(kind).removeprefix("torch."), "device": str(place)}
         scores = run_tasks(
-            suite,
-            folder,
-            dense_folder,
-            adapter=adapter,
-            dtype=name,
-            device=str(place),
-            batch_size=batch_size,
+            suite, folder, dense_folder, adapter=adapter, batch_size=batch_size, **settings
         )
         progress("tasks", 1, 1)
         return replace(measured, tasks=scores)
@@ -422,7 +417,7 @@ def _text_results(
 
 def _text_result(text: str, measured: Comparison) -> TextResult:
     if not measured.losses_against:
-        return TextResult(text, measured.perplexity, None, None, None, None)
+        return TextResult(text, measured.perplexity, None, None, None, None, load=measured.load)
     return TextResult(
         text,
         measured.perplexity,
@@ -431,6 +426,7 @@ def _text_result(text: str, measured: Comparison) -> TextResult:
         measured.kl,
         measured.top1_agreement,
         measured.worst_window_ratio,
+        load=measured.load,
     )
 
 
@@ -475,19 +471,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         UpcycleError: it does not load, or not every tensor finds its place.
     """
     check_layers(read_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
-    with warnings.catch_warnings(), reading_whole():
+    with warnings.catch_warnings():
         # A target that always has a shared expert holds one of no neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         with blaming(f"{folder} does not load in transformers"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                key_mapping=KEY_MAPPING,
-            )
+            model, info = load_whole(folder, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")

@@ -15,13 +15,13 @@ FFN = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
 def dense_ffn(tensors: Mapping[str, Tensor], act: Activation) -> DenseFFN:
     """The FFN among a layer's tensors (under llama's names, without prefix)."""
-    gate_FD, up_FD, down_DF = (tensors[name] for name in FFN)
-    return DenseFFN(gate_FD, up_FD, down_DF, act)
+    gate, up, down = FFN
+    return DenseFFN(tensors.get(gate), tensors[up], tensors[down], act)
 
 
-def assemble_embeddings(outer: Mapping[str, Tensor]) -> Named:
+def assemble_embeddings(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:
     """What comes before the layers."""
-    yield EMBEDDINGS, outer[EMBEDDINGS]
+    yield target.spelled.get(EMBEDDINGS, EMBEDDINGS), outer[EMBEDDINGS]
 
 
 def assemble_layer(
@@ -38,21 +38,22 @@ def assemble_layer(
         tensors: all of the layer's, under llama's names without prefix.
     """
     prefix = f"model.layers.{layer}."
+    extra = dict(target.extra(arch, tensors))
     for name, tensor in tensors.items():
-        if moe is None or name not in FFN:
-            yield prefix + name, tensor
-    for name, tensor in target.extra(arch, tensors):
+        if name not in extra and (moe is None or name not in FFN):
+            yield prefix + target.spelled.get(name, name), tensor
+    for name, tensor in extra.items():
         yield prefix + name, tensor
     if moe is not None:
         for name, tensor in target.experts(moe, gains):
             yield prefix + name, tensor
 
 
-def assemble_head(outer: Mapping[str, Tensor], arch: Architecture) -> Named:
+def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Tensor]) -> Named:
     """What comes after the layers: the last norm, and the head where it is not tied; the
     embeddings again, where it is no longer."""
     for name, tensor in outer.items():
         if name != EMBEDDINGS:
-            yield name, tensor
+            yield target.spelled.get(name, name), tensor
     if not arch.tied and HEAD not in outer:
         yield HEAD, outer[EMBEDDINGS]

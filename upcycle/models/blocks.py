@@ -20,6 +20,9 @@ class MoEBlock:
     experts: Any
     """With `gate_up_proj` [E, 2 M, D], `down_proj` [E, D, M] and `act_fn`. Called with tokens
     [T, D], the selected experts [T, K] and their weights [T, K]."""
+    factor: float = 1.0
+    """What the block multiplies by what the experts put out together; most classes have it in the
+    weights."""
 
     @property
     def num_experts(self) -> int:
@@ -32,7 +35,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     Raises:
         UpcycleError: a layer has experts, but no router that looks like one of transformers' own.
     """
-    routers, experts = {}, {}
+    routers, experts, factors = {}, {}, {}
     for name, module in model.named_modules():
         layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         if layer is None:
@@ -41,11 +44,15 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
             routers[layer] = module
         elif _is_stacked(module):
             experts[layer] = module
+            parent = model.get_submodule(name.rpartition(".")[0])
+            factors[layer] = float(getattr(parent, "routed_scaling_factor", 1.0))
     for layer in sorted(experts.keys() - routers.keys()):
         raise UpcycleError(
             f"layer {layer} of {type(model).__name__} has experts, but no router that upcycle knows"
         )
-    return [MoEBlock(layer, router, experts[layer]) for layer, router in routers.items()]
+    return [
+        MoEBlock(layer, router, experts[layer], factors[layer]) for layer, router in routers.items()
+    ]
 
 
 def _is_stacked(module: nn.Module) -> bool:

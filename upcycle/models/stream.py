@@ -1,6 +1,6 @@
 """The dense model as transformers builds it, and its hidden states layer by layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
+from upcycle.core.types import DenseFFN
+from upcycle.models.families import FAMILIES
+from upcycle.models.names import HEAD
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
 PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
@@ -31,35 +34,60 @@ class HiddenStream:
 
     Args:
         config: of the dense model.
-        embed_VD: the input embeddings, [vocab, hidden].
-        tokens_BL: token ids, [sequences, seq_len].
+        outer: the tensors that belong to no layer, under their names in the source; of these, the
+            embeddings' are looked at, [vocab, hidden].
+        tokens_BL: token ids, [sequences, seq_len]; or several such, each of its own seq_len, whose
+            tokens T then follow each other.
         device: where the layers run. On a CPU they run in float32, elsewhere in the weights' dtype.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, embed_VD: Tensor, tokens_BL: Tensor, device: torch.device
+        self,
+        config: PreTrainedConfig,
+        outer: Mapping[str, Tensor],
+        tokens_BL: Tensor | Sequence[Tensor],
+        device: torch.device,
     ) -> None:
+        self.blocks = FAMILIES[config.model_type].blocks
         self.model = model = skeleton(config)
-        self.layers, self.norm = model.model.layers, model.model.norm
-        self.tokens_BL = tokens_BL
+        self.decoder = decoder = model.model
+        self.layers, self.norm = decoder.layers, getattr(decoder, self.blocks.norm)
+        self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
         self.device = device
-        self.dtype = torch.float32 if device.type == "cpu" else embed_VD.dtype
         self.recorders = [_Recorder() for _ in self.layers]
-        model.model.layers = nn.ModuleList(self.recorders)
-        model.model.norm = nn.Identity()
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-        embed = model.model.embed_tokens
-        embed.load_state_dict({"weight": embed_VD.to(device, self.dtype)}, assign=True)
-        if hasattr(embed, "embed_scale"):
-            embed.embed_scale = torch.tensor(embed.scalar_embed_scale, device=device)
+        decoder.layers = nn.ModuleList(self.recorders)
+        setattr(decoder, self.blocks.norm, nn.Identity())
+        if getattr(decoder, "rotary_emb", None) is not None:
+            decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+        for i, rotary in enumerate(getattr(decoder, "rotary_embs", ())):  # one for each base
+            decoder.rotary_embs[i] = type(rotary)(config=rotary.config).to(device)
+        self.dtype = self._load_embeddings(outer)
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
         with torch.no_grad():
-            for ids_bL in tokens_BL.to(device).split(max(1, BATCH_TOKENS // tokens_BL.shape[1])):
-                model.model(input_ids=ids_bL, use_cache=False)
-                self.hidden.append(self.recorders[0].hidden)
-        # It is not needed again before the end: a large vocabulary's may be gigabytes.
-        embed.weight = nn.Parameter(embed.weight.to("meta"), requires_grad=False)
+            for ids_BL in self.groups:
+                for ids_bL in ids_BL.to(device).split(max(1, BATCH_TOKENS // ids_BL.shape[1])):
+                    decoder(input_ids=ids_bL, use_cache=False)
+                    self.hidden.append(self.recorders[0].hidden)
+        # They are not needed again before the end: a large vocabulary's may be gigabytes.
+        for name in self.blocks.embeddings:
+            module = getattr(decoder, name)
+            gone = {n: weight.to("meta") for n, weight in module.state_dict().items()}
+            module.load_state_dict(gone, assign=True)
+
+    def _load_embeddings(self, outer: Mapping[str, Tensor]) -> torch.dtype:
+        """Give the modules before the layers their weights; the dtype in which layers run."""
+        for name in self.blocks.embeddings:
+            module, place = getattr(self.decoder, name), f"model.{name}."
+            own = {n.removeprefix(place): t for n, t in outer.items() if n.startswith(place)}
+            on_cpu = self.device.type == "cpu"
+            dtype = torch.float32 if on_cpu else next(iter(own.values())).dtype
+            module.load_state_dict(
+                {n: t.to(self.device, dtype) for n, t in own.items()}, assign=True
+            )
+            if hasattr(module, "embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
+        return dtype
 
     @torch.no_grad()
     def attend(self, layer: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -72,18 +100,19 @@ class HiddenStream:
         Returns:
             What its FFN sees, x [T, D], and the norm [T] of what the FFN's output is added to.
         """
-        block = self.layers[layer]
-        block.load_state_dict(
-            {k: v.to(self.device, self.dtype) for k, v in weights.items()}, assign=True
-        )
-        self.ffn, block.mlp = block.mlp, _SilentFFN()
-        tokens = sum(hidden_bLD[..., 0].numel() for hidden_bLD in self.hidden)
-        x_TD = torch.empty(tokens, self.hidden[0].shape[-1], device=self.device, dtype=self.dtype)
-        room = iter(x_TD.split(self.hidden[0][..., 0].numel()))
+        block, blocks = self._load(layer, weights), self.blocks
+        self.ffn, silent = getattr(block, blocks.ffn), _SilentFFN()
+        self.after = {name: getattr(block, name) for name in blocks.after}
+        self._set(layer, {blocks.ffn: silent} | dict(blocks.after))
+        mixers = [name for name in blocks.mixers if getattr(block, name, None) is not None]
+        stand_ins = {name: _SilentMixer(getattr(block, name)) for name in mixers}
+        self._set(layer, stand_ins)
+        x_TD, room = self._room(self.dtype)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD)
-            next(room).copy_(block.mlp.x_bLD.flatten(0, 1))
-        block.self_attn = _SilentAttention()
+            next(room).copy_(silent.x_bLD.flatten(0, 1))
+        for stand_in in stand_ins.values():
+            stand_in.mixer = None
         if not torch.isfinite(x_TD).all():
             raise UpcycleError(
                 f"the dense model overflows in layer {layer} on the calibration text, in "
@@ -91,40 +120,67 @@ class HiddenStream:
             )
         return x_TD, torch.cat([h_bLD.norm(dim=-1).flatten() for h_bLD in self.hidden])
 
+    def entering(self) -> Tensor:
+        """Before `attend`: the residual stream that enters the layer, [T, D]."""
+        return torch.cat([hidden_bLD.flatten(0, 1) for hidden_bLD in self.hidden])
+
     def lag(self, other: "HiddenStream") -> Tensor:
         """What these hidden states lack of another stream's of the same tokens, [T, D] in float32.
         Between `attend` and `advance` they are what the FFN's output is added to."""
-        tokens, hidden = self.tokens_BL.numel(), self.hidden[0].shape[-1]
-        lag_TD = torch.empty(tokens, hidden, device=self.device, dtype=torch.float32)
-        room = iter(lag_TD.split(self.hidden[0][..., 0].numel()))
+        lag_TD, room = self._room(torch.float32)
         for ours_bLD, theirs_bLD in zip(self.hidden, other.hidden, strict=True):
             next(room).copy_(theirs_bLD.flatten(0, 1)).sub_(ours_bLD.flatten(0, 1))
         return lag_TD
+
+    def _room(self, dtype: torch.dtype) -> tuple[Tensor, Iterator[Tensor]]:
+        """An empty tensor [T, D] for all tokens, and its rows of each batch in turn."""
+        sizes = [hidden_bLD[..., 0].numel() for hidden_bLD in self.hidden]
+        room_TD = torch.empty(sum(sizes), self.hidden[0].shape[-1], device=self.device, dtype=dtype)
+        return room_TD, iter(room_TD.split(sizes))
 
     @torch.no_grad()
     def branch(self, layer: int, y_TD: Tensor) -> None:
         """Between `attend` and `advance`: let the first batch also go on in another way, with
         this output of its FFN, and through the dense layers after it."""
-        self.layers[layer].mlp = _Replay(y_TD)
+        self._set(layer, {self.blocks.ffn: _Replay(y_TD)} | self.after)
         self.branches.append(self._run(layer, self.hidden[0]))
 
     @torch.no_grad()
     def advance(self, layer: int, y_TD: Tensor | None = None) -> None:
         """Move all tokens through the rest of the layer: its own FFN, or one in its place that
         puts out y for the x of `attend`."""
-        self.layers[layer].mlp = self.ffn if y_TD is None else _Replay(y_TD)
+        ffn = self.ffn if y_TD is None else _Replay(y_TD)
+        self._set(layer, {self.blocks.ffn: ffn} | self.after)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD)
         self.hidden += self.branches
         self.branches = []
         self.ffn = self.layers[layer] = nn.Identity()
 
-    def last_log_probs(self, outer: Mapping[str, Tensor], rows: int) -> Iterator[Tensor]:
-        """After the last layer: log-probabilities [t, V] of all tokens of the last sequences, in
-        order, PREDICTED_TOKENS at a time."""
-        last_TD = torch.cat(self.hidden)[-rows:].flatten(0, 1)
+    @torch.no_grad()
+    def through(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """Move all tokens through a whole layer, in place of `attend` and `advance`."""
+        self._load(layer, weights)
+        for i, hidden_bLD in enumerate(self.hidden):
+            self.hidden[i] = self._run(layer, hidden_bLD)
+        self.layers[layer] = nn.Identity()
+
+    def _load(self, layer: int, weights: Mapping[str, Tensor]) -> nn.Module:
+        block: nn.Module = self.layers[layer]
+        block.load_state_dict(
+            {k: v.to(self.device, self.dtype) for k, v in weights.items()}, assign=True
+        )
+        return block
+
+    def _set(self, layer: int, attributes: Mapping[str, Any]) -> None:
+        for name, value in attributes.items():
+            setattr(self.layers[layer], name, value)
+
+    def last_log_probs(self, outer: Mapping[str, Tensor], tokens: int) -> Iterator[Tensor]:
+        """After the last layer: log-probabilities [t, V] of the last tokens, in order,
+        PREDICTED_TOKENS at a time."""
+        last_TD = self.entering()[-tokens:]
         self.hidden = list(last_TD[None].split(PREDICTED_TOKENS, 1))
-        self.tokens_BL = self.tokens_BL[-rows:]
         return (log_probs_1tV[0] for log_probs_1tV in self.log_probs(outer))
 
     @torch.no_grad()
@@ -134,30 +190,32 @@ class HiddenStream:
         Args:
             outer: the tensors that belong to no layer, under their names in the source.
         """
-        self.model.model.norm = self.norm
+        setattr(self.decoder, self.blocks.norm, self.norm)
         weights = {k: v.to(self.device, self.dtype) for k, v in outer.items()}
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+        weights.setdefault(HEAD, weights[f"model.{self.blocks.embeddings[0]}.weight"])
         self.model.load_state_dict(weights, assign=True, strict=False)
         for hidden_bLD in self.hidden:
-            self.model.model.layers = nn.ModuleList([_Constant(hidden_bLD)])
-            ids_bL = self.tokens_BL[: len(hidden_bLD)].to(self.device)
+            self.decoder.layers = nn.ModuleList([_Constant(hidden_bLD)])
+            # Which tokens they were no longer matters.
+            ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
             yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
 
     def _run(self, layer: int, hidden_bLD: Tensor) -> Tensor:
-        out = self.layers[layer](hidden_bLD, **self._arguments(layer, len(hidden_bLD)))
+        out = self.layers[layer](hidden_bLD, **self._arguments(layer, *hidden_bLD.shape[:2]))
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
 
-    def _arguments(self, layer: int, batch: int) -> dict[str, Any]:
-        """What transformers called the layer with; the last batch may be the shorter one."""
-        arguments = dict(self.recorders[layer].arguments)
+    def _arguments(self, layer: int, batch: int, length: int) -> dict[str, Any]:
+        """What transformers called the layer with for sequences of this length; the last batch of
+        them may be the shorter one."""
+        arguments = dict(self.recorders[layer].arguments[length])
         mask = arguments.get("attention_mask")
         if isinstance(mask, Tensor):
             mask = mask[:1].expand(batch, *mask.shape[1:])
             arguments["attention_mask"] = mask.to(self.dtype) if mask.is_floating_point() else mask
-        arguments["position_embeddings"] = tuple(
-            angles.to(self.dtype) for angles in arguments["position_embeddings"]
-        )
+        if arguments.get("position_embeddings") is not None:
+            angles = arguments["position_embeddings"]
+            arguments["position_embeddings"] = tuple(each.to(self.dtype) for each in angles)
         return arguments
 
 
@@ -165,10 +223,15 @@ class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps what it was called with, passes the input on."""
 
     hidden: Tensor
-    arguments: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[int, dict[str, Any]] = {}
+        """By the sequences' length."""
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden, arguments
+        self.hidden = hidden
+        self.arguments[hidden.shape[1]] = arguments
         return hidden
 
 
@@ -182,11 +245,22 @@ class _SilentFFN(nn.Module):
         return torch.zeros_like(x_bLD)
 
 
-class _SilentAttention(nn.Module):
-    """Stands in for an attention that has been added already."""
+class _SilentMixer(nn.Module):
+    """Stands in for what mixes tokens: itself, until it has been added and is dropped; then
+    nothing, in the same form."""
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer: nn.Module | None = mixer
+        self.pair = False
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
+        if self.mixer is not None:
+            out = self.mixer(hidden_states, **arguments)
+            self.pair = isinstance(out, tuple)
+            return out
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.pair else nothing
 
 
 class _Replay(nn.Module):
@@ -212,3 +286,20 @@ class _Constant(nn.Module):
 
     def forward(self, hidden: Tensor, **_: Any) -> Tensor:
         return self.hidden_bLD
+
+
+def replace_ffn(model: PreTrainedModel, layer: int, ffn: DenseFFN) -> None:
+    """Let a whole dense model use another FFN in a layer."""
+    blocks, weight = FAMILIES[model.config.model_type].blocks, next(model.parameters())
+    setattr(model.model.layers[layer], blocks.ffn, _Given(ffn.to(weight.device, weight.dtype)))
+
+
+class _Given(nn.Module):
+    """Stands in for an FFN: another one."""
+
+    def __init__(self, ffn: DenseFFN) -> None:
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x_bLD: Tensor) -> Tensor:
+        return self.ffn(x_bLD)

@@ -30,5 +30,5 @@ class CentroidParams(Params):
 def router(
     ffn: DenseFFN, experts_EM: Tensor, params: CentroidParams, rng: torch.Generator
 ) -> Tensor:
-    rows_FD = ffn.gate_FD.float()
+    rows_FD = ffn.rows_FD.float()
     return (normalize(rows_FD, dim=1) if params.normalize else rows_FD)[experts_EM].mean(1)

@@ -28,6 +28,6 @@ class ClusterParams(Params):
     params=ClusterParams,
 )
 def split(ffn: DenseFFN, num_experts: int, params: ClusterParams, rng: torch.Generator) -> Tensor:
-    rows_FD = ffn.gate_FD if params.rows == "gate" else ffn.up_FD
+    rows_FD = ffn.rows_FD if params.rows == "gate" else ffn.up_FD
     members_EM, _ = balanced_kmeans(normalize(rows_FD.float(), dim=1), num_experts, rng)
     return members_EM

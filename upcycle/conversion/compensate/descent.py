@@ -12,7 +12,6 @@ arXiv:2203.03466).
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -62,8 +61,8 @@ def descend(
     before = error(start, held_out)
     if batches == 1 or not before > 0:
         return start
-    ffn = replace(start, **{name: getattr(start, name).clone() for name in MATRICES})
-    matrices = [getattr(ffn, name).requires_grad_() for name in MATRICES]
+    ffn = start.changed(torch.clone)
+    matrices = [getattr(ffn, name).requires_grad_() for name in ffn.matrices]
     optimiser = torch.optim.Adam(
         [{"params": matrix, "lr": params.rate * _step(matrix)} for matrix in matrices], betas=BETAS
     )

@@ -5,6 +5,7 @@ field is either carried over under the same name, turned into a trait that a tar
 known to have no effect on the forward pass, or an error: nothing is lost silently.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
+from upcycle.models.families.unhosted import MOE_BY_ANOTHER_NAME, REASONS
 from upcycle.models.traits import Architecture, Trait
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
@@ -22,6 +24,22 @@ Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
 
 def keep(name: str, tensor: Tensor, config: PreTrainedConfig) -> Mapping[str, Tensor]:
     return {name: tensor}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where a family's modules keep what the calibration tokens pass through."""
+
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    """Modules of the decoder that make its first hidden states of tokens."""
+    norm: str = "norm"
+    """The decoder's last one."""
+    mixers: tuple[str, ...] = ("self_attn",)
+    """Modules of a layer that mix tokens, of which each layer has one."""
+    ffn: str = "mlp"
+    after: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of a layer with the values by which nothing is done to what it is when its FFN's
+    output has been added."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +54,20 @@ class DenseFamily:
     inert: Mapping[str, Any] = field(default_factory=dict)
     """Config fields of its own that do not change the forward pass at the given value; with
     ANY they never do."""
+    understood: frozenset[str] = frozenset()
+    """Config fields of its own that `extra` and `traits` read."""
     extra: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """Config fields in the common vocabulary that the source spells differently."""
+    traits: Callable[[PreTrainedConfig], dict[Trait, str]] = lambda config: {}
+    """Traits that config fields of its own switch, each with the field and value that does."""
     partial_rotary: bool = False
     """Whether its class reads `partial_rotary_factor`; the others rotate whole heads whatever it
     says."""
+    carried: tuple[str, ...] = ()
+    """Config fields of its own that go to the target under the same name."""
+    blocks: Blocks = Blocks()
+    bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
+    """Layers without an FFN."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
 
@@ -83,26 +110,31 @@ def describe(config: PreTrainedConfig) -> Architecture:
     if config.model_type not in FAMILIES:
         raise UpcycleError(
             unsupported_reason(
-                config.model_type, encoder_decoder=getattr(config, "is_encoder_decoder", False)
+                config.model_type,
+                encoder_decoder=getattr(config, "is_encoder_decoder", False),
+                gated=getattr(config, "is_gated_act", False),
             )
         )
     family = FAMILIES[config.model_type]
     _refuse_unknown_fields(config, family)
     fields = {name: getattr(config, name, None) for name in CARRIED}
     fields["head_dim"] = head_dim(config)
-    fields["rope_parameters"] = dict(config.rope_parameters)
+    fields["rope_parameters"] = rope = dict(config.rope_parameters)
     fields["attention_multiplier"] = getattr(config, "attention_multiplier", None)
     fields |= {name: getattr(config, name, 1.0) for name in MULTIPLIERS}
     fields |= {
         "sliding_window": getattr(config, "sliding_window", None),
         "layer_types": layer_types(config),
+        "layer_rope_theta": [rope.get("rope_theta")] * config.num_hidden_layers,
     }
+    fields |= {name: getattr(config, name) for name in family.carried}
     fields |= family.extra(config)
     return Architecture(
         family=family.name,
         fields=fields,
-        traits=dict(family.always) | _traits(config, family, fields),
+        traits=dict(family.always) | family.traits(config) | _traits(config, family, fields),
         intermediate_size=config.intermediate_size,
+        bare_layers=family.bare_layers(config),
     )
 
 
@@ -113,7 +145,8 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """`full_attention` or `sliding_attention` for each layer."""
-    declared = getattr(config, "layer_types", None)
+    # A class that does not declare the field does not read it, whatever config.json says.
+    declared = "layer_types" in type(config).__annotations__ and config.layer_types
     if declared:
         return list(declared)
     window = getattr(config, "sliding_window", None)
@@ -131,8 +164,18 @@ def _traits(
         traits[Trait.MLP_BIAS] = "mlp_bias=true"
     kinds = set(fields["layer_types"])
     if "sliding_attention" in kinds:
+        if not fields["sliding_window"]:
+            raise UpcycleError(
+                "config.json has sliding_attention in layer_types but no sliding_window, so what "
+                "those layers see is not clear: set the one or change the other"
+            )
         trait = Trait.SLIDING_WINDOW if len(kinds) == 1 else Trait.MIXED_WINDOW
         traits[trait] = f"sliding_window={fields['sliding_window']}"
+    thetas = fields["layer_rope_theta"]
+    if 0 in thetas:
+        traits[Trait.LAYERS_WITHOUT_ROTARY] = f"{thetas.count(0)} of {len(thetas)}"
+    if len(set(thetas) - {0}) > 1:
+        traits[Trait.LAYER_ROTARY] = f"layer_rope_theta={thetas}"
     rotary = fields["rope_parameters"].get("partial_rotary_factor", 1.0)
     if rotary != 1.0 and not family.partial_rotary:
         raise UpcycleError(
@@ -151,14 +194,10 @@ def _traits(
 
 
 def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> None:
-    if getattr(config, "quantization_config", None):
-        raise UpcycleError(
-            "config.json has a quantization_config, and quantised weights can't be split or "
-            "copied: start from the unquantised checkpoint"
-        )
     defaults = type(config)()
     for name in type(config).__annotations__:
-        if name in UNDERSTOOD or name in CARRIED:
+        known = (*CARRIED, *family.carried, *family.understood)
+        if name in UNDERSTOOD or name in known:
             continue
         value, default = getattr(config, name, None), getattr(defaults, name, None)
         if name in family.inert:
@@ -170,38 +209,26 @@ def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> Non
             )
 
 
-REASONS = {
-    "gemma2": "caps its attention logits, which no native MoE does",
-    "gemma3": "is multimodal, and its text model has sandwich norms that no native MoE has",
-    "gemma3_text": "has sandwich norms with two rotary bases, which no native MoE has",
-    "gpt2": "has an ungated FFN with biases and learned positions, which no native MoE has",
-    "gpt_neox": "has an ungated FFN with biases, which no native MoE decoder has",
-    "opt": "has an ungated FFN with biases and learned positions, which no native MoE has",
-    "phi": "has an ungated FFN with biases in a parallel block, which no native MoE has",
-    "falcon": "has an ungated FFN, which no native MoE with its attention has",
-    "starcoder2": "has an ungated FFN with biases, which no native MoE has",
-    "bert": "is an encoder, and no native MoE encoder hosts it",
-}
+def unsupported_reason(
+    model_type: str, *, encoder_decoder: bool = False, gated: bool = False
+) -> str:
+    """Why a model is not converted, as a sentence.
 
-MOE_BY_ANOTHER_NAME = set(
-    "mixtral dbrx flex_olmo gpt_oss deepseek_v2 deepseek_v3 jamba qwen3_next llama4_text".split()
-)
-
-
-def unsupported_reason(model_type: str, *, encoder_decoder: bool = False) -> str:
-    """Why a model is not converted, as a sentence."""
-    known = ", ".join(sorted(FAMILIES))
-    if encoder_decoder:
-        return (
-            f"{model_type} is an encoder-decoder, and upcycle converts decoders alone "
-            f"(supported: {known})"
-        )
+    Args:
+        gated: whether the FFN of an encoder-decoder has a gate.
+    """
+    known = f"(supported: {', '.join(sorted(FAMILIES))})"
     if model_type in REASONS:
-        return (
-            f"{model_type} can't become a native MoE: it {REASONS[model_type]} (supported: {known})"
-        )
+        return f"{model_type} can't become a native MoE: it {REASONS[model_type]} {known}"
     if "moe" in model_type or model_type in MOE_BY_ANOTHER_NAME:
         return f"the source is a {model_type} model, which is a Mixture-of-Experts already"
-    return (
-        f"model_type {model_type!r} is not a dense family that upcycle knows (supported: {known})"
-    )
+    if encoder_decoder and gated:
+        return (
+            f"{model_type} with gated FFNs can't become a native MoE: it is an encoder-decoder, "
+            f"and no native MoE of these has gated experts {known}"
+        )
+    if encoder_decoder:
+        return f"{model_type} is an encoder-decoder of a family that upcycle does not know {known}"
+    nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+    return f"model_type {model_type!r} is not a dense family that upcycle knows{hint} {known}"

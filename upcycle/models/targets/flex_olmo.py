@@ -12,7 +12,7 @@ from upcycle.models.targets.base import (
     attention_bias,
     per_expert,
 )
-from upcycle.models.targets.limits import silu_only, unknown
+from upcycle.models.targets.limits import silu_only, unknown, usual_yarn
 from upcycle.models.traits import Architecture, Trait
 
 
@@ -39,7 +39,7 @@ TARGETS.add(
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
         runtimes={
             "llama.cpp": (unknown,),
-            "vLLM": (silu_only,),
+            "vLLM": (silu_only, usual_yarn),
             "MLX": (unknown,),
             "transformers 4": (),
         },

@@ -25,6 +25,12 @@ def all_layers_routed(arch: Architecture, spec: MoESpec) -> str:
     return "every layer must have experts (--keep-dense none)" if spec.dense_layers else ""
 
 
+def first_dense_only(arch: Architecture, spec: MoESpec) -> str:
+    """Of the layers, only the first can be dense."""
+    first = spec.dense_layers == tuple(range(len(spec.dense_layers)))
+    return "" if first else "only the first layers can be dense (--keep-dense 0,1,…)"
+
+
 def shared_needed(arch: Architecture, spec: MoESpec) -> str:
     """There is a shared expert."""
     return "" if spec.geometry.shared_size else "there must be a shared expert"
@@ -54,7 +60,8 @@ def heads_fill_hidden(arch: Architecture, spec: MoESpec) -> str:
 
 def no_biases(arch: Architecture, spec: MoESpec) -> str:
     """Attention has no biases."""
-    return "attention has no biases" if Trait.QKV_BIAS in arch.traits else ""
+    biased = {Trait.QKV_BIAS, Trait.O_BIAS} & set(arch.traits)
+    return "attention has no biases" if biased else ""
 
 
 def no_output_bias(arch: Architecture, spec: MoESpec) -> str:
@@ -72,6 +79,40 @@ def one_window(arch: Architecture, spec: MoESpec) -> str:
     """All layers have the same sliding window, or none."""
     mixed = Trait.MIXED_WINDOW in arch.traits
     return "all layers must have the same sliding window" if mixed else ""
+
+
+def one_rotary(arch: Architecture, spec: MoESpec) -> str:
+    """All layers have the same rotary embedding."""
+    own = {Trait.LAYERS_WITHOUT_ROTARY, Trait.LAYER_ROTARY} & set(arch.traits)
+    return "all layers must have the same rotary embedding" if own else ""
+
+
+def one_rotary_base(arch: Architecture, spec: MoESpec) -> str:
+    """All rotary embeddings have the same base."""
+    own = Trait.LAYER_ROTARY in arch.traits
+    return "all rotary embeddings must have the same base" if own else ""
+
+
+def usual_yarn(arch: Architecture, spec: MoESpec) -> str:
+    """What yarn multiplies queries and keys by is worked out of its factor."""
+    # llama.cpp's converter leaves mscale out, and versions of vLLM differ.
+    rope = arch.fields["rope_parameters"]
+    own = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name)]
+    if rope.get("rope_type") != "yarn" or not own:
+        return ""
+    return f"rotary embeddings of rope_type yarn may not heed {' and '.join(own)}"
+
+
+def interleaved(arch: Architecture, spec: MoESpec) -> str:
+    """Rotary embeddings are of neighbouring channels."""
+    neighbours = arch.fields.get("rope_interleave", True)
+    return "" if neighbours else "rotary embeddings are of neighbouring channels"
+
+
+def no_dynamic_rope(arch: Architecture, spec: MoESpec) -> str:
+    """Rotary embeddings do not grow with the text."""
+    dynamic = arch.fields["rope_parameters"].get("rope_type") == "dynamic"
+    return "rotary embeddings do not grow with the text (rope_type dynamic)" if dynamic else ""
 
 
 def unscaled_rope(arch: Architecture, spec: MoESpec) -> str:

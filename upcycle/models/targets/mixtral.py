@@ -5,7 +5,13 @@ from typing import Any
 
 from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import TARGETS, MoESpec, MoETarget, Routing, per_expert
-from upcycle.models.targets.limits import heads_fill_hidden, no_window, silu_only, unscaled_rope
+from upcycle.models.targets.limits import (
+    heads_fill_hidden,
+    no_window,
+    silu_only,
+    unscaled_rope,
+    usual_yarn,
+)
 from upcycle.models.traits import Architecture, Trait
 
 
@@ -36,8 +42,8 @@ TARGETS.add(
             names=("w1", "w3", "w2"),
         ),
         runtimes={
-            "llama.cpp": (silu_only, no_window),
-            "vLLM": (silu_only,),
+            "llama.cpp": (silu_only, no_window, usual_yarn),
+            "vLLM": (silu_only, usual_yarn),
             "MLX": (silu_only, no_window, heads_fill_hidden, unscaled_rope),
             "transformers 4": (),
         },

@@ -20,6 +20,7 @@ from upcycle.models.targets.limits import (
     no_window,
     silu_only,
     unscaled_rope,
+    usual_yarn,
 )
 from upcycle.models.traits import Architecture, Trait
 
@@ -51,8 +52,11 @@ TARGETS.add(
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
         runtimes={
-            "llama.cpp": (all_layers_routed, always_renormalises, silu_only, no_window),
-            "vLLM": (silu_only, no_output_bias),
+            "llama.cpp": (
+                *(all_layers_routed, always_renormalises, silu_only, no_window),
+                usual_yarn,
+            ),
+            "vLLM": (silu_only, no_output_bias, usual_yarn),
             "MLX": (silu_only, no_biases, no_window, unscaled_rope),
             "transformers 4": (),
         },

@@ -37,4 +37,5 @@ def drop(ffn: DenseFFN, params: DropParams, rng: torch.Generator) -> DenseFFN:
         fresh = torch.randn(old.shape, generator=rng) * old.std() + old.mean()
         return rows_FD.index_copy(0, neurons, fresh.to(rows_FD.dtype))
 
-    return DenseFFN(redraw(ffn.gate_FD), redraw(ffn.up_FD), redraw(ffn.down_DF.T).T, ffn.act)
+    gate_FD = None if ffn.gate_FD is None else redraw(ffn.gate_FD)
+    return DenseFFN(gate_FD, redraw(ffn.up_FD), redraw(ffn.down_DF.T).T, ffn.act)

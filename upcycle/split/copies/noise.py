@@ -33,4 +33,4 @@ def noise(ffn: DenseFFN, params: NoiseParams, rng: torch.Generator) -> DenseFFN:
             weight.dtype
         )
 
-    return DenseFFN(shake(ffn.gate_FD), shake(ffn.up_FD), shake(ffn.down_DF), ffn.act)
+    return ffn.changed(shake)
