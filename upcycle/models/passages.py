@@ -11,7 +11,6 @@ from torch import Tensor
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.passages import Passage
-from upcycle.models.names import EMBEDDINGS
 from upcycle.models.source import DenseSource
 from upcycle.models.stream import PREDICTED_TOKENS, HiddenStream
 from upcycle.models.tokens import Reader
@@ -39,12 +38,18 @@ def prompt_passage(reader: Reader, prompt: str, expert: int, *, negative: bool =
 def text_passages(
     reader: Reader, text: str, expert: int, *, windows: int, length: int, seed: int
 ) -> list[Passage]:
-    """Windows of a text, as calibration and training read it.
+    """Windows of a text, as calibration and training read it; of one that holds fewer tokens as
+    many as there are, or one shorter window.
 
     Raises:
-        UpcycleError: it can't be read, or holds too few tokens.
+        UpcycleError: it can't be read, or holds no tokens.
     """
-    ids_BL = reader.windows(text, windows, length, seed=seed)
+    body = reader.body(length)
+    ids = reader.drawn(text, windows, body, seed=seed).ids
+    if not len(ids):
+        raise UpcycleError(f"text {text!r} of expert {expert} holds no tokens: give it some")
+    width = min(body, len(ids))
+    ids_BL = reader.begun(ids[: len(ids) // width * width].view(-1, width))
     return [Passage(ids_L, expert, front=len(reader.front)) for ids_L in ids_BL]
 
 
@@ -86,14 +91,16 @@ def next_token_losses(
         progress: told how many layers are done, of how many.
     """
     outer = source.read(source.outer_names())
-    stream = HiddenStream(
-        source.config, source.canonical(outer)[EMBEDDINGS], grouped.groups, device
-    )
+    stream = HiddenStream(source.config, outer, grouped.groups, device)
     layers = source.arch.num_layers
     for layer in range(layers):
         progress(layer, layers)
-        stream.attend(layer, source.read_layer(layer))
-        stream.advance(layer)
+        weights = source.read_layer(layer)
+        if layer in source.arch.ffn_layers:
+            stream.attend(layer, weights)
+            stream.advance(layer)
+        else:
+            stream.through(layer, weights)
     next_T = torch.cat([ids_BL.roll(-1, 1).flatten() for ids_BL in grouped.groups]).to(device)
     pieces = zip(
         stream.last_log_probs(outer, len(next_T)), next_T.split(PREDICTED_TOKENS), strict=True
