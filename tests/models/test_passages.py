@@ -51,8 +51,9 @@ def passages_of(folder):
 def layer_rows(folder, name):
     """Each layer's rows by the gate of this name, from a stream."""
     source, grouped = open_source(str(folder)), Grouped(passages_of(folder))
-    embed_VD = source.canonical(source.read(source.outer_names()))["model.embed_tokens.weight"]
-    stream = HiddenStream(source.config, embed_VD, grouped.groups, CPU)
+    outer = source.read(source.outer_names())
+    stream = HiddenStream(source.config, outer, grouped.groups, CPU)
+    embed_VD = outer["model.embed_tokens.weight"]
     gating = Gating(bind(GATES, Choice(name=name)), 2, grouped, embed_VD)
     found = []
     for layer in range(source.arch.num_layers):

@@ -101,6 +101,8 @@ class TextResult:
     """The largest ratio of perplexities of any window."""
     fitted: bool = False
     """Whether the model was calibrated or trained on this text, which flatters these numbers."""
+    load: list[list[float]] = field(default_factory=list)
+    """Per MoE layer and expert: its share of this text's selections over the fair share."""
 
 
 @dataclass(frozen=True)
@@ -421,7 +423,7 @@ def _text_results(
 
 def _text_result(text: str, measured: Comparison) -> TextResult:
     if not measured.losses_against:
-        return TextResult(text, measured.perplexity, None, None, None, None)
+        return TextResult(text, measured.perplexity, None, None, None, None, load=measured.load)
     return TextResult(
         text,
         measured.perplexity,
@@ -430,6 +432,7 @@ def _text_result(text: str, measured: Comparison) -> TextResult:
         measured.kl,
         measured.top1_agreement,
         measured.worst_window_ratio,
+        load=measured.load,
     )
 
 
