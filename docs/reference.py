@@ -1,8 +1,10 @@
-"""docs/methods.md and docs/cli.md, from the registries, the recipes and the options' help.
+"""docs/methods.md, docs/cli.md and docs/runtimes.md, from the registries, the recipes and the
+options' help.
 
 python docs/reference.py
 """
 
+import inspect
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +15,10 @@ import typer
 from upcycle.cli import app, every_setting
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
 from upcycle.conversion.catalogue import methods as registered
+from upcycle.models.runtimes import RUNTIMES, Runtime
+from upcycle.models.targets import TARGETS, MoETarget
+from upcycle.models.targets.base import Limit
+from upcycle.models.targets.limits import unknown
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"
@@ -139,9 +145,57 @@ def panel(param: Any) -> str:
     return own or ("Arguments" if param.param_type_name == "argument" else "Options")
 
 
+def runtimes_page() -> str:
+    """Every target in every runtime: whether it was run there, and what it can't do there."""
+    targets = sorted(TARGETS.items())
+    parts = [
+        f"# Targets in other runtimes\n\n{NOTE} from the targets' own files.\n",
+        "Every target runs in transformers 5, where the tests run it. `plan` says of a model which "
+        "other runtimes run the result, and why others do not; `--for` chooses what does "
+        "([how](guides/serve.md)).\n",
+        "## What was run\n",
+        "The version and the day, where log-probabilities of results were compared with those of "
+        "transformers 5 ([the numbers](../dev/log.md#in-other-runtimes)); *read*: known from the "
+        "runtime's sources alone.\n",
+        table(
+            ("target", *RUNTIMES),
+            ((f"`{name}`", *(seen(target, of) for of in RUNTIMES)) for name, target in targets),
+        ),
+        "## With what, and what is not possible\n",
+        "A model beyond a limit is refused by the runtime, or computed otherwise without a word.\n",
+        table(
+            ("target", "runtime", "run with", "limits"),
+            (
+                (
+                    *(f"`{name}`", of, target.ran[of].what if of in target.ran else "*read*"),
+                    " ".join(map(in_general, target.runtimes[of])) or "none known",
+                )
+                for name, target in targets
+                for of in RUNTIMES
+                if unknown not in target.runtimes[of]
+            ),
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def seen(target: MoETarget, runtime: Runtime) -> str:
+    """Whether a target was run in a runtime."""
+    if unknown in target.runtimes[runtime]:
+        return "unknown there"
+    run = target.ran.get(runtime)
+    return f"{run.version}, {run.date}" if run else "*read*"
+
+
+def in_general(limit: Limit) -> str:
+    """A limit in words: its docstring, or its name."""
+    return inspect.getdoc(limit) or f"{limit.__name__.replace('_', ' ').capitalize()}."
+
+
 def main() -> None:
     (DOCS / "methods.md").write_text(methods_page(), "utf-8")
     (DOCS / "cli.md").write_text(cli_page(), "utf-8")
+    (DOCS / "runtimes.md").write_text(runtimes_page(), "utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from upcycle.cli import app
 from upcycle.conversion import plan as planning
+from upcycle.models.runtimes import Run
+from upcycle.models.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -167,10 +169,29 @@ def test_every_page_is_reached_from_the_readme():
 # --- what is generated -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["methods", "cli"])
+@pytest.mark.parametrize("page", ["methods", "cli", "runtimes"])
 def test_reference_is_current(page):
     written = getattr(script("docs/reference.py"), f"{page}_page")()
     assert (ROOT / f"docs/{page}.md").read_text() == written, "run `make docs`"
+
+
+def test_every_limit_of_a_runtime_has_words():
+    page = (ROOT / "docs/runtimes.md").read_text()
+    assert "lambda" not in page
+    for limit in {limit for t in TARGETS.values() for ls in t.runtimes.values() for limit in ls}:
+        assert "\n" not in (limit.__doc__ or ""), limit.__name__
+
+
+def test_a_target_that_was_run_nowhere_is_said_to_be_read(monkeypatch):
+    reference = script("docs/reference.py")
+    monkeypatch.setitem(TARGETS["mixtral"].ran, "vLLM", Run("9.9", "2030-01-31", "a toy"))
+    monkeypatch.delitem(TARGETS["mixtral"].ran, "MLX")
+    (cells,) = [
+        line.split(" | ")
+        for line in reference.runtimes_page().split("## With")[0].splitlines()
+        if line.startswith("| `mixtral`")
+    ]
+    assert cells[2:4] == ["9.9, 2030-01-31", "*read*"]
 
 
 def test_tables_are_those_of_the_results():

@@ -422,9 +422,8 @@ def evaluate(
     Examples:
 
     * `upcycle eval out --against MODEL --text notes.txt --text code.txt`
-    * `upcycle eval out --against MODEL --speed --output eval.json`
+    * `upcycle eval out --against MODEL --speed --card --output eval.json`
     * `upcycle eval out --against MODEL --top-k 4,8,16`
-    * `upcycle eval out --against MODEL --speed --card`
     """
     with _errors():
         from upcycle.evaluation.preflight import check_evaluation, top_ks_named
@@ -433,15 +432,14 @@ def evaluate(
         check_evaluation(model, against, text or [])
         top_ks = None if top_k is None else top_ks_named(top_k)
         from upcycle import console
-        from upcycle.evaluation.run import evaluate as measure
-        from upcycle.evaluation.run import evaluation_summary
+        from upcycle.evaluation import run
         from upcycle.evaluation.speed_card import check_card, write_speed
 
         if card:
             check_card(model, speed=speed)
         _quiet_model_loading()
         with console.progress_bars(quiet=json_) as progress:
-            report = measure(
+            report = run.evaluate(
                 model,
                 text or ["probes"],
                 against=against,
@@ -455,7 +453,7 @@ def evaluate(
                 device=device,
                 progress=progress,
             )
-        summary = evaluation_summary(report)
+        summary = run.evaluation_summary(report)
         if output is not None:
             _write_json(output, summary)
         if card:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from hosting import hosts
 from reference import (
     ALWAYS_RENORMALISES,
     MUTATED,
@@ -27,13 +28,12 @@ from reference import (
     weights,
 )
 from safetensors.torch import save_file
-from tiny import FAMILIES as FAMILY_FIELDS
 from tiny import SIZES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import upcycle
 from upcycle.core.errors import UpcycleError
-from upcycle.models.families import FAMILIES, describe
+from upcycle.models.families import FAMILIES
 from upcycle.models.targets import TARGETS
 
 LLAMA_LIKE = {"qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"}
@@ -67,12 +67,6 @@ KEEPS_ANY_DENSE = {"qwen2_moe", "qwen3_moe", "laguna"}
 SPLIT = {"experts": 8, "top_k": 3}
 COPY = {"method": "copy", "experts": 4, "top_k": 2}
 PRUNE = {"method": "prune", "experts": 4, "top_k": 1, "router": "kmeans"}
-
-
-def hosts(family):
-    config = CONFIG_MAPPING[family](**(SIZES | FAMILY_FIELDS[family]))
-    arch = describe(config)
-    return {name for name, t in TARGETS.items() if not t.refusal(arch, experts=8)}
 
 
 PAIRS = [(family, target) for family in sorted(FAMILIES) for target in sorted(hosts(family))]

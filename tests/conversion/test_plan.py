@@ -200,7 +200,7 @@ def test_copies_of_any_width_need_no_divisor(dense):
         ),
         (
             {"experts": 8, "shared": 1, "top_k": 2},
-            "the request: shared=1: input should be less than 1",
+            "--shared 1 leaves nothing to route: give less",
         ),
         (
             {"experts": 8, "shared": -0.5, "top_k": 2},

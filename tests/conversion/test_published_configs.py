@@ -186,8 +186,63 @@ PUBLISHED = {
         "use_cache": False,
         "use_post_norm": True,
     },
+    "ERNIE-4.5-0.3B-PT": {
+        "model_type": "ernie4_5",
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000,
+        "tie_word_embeddings": True,
+        "use_bias": False,
+        "use_cache": False,
+    },
+    "Youtu-LLM-2B": {
+        "model_type": "youtu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": 1536,
+        "qk_head_dim": 192,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_interleave": True,
+        "rope_scaling": None,
+        "rope_theta": 1600000,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "v_head_dim": 128,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "use_sliding_window": False,
+    },
 }
 HOSTED = {
+    "ERNIE-4.5-0.3B-PT": {"ernie4_5_moe"},
+    "Youtu-LLM-2B": {"deepseek_v3"},
+    "Qwen3-0.6B": {"qwen3_moe", "glm4_moe", "laguna"},
     "SmolLM3-3B": {"granitemoe_swa"},
     "glm-4-9b-chat-hf": {"glm4_moe"},
     "Seed-OSS-36B-Base": {"qwen2_moe", "glm4_moe", "granitemoeshared"},
@@ -240,6 +295,8 @@ def smaller(published):
     fields = {**SMALLER, "num_attention_heads": 4, "num_key_value_heads": 2}
     if published["num_attention_heads"] // published["num_key_value_heads"] > 4:
         fields["num_key_value_heads"] = 1
+    if "kv_lora_rank" in published:
+        fields |= {"num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 24}
     if "head_dim" in published:
         fields["head_dim"] = 16
     for name in ("layer_types", "no_rope_layers"):

@@ -86,10 +86,11 @@ def test_what_is_chosen_runs_there(dense, asked, family, fields, settings, targe
             "qwen3",
             {},
             {"keep_dense": [1]},
-            "--for llama.cpp: no target of this model runs there: qwen3_moe: llama.cpp does not "
-            "run it: every layer must have experts (--keep-dense none); --keep-dense none gives "
-            "qwen3_moe, --for vLLM gives qwen3_moe, --for MLX gives qwen3_moe, "
-            "--for transformers-4 gives qwen3_moe",
+            "--for llama.cpp: no target of this model runs there: laguna: llama.cpp does not run "
+            "it: only the first layers can be dense (--keep-dense 0,1,…); qwen3_moe: llama.cpp "
+            "does not run it: every layer must have experts (--keep-dense none); --keep-dense none "
+            "gives laguna or qwen3_moe, --for vLLM gives laguna or qwen3_moe, --for MLX gives "
+            "laguna or qwen3_moe, --for transformers-4 gives qwen3_moe",
         ),
         (
             "olmo2",
@@ -104,7 +105,7 @@ def test_what_is_chosen_runs_there(dense, asked, family, fields, settings, targe
             {},
             {"target": "mixtral"},
             "--target mixtral: the source has a norm per head on q and k (qwen3 always has it), "
-            "which mixtral has no place for (reachable: qwen3_moe)",
+            "which mixtral has no place for (reachable: laguna, qwen3_moe)",
         ),
     ],
 )

@@ -9,24 +9,58 @@ from transformers import CONFIG_MAPPING
 
 import upcycle
 from upcycle.core.errors import UpcycleError
+from upcycle.models.families import FAMILIES, unhosted
+from upcycle.models.families.base import unsupported_reason
 
 SUPPORTED = f"supported: {', '.join(sorted(FAMILY_FIELDS))}"
 UNGATED = "ungated FFN"
 REASONS = {
+    "apertus": "xIELU",
+    "bamba": "rotates half of each head",
+    "bert": UNGATED,
+    "bloom": "ALiBi",
+    "clip": UNGATED,
+    "codegen": "parallel block",
+    "distilbert": UNGATED,
+    "electra": UNGATED,
+    "exaone4": "norms on q and k of each head",
+    "falcon": UNGATED,
+    "falcon_h1": "side by side",
+    "falcon_mamba": "has no FFN",
     "gemma2": "caps its attention logits",
     "gemma3": "multimodal",
-    "gemma3_text": "sandwich norms",
-    "gpt2": UNGATED,
+    "gemma3_text": "sandwich norms, norms on q and k and two rotary bases",
+    "glm4": "sandwich norms without norms on q and k",
+    "gpt2": "learned positions",
+    "gpt_bigcode": "learned positions",
+    "gpt_neo": "learned positions",
     "gpt_neox": UNGATED,
-    "opt": UNGATED,
-    "phi": UNGATED,
-    "falcon": UNGATED,
+    "gptj": "parallel block",
+    "mamba": "has no FFN",
+    "mamba2": "has no FFN",
+    "modernbert": "LayerNorms and two rotary bases",
+    "mpt": "ALiBi",
+    "nomic_bert": "transformers has no native MoE of that kind",
+    "olmo": "LayerNorms without weights",
+    "olmo3": "rotary angles of its own on some layers",
+    "opt": "learned positions",
+    "phi": "parallel block",
+    "roberta": UNGATED,
     "starcoder2": UNGATED,
-    "bert": "encoder",
-    "cohere": "not a dense family that upcycle knows",
-    "stablelm": "not a dense family that upcycle knows",
-    "mamba": "not a dense family that upcycle knows",
+    "vit": UNGATED,
+    "xlm-roberta": UNGATED,
+    "zamba": "again and again",
+    "zamba2": "again and again",
+    "cohere": "'cohere' is not a dense family that upcycle knows",
+    "stablelm": "'stablelm' is not a dense family that upcycle knows",
 }
+
+
+def test_every_reason_has_its_test():
+    assert unhosted.REASONS.keys() <= REASONS.keys()
+    assert not unhosted.REASONS.keys() & FAMILIES.keys()
+
+
 MIXTURES = """
     mixtral qwen2_moe qwen3_moe glm4_moe granitemoe granitemoeshared olmoe flex_olmo gpt_oss
     deepseek_v2 deepseek_v3 phimoe jamba dbrx
@@ -61,20 +95,32 @@ def test_architecture_that_no_moe_hosts(refusal, model_type):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "fields"),
+    ("model_type", "fields", "why"),
     [
-        ("t5", {"feed_forward_proj": "relu"}),
-        ("t5", {"feed_forward_proj": "gated-gelu"}),
-        ("umt5", {}),
-        ("bart", {}),
-        ("m2m_100", {}),
+        ("t5", {"is_gated_act": True}, "no native MoE of these has gated experts"),
+        ("umt5", {}, "no native MoE of these has gated experts"),
+        ("bart", {}, "an encoder-decoder of a family that upcycle does not know"),
+        ("pegasus", {}, "an encoder-decoder of a family that upcycle does not know"),
     ],
 )
-def test_an_encoder_decoder_is_refused_whatever_its_ffn(refusal, model_type, fields):
+def test_encoder_decoder(refusal, model_type, fields, why):
+    sentence = refusal(model_type, **fields)
+    assert why in sentence
+    assert "encoder-decoder" in sentence
+
+
+def test_t5_without_gates_is_not_called_gated():
     """Of T5, version 1.0 has no gate and 1.1 has one."""
-    assert refusal(model_type, **fields) == (
-        f"{model_type} is an encoder-decoder, and upcycle converts decoders alone ({SUPPORTED})"
-    )
+    sentence = unsupported_reason("t5", encoder_decoder=True, gated=False)
+    assert "gated" not in sentence
+
+
+@pytest.mark.parametrize(("model_type", "nearest"), [("quen2", "qwen2"), ("lama", "llama")])
+def test_unknown_family_names_the_nearest(tmp_path, model_type, nearest):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UpcycleError) as caught:
+        upcycle.plan(str(tmp_path))
+    assert f"upcycle knows; the nearest is '{nearest}' ({SUPPORTED})" in str(caught.value)
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)

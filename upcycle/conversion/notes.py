@@ -1,6 +1,6 @@
 """What a plan says in words of what works, but not all that well."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -38,9 +38,15 @@ def layout_notes(source: DenseSource, arch: Architecture) -> Iterator[str]:
         )
 
 
-def warnings(recipe: Recipe, way: Way, spec: MoESpec, target: str, design: Design) -> Iterator[str]:
+def warnings(
+    recipe: Recipe, way: Way, spec: MoESpec, target: str, design: Design, hosts: Collection[str]
+) -> Iterator[str]:
     """Of sizes that some runtimes or kernels do not like, or that save nothing, and of what is
-    not the dense model's equal though it could be."""
+    not the dense model's equal though it could be.
+
+    Args:
+        hosts: the targets in reach.
+    """
     geometry = spec.geometry
     if geometry.num_experts > LLAMA_CPP_MAX_EXPERTS:
         yield f"{geometry.num_experts} experts: llama.cpp builds before 2026-07 allow 512"
@@ -52,4 +58,4 @@ def warnings(recipe: Recipe, way: Way, spec: MoESpec, target: str, design: Desig
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
         yield f"--shared {asked:g} became {got:.3g}, so that all experts have the same width"
-    yield from way.notes(recipe, design, TARGETS[target])
+    yield from way.notes(recipe, design, TARGETS[target], hosts)

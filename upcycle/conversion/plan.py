@@ -226,7 +226,7 @@ def make_plan(
 
     Args:
         sources: of a merge, whose base is `source`.
-        notes: on the request itself.
+        notes: on what was asked for.
 
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
@@ -237,35 +237,30 @@ def make_plan(
     _check_way(recipe, way, methods, sources)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
-    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
-    hosts = refusals(arch, recipe, dense_layers, merge)
-    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
-    source = replace(source, arch=arch)
+    source, targets = _laid_out(recipe, source, dense_layers, merge)
+    arch = source.arch
     target = _choose_target(recipe, way, targets)
-    room = _room(source.arch, target, len(dense_layers))
+    room = _room(arch, target, len(dense_layers))
     geometry = way.geometry(recipe, room)
     combine = _combine(recipe, way, geometry, target, targets)
     design = _design(recipe, way, methods, source, target, geometry, combine, room, merge)
     spec = MoESpec(geometry, design.gains, dense_layers)
     device = choose_device(recipe.device)
     calibration, left_out = _calibration(recipe, way, source, device)
-    fields = common_fields(source.arch, TARGETS[target], design.dtype)
     units = _units(source, target, spec, design.dtype)
     params_total = sum(s.numel for unit in units.values() for s in unit)
-    idle = geometry.idle_neurons * source.arch.ffn_params // source.arch.intermediate_size
+    idle = geometry.idle_neurons * arch.ffn_params // arch.intermediate_size
     plan = Plan(
         source=source,
         request=recipe,
-        recipe=_resolved(
-            recipe, methods, target, geometry, calibration, untied=arch is not asked.arch
-        ),
+        recipe=_resolved(recipe, methods, target, geometry, calibration, arch != asked.arch),
         out=out,
         target=target,
         targets=targets,
         way=way,
         design=design,
         spec=spec,
-        config=fields | TARGETS[target].config(source.arch, spec),
+        config=_config(arch, target, spec, design.dtype),
         device=device,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
@@ -274,15 +269,35 @@ def make_plan(
             *source_notes(source, design.dtype),
             *layout_notes(asked, arch),
             *notes,
-            *(sources.notes if sources else ()),
-            *warnings(recipe, way, spec, target, design),
+            *warnings(recipe, way, spec, target, design, _reached(targets)),
             *left_out,
         ),
-        runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
+        runtimes=runtime_refusals(recipe, arch, target, spec, combine),
         sources=sources,
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
+
+
+def _laid_out(
+    recipe: Recipe, source: DenseSource, dense_layers: tuple[int, ...], merge: Merge | None
+) -> tuple[DenseSource, dict[str, str]]:
+    """The source as it is written, its output embeddings tied or not, and every target, with why it
+    can't be chosen."""
+    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
+    hosts = refusals(arch, recipe, dense_layers, merge)
+    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
+    return replace(source, arch=arch), targets
+
+
+def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
+    made = TARGETS[target]
+    return common_fields(arch, made, dtype) | made.config(arch, spec)
+
+
+def _reached(targets: Mapping[str, str]) -> list[str]:
+    """The targets that can host the model."""
+    return [name for name, why in targets.items() if not why]
 
 
 def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
@@ -376,7 +391,6 @@ def _resolved(
     target: str,
     geometry: Geometry,
     calibration: str,
-    *,
     untied: bool,
 ) -> Recipe:
     """The recipe with what it left open."""
@@ -444,7 +458,7 @@ def _router_name(recipe: Recipe) -> str:
 
 
 def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
-    reachable = ", ".join(name for name, why in targets.items() if not why) or "none"
+    reachable = ", ".join(_reached(targets)) or "none"
     if recipe.target != "auto":
         if recipe.target not in TARGETS:
             hint = suggest(recipe.target, TARGETS)
@@ -455,7 +469,7 @@ def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
                 f"--target {recipe.target}: {targets[recipe.target]} (reachable: {reachable})"
             )
         return recipe.target
-    reachable_names = [name for name, why in targets.items() if not why]
+    reachable_names = _reached(targets)
     if not reachable_names:
         reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
         raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")

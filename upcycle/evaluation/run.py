@@ -244,15 +244,9 @@ def evaluate(
         if suite is None:
             return measured
         progress("tasks", 0, 1)
-        name = str(kind).removeprefix("torch.")
+        settings = {"dtype": str(kind).removeprefix("torch."), "device": str(place)}
         scores = run_tasks(
-            suite,
-            folder,
-            dense_folder,
-            adapter=adapter,
-            dtype=name,
-            device=str(place),
-            batch_size=batch_size,
+            suite, folder, dense_folder, adapter=adapter, batch_size=batch_size, **settings
         )
         progress("tasks", 1, 1)
         return replace(measured, tasks=scores)

@@ -95,12 +95,7 @@ def next_token_losses(
     layers = source.arch.num_layers
     for layer in range(layers):
         progress(layer, layers)
-        weights = source.read_layer(layer)
-        if layer in source.arch.ffn_layers:
-            stream.attend(layer, weights)
-            stream.advance(layer)
-        else:
-            stream.through(layer, weights)
+        stream.through(layer, source.read_layer(layer))
     next_T = torch.cat([ids_BL.roll(-1, 1).flatten() for ids_BL in grouped.groups]).to(device)
     pieces = zip(
         stream.last_log_probs(outer, len(next_T)), next_T.split(PREDICTED_TOKENS), strict=True

@@ -23,6 +23,8 @@ PART = re.compile(r"(.+)\.(weight|weight_\w+|qweight|qzeros|scales)")
 ACTIVATIONS = re.compile(
     r".+\.((input|output|activation|[qkv]|kv)_(scale|zero_point|global_scale|g_idx))"
 )
+LINK = "model.gguf"
+"""Of a folder, what leads to a GGUF file that holds its weights."""
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale_inv", "weight_scale")
 """Two words for what an FP8 weight is multiplied by."""

@@ -5,12 +5,26 @@ Without torch: a request is checked before it is imported.
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from upcycle.core.registry import suggest
 
 Runtime = Literal["llama.cpp", "vLLM", "MLX", "transformers 4"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """That a target was really run in a runtime, and its log-probabilities compared with those of
+    transformers 5. What was not is known from the runtime's sources alone."""
+
+    version: str
+    date: str
+    what: str
+    """Which results, as the end of a sentence."""
+
+
 OTHER_NAMES: dict[str, Runtime | None] = {
     "mlxlm": "MLX",
     # These run every result.

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, modeling_utils
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, modeling_utils
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from upcycle.core.errors import UpcycleError
@@ -27,8 +27,9 @@ from upcycle.core.types import all_finite
 from upcycle.models.config_fields import check_fields, check_layers
 from upcycle.models.download import LEGAL, Remote, download, remote_weights
 from upcycle.models.families import FAMILIES, describe
+from upcycle.models.families.base import unsupported_reason
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
-from upcycle.models.quantised import Packed, Part, dequantised, packing, quantization_of
+from upcycle.models.quantised import LINK, Packed, Part, dequantised, packing, quantization_of
 from upcycle.models.stream import skeleton
 from upcycle.models.traits import Architecture
 
@@ -88,7 +89,7 @@ class DenseSource:
     remote: Remote | None = field(default=None, repr=False)
     """The weights of a hub id that are not in `folder` before `fetch`."""
     temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
-    """Holds the dequantised weights of a GGUF file for as long as the source lives."""
+    """Holds the config and tokenizer of a GGUF file for as long as the source lives."""
     digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Of every tensor's bytes, once `fingerprint` has looked at them: what is read later must be
     the same."""
@@ -229,8 +230,11 @@ def hash_tensors(folder: Path, files: Iterable[str]) -> dict[str, str]:
     Raises:
         UpcycleError: a file is cut short.
     """
-    digests = {}
+    digests: dict[str, str] = {}
     for file in sorted(files):
+        if file == LINK:
+            digests |= _gguf_shard(folder / file).digests()
+            continue
         with reading(folder / file), (folder / file).open("rb", buffering=0) as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
@@ -268,12 +272,23 @@ def read_tensors(
             by_file.setdefault(file, set()).add(part)
     found: dict[str, Tensor] = {}
     for file, members in by_file.items():
-        with reading(folder / file) as shard:
+        with _opened(folder / file) as shard:
             found |= {part: shard.get_tensor(part) for part in members}
     for name, info in tensors.items():
         parts = {key: found.pop(part) for key, (_, part) in info.stored.items()}
         digest = _joined({key: xxh3_128_hexdigest(_bytes(part)) for key, part in parts.items()})
         yield name, _put_together(info, parts), digest
+
+
+def _opened(path: Path) -> AbstractContextManager[Any]:
+    return nullcontext(_gguf_shard(path)) if path.name == LINK else reading(path)
+
+
+def _gguf_shard(link: Path) -> Any:
+    from upcycle.models.gguf_source import GgufShard
+
+    with blaming(f"{link.readlink()} is not a whole GGUF file"):
+        return GgufShard(link)
 
 
 def _put_together(info: TensorInfo, parts: dict[str, Tensor]) -> Tensor:
@@ -362,8 +377,8 @@ def deferred(folder: Path) -> dict[str, Deferred]:
 
 
 def open_source(model: str, *, revision: str | None = None) -> DenseSource:
-    """The dense checkpoint that MODEL names; reads headers, no weights (but all of a GGUF file). Of
-    a hub id the weights stay where they are until `DenseSource.fetch`.
+    """The dense checkpoint that MODEL names; reads headers, no weights. Of a hub id
+    the weights stay where they are until `DenseSource.fetch`.
 
     Raises:
         UpcycleError: it is not there, is no model, is corrupt, or is of a family that upcycle
@@ -501,7 +516,7 @@ def _settle_head(
 
 def _dequantised(tensors: Iterable[TensorInfo]) -> Iterator[str]:
     """What is to be said of quantised weights."""
-    packed = [info for info in tensors if info.packed is not None]
+    packed = [i for i in tensors if i.packed is not None and i.file != LINK]
     if packed:
         dtype = str(packed[0].dtype).removeprefix("torch.")
         yield (
@@ -555,6 +570,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if "model_type" not in fields:
         raise UpcycleError(f"{path} has no model_type, so it is not a transformers model")
     check_fields(fields, path)
+    if fields["model_type"] not in CONFIG_MAPPING:
+        raise UpcycleError(
+            f"{path} is not a config that transformers reads: "
+            f"{unsupported_reason(fields['model_type'])}"
+        )
     quantization = quantization_of(fields)
     if quantization is not None:
         packing(quantization, str(path))
@@ -584,6 +604,8 @@ def read_headers(folder: Path, remote: Mapping[str, Part] | None = None) -> dict
         UpcycleError: a file is missing, cut short, outside the folder, or holds weights that are
             quantised in a way that can't be undone.
     """
+    if (folder / LINK).is_symlink():
+        return _gguf_headers(folder)
     parts = _read_parts(folder) if remote is None else remote
     path = folder / "config.json"
     fields = _read_json(path) if path.is_file() else {}
@@ -594,6 +616,13 @@ def read_headers(folder: Path, remote: Mapping[str, Part] | None = None) -> dict
     plain = {name: _plain(part, folder) for name, part in found.items() if isinstance(part, Part)}
     dtype = _dtype_of(fields, plain.values())
     return {name: plain.get(name) or _packed(name, found[name], dtype) for name in found}
+
+
+def _gguf_headers(folder: Path) -> dict[str, TensorInfo]:
+    from upcycle.models.gguf_source import gguf_tensors
+
+    found = gguf_tensors(folder / LINK, read_config(folder))
+    return {name: _packed(name, packed, torch.float32) for name, packed in found.items()}
 
 
 def _plain(part: Part, folder: Path) -> TensorInfo:
@@ -690,14 +719,14 @@ def _verify(
 
 
 def _open_gguf(label: str, path: Path) -> DenseSource:
-    """A GGUF file, dequantised to float32 in a temporary folder."""
+    """A GGUF file, whose tensors are dequantised to float32 when they are read."""
     try:
-        from upcycle.models.gguf_source import unpack
+        from upcycle.models.gguf_source import prepare
     except ImportError as error:
         raise UpcycleError(f"{label}: reading GGUF needs `pip install gguf`") from error
     temporary = tempfile.TemporaryDirectory(prefix="upcycle-gguf-")
     try:
-        unpack(label, path, Path(temporary.name), accept=describe)
+        prepare(label, path, Path(temporary.name), accept=describe)
     except UpcycleError:
         raise
     except Exception as error:  # readers of corrupt files raise anything

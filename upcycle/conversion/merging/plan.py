@@ -34,7 +34,7 @@ def plan_merge(
         recipe,
         out,
         sources=sources,
-        notes=request.notes,
+        notes=(*request.notes, *sources.notes),
         overwrite=overwrite,
         resume=resume,
     )

@@ -5,7 +5,7 @@ says in words what it made; nothing else in the package knows which ways there a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -146,8 +146,14 @@ class Way(ABC):
     def card(self, design: Design) -> str:
         """What became of every FFN, for the model card."""
 
-    def notes(self, recipe: Recipe, design: Design, target: MoETarget) -> Iterator[str]:
-        """What works, but not all that well."""
+    def notes(
+        self, recipe: Recipe, design: Design, target: MoETarget, hosts: Collection[str]
+    ) -> Iterator[str]:
+        """What works, but not all that well.
+
+        Args:
+            hosts: the targets in reach.
+        """
         return iter(())
 
     fewer: ClassVar[str] = ""

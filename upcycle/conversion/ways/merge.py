@@ -4,7 +4,7 @@ Experts are averaged, as copies are; what is no FFN comes from the base. A share
 is one, is added to the mean, by a gate of its own where that has prompts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,7 +117,9 @@ class MergeWay(Way):
             f"{experts}{shared}"
         )
 
-    def notes(self, recipe: Recipe, design: Design, target: MoETarget) -> Iterator[str]:
+    def notes(
+        self, recipe: Recipe, design: Design, target: MoETarget, hosts: Collection[str]
+    ) -> Iterator[str]:
         """What to know of such a model before it is trained."""
         merge, geometry = _of(design), design.geometry
         router, gate = _router(design.methods).name, design.methods.gate

@@ -4,7 +4,7 @@ The FFN is a sum over neurons, so all experts together are the FFN; what a token
 and a refit makes up for part of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -130,7 +130,9 @@ class Split(Way):
             f"{'' if self.partitions(design.methods) else repeats}"
         )
 
-    def notes(self, recipe: Recipe, design: Design, target: MoETarget) -> Iterator[str]:
+    def notes(
+        self, recipe: Recipe, design: Design, target: MoETarget, hosts: Collection[str]
+    ) -> Iterator[str]:
         geometry = design.geometry
         if geometry.top_k == geometry.num_experts:
             yield "top_k is all experts: nothing is switched off, nothing is saved"

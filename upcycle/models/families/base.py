@@ -5,6 +5,7 @@ field is either carried over under the same name, turned into a trait that a tar
 known to have no effect on the forward pass, or an error: nothing is lost silently.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
+from upcycle.models.families.unhosted import MOE_BY_ANOTHER_NAME, REASONS
 from upcycle.models.traits import Architecture, Trait
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
@@ -108,7 +110,9 @@ def describe(config: PreTrainedConfig) -> Architecture:
     if config.model_type not in FAMILIES:
         raise UpcycleError(
             unsupported_reason(
-                config.model_type, encoder_decoder=getattr(config, "is_encoder_decoder", False)
+                config.model_type,
+                encoder_decoder=getattr(config, "is_encoder_decoder", False),
+                gated=getattr(config, "is_gated_act", False),
             )
         )
     family = FAMILIES[config.model_type]
@@ -205,38 +209,26 @@ def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> Non
             )
 
 
-REASONS = {
-    "gemma2": "caps its attention logits, which no native MoE does",
-    "gemma3": "is multimodal, and its text model has sandwich norms that no native MoE has",
-    "gemma3_text": "has sandwich norms with two rotary bases, which no native MoE has",
-    "gpt2": "has an ungated FFN with biases and learned positions, which no native MoE has",
-    "gpt_neox": "has an ungated FFN with biases, which no native MoE decoder has",
-    "opt": "has an ungated FFN with biases and learned positions, which no native MoE has",
-    "phi": "has an ungated FFN with biases in a parallel block, which no native MoE has",
-    "falcon": "has an ungated FFN, which no native MoE with its attention has",
-    "starcoder2": "has an ungated FFN with biases, which no native MoE has",
-    "bert": "is an encoder, and no native MoE encoder hosts it",
-}
+def unsupported_reason(
+    model_type: str, *, encoder_decoder: bool = False, gated: bool = False
+) -> str:
+    """Why a model is not converted, as a sentence.
 
-MOE_BY_ANOTHER_NAME = set(
-    "mixtral dbrx flex_olmo gpt_oss deepseek_v2 deepseek_v3 jamba qwen3_next llama4_text".split()
-)
-
-
-def unsupported_reason(model_type: str, *, encoder_decoder: bool = False) -> str:
-    """Why a model is not converted, as a sentence."""
-    known = ", ".join(sorted(FAMILIES))
-    if encoder_decoder:
-        return (
-            f"{model_type} is an encoder-decoder, and upcycle converts decoders alone "
-            f"(supported: {known})"
-        )
+    Args:
+        gated: whether the FFN of an encoder-decoder has a gate.
+    """
+    known = f"(supported: {', '.join(sorted(FAMILIES))})"
     if model_type in REASONS:
-        return (
-            f"{model_type} can't become a native MoE: it {REASONS[model_type]} (supported: {known})"
-        )
+        return f"{model_type} can't become a native MoE: it {REASONS[model_type]} {known}"
     if "moe" in model_type or model_type in MOE_BY_ANOTHER_NAME:
         return f"the source is a {model_type} model, which is a Mixture-of-Experts already"
-    return (
-        f"model_type {model_type!r} is not a dense family that upcycle knows (supported: {known})"
-    )
+    if encoder_decoder and gated:
+        return (
+            f"{model_type} with gated FFNs can't become a native MoE: it is an encoder-decoder, "
+            f"and no native MoE of these has gated experts {known}"
+        )
+    if encoder_decoder:
+        return f"{model_type} is an encoder-decoder of a family that upcycle does not know {known}"
+    nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+    return f"model_type {model_type!r} is not a dense family that upcycle knows{hint} {known}"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from upcycle.core.registry import Registry
 from upcycle.core.types import DenseFFN, Geometry, MoELayer
-from upcycle.models.runtimes import Runtime
+from upcycle.models.runtimes import Run, Runtime
 from upcycle.models.traits import Architecture, Trait
 
 Named = Iterator[tuple[str, Tensor]]
@@ -109,6 +109,8 @@ class MoETarget:
     runtimes: Mapping[Runtime, tuple[Limit, ...]]
     """What may keep each other runtime from loading this, or from computing what transformers
     does."""
+    ran: Mapping[Runtime, Run] = field(default_factory=dict)
+    """Where results in this target were run; of the other runtimes only the sources were read."""
     accepts: frozenset[Trait] = frozenset()
     requires: frozenset[Trait] = frozenset()
     made_for: frozenset[Trait] = frozenset()

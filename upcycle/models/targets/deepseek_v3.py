@@ -50,7 +50,8 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 
 
 def queries_by_layers(arch: Architecture, spec: MoESpec) -> str:
-    latent = arch.fields["q_lora_rank"] is not None
+    """Queries are made from a latent, but of models that have as many layers as its small ones."""
+    latent = arch.fields.get("q_lora_rank") is not None
     if latent != (arch.num_layers in LITE):
         return ""
     made = "must not be" if latent else "must be"

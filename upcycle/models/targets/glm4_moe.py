@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     LLAMA_NAMES,
     TARGETS,
@@ -72,6 +73,11 @@ def experts(layer: MoELayer, gains: Gains) -> Named:
     yield from separate("mlp.shared_experts.", shared, LLAMA_NAMES)
 
 
+def glms_tokenizer(arch: Architecture, spec: MoESpec) -> str:
+    """Only GLM's own tokenizers are converted."""
+    return "only GLM's own tokenizers are converted"
+
+
 TARGETS.add(
     "glm4_moe",
     MoETarget(
@@ -83,10 +89,15 @@ TARGETS.add(
         config=config,
         experts=experts,
         runtimes={
-            "llama.cpp": (lambda arch, spec: "only GLM's own tokenizers are converted",),
+            "llama.cpp": (glms_tokenizer,),
             "vLLM": (shared_needed, silu_only, usual_yarn),
             "MLX": (shared_needed, untied, silu_only, no_window, unscaled_rope),
             "transformers 4": (),
+        },
+        ran={
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
         groups=True,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     TARGETS,
     Gains,
@@ -103,6 +104,13 @@ TARGETS.add(
             "vLLM": (silu_only, heads_fill_hidden, no_biases, usual_yarn),
             "MLX": (unknown,),
             "transformers 4": (heads_fill_hidden,),
+        },
+        ran={
+            "llama.cpp": Run(
+                "xllamacpp 2026.10.11549", "2026-11-26", "splits and copies of random models"
+            ),
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=MULTIPLIERS | {Trait.QKV_BIAS, Trait.O_BIAS},
         extra=extra,

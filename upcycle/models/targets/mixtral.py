@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import TARGETS, MoESpec, MoETarget, Routing, per_expert
 from upcycle.models.targets.limits import (
     heads_fill_hidden,
@@ -45,6 +46,14 @@ TARGETS.add(
             "vLLM": (silu_only, usual_yarn),
             "MLX": (silu_only, no_window, heads_fill_hidden, unscaled_rope),
             "transformers 4": (),
+        },
+        ran={
+            "llama.cpp": Run(
+                "llama-cpp-python 0.3.36", "2026-11-24", "copies, whole and pruned, of SmolLM2-135M"
+            ),
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.SLIDING_WINDOW}),
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     LLAMA_NAMES,
     TARGETS,
@@ -101,6 +102,14 @@ TARGETS.add(
                 *(heads_fill_hidden, unscaled_rope),
             ),
             "transformers 4": (heads_fill_hidden, one_window),
+        },
+        ran={
+            "llama.cpp": Run(
+                "xllamacpp 2026.10.11549", "2026-11-26", "splits and copies of random models"
+            ),
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
         extra=extra,
