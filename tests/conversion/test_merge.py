@@ -1,14 +1,16 @@
 """Several models' FFNs as the experts of one."""
 
 import json
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from hosting import hosts
-from reference import dense_logits, gap, load, logits, read_json, weights
+from reference import MUTATED, dense_logits, gap, load, logits, read_json, selections, weights
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_dense, make_lora, make_moved, make_tokenizer
+from tiny import FAMILIES, make_dense, make_lora, make_tokenizer
 
 import upcycle
 from upcycle import UpcycleError
@@ -21,23 +23,21 @@ QUICK = {"check": "none", "router": "uniform_random"}
 
 
 @pytest.fixture(scope="session")
-def models(dense, tmp_path_factory):
-    """A base and two fine-tunes of it, by name."""
-    folder = tmp_path_factory.mktemp("models")
-    made = {"base": dense()}
-    for seed in (1, 2):
-        made[f"m{seed}"] = make_moved(folder / f"m{seed}", dense(), seed)
-    return {name: str(path) for name, path in made.items()}
+def models(shelf):
+    """A base and fine-tunes of it, by name."""
+    return {name: str(shelf / name) for name in ("base", "m1", "m2")}
 
 
-def plan(names, base=None, shared_model=None, **settings):
-    request = merge_request(list(map(str, names)), settings, base=base, shared_model=shared_model)
+def plan(names, base=None, shared_model=None, texts=None, **settings):
+    request = merge_request(
+        list(map(str, names)), settings, base=base, shared_model=shared_model, texts=texts
+    )
     return plan_merge(request, settings)
 
 
-def refusal(names, base=None, shared_model=None, **settings) -> str:
+def refusal(names, *others, **settings) -> str:
     with pytest.raises(UpcycleError) as caught:
-        plan(names, base, shared_model, **settings)
+        plan(names, *others, **settings)
     return str(caught.value)
 
 
@@ -66,26 +66,24 @@ def test_each_expert_is_its_models_ffn_and_the_rest_is_the_bases(models, tmp_pat
     upcycle.merge(experts, tmp_path / "out", base=base, **QUICK)
     for layer in range(3):
         for number, model in enumerate(experts):
-            assert same(expert(tmp_path / "out", layer, number), ffn(dense_folder(model), layer))
-    made, source = weights(tmp_path / "out"), weights(dense_folder(base))
+            assert same(expert(tmp_path / "out", layer, number), ffn(Path(model), layer))
+    made, source = weights(tmp_path / "out"), weights(Path(base))
     rest = {name for name in source if ".mlp." not in name}
     assert all(torch.equal(made[name], source[name]) for name in rest)
     assert len(made) == len(rest) + 3 * (1 + 2 * 3)  # a router, and three matrices per expert
     assert load(tmp_path / "out").config.num_experts_per_tok == 2
 
 
-def dense_folder(name):
-    from pathlib import Path
-
-    return Path(name)
-
-
 FAMILY_OF = {target: family for family in sorted(FAMILIES) for target in hosts(family)}
+PAIRS = [*sorted(FAMILY_OF.items()), ("mixtral", "phi3")]
+RESTS = ["base", "mean", "linear", "ties", "dare"]
+BLIND = ["random", "uniform_random", "normal"]
 
 
-@pytest.mark.parametrize("router", ["random", "uniform_random"])
-@pytest.mark.parametrize(("target", "family"), sorted(FAMILY_OF.items()))
-@pytest.mark.parametrize("rest", ["base", "mean", "ties"])
+@pytest.mark.parametrize(
+    ("target", "family", "router", "rest"),
+    [(*pair, BLIND[i % 3], RESTS[i % 5]) for i, pair in enumerate(PAIRS)],
+)
 def test_copies_of_the_base_are_the_base(dense, tmp_path, family, target, router, rest):
     source = dense(family)
     done = upcycle.merge(
@@ -102,7 +100,7 @@ def test_every_target_was_in_turn():
 def test_one_model_alone_is_itself(models, tmp_path):
     upcycle.merge([models["m1"]], tmp_path / "out", **QUICK)
     found = logits(load(tmp_path / "out"))
-    assert torch.equal(found, dense_logits(dense_folder(models["m1"])))
+    assert torch.equal(found, dense_logits(Path(models["m1"])))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_other_rows(models, tmp_path):
@@ -135,7 +133,7 @@ def test_a_shared_model_is_added_to_the_mean(models, tmp_path):
     layer = out.model.layers[1].mlp
     x_TD = torch.randn(1, 20, 48, generator=torch.Generator().manual_seed(3))
     parts = [
-        DenseFFN(*ffn(dense_folder(models[name]), 1), torch.nn.functional.silu)(x_TD)
+        DenseFFN(*ffn(Path(models[name]), 1), torch.nn.functional.silu)(x_TD)
         for name in ("base", "m1")
     ]
     assert gap(layer(x_TD), sum(parts)) < 1e-4
@@ -187,10 +185,80 @@ def test_an_adapter_of_fused_matrices_changes_them(dense, tmp_path):
 def test_the_rest_can_be_the_mean_of_the_models(models, tmp_path):
     experts = [models["m1"], models["m2"]]
     upcycle.merge(experts, tmp_path / "out", base=models["base"], rest="mean", **QUICK)
-    made, one, other = (weights(dense_folder(p)) for p in (tmp_path / "out", *experts))
+    made, one, other = (weights(Path(p)) for p in (tmp_path / "out", *experts))
     for name in ("model.embed_tokens.weight", "model.layers.2.self_attn.o_proj.weight"):
         assert torch.allclose(made[name], (one[name] + other[name]) / 2, atol=1e-6)
-    assert same(expert(tmp_path / "out", 1, 1), ffn(dense_folder(models["m2"]), 1))
+    assert same(expert(tmp_path / "out", 1, 1), ffn(Path(models["m2"]), 1))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A file of capital letters, and one of small ones: no token is in both."""
+    folder = tmp_path_factory.mktemp("texts")
+    made = {}
+    for name, letters in (("m1", "ABCDEFGH"), ("m2", "stuvwxyz")):
+        path = folder / f"{name}.txt"
+        path.write_text("".join(random.Random(name).choices(letters, k=2000)))
+        made[name] = str(path)
+    return made
+
+
+SHORT = {"check": "none", "seq_len": 64, "calibration_tokens": 512}
+
+
+@pytest.mark.parametrize("router", ["text", "domain"])
+def test_a_router_from_text_knows_whose_text_it_sees(models, texts, tmp_path, router):
+    experts, out = [models["m1"], models["m2"]], tmp_path / "out"
+    upcycle.merge(experts, out, text=texts, router=router, top_k=1, **SHORT)
+    assert (out / "router_domains.safetensors").exists() == (router == "domain")
+    model, tokenizer = load(out), make_tokenizer()
+    for place, letters in enumerate(("HGFEDCBA", "zyxwvuts")):
+        ids = torch.tensor([tokenizer(letters * 4)["input_ids"]])
+        with selections(model) as seen:
+            logits(model, ids)
+        assert min(float((chosen == place).float().mean()) for chosen in seen) > 0.7
+
+
+@pytest.mark.parametrize("router", ["loss", "perplexity"])
+def test_a_router_from_losses_follows_its_models(models, texts, tmp_path, router):
+    """Named in another order, experts have the same rows."""
+    there, back = [models["m1"], models["m2"]], [models["m2"], models["m1"]]
+    for name, experts in (("there", there), ("back", back)):
+        base = models["base"]
+        upcycle.merge(experts, tmp_path / name, base=base, text=texts, router=router, **SHORT)
+    found = [weights(tmp_path / name) for name in ("there", "back")]
+    for layer in range(3):
+        one, other = (w[f"model.layers.{layer}.block_sparse_moe.gate.weight"] for w in found)
+        assert gap(one, other.flip(0)) < 1e-3
+        assert gap(one, other) > MUTATED
+
+
+def test_text_is_the_router_where_there_is_any(models, texts, tmp_path):
+    made = plan([models["m1"], models["m2"]], texts=texts, check="none")
+    assert made.design.methods.gate.name == "text"
+    assert made.passage_tokens == made.recipe.calibration_tokens
+    found = refusal([models["m1"], models["m2"]], texts={"m1": texts["m1"]}, check="none")
+    assert f"expert 1 ({models['m2']}) has neither text nor prompts" in found
+
+
+def test_a_stopped_run_with_a_router_from_text_goes_on(models, texts, tmp_path):
+    """Its rows depend on all layers before, which go through the text again."""
+    experts = [models["m1"], models["m2"]]
+    settings = {"text": texts, "router": "domain", "seq_len": 64, "calibration_tokens": 256}
+    upcycle.merge(experts, tmp_path / "whole", check="none", **settings)
+
+    def stop(stage, done, total):
+        if stage == "converting layers" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upcycle.merge(
+            experts, tmp_path / "out", resume=True, progress=stop, check="none", **settings
+        )
+    upcycle.merge(experts, tmp_path / "out", resume=True, check="none", **settings)
+    whole, out = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert len(whole) == len(out)
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(models, tmp_path, monkeypatch):
@@ -222,7 +290,7 @@ def test_the_record_and_the_card_name_the_models_and_no_place(models, tmp_path):
     assert record["plan"]["method"] == "merge"
     assert len({e["fingerprint"] for e in record["plan"]["merge"]["experts"]}) == 2
     assert "- expert 1: `m2`" in text
-    assert str(dense_folder(models["m1"]).parent) not in text.replace(
+    assert str(Path(models["m1"]).parent) not in text.replace(
         str(read_json(tmp_path / "out" / "upcycle.json")["source"]["name"]), ""
     )
 
@@ -342,9 +410,9 @@ def test_shared_experts_need_a_place(models, dense):
     found = refusal([models["m1"]], shared_model=models["base"], target="mixtral", **QUICK)
     assert "mixtral has no shared expert" in found
     qwen3 = str(dense("qwen3"))
-    assert plan([qwen3], shared_model=qwen3, **QUICK).target == "laguna"
-    asked = QUICK | {"target": "qwen3_moe"}
-    assert "qwen3_moe has no shared expert" in refusal([qwen3], shared_model=qwen3, **asked)
+    found = refusal([qwen3] * 2, shared_model=qwen3, **QUICK)
+    assert "qwen3_moe has no shared expert" in found
+    assert "(glm4_moe or laguna)" in found
 
 
 def test_one_model_alone_is_not_merged_by_convert(dense):

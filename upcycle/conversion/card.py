@@ -30,6 +30,7 @@ from upcycle.models.record import (
     RecipePart,
     Source,
 )
+from upcycle.models.source import DenseSource
 from upcycle.models.targets import TARGETS
 from upcycle.models.text import kind_name, public_texts
 
@@ -167,15 +168,16 @@ def model_card(conversion: Conversion) -> str:
     """README.md of the output, with front matter for the hub."""
     plan = conversion.plan
     front = read_card(plan.source.folder)
-    if plan.source.revision is not None:
-        front["base_model"] = [plan.source.label]
+    on_hub = [source for source in _sources(plan) if source.revision is not None]
+    if on_hub:
+        front["base_model"] = list({_hub_name(source): None for source in on_hub})
     front |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moe", "mixture-of-experts", "upcycle", plan.target, plan.recipe.method.name],
     }
     if "base_model" in front:
-        front["base_model_relation"] = "finetune"
+        front["base_model_relation"] = "finetune" if plan.sources is None else "merge"
     kinds = conversion.check.kinds if conversion.check else []
     results = [(public_name(k.kind), kind_name(k.kind), _metrics(k)) for k in kinds]
     front = with_results(front, conversion.out.resolve().name, results)
@@ -199,6 +201,15 @@ def model_card(conversion: Conversion) -> str:
         used=plan.way.used(plan.design.methods, plan.design.geometry),
         version=version("upcycle"),
     )
+
+
+def _sources(plan: Plan) -> list[DenseSource]:
+    """The models that weights are from, the base first."""
+    return [plan.source, *(plan.sources.models if plan.sources else ())]
+
+
+def _hub_name(source: DenseSource) -> str:
+    return source.label.partition("+")[0]
 
 
 def _metrics(kind: KindResult) -> dict[str, float]:

@@ -28,6 +28,8 @@ class Inputs:
     """With feedback, the output that would bring the hidden states back to the dense model's."""
     ffns: Sequence[DenseFFN] = ()
     """Of a merge, the experts' own, read one at a time when asked for."""
+    gate_ED: Tensor | None = None
+    """The router's rows, where text made them; one more than experts, if a shared one has a row."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
+from upcycle.conversion.merging.passages import passage_tokens
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.merging.rest import check_rest, read_merged
 from upcycle.conversion.merging.sources import Sources
@@ -166,6 +167,13 @@ class Plan:
         return self.design.combine == "sum" or router.needs_activations
 
     @property
+    def passage_tokens(self) -> int:
+        """Tokens of the text that a merge's router is made from, of prompts roughly."""
+        if self.design.merge is None or self.design.methods.gate is None:
+            return 0
+        return passage_tokens(self.design.merge, self.recipe)
+
+    @property
     def check_windows(self) -> int:
         """Windows of each kind of text that the check reads and no method sees, at most; one is
         enough of copies, whose logits are compared anyway."""
@@ -225,7 +233,7 @@ def make_plan(
     """
     out = None if out is None else local_path(out).resolve()
     way = WAYS[recipe.method.name]
-    methods = Methods.of(recipe, way.default_router)
+    methods = Methods.of(recipe, way.default_router, gates=way.several)
     _check_way(recipe, way, methods, sources)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
@@ -466,12 +474,29 @@ def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
         reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
         raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")
     if way.softmax_rows:
-        softmax = [n for n in reachable_names if TARGETS[n].routing.score == "softmax"]
-        reachable_names = softmax or reachable_names
+        reachable_names = _softmax(targets) or reachable_names
     if _router_needs_plain_weights(recipe, way):
         reachable_names = [n for n in reachable_names if _plain_weights(n)] or reachable_names
     rank = "copy_rank" if way.averages else "split_rank"
     return min(reachable_names, key=lambda name: int(getattr(TARGETS[name], rank)))
+
+
+def _softmax(targets: Mapping[str, str]) -> list[str]:
+    """The targets that fit and score by a softmax; none, where the model has no such host.
+
+    Raises:
+        UpcycleError: it has one, but that has no shared expert, which is asked for.
+    """
+    softmax = {n: why for n, why in targets.items() if TARGETS[n].routing.score == "softmax"}
+    fitting = [name for name, why in softmax.items() if not why]
+    lacking = [why for name, why in softmax.items() if why == f"{name} has no shared expert"]
+    if lacking and not fitting:
+        others = " or ".join(name for name, why in targets.items() if not why) or "none"
+        raise UpcycleError(
+            f"{lacking[0]}: leave it out, or choose a target that has one but scores by sigmoids "
+            f"({others})"
+        )
+    return fitting
 
 
 def _router_needs_plain_weights(recipe: Recipe, way: Way) -> bool:
@@ -576,7 +601,7 @@ def _check_text(plan: Plan) -> None:
     if plan.streams:
         used = plan.way.used(methods, plan.design.geometry)
         check_tokens(plan.recipe, used, plan.fit_tokens, plan.most_routed)
-    if plan.fit_tokens + plan.held_tokens:
+    if plan.fit_tokens + plan.held_tokens + plan.passage_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
         load_tokenizer(plan.source.folder)
 

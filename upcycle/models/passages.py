@@ -38,12 +38,18 @@ def prompt_passage(reader: Reader, prompt: str, expert: int, *, negative: bool =
 def text_passages(
     reader: Reader, text: str, expert: int, *, windows: int, length: int, seed: int
 ) -> list[Passage]:
-    """Windows of a text, as calibration and training read it.
+    """Windows of a text, as calibration and training read it; of one that holds fewer tokens as
+    many as there are, or one shorter window.
 
     Raises:
-        UpcycleError: it can't be read, or holds too few tokens.
+        UpcycleError: it can't be read, or holds no tokens.
     """
-    ids_BL = reader.windows(text, windows, length, seed=seed)
+    body = reader.body(length)
+    ids = reader.drawn(text, windows, body, seed=seed).ids
+    if not len(ids):
+        raise UpcycleError(f"text {text!r} of expert {expert} holds no tokens: give it some")
+    width = min(body, len(ids))
+    ids_BL = reader.begun(ids[: len(ids) // width * width].view(-1, width))
     return [Passage(ids_L, expert, front=len(reader.front)) for ids_L in ids_BL]
 
 

@@ -13,6 +13,8 @@ from upcycle.models.model_name import ModelName, check_name, parse_model
 
 PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 """Routers whose rows are made from prompts."""
+TEXTUAL = ("text", "loss", "perplexity", "domain")
+"""Routers that are fitted to prompts or texts."""
 RANDOM = ("random", "uniform_random", "normal")
 """Routers that know nothing of the experts."""
 
@@ -120,6 +122,8 @@ def recipe_settings(request: Request, given: Mapping[str, Any]) -> dict[str, Any
     merge = request.merge
     count = len(merge.experts)
     settings = {**request.settings, **{k: v for k, v in given.items() if v is not None}}
+    if given.get("router") is None and any(expert.text for expert in merge.experts):
+        settings["router"] = "text"
     top_k = settings.get("top_k")
     if isinstance(top_k, int) and top_k > count:
         raise UpcycleError(
@@ -138,6 +142,8 @@ def check_prompts(merge: Merge, router: str) -> None:
     Raises:
         UpcycleError: an expert has none, or all have the same.
     """
+    if router in TEXTUAL:
+        _check_texts(merge, router)
     if router not in PROMPTED:
         return
     bare = [f"{number} ({expert.model})" for number, expert in _unprompted(merge)]
@@ -153,6 +159,15 @@ def check_prompts(merge: Merge, router: str) -> None:
             f"all {len(merge.experts)} experts have the same prompts, so {router} would give them "
             "equal rows: give each its own, or gate_mode: random"
         )
+
+
+def _check_texts(merge: Merge, router: str) -> None:
+    for number, expert in enumerate(merge.experts):
+        if not expert.prompts and expert.text is None:
+            raise UpcycleError(
+                f"expert {number} ({expert.model}) has neither text nor prompts, and router "
+                f"{router} needs them: add --text {expert.model}=FILE, or --router random"
+            )
 
 
 def _unprompted(merge: Merge) -> Iterator[tuple[int, Expert]]:

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from upcycle.conversion.design import Bound
-from upcycle.conversion.merging.sources import Model, Sources, is_ffn
+from upcycle.conversion.merging.sources import Sources, is_ffn
 from upcycle.conversion.rest.registry import Run
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Method
 from upcycle.core.rng import generator
+from upcycle.models.source import DenseSource
 
 Rest = Bound[Method[Run]]
 
@@ -31,8 +32,8 @@ def read_merged(sources: Sources, rest: Rest, names: Sequence[str], seed: int) -
     return found
 
 
-def _read(models: Sequence[Model], name: str) -> Iterator[Tensor]:
-    return (model.weight(name) for model in models)
+def _read(models: Sequence[DenseSource], name: str) -> Iterator[Tensor]:
+    return (model.read([name])[name] for model in models)
 
 
 def _is_ffn(sources: Sources, name: str) -> bool:
@@ -49,7 +50,7 @@ def check_rest(sources: Sources, rest: Rest) -> None:
         return
     for model in sources.routed:
         for name, info in sources.base.tensors.items():
-            other = model.source.tensors[name]
+            other = model.tensors[name]
             if other.shape != info.shape:
                 raise UpcycleError(
                     f"--rest {rest.name} merges tensors of one shape, but {name} is "

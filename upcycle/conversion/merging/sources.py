@@ -1,8 +1,7 @@
 """The models behind a merge: opened once each, compared with the base, read an FFN at a time."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from typing import overload
 
 import torch
@@ -19,50 +18,37 @@ from upcycle.models.source import DenseSource, open_source
 
 
 @dataclass(frozen=True)
-class Model:
-    """A dense checkpoint, perhaps with an adapter."""
+class AdaptedSource(DenseSource):
+    """A dense checkpoint with an adapter: what the adapter changes is read changed, in float32."""
 
-    source: DenseSource
-    adapter: Adapter | None = None
+    adapter: Adapter = field(kw_only=True)
 
-    @cached_property
-    def label(self) -> str:
-        return self.source.label + (f"+{self.adapter.label}" if self.adapter else "")
+    @classmethod
+    def of(cls, source: DenseSource, adapter: Adapter) -> "AdaptedSource":
+        """The source with the adapter; both share what was read for the fingerprint."""
+        own = {each.name: getattr(source, each.name) for each in fields(source)}
+        return cls(**own | {"label": f"{source.label}+{adapter.label}"}, adapter=adapter)
 
-    def ffn(self, layer: int, act: Activation) -> DenseFFN:
-        """A layer's FFN, in the source's dtype; in float32, where an adapter changes it.
-
-        Raises:
-            UpcycleError: a tensor can't be read, holds NaN or infinity, or has changed.
-        """
-        prefix = f"model.layers.{layer}."
-        found = self.source.read(self._ffn_names(layer))
-        if self.adapter is not None:
-            found = {
-                name: self.adapter.changed(name.removesuffix(".weight"), weight)
-                for name, weight in found.items()
-            }
-        named = {name.removeprefix(prefix): weight for name, weight in found.items()}
-        return dense_ffn(self.source.canonical(named), act)
-
-    def weight(self, name: str) -> Tensor:
-        """Any tensor, as `ffn` reads an FFN's.
-
-        Raises:
-            UpcycleError: as `ffn` does.
-        """
-        weight = self.source.read([name])[name]
-        if self.adapter is None:
-            return weight
-        return self.adapter.changed(name.removesuffix(".weight"), weight)
-
-    def _ffn_names(self, layer: int) -> list[str]:
-        """The layer's tensors of which its FFN is made."""
-        return [name for name in self.source.layer_names(layer) if is_ffn(self.source, name)]
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        return {
+            name: self.adapter.changed(name.removesuffix(".weight"), tensor)
+            for name, tensor in super().read(names).items()
+        }
 
     def fingerprint(self) -> str:
-        adapter = "" if self.adapter is None else self.adapter.fingerprint()
-        return self.source.fingerprint() + adapter
+        return super().fingerprint() + self.adapter.fingerprint()
+
+
+def read_ffn(source: DenseSource, layer: int, act: Activation) -> DenseFFN:
+    """A layer's FFN.
+
+    Raises:
+        UpcycleError: a tensor can't be read, holds NaN or infinity, or has changed.
+    """
+    prefix = f"model.layers.{layer}."
+    found = source.read([name for name in source.layer_names(layer) if is_ffn(source, name)])
+    named = {name.removeprefix(prefix): weight for name, weight in found.items()}
+    return dense_ffn(source.canonical(named), act)
 
 
 def is_ffn(source: DenseSource, name: str) -> bool:
@@ -76,7 +62,7 @@ def is_ffn(source: DenseSource, name: str) -> bool:
 class LayerFFNs(Sequence[DenseFFN]):
     """One layer's FFNs of several models, each read when it is asked for and not kept."""
 
-    models: tuple[Model, ...]
+    models: tuple[DenseSource, ...]
     layer: int
     act: Activation
 
@@ -89,8 +75,8 @@ class LayerFFNs(Sequence[DenseFFN]):
     def __getitem__(self, place: slice) -> "LayerFFNs": ...
     def __getitem__(self, place: int | slice) -> "DenseFFN | LayerFFNs":
         if isinstance(place, slice):
-            return LayerFFNs(self.models[place], self.layer, self.act)
-        return self.models[place].ffn(self.layer, self.act)
+            return replace(self, models=self.models[place])
+        return read_ffn(self.models[place], self.layer, self.act)
 
 
 @dataclass(frozen=True)
@@ -99,12 +85,12 @@ class Sources:
 
     merge: Merge
     base: DenseSource
-    models: tuple[Model, ...]
+    models: tuple[DenseSource, ...]
     notes: tuple[str, ...] = ()
     """What is to be known of how they differ."""
 
     @property
-    def routed(self) -> tuple[Model, ...]:
+    def routed(self) -> tuple[DenseSource, ...]:
         """Of the experts that the router chooses from."""
         return self.models[: len(self.merge.experts)]
 
@@ -113,7 +99,7 @@ class Sources:
 
     def distinct(self) -> list[DenseSource]:
         """Every checkpoint once, but the base."""
-        found = {str(model.source.folder): model.source for model in self.models}
+        found = {str(model.folder): model for model in self.models}
         found.pop(str(self.base.folder), None)
         return list(found.values())
 
@@ -133,28 +119,28 @@ def open_sources(merge: Merge) -> Sources:
     opened: dict[tuple[str, str | None], DenseSource] = {}
     adapters: dict[tuple[str, str | None], Adapter] = {}
 
-    def open_model(name: ModelName) -> Model:
+    def open_model(name: ModelName) -> DenseSource:
         key = name.model.resolved
         if key not in opened:
             opened[key] = _open(name.model)
         if name.adapter is None:
-            return Model(opened[key])
+            return opened[key]
         place = name.adapter.resolved
         if place not in adapters:
             adapters[place] = open_adapter(name.adapter)
-        return Model(opened[key], adapters[place])
+        return AdaptedSource.of(opened[key], adapters[place])
 
-    base = open_model(merge.base).source
-    models = [open_model(expert.model) for expert in merge.all]
+    base = open_model(merge.base)
+    models = tuple(open_model(expert.model) for expert in merge.all)
     tokens = read_tokens(base.folder)
     notes = list(_place_notes(merge))
-    for source in {model.source.label: model.source for model in models}.values():
+    for source in opened.values():
         notes += compare(base, tokens, source)
     for model in {model.label: model for model in models}.values():
-        if model.adapter is not None:
-            check_adapter(model.source, model.adapter)
-            notes += _adapter_notes(model.source, model.adapter)
-    return Sources(merge, base, tuple(models), (*notes, *_expert_notes(merge)))
+        if isinstance(model, AdaptedSource):
+            check_adapter(model, model.adapter)
+            notes += _adapter_notes(model, model.adapter)
+    return Sources(merge, base, models, (*notes, *_expert_notes(merge)))
 
 
 def _open(place: Place) -> DenseSource:
@@ -195,7 +181,8 @@ def _adapter_notes(source: DenseSource, adapter: Adapter) -> Iterator[str]:
     ffn = {module for module in layered if is_ffn(source, f"{module}.weight")}
     if not ffn:
         yield (
-            f"the adapter {adapter.label} changes no FFN, so its expert is {source.label} as it is"
+            f"the adapter {adapter.label} changes no FFN, so it makes no difference to the expert "
+            f"{source.label}"
         )
     rest = {m.rpartition(".")[2] for m in adapter.modules - ffn}
     rest |= {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.others}

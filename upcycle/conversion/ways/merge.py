@@ -6,12 +6,13 @@ is one, is added to the mean, by a gate of its own where that has prompts.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from upcycle.conversion.converted import ConvertedLayer, Inputs, route, stored
-from upcycle.conversion.design import Design, Methods
+from upcycle.conversion.design import Bound, Design, Methods
 from upcycle.conversion.geometry import merged_geometry
 from upcycle.conversion.merging.request import RANDOM, Expert, Merge
 from upcycle.conversion.recipe import Recipe
@@ -68,16 +69,21 @@ class MergeWay(Way):
         merge, geometry = _of(design), design.geometry
         neurons_F = torch.arange(inputs.ffn.num_neurons)
         copies_EF = neurons_F.expand(geometry.num_experts, -1)
-        rng = generator(design.seed, "router", inputs.layer)
-        router_ED = route(design, inputs.activations, copies_EF, rng)
+        if inputs.gate_ED is None:
+            rng = generator(design.seed, "router", inputs.layer)
+            rows_ED = route(design, inputs.activations, copies_EF, rng)
+        else:
+            rows_ED = inputs.gate_ED
+        rows_ED = stored(design, inputs, rows_ED)
+        router_ED, rest_1D = rows_ED.split([len(copies_EF), len(rows_ED) - len(copies_EF)])
         return MergedLayer(
             inputs.ffn,
             ExpertLayout(copies_EF, neurons_F[:0]),
-            stored(design, inputs, router_ED),
+            router_ED,
             neurons_F,
             make=Scaled(merge.all, inputs.ffns, design.seed, inputs.layer),
             shared=merge.shared is not None,
-            shared_gate_1D=None,
+            shared_gate_1D=rest_1D if len(rest_1D) else None,
         )
 
     def exact(self, recipe: Recipe, design: Design) -> Exact:
@@ -91,7 +97,12 @@ class MergeWay(Way):
         )
 
     def made(self, design: Design) -> str:
-        return f"{self.name}, router {design.methods.router.name}"
+        rest = design.methods.rest.name
+        return f"{self.name}, router {_router(design.methods).name}, rest {rest}"
+
+    def used(self, methods: Methods, geometry: Geometry) -> dict[str, Bound[Any]]:
+        rest = {} if methods.rest.name == "base" else {"rest": methods.rest}
+        return {"router": _router(methods)} | rest
 
     def card(self, design: Design) -> str:
         merge, geometry = _of(design), design.geometry
@@ -101,7 +112,8 @@ class MergeWay(Way):
         shared = f"\n- always on: {_card_line(merge.shared)}" if merge.shared else ""
         return (
             f"Every layer's experts are the FFNs of {geometry.num_experts} models, of which "
-            f"{geometry.top_k} are active per token;\nall that is no FFN comes from the base.\n\n"
+            f"{geometry.top_k} are active per token;\nof all that is no FFN: "
+            f"{design.methods.rest.method.summary}.\n\n"
             f"{experts}{shared}"
         )
 
@@ -110,7 +122,9 @@ class MergeWay(Way):
     ) -> Iterator[str]:
         """What to know of such a model before it is trained."""
         merge, geometry = _of(design), design.geometry
-        router = design.methods.router.name
+        router, gate = _router(design.methods).name, design.methods.gate
+        if gate is not None and gate.method.note:
+            yield gate.method.note
         blind = router in RANDOM
         if merge.one_model and len(merge.experts) > 1:
             computes = "the base" if merge.copies_base else "that model in its FFNs"
@@ -166,6 +180,10 @@ def _noisy(ffn: DenseFFN, scale: float, rng: torch.Generator) -> DenseFFN:
         return matrix + scale * torch.randn(matrix.shape, generator=rng)
 
     return ffn.changed(noisy)
+
+
+def _router(methods: Methods) -> Bound[Any]:
+    return methods.gate or methods.router
 
 
 def _of(design: Design) -> Merge:
