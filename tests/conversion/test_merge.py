@@ -362,9 +362,22 @@ def test_an_adapter_of_another_model_is_refused(models, dense, tmp_path):
     wide = dense(intermediate_size=64)
     lora = make_lora(tmp_path / "lora", wide, ["up_proj"], r=2)
     found = refusal([f"{models['base']}+{lora}"], **QUICK)
-    assert "was made for another model" in found
+    assert f"was made for {wide}, not for {models['base']}" in found
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "elsewhere/base"
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    assert "was made for another model" in refusal([f"{models['base']}+{lora}"], **QUICK)
     deep = make_lora(tmp_path / "deep", dense(num_hidden_layers=4), ["up_proj"], r=2)
+    (deep / "adapter_config.json").write_text(json.dumps(settings))
     assert "model.layers.3.mlp.up_proj" in refusal([f"{models['base']}+{deep}"], **QUICK)
+
+
+def test_an_adapter_of_another_model_of_that_shape_is_refused(models, shelf, tmp_path):
+    """A copy of its own model is as good."""
+    found = refusal([f"{models['m1']}+{shelf / 'lora1'}"], **QUICK)
+    assert f"was made for {models['base']}, not for {models['m1']}: name it as" in found
+    copied = shutil.copytree(models["base"], tmp_path / "copied")
+    assert plan([f"{copied}+{shelf / 'lora1'}"], **QUICK)
 
 
 def test_an_adapter_that_is_more_than_two_factors_is_refused(models, dense, tmp_path):
@@ -400,6 +413,8 @@ def test_infinity_in_an_adapter_stops_the_run(models, dense, tmp_path):
         (["m1", "m2"], {"target": "mixtrel"}, "did you mean 'mixtral'?"),
         (["m1", "m2"], {"active": 0.5}, "goes with a split"),
         (["m1", "m2"], {"granularity": 2}, "goes with copies"),
+        (["m1", "m2"], {"experts": 4}, "--experts 4 is not for a merge"),
+        (["m1", "m2"], {"shared": 0.5}, "--shared-model names the model"),
     ],
 )
 def test_what_a_merge_cannot_be_is_refused(models, names, settings, said):

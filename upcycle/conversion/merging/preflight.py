@@ -46,7 +46,9 @@ def merge_request(
     if file is None:
         request = named_request(names, base=base, shared_model=shared_model)
     elif base is not None or shared_model is not None:
-        raise UpcycleError(f"{file} names the base and the shared experts: drop --base")
+        raise UpcycleError(
+            f"{file} names the base and the shared experts: drop --base and --shared-model"
+        )
     else:
         request = read_file(file, gate_mode=router if isinstance(router, str) else None)
     request = _with_texts(request, texts or {})
