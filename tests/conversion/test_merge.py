@@ -11,9 +11,12 @@ from hosting import hosts
 from reference import MUTATED, dense_logits, gap, load, logits, read_json, selections, weights
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_dense, make_lora, make_tokenizer
+from typer.testing import CliRunner
 
 import upcycle
 from upcycle import UpcycleError
+from upcycle.cli import app
+from upcycle.conversion import plan as planning
 from upcycle.conversion.merging.plan import plan_merge
 from upcycle.conversion.merging.preflight import merge_request
 from upcycle.core.types import DenseFFN
@@ -275,6 +278,38 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(models, tmp_path, monk
     upcycle.merge(experts, tmp_path / "out", resume=True, **QUICK)
     whole, out = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def command(*words):
+    return CliRunner().invoke(app, ["merge", *map(str, words)])
+
+
+def test_the_command_merges_and_prints_one_json_object(models, tmp_path):
+    words = [models["m1"], models["m2"], "--base", models["base"], "--top-k", "1", "--json"]
+    planned = command(*words, "--dry-run")
+    assert json.loads(planned.stdout)["top_k"] == 1
+    assert list(tmp_path.iterdir()) == []
+    made = command(*words, "--check", "none", "-o", tmp_path / "out")
+    assert made.exit_code == 0
+    assert json.loads(made.stdout)["plan"]["merge"]["experts"][1]["model"] == "m2"
+    assert load(tmp_path / "out")
+    again = command(*words, "--check", "none", "-o", tmp_path / "out")
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert "exists and is not empty" in again.stderr
+
+
+def test_the_command_tells_people_what_was_made(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    shown = command(models["m1"], models["m2"], "-o", tmp_path / "out")
+    assert shown.exit_code == 0
+    words = " ".join(shown.stdout.split())
+    assert "A token uses 2 of 2 models' FFNs in each layer." in words
+    assert "Exactness: not expected: its experts are other models' FFNs." in words
+    notes = " ".join(shown.stderr.split())
+    assert "the first model: --base names another" in notes
 
 
 # --- what is said ----------------------------------------------------------------------------
