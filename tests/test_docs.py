@@ -181,7 +181,7 @@ def test_every_page_is_reached_from_the_readme():
 # --- what is generated -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["methods", "cli", "runtimes"])
+@pytest.mark.parametrize("page", ["methods", "cli", "models", "runtimes"])
 def test_reference_is_current(page):
     written = getattr(script("docs/reference.py"), f"{page}_page")()
     assert (ROOT / f"docs/{page}.md").read_text() == written, "run `make docs`"

@@ -499,6 +499,14 @@ class TestConfigFields:
     def test_qwen3_with_windows(self, dense, moe, full, expected):
         assert exact_hosts(dense, moe, "qwen3", **WINDOW, max_window_layers=full) == expected
 
+    @pytest.mark.parametrize(
+        ("family", "expected"), [("llama", LLAMA_LIKE), ("mistral", HOSTS["ministral"])]
+    )
+    def test_layer_types_are_what_transformers_takes_them_for(self, dense, moe, family, expected):
+        """Llama does not read them; a mistral with them is loaded as a ministral."""
+        kinds = ["full_attention", "sliding_attention", "full_attention"]
+        assert exact_hosts(dense, moe, family, layer_types=kinds) == expected
+
     def test_mistral_without_a_window_is_a_llama(self, dense, moe):
         assert exact_hosts(dense, moe, "mistral", sliding_window=None) == LLAMA_LIKE
 

@@ -80,9 +80,8 @@ PUBLISHED = {
         "tie_word_embeddings": False,
         "use_cache": True,
     },
-    # On the hub it is a mistral; here as the class that knows its windows spells it.
     "Ministral-8B-Instruct-2410": {
-        "model_type": "ministral",
+        "model_type": "mistral",
         "attention_dropout": 0.0,
         "head_dim": 128,
         "hidden_act": "silu",

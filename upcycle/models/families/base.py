@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
-from upcycle.models.families.unhosted import MOE_BY_ANOTHER_NAME, REASONS
 from upcycle.models.traits import Architecture, Trait
+from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
 

@@ -106,9 +106,7 @@ TARGETS.add(
             "transformers 4": (heads_fill_hidden,),
         },
         ran={
-            "llama.cpp": Run(
-                "xllamacpp 2026.10.11549", "2026-11-26", "splits and copies of random models"
-            ),
+            "llama.cpp": Run("0.5.0", "2026-11-29", "a split of SmolLM2-135M"),
             "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
             "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },

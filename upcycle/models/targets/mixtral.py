@@ -48,9 +48,7 @@ TARGETS.add(
             "transformers 4": (),
         },
         ran={
-            "llama.cpp": Run(
-                "llama-cpp-python 0.3.36", "2026-11-24", "copies, whole and pruned, of SmolLM2-135M"
-            ),
+            "llama.cpp": Run("0.5.0", "2026-11-29", "copies of SmolLM2-135M"),
             "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
             "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
             "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),

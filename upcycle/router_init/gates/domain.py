@@ -29,7 +29,7 @@ SMALLEST = 1e-6
     reads=("embedded", "inputs"),
 )
 def by_domain(texts: LayerTexts, params: FitParams, rng: torch.Generator) -> GateRows:
-    rows_ED = fitted_rows(list(memberships(texts)), params.strength)
+    rows_ED = fitted_rows(texts, list(memberships(texts)), params.strength)
     domains_EV = torch.stack([domain(texts, expert) for expert in range(texts.num_experts)])
     centre_V = domains_EV.mean(0)
     inverse_VE = torch.linalg.pinv((domains_EV - centre_V).double(), rtol=SMALLEST)

@@ -24,4 +24,4 @@ def by_loss(texts: LayerTexts, params: FitParams, rng: torch.Generator) -> GateR
         # After the last token there is none to predict.
         x_tD = x_LD[passage.front : -1].float()
         samples.append((x_tD, (-loss_lE[passage.front :].to(x_tD)).softmax(1)))
-    return GateRows(fitted_rows(samples, params.strength))
+    return GateRows(fitted_rows(texts, samples, params.strength))

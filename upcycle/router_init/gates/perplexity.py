@@ -33,10 +33,10 @@ def by_perplexity(texts: LayerTexts, params: PerplexityParams, rng: torch.Genera
     samples = []
     for passage, x_LD, loss_lE in zip(texts.passages, texts.inputs, texts.losses, strict=True):
         x_tD = x_LD[passage.front : -1].float()
-        if len(x_tD):
-            weight_E = sequence_weights(loss_lE[passage.front :].mean(0), params.experts).to(x_tD)
-            samples.append((x_tD, weight_E.expand(len(x_tD), -1)))
-    return GateRows(fitted_rows(samples, params.strength))
+        # Of a passage without text the mean is no number, and counts for no token.
+        weight_E = sequence_weights(loss_lE[passage.front :].mean(0), params.experts).to(x_tD)
+        samples.append((x_tD, weight_E.expand(len(x_tD), -1)))
+    return GateRows(fitted_rows(texts, samples, params.strength))
 
 
 def sequence_weights(loss_E: Tensor, experts: int) -> Tensor:

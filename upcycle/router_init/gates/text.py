@@ -3,9 +3,9 @@
 The rows are the ridge regression of membership on the FFN's input, over the tokens of all passages
 but what stands before a text. Each expert's text counts the same, however long it is; a token of a
 negative passage belongs to the other experts in equal parts. The rows are then made longer until
-the softmax of their logits fits best, which is tried on the second half of each passage for rows
-fitted on the first: a regression's own predictions lie between 0 and 1, and would mix the experts
-nearly evenly.
+the softmax of their logits fits best, which is tried on every second passage for rows fitted on the
+others (of an only one, on its second half): a regression's own predictions lie between 0 and 1, and
+would mix the experts nearly evenly.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from upcycle.core.registry import Params
 from upcycle.core.regression import ridge, sharpness
 from upcycle.router_init.gates.base import GateRows, LayerTexts, gate
 
-LONGEST = 100.0
+LONGEST = 30.0
 """What rows are multiplied by at most: an expert that is ahead then has all the weight."""
 Sample = tuple[Tensor, Tensor]
 """Inputs x [t, D], and each expert's share of their tokens [t, E]; a row of shares adds up to what
@@ -40,7 +40,7 @@ class FitParams(Params):
     reads=("inputs",),
 )
 def by_text(texts: LayerTexts, params: FitParams, rng: torch.Generator) -> GateRows:
-    return GateRows(fitted_rows(list(memberships(texts)), params.strength))
+    return GateRows(fitted_rows(texts, list(memberships(texts)), params.strength))
 
 
 def memberships(texts: LayerTexts) -> Iterator[Sample]:
@@ -71,21 +71,37 @@ def memberships(texts: LayerTexts) -> Iterator[Sample]:
         yield x_tD, (counts * share_E).expand(len(x_tD), -1)
 
 
-def fitted_rows(samples: Sequence[Sample], strength: float) -> Tensor:
-    """Rows [E, D] whose logits' softmax is near the shares, by ridge regression."""
+def fitted_rows(texts: LayerTexts, samples: Sequence[Sample], strength: float) -> Tensor:
+    """Rows [E, D] whose logits' softmax is near the shares, by ridge regression.
+
+    Args:
+        samples: of each passage.
+    """
     rows_ED = ridge(_pairs(samples), strength)
-    first = [(x_tD[: _half(x_tD)], share_tE[: _half(x_tD)]) for x_tD, share_tE in samples]
-    second = [(x_tD[_half(x_tD) :], share_tE[_half(x_tD) :]) for x_tD, share_tE in samples]
-    if not any(len(x_tD) for x_tD, _ in second):
+    fitted, tried = _parts(texts, samples)
+    if not any(len(x_tD) for x_tD, _ in tried):
         return rows_ED
-    tried_ED = ridge(_pairs(first), strength)
-    logits_TE = torch.cat([x_tD @ tried_ED.T for x_tD, _ in second])
-    share_TE = torch.cat([share_tE for _, share_tE in second])
+    tried_ED = ridge(_pairs(fitted), strength)
+    logits_TE = torch.cat([x_tD @ tried_ED.T for x_tD, _ in tried])
+    share_TE = torch.cat([share_tE for _, share_tE in tried])
     return rows_ED * sharpness(logits_TE, share_TE, most=LONGEST)
 
 
-def _half(x_tD: Tensor) -> int:
-    return (len(x_tD) + 1) // 2
+def _parts(texts: LayerTexts, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """What is fitted on, and what that is tried on: every second passage of an expert's, and of one
+    that has no other, the second half."""
+    fitted, tried = [], []
+    places: Counter[tuple[int, bool]] = Counter()
+    for passage, (x_tD, share_tE) in zip(texts.passages, samples, strict=True):
+        owner = (passage.expert, passage.negative)
+        if len(texts.of(passage.expert, negative=passage.negative)) == 1:
+            half = (len(x_tD) + 1) // 2
+            fitted.append((x_tD[:half], share_tE[:half]))
+            tried.append((x_tD[half:], share_tE[half:]))
+        else:
+            (tried if places[owner] % 2 else fitted).append((x_tD, share_tE))
+        places[owner] += 1
+    return fitted, tried
 
 
 def _pairs(samples: Sequence[Sample]) -> Iterator[Sample]:
