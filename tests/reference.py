@@ -23,7 +23,7 @@ NOISE = 4.0
 MUTATED = 0.5
 """The least gap of a model with one mistake in it: far beyond every tolerance."""
 
-ALWAYS_RENORMALISES = {"mixtral", "granitemoeshared"}
+ALWAYS_RENORMALISES = {"mixtral", "granitemoeshared", "qwen3_5_moe"}
 """Their K selected experts share weight 1 whatever K is, so a split's gain is K; elsewhere each
 expert's weight does not depend on K."""
 

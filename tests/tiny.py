@@ -37,6 +37,14 @@ FAMILIES = {
         "logits_scaling": 2.0,
     },
     "olmo2": {},
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
 PLAIN_SPLIT = {
     "experts": 8,

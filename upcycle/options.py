@@ -79,7 +79,8 @@ CONVERSION = (
         (
             "target",
             str,
-            "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo",
+            "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo | "
+            "qwen3_5_moe",
         ),
     )
     | _settings(

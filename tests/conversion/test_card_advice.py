@@ -9,6 +9,7 @@ from reference import load, read_json
 from torch import nn
 
 from upcycle.models.blocks import moe_blocks
+from upcycle.models.hosted import target_of
 from upcycle.models.targets import TARGETS
 
 HOSTS = {
@@ -18,6 +19,7 @@ HOSTS = {
     "mixtral": ("llama", {}),
     "qwen3_moe": ("qwen3", {}),
     "flex_olmo": ("olmo2", {}),
+    "qwen3_5_moe": ("qwen3_5_text", {"shared": 0.25, "experts": 6}),
 }
 LOAD, LORA, FREEZE = range(3)
 
@@ -69,7 +71,7 @@ def test_low_rank_changes_reach_all_experts(converted):
 
 def test_low_rank_changes_reach_routers(converted):
     model = load(converted)
-    config = LoraConfig(target_parameters=[TARGETS[model.config.model_type].router])
+    config = LoraConfig(target_parameters=[target_of(model.config).router])
     routers = {id(block.router.weight) for block in moe_blocks(model)}
     assert reached_by(get_peft_model(model, config)) == routers
 

@@ -45,8 +45,9 @@ HOSTS = {
     "gemma": {"granitemoeshared"},
     "granite": {"granitemoeshared"},
     "olmo2": {"flex_olmo"},
+    "qwen3_5_text": {"qwen3_5_moe"},
 }
-SHARED = {"qwen2_moe", "glm4_moe", "granitemoeshared"}
+SHARED = {"qwen2_moe", "glm4_moe", "granitemoeshared", "qwen3_5_moe"}
 TOP_K_IS_FIXED = ALWAYS_RENORMALISES | {"qwen3_moe"}
 KEEPS_ANY_DENSE = {"qwen2_moe", "qwen3_moe"}
 SPLIT = {"experts": 8, "top_k": 3}
@@ -174,11 +175,10 @@ class TestCopy:
     @pytest.mark.parametrize("target", sorted(ALWAYS_RENORMALISES))
     def test_of_top_1_is_refused_where_its_router_would_be_frozen(self, dense, target):
         request = {"method": "copy", "experts": 4, "top_k": 1, "target": target}
+        source = str(dense(FAMILY_OF[target]))
         with pytest.raises(UpcycleError, match="no gradient"):
-            upcycle.plan(str(dense()), **request)
-        assert (
-            upcycle.plan(str(dense()), allow_frozen_router=True, **request).design.combine == "mean"
-        )
+            upcycle.plan(source, **request)
+        assert upcycle.plan(source, allow_frozen_router=True, **request).design.combine == "mean"
 
     @pytest.mark.parametrize("target", sorted(LLAMA_LIKE))
     @pytest.mark.parametrize(
@@ -370,6 +370,11 @@ UNUSUAL = {
     "head_dim": [24],
     "hidden_act": ["gelu", "relu"],
     "layer_types": [["full_attention", "sliding_attention", "full_attention"]],
+    "linear_conv_kernel_dim": [3],
+    "linear_key_head_dim": [8],
+    "linear_num_key_heads": [1],
+    "linear_num_value_heads": [2],
+    "linear_value_head_dim": [8],
     "logits_scaling": [0.5],
     "max_window_layers": [0, 1],
     "mlp_bias": [True],
@@ -397,6 +402,7 @@ WITHOUT_A_HOST = {
     ("llama", "mlp_bias"),
     ("qwen3", "layer_types"),
     ("qwen3", "max_window_layers"),
+    ("qwen3_5_text", "layer_types"),
 }
 
 

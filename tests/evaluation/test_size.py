@@ -12,7 +12,12 @@ from upcycle.evaluation.size import expert_similarity, flops, measure_size
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.targets import TARGETS
 
-FAMILIES = {"qwen3_moe": "qwen3", "granitemoeshared": "granite", "flex_olmo": "olmo2"}
+FAMILIES = {
+    "qwen3_moe": "qwen3",
+    "qwen3_5_moe": "qwen3_5_text",
+    "granitemoeshared": "granite",
+    "flex_olmo": "olmo2",
+}
 
 
 def linear_weights(model):

@@ -9,7 +9,12 @@ from tiny import PLAIN_SPLIT
 import upcycle
 from upcycle.models.targets import TARGETS
 
-FAMILY = {"qwen3_moe": "qwen3", "flex_olmo": "olmo2", "granitemoeshared": "granite"}
+FAMILY = {
+    "qwen3_moe": "qwen3",
+    "qwen3_5_moe": "qwen3_5_text",
+    "flex_olmo": "olmo2",
+    "granitemoeshared": "granite",
+}
 """Of a dense model that the target takes; else llama."""
 SPREAD = 0.3
 SPLITS = [

@@ -190,7 +190,7 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
     fields = {k: v for k, v in plan.config.items() if k != "model_type"}
-    CONFIG_MAPPING[plan.target](**fields).save_pretrained(folder)
+    CONFIG_MAPPING[plan.config["model_type"]](**fields).save_pretrained(folder)
     path = folder / "config.json"
     config = older_spellings(plan.config) | json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -227,7 +227,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = trained(model, known)
-    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config.model_type))
+    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config))
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
     model.train()
     if settings.tracker is not None:

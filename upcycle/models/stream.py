@@ -204,7 +204,9 @@ class HiddenStream:
             arguments["attention_mask"] = mask.to(self.dtype) if mask.is_floating_point() else mask
         if arguments.get("position_embeddings") is not None:
             angles = arguments["position_embeddings"]
-            arguments["position_embeddings"] = tuple(each.to(self.dtype) for each in angles)
+            arguments["position_embeddings"] = tuple(each[:1].to(self.dtype) for each in angles)
+        if isinstance(arguments.get("position_ids"), Tensor):
+            arguments["position_ids"] = arguments["position_ids"][:1]
         return arguments
 
 

@@ -23,6 +23,7 @@ class Trait(StrEnum):
     LOGITS_SCALING = "scaled logits"
     UNGATED = "an FFN without a gate"
     MLP_BIAS = "biases in the FFN"
+    DELTA_NET = "gated DeltaNet layers"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import upcycle.models.families.olmo2
 import upcycle.models.families.phi3
 import upcycle.models.families.qwen2
 import upcycle.models.families.qwen3
+import upcycle.models.families.qwen3_5
 from upcycle.models.families.base import FAMILIES, DenseFamily, describe
 
 __all__ = ["FAMILIES", "DenseFamily", "describe"]

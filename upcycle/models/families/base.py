@@ -59,6 +59,8 @@ class DenseFamily:
     says."""
     carried: tuple[str, ...] = ()
     """Config fields of its own that go to the target under the same name."""
+    routed: Callable[[PreTrainedConfig], bool] = lambda config: False
+    """Whether a config of this model_type is an MoE's."""
     blocks: Blocks = Blocks()
     bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
     """Layers without an FFN."""
@@ -108,6 +110,8 @@ def describe(config: PreTrainedConfig) -> Architecture:
             )
         )
     family = FAMILIES[config.model_type]
+    if family.routed(config):
+        raise UpcycleError(_routed_already(config.model_type))
     _refuse_unknown_fields(config, family)
     fields = {name: getattr(config, name, None) for name in CARRIED}
     fields["head_dim"] = head_dim(config)
@@ -224,7 +228,11 @@ def unsupported_reason(model_type: str, *, encoder_decoder: bool = False) -> str
             f"{model_type} can't become a native MoE: it {REASONS[model_type]} (supported: {known})"
         )
     if "moe" in model_type or model_type in MOE_BY_ANOTHER_NAME:
-        return f"the source is a {model_type} model, which is a Mixture-of-Experts already"
+        return _routed_already(model_type)
     return (
         f"model_type {model_type!r} is not a dense family that upcycle knows (supported: {known})"
     )
+
+
+def _routed_already(model_type: str) -> str:
+    return f"the source is a {model_type} model, which is a Mixture-of-Experts already"

@@ -5,6 +5,7 @@ import upcycle.models.targets.glm4_moe
 import upcycle.models.targets.granitemoeshared
 import upcycle.models.targets.mixtral
 import upcycle.models.targets.qwen2_moe
+import upcycle.models.targets.qwen3_5_moe
 import upcycle.models.targets.qwen3_moe
 from upcycle.models.targets.base import (
     TARGETS,

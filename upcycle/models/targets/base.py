@@ -92,7 +92,7 @@ Limit = Callable[[Architecture, MoESpec], str]
 
 @dataclass(frozen=True)
 class MoETarget:
-    """A native MoE architecture, by its `model_type`."""
+    """A native MoE architecture."""
 
     name: str
     routing: Routing
@@ -114,6 +114,8 @@ class MoETarget:
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Its own names for tensors that are not converted, by llama's: of a dense layer's FFN, below
     `model.layers.N.`, and of what belongs to no layer."""
+    model_type: str = ""
+    """Of its config.json, where that is not its name."""
     min_experts: int = 1
     groups: bool = False
     """Whether a token can be held to the best groups of experts (`n_group`, `topk_group`)."""
@@ -195,7 +197,7 @@ def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> 
     """The config fields that every target spells as the source does."""
     carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
     return carried | {
-        "model_type": target.name,
+        "model_type": target.model_type or target.name,
         "dtype": str(dtype).removeprefix("torch."),
         "output_router_logits": False,
     }
