@@ -65,10 +65,12 @@ def load_all_on(folder, dtype=torch.float32):
     """The split in the folder with all its routed experts selected, each with weight 1."""
     config = read_json(folder / "config.json")
     routed = read_json(folder / "upcycle.json")["plan"]["experts"]
-    model = load(folder, dtype, num_experts_per_tok=routed)
+    model = load(folder, dtype)
+    for router in routers(model):
+        selected, router.top_k = router.top_k, routed
     if config.get("norm_topk_prob", True):
         for stacked in experts(model):
-            stacked.down_proj.data *= routed / config["num_experts_per_tok"]
+            stacked.down_proj.data *= routed / selected
     return model
 
 

@@ -3,7 +3,7 @@
 Reads headers, never weights, and writes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upcycle.conversion.beside import Beside
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
 from upcycle.conversion.notes import runtime_refusals, runtimes_lost, source_notes, warnings
@@ -25,7 +26,13 @@ from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
 from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, Geometry, MoELayer
-from upcycle.models.assemble import assemble_embeddings, assemble_head, assemble_layer
+from upcycle.models.assemble import (
+    Named,
+    assemble_embeddings,
+    assemble_head,
+    assemble_layer,
+    in_whole,
+)
 from upcycle.models.calibration import CHECK_WINDOW, check_seq_len
 from upcycle.models.source import DenseSource, check_own_files
 from upcycle.models.targets import TARGETS, Combine, MoESpec, Runtime, common_fields
@@ -34,6 +41,8 @@ from upcycle.models.tokens import load_tokenizer
 from upcycle.models.traits import Architecture, Trait
 from upcycle.models.writer import TensorSpec, check_out
 
+PARTS = "parts"
+"""The unit of what is written as it is."""
 WRITING = 1.5  # times its weights is what a model takes in memory that writes text
 SPREAD, UNFITTED_SPREAD = 0.1, 0.01
 """Of a router's logits where a refit knows of the uneven weights that they make, and where none
@@ -64,6 +73,7 @@ class Plan:
     spec: MoESpec
     config: Mapping[str, Any]
     device: torch.device
+    beside: Beside
     units: Mapping[str, tuple[TensorSpec, ...]]
     """What is written, in order, by the unit that produces it."""
     params_dense: int
@@ -133,8 +143,7 @@ class Plan:
     def streams(self) -> bool:
         """Whether calibration tokens go through the dense model: always when the router's scale
         must be known, else only if a method looks at activations."""
-        router = self.design.methods.router.method
-        return self.design.combine == "sum" or router.needs_activations
+        return _streams(self.design)
 
     @property
     def check_windows(self) -> int:
@@ -203,7 +212,8 @@ def make_plan(
     device = choose_device(recipe.device)
     calibration, left_out = _calibration(recipe, way, source, device)
     fields = common_fields(source.arch, TARGETS[target], design.dtype)
-    units = _units(source, target, spec, design.dtype)
+    beside = Beside.of(source, fitted=_streams(design))
+    units = _units(source, target, spec, design.dtype, beside)
     params_total = sum(s.numel for unit in units.values() for s in unit)
     idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
     idle = idle_neurons * source.arch.ffn_params // source.arch.intermediate_size
@@ -217,13 +227,15 @@ def make_plan(
         way=way,
         design=design,
         spec=spec,
-        config=fields | TARGETS[target].config(source.arch, spec),
+        config=fields | TARGETS[target].config(source.arch, spec) | beside.count,
         device=device,
+        beside=beside,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
-        params_active=params_total - idle * (room.layers - len(dense_layers)),
+        params_active=params_total - idle * (room.layers - len(dense_layers) + len(beside.drafts)),
         warnings=(
             *source_notes(source, design.dtype),
+            *beside.notes(),
             *warnings(recipe, way, spec, target, design.dtype),
             *left_out,
         ),
@@ -231,6 +243,10 @@ def make_plan(
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
+
+
+def _streams(design: Design) -> bool:
+    return design.combine == "sum" or design.methods.router.method.needs_activations
 
 
 def _room(arch: Architecture, target: str, num_dense: int) -> Room:
@@ -396,27 +412,34 @@ def _combine(
 
 
 def _units(
-    source: DenseSource, target: str, spec: MoESpec, dtype: torch.dtype
+    source: DenseSource, target: str, spec: MoESpec, dtype: torch.dtype, beside: Beside
 ) -> dict[str, tuple[TensorSpec, ...]]:
     """A dry run on the meta device: the names and shapes that the conversion will write."""
 
-    def meta(names: list[str], prefix: str = "") -> dict[str, Tensor]:
+    def meta(names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
         empty = {
             n.removeprefix(prefix): torch.empty(source.tensors[n].shape, dtype=dtype, device="meta")
             for n in names
         }
         return source.canonical(empty)
 
-    outer = meta(source.outer_names())
-    units = {"embeddings": _specs(assemble_embeddings(TARGETS[target], outer))}
-    for layer in range(source.arch.num_layers):
-        tensors = meta(source.layer_names(layer), f"model.layers.{layer}.")
-        moe = None
-        if layer in source.arch.ffn_layers and layer not in spec.dense_layers:
-            moe = _meta_layer(spec, source.arch, dtype)
-        named = assemble_layer(TARGETS[target], source.arch, layer, tensors, moe, spec.gains)
-        units[f"layer {layer}"] = _specs(named)
-    units["head"] = _specs(assemble_head(TARGETS[target], outer))
+    def layer(place: str, names: list[str], *, routed: bool) -> Named:
+        moe = _meta_layer(spec, source.arch, dtype) if routed else None
+        return assemble_layer(host, source.arch, place, meta(names, place), moe, spec.gains)
+
+    host, outer = TARGETS[target], meta(source.outer_names())
+    named = {"embeddings": assemble_embeddings(host, outer)}
+    for i in range(source.arch.num_layers):
+        routed = i in source.arch.ffn_layers and i not in spec.dense_layers
+        place = f"model.layers.{i}."
+        named[f"layer {i}"] = layer(place, source.layer_names(i), routed=routed)
+    named["head"] = assemble_head(host, outer)
+    units = {unit: _specs(in_whole(source.layout, tensors)) for unit, tensors in named.items()}
+    for place in beside.drafts:
+        names = [name for name in source.draft_names() if name.startswith(place)]
+        units[place] = _specs(layer(place, names, routed=True))
+    if beside.kept:
+        units[PARTS] = _specs(meta(beside.kept).items())
     return units
 
 

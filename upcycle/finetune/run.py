@@ -38,7 +38,7 @@ from upcycle.finetune.trainable import (
 )
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.record import TRAIN_LOG, Identity, Used
-from upcycle.models.source import read_config, read_headers
+from upcycle.models.source import read_headers, read_text_config
 from upcycle.models.writer import (
     ASIDE,
     Workspace,
@@ -255,7 +255,7 @@ def _data(job: Job) -> tuple[Data, Data]:
     settings = job.settings
     return training_data(
         job.folder,
-        read_config(job.folder).vocab_size,
+        read_text_config(job.folder).vocab_size,
         settings.data,
         seq_len=settings.seq_len,
         train_tokens=settings.total_steps * settings.step_tokens,

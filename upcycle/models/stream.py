@@ -276,8 +276,10 @@ class _Constant(nn.Module):
 
 def replace_ffn(model: PreTrainedModel, layer: int, ffn: DenseFFN) -> None:
     """Let a whole dense model use another FFN in a layer."""
-    blocks, weight = FAMILIES[model.config.model_type].blocks, next(model.parameters())
-    setattr(model.model.layers[layer], blocks.ffn, _Given(ffn.to(weight.device, weight.dtype)))
+    text = model.config.get_text_config()
+    blocks, weight = FAMILIES[text.model_type].blocks, next(model.parameters())
+    given = _Given(ffn.to(weight.device, weight.dtype))
+    setattr(model.get_decoder().layers[layer], blocks.ffn, given)
 
 
 class _Given(nn.Module):

@@ -38,6 +38,8 @@ class Architecture:
     intermediate_size: int
     bare_layers: tuple[int, ...] = ()
     """Layers without an FFN."""
+    whole: str = ""
+    """The model_type of the model that it is the text model of, if that has other parts, too."""
 
     @property
     def hidden_size(self) -> int:

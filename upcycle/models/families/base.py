@@ -41,8 +41,19 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """Layers like the others, and what is around them, that draft further tokens. transformers
+    passes over them."""
+
+    place: str
+    """What their tensors' names begin with; those of the layers go on with `layers.N.`."""
+    count: str
+    """The config field that says how many there are."""
+
+
+@dataclass(frozen=True)
 class DenseFamily:
-    """A dense architecture, by its `model_type`."""
+    """A dense architecture, by the `model_type` of its text model."""
 
     name: str
     always: Mapping[Trait, str] = field(default_factory=dict)
@@ -61,6 +72,7 @@ class DenseFamily:
     """Config fields of its own that go to the target under the same name."""
     routed: Callable[[PreTrainedConfig], bool] = lambda config: False
     """Whether a config of this model_type is an MoE's."""
+    drafts: Drafts | None = None
     blocks: Blocks = Blocks()
     bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
     """Layers without an FFN."""
@@ -97,16 +109,18 @@ UNDERSTOOD = {
 
 
 def describe(config: PreTrainedConfig) -> Architecture:
-    """The architecture behind a dense config.
+    """The architecture behind a dense config; of a model of several parts, that of its text model.
 
     Raises:
         UpcycleError: the family is not known, or a config field that changes the forward pass is
             not understood.
     """
+    whole, config = config, config.get_text_config()
     if config.model_type not in FAMILIES:
+        named = whole if whole.model_type in REASONS else config
         raise UpcycleError(
             unsupported_reason(
-                config.model_type, encoder_decoder=getattr(config, "is_encoder_decoder", False)
+                named.model_type, encoder_decoder=getattr(whole, "is_encoder_decoder", False)
             )
         )
     family = FAMILIES[config.model_type]
@@ -130,6 +144,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
         traits=dict(family.always) | _traits(config, family, fields),
         intermediate_size=config.intermediate_size,
         bare_layers=family.bare_layers(config),
+        whole="" if whole is config else whole.model_type,
     )
 
 

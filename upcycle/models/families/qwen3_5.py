@@ -5,10 +5,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from upcycle.models.families.base import FAMILIES, Blocks, DenseFamily
+from upcycle.models.families.base import FAMILIES, Blocks, DenseFamily, Drafts
 from upcycle.models.traits import Trait
 
-READ_ELSEWHERE = ("attn_output_gate", "mamba_ssm_dtype")
+READ_ELSEWHERE = (
+    *("attn_output_gate", "mamba_ssm_dtype"),
+    *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
+)
 """Fields that transformers 5 does not read, as they hold of every such model, but others do."""
 
 
@@ -37,6 +40,7 @@ FAMILIES.add(
             "linear_num_key_heads",
             "linear_num_value_heads",
         ),
+        drafts=Drafts("mtp.", "mtp_num_hidden_layers"),
         blocks=Blocks(mixers=("self_attn", "linear_attn")),
     ),
 )

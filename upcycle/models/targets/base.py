@@ -91,6 +91,18 @@ Limit = Callable[[Architecture, MoESpec], str]
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The class that has a text model of a target's beside other parts, and those as the dense
+    models' class has them."""
+
+    model_type: str
+    architecture: str
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """The model_types of other parts, by the config fields that describe them, where they differ
+    from the dense models'."""
+
+
+@dataclass(frozen=True)
 class MoETarget:
     """A native MoE architecture."""
 
@@ -116,6 +128,7 @@ class MoETarget:
     `model.layers.N.`, and of what belongs to no layer."""
     model_type: str = ""
     """Of its config.json, where that is not its name."""
+    whole: Whole | None = None
     min_experts: int = 1
     groups: bool = False
     """Whether a token can be held to the best groups of experts (`n_group`, `topk_group`)."""
@@ -173,6 +186,8 @@ class MoETarget:
             shared: the share of the neurons that is asked to be always on.
             experts: as many as are asked for.
         """
+        if arch.whole and self.whole is None:
+            return f"{self.name} has no place for the other parts of a {arch.whole} model"
         for trait in sorted(set(arch.traits) - self.accepts - self.requires):
             return (
                 f"the source has {trait} ({arch.traits[trait]}), which {self.name} has no place for"

@@ -7,8 +7,15 @@ each matrix, and writes the latter; so does this.
 
 from typing import Any
 
-from upcycle.models.targets.base import TARGETS, MoESpec, MoETarget, Routing, attention_bias
-from upcycle.models.targets.limits import no_biases, silu_only, unknown, unscaled_rope
+from upcycle.models.targets.base import (
+    TARGETS,
+    MoESpec,
+    MoETarget,
+    Routing,
+    Whole,
+    attention_bias,
+)
+from upcycle.models.targets.limits import no_biases, silu_only, text_alone, unknown, unscaled_rope
 from upcycle.models.targets.qwen2_moe import SILENT, experts
 from upcycle.models.traits import Architecture, Trait
 
@@ -41,12 +48,17 @@ TARGETS.add(
         experts=experts,
         runtimes={
             "llama.cpp": (silu_only, no_biases),
-            "vLLM": (silu_only, no_biases),
-            "MLX": (silu_only, no_biases, unscaled_rope),
+            "vLLM": (text_alone, silu_only, no_biases),
+            "MLX": (text_alone, silu_only, no_biases, unscaled_rope),
             "transformers 4": (unknown,),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.PARTIAL_ROTARY}),
         requires=frozenset({Trait.DELTA_NET}),
+        whole=Whole(
+            "qwen3_5_moe",
+            "Qwen3_5MoeForConditionalGeneration",
+            {"vision_config": "qwen3_5_moe_vision"},
+        ),
         shared_gate="mlp.shared_expert_gate",
     ),
 )
