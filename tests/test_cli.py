@@ -51,6 +51,7 @@ TARGET_OF = {
     "granitemoeshared": "granite",
     "flex_olmo": "olmo2",
     "qwen3_5_moe": "qwen3_5_text",
+    "gemma4": "gemma4_text",
 }
 
 

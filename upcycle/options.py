@@ -80,7 +80,7 @@ CONVERSION = (
             "target",
             str,
             "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo | "
-            "qwen3_5_moe",
+            "qwen3_5_moe | gemma4",
         ),
     )
     | _settings(

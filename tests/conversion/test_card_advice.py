@@ -19,6 +19,7 @@ HOSTS = {
     "mixtral": ("llama", {}),
     "qwen3_moe": ("qwen3", {}),
     "flex_olmo": ("olmo2", {}),
+    "gemma4": ("gemma4_text", {}),
     "qwen3_5_moe": ("qwen3_5_text", {"shared": 0.25, "experts": 6}),
 }
 LOAD, LORA, FREEZE = range(3)
@@ -90,19 +91,21 @@ def test_what_bitsandbytes_has_to_skip(converted):
     """It changes linear layers alone, on a CPU to 4 bits only where their rows come in 32s."""
     model = load(converted)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    routers = [block.router for block in moe_blocks(model) if isinstance(block.router, nn.Linear)]
+    around = {name.split(".")[-2] for name, layer in linear.items() if layer in routers}
     for block in moe_blocks(model):
-        assert not isinstance(block.router, nn.Linear)
         assert not any(isinstance(part, nn.Linear) for part in block.experts.modules())
     rows = {name.rsplit(".", 1)[-1] for name, layer in linear.items() if layer.out_features == 1}
     card = (converted / "README.md").read_text()
     said = re.findall(r'llm_int8_skip_modules=\["lm_head", "(\w+)"\]', card)
-    assert set(said) == rows
+    assert set(said) == rows | around
 
 
 def test_saved_again_config_lacks_older_spellings(converted, tmp_path):
     load(converted).save_pretrained(tmp_path)
-    lost = read_json(converted / "config.json").keys() - read_json(tmp_path / "config.json").keys()
-    assert {"rope_theta", "rope_scaling"} <= lost
+    before, after = (read_json(f / "config.json") for f in (converted, tmp_path))
+    if "rope_theta" in before["rope_parameters"]:  # else they have no spelling for it
+        assert {"rope_theta", "rope_scaling"} <= before.keys() - after.keys()
 
 
 def test_advice_on_copies_differs(dense, moe):

@@ -15,6 +15,7 @@ from upcycle.models.targets import TARGETS
 FAMILIES = {
     "qwen3_moe": "qwen3",
     "qwen3_5_moe": "qwen3_5_text",
+    "gemma4": "gemma4_text",
     "granitemoeshared": "granite",
     "flex_olmo": "olmo2",
 }

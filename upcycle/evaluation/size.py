@@ -47,7 +47,7 @@ def flops(matmul_parameters: int) -> int:
 def idle_parameters(block: MoEBlock) -> int:
     """Of the experts that a token does not select."""
     expert = sum(p[0].numel() for p in block.experts.parameters())
-    return int((block.num_experts - block.router.top_k) * expert)
+    return int((block.num_experts - block.top_k) * expert)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The dense model as transformers builds it, and its hidden states layer by layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -65,15 +66,23 @@ class HiddenStream:
             for ids_bL in tokens_BL.to(device).split(max(1, BATCH_TOKENS // tokens_BL.shape[1])):
                 decoder(input_ids=ids_bL, use_cache=False)
                 self.hidden.append(self.recorders[0].hidden)
+        # By the place in `hidden`: whose batch it is of, and what its layers leave for later ones.
+        self.batches = list(range(len(self.hidden)))
+        self.left = [self.recorders[0].left() for _ in self.hidden]
         # They are not needed again before the end: a large vocabulary's may be gigabytes.
-        for name in self.blocks.embeddings:
+        for name in self._embeddings:
             module = getattr(decoder, name)
             gone = {n: weight.to("meta") for n, weight in module.state_dict().items()}
             module.load_state_dict(gone, assign=True)
 
+    @property
+    def _embeddings(self) -> list[str]:
+        """Modules before the layers; some models of a family have fewer."""
+        return [name for name in self.blocks.embeddings if hasattr(self.decoder, name)]
+
     def _load_embeddings(self, outer: Mapping[str, Tensor]) -> torch.dtype:
         """Give the modules before the layers their weights; the dtype in which layers run."""
-        for name in self.blocks.embeddings:
+        for name in self._embeddings:
             module, place = getattr(self.decoder, name), f"model.{name}."
             own = {n.removeprefix(place): t for n, t in outer.items() if n.startswith(place)}
             on_cpu = self.device.type == "cpu"
@@ -107,7 +116,7 @@ class HiddenStream:
         x_TD = torch.empty(tokens, self.hidden[0].shape[-1], device=self.device, dtype=self.dtype)
         room = iter(x_TD.split(self.hidden[0][..., 0].numel()))
         for i, hidden_bLD in enumerate(self.hidden):
-            self.hidden[i] = self._run(layer, hidden_bLD)
+            self.hidden[i] = self._run(layer, hidden_bLD, i)
             next(room).copy_(silent.x_bLD.flatten(0, 1))
         for stand_in in stand_ins.values():
             stand_in.mixer = None
@@ -133,7 +142,7 @@ class HiddenStream:
         """Between `attend` and `advance`: let the first batch also go on in another way, with
         this output of its FFN, and through the dense layers after it."""
         self._set(layer, {self.blocks.ffn: _Replay(y_TD)} | self.after)
-        self.branches.append(self._run(layer, self.hidden[0]))
+        self.branches.append(self._run(layer, self.hidden[0], 0))
 
     @torch.no_grad()
     def advance(self, layer: int, y_TD: Tensor | None = None) -> None:
@@ -142,18 +151,26 @@ class HiddenStream:
         ffn = self.ffn if y_TD is None else _Replay(y_TD)
         self._set(layer, {self.blocks.ffn: ffn} | self.after)
         for i, hidden_bLD in enumerate(self.hidden):
-            self.hidden[i] = self._run(layer, hidden_bLD)
+            self.hidden[i] = self._run(layer, hidden_bLD, i)
         self.hidden += self.branches
+        self.batches += [0 for _ in self.branches]
+        self.left += [{n: copy(kept) for n, kept in self.left[0].items()} for _ in self.branches]
         self.branches = []
-        self.ffn = self.layers[layer] = nn.Identity()
+        self.ffn = self._finish(layer)
 
     @torch.no_grad()
     def through(self, layer: int, weights: Mapping[str, Tensor]) -> None:
         """Move all tokens through a whole layer, in place of `attend` and `advance`."""
         self._load(layer, weights)
         for i, hidden_bLD in enumerate(self.hidden):
-            self.hidden[i] = self._run(layer, hidden_bLD)
-        self.layers[layer] = nn.Identity()
+            self.hidden[i] = self._run(layer, hidden_bLD, i)
+        self._finish(layer)
+
+    def _finish(self, layer: int) -> nn.Module:
+        """Free what only this layer needed."""
+        self.layers[layer] = nothing = nn.Identity()
+        self.recorders[layer].beside.clear()
+        return nothing
 
     def _load(self, layer: int, weights: Mapping[str, Tensor]) -> nn.Module:
         block: nn.Module = self.layers[layer]
@@ -190,8 +207,10 @@ class HiddenStream:
             ids_bL = self.tokens_BL[: len(hidden_bLD)].to(self.device)
             yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
 
-    def _run(self, layer: int, hidden_bLD: Tensor) -> Tensor:
-        out = self.layers[layer](hidden_bLD, **self._arguments(layer, len(hidden_bLD)))
+    def _run(self, layer: int, hidden_bLD: Tensor, place: int) -> Tensor:
+        beside = self.recorders[layer].beside[self.batches[place]]
+        arguments = self._arguments(layer, len(hidden_bLD)) | self.left[place]
+        out = self.layers[layer](hidden_bLD, *beside, **arguments)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
 
@@ -215,10 +234,22 @@ class _Recorder(nn.Module):
 
     hidden: Tensor
     arguments: dict[str, Any]
+    """Of the last batch; those of the others are the same, or longer."""
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside: list[tuple[Any, ...]] = []
+        """By batch, what each token has of its own beside its hidden state."""
+
+    def forward(self, hidden: Tensor, *beside: Any, **arguments: Any) -> Tensor:
         self.hidden, self.arguments = hidden, arguments
+        self.beside.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in beside))
         return hidden
+
+    def left(self) -> dict[str, MutableMapping[str, Any]]:
+        """Arguments in which layers leave something for later ones: as yet, nothing."""
+        given = self.arguments.items()
+        return {name: copy(x) for name, x in given if isinstance(x, MutableMapping)}
 
 
 class _SilentFFN(nn.Module):
@@ -270,7 +301,7 @@ class _Constant(nn.Module):
         super().__init__()
         self.hidden_bLD = hidden_bLD
 
-    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return self.hidden_bLD
 
 

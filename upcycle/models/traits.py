@@ -24,6 +24,7 @@ class Trait(StrEnum):
     UNGATED = "an FFN without a gate"
     MLP_BIAS = "biases in the FFN"
     DELTA_NET = "gated DeltaNet layers"
+    GEMMA4 = "Gemma 4's norms, rotary bases and scaled layers"
 
 
 @dataclass(frozen=True)

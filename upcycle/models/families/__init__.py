@@ -1,6 +1,7 @@
 """One file, one dense family; one line here registers it."""
 
 import upcycle.models.families.gemma
+import upcycle.models.families.gemma4
 import upcycle.models.families.granite
 import upcycle.models.families.llama
 import upcycle.models.families.mistral

@@ -7,6 +7,7 @@ known to have no effect on the forward pass, or an error: nothing is lost silent
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,8 +128,9 @@ def describe(config: PreTrainedConfig) -> Architecture:
     if family.routed(config):
         raise UpcycleError(_routed_already(config.model_type))
     _refuse_unknown_fields(config, family)
-    fields = {name: getattr(config, name, None) for name in CARRIED}
-    fields["head_dim"] = head_dim(config)
+    alike = _alike(config)
+    fields = {name: getattr(alike, name, None) for name in CARRIED}
+    fields["head_dim"] = head_dim(alike)
     fields["rope_parameters"] = dict(config.rope_parameters)
     fields["attention_multiplier"] = getattr(config, "attention_multiplier", None)
     fields |= {name: getattr(config, name, 1.0) for name in MULTIPLIERS}
@@ -146,6 +148,14 @@ def describe(config: PreTrainedConfig) -> Architecture:
         bare_layers=family.bare_layers(config),
         whole="" if whole is config else whole.model_type,
     )
+
+
+def _alike(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config without what it says of single layers, with which transformers lets nobody read
+    what holds of the others."""
+    alike = copy(config)
+    alike.per_layer_config = None
+    return alike
 
 
 def head_dim(config: PreTrainedConfig) -> int:

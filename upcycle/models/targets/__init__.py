@@ -1,6 +1,7 @@
 """One file, one native MoE architecture; one line here registers it."""
 
 import upcycle.models.targets.flex_olmo
+import upcycle.models.targets.gemma4
 import upcycle.models.targets.glm4_moe
 import upcycle.models.targets.granitemoeshared
 import upcycle.models.targets.mixtral

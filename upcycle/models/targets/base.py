@@ -42,7 +42,7 @@ class Gains:
     """Folded into down_proj of the shared expert."""
     norm_topk_prob: bool
     scale: float
-    """`routed_scaling_factor`, where the target has it."""
+    """`routed_scaling_factor`, or what is stored in its place, where the target has it."""
     all_on: float
     """Further factor on the routed experts once top_k is set to E (for the check)."""
     spread: bool = False
@@ -63,6 +63,8 @@ class Routing:
     decides it in transformers, but llama.cpp always does."""
     shared_gate: float | None = 1.0
     """Weight of the shared expert when its gate is near zero; None where there is none."""
+    scales: bool = False
+    """Whether weights are multiplied by a number that is stored, which then is the gain."""
 
     def weights(self, logits_TE: Tensor, top_k: int, gains: Gains) -> Tensor:
         """What each expert counts for a token in the end, [T, E], its gains included: nothing where
@@ -139,6 +141,8 @@ class MoETarget:
     whatever the hub layout."""
     router: str = "mlp.gate.weight"
     """The router's name there."""
+    linear_router: str | None = None
+    """The name there of a module around the router, where that is a linear layer like others."""
     shared_gate: str | None = None
     """The name there of the linear layer whose one row weighs the shared expert."""
 
@@ -150,6 +154,13 @@ class MoETarget:
 
     def gains(self, combine: Combine, geometry: Geometry) -> Gains:
         """The gains for this combination; see the module's docstring."""
+        gains = self._gains(combine, geometry)
+        if not self.routing.scales:
+            return gains
+        return replace(gains, routed=1.0, scale=gains.routed * gains.scale)
+
+    def _gains(self, combine: Combine, geometry: Geometry) -> Gains:
+        """The same, of the routed experts folded into their weights."""
         routing, num_experts = self.routing, geometry.num_experts
         shared = 1 / (routing.shared_gate or 1.0)
         top_k = geometry.top_k
@@ -226,6 +237,8 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     new names.
     """
     rope = config["rope_parameters"]
+    if "rope_theta" not in rope:  # each kind of layer has its own, which older ones do not know
+        return dict(config)
     kind = rope.get("rope_type", "default")
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     older = {

@@ -22,6 +22,11 @@ def silu_only(arch: Architecture, spec: MoESpec) -> str:
     return "" if act in ("silu", "swish") else f"experts compute silu, not {act}"
 
 
+def gelu_only(arch: Architecture, spec: MoESpec) -> str:
+    act = arch.fields["hidden_act"]
+    return "" if act == "gelu_pytorch_tanh" else f"experts compute gelu_pytorch_tanh, not {act}"
+
+
 def all_layers_routed(arch: Architecture, spec: MoESpec) -> str:
     return "every layer must have experts (--keep-dense none)" if spec.dense_layers else ""
 
