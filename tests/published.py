@@ -74,7 +74,121 @@ QWEN3_5 = {
     "vision_end_token_id": 263,
     "vision_start_token_id": 262,
 }
-PUBLISHED = {"qwen3_5": QWEN3_5}
+SLIDING = "sliding_attention"
+GEMMA4_VISION = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "default_output_length": 4,
+    "head_dim": 8,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 32,
+    "initializer_range": 0.2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 1024,
+    "model_type": "gemma4_vision",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 100.0, "rope_type": "axial"},
+    "standardize": True,
+    "use_clipped_linears": False,
+}
+GEMMA4_31B = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "audio_config": None,
+    "audio_token_id": 263,
+    "boa_token_id": 264,
+    "boi_token_id": 265,
+    "eoa_token_index": 266,
+    "eoi_token_id": 267,
+    "image_token_id": 260,
+    "initializer_range": 0.2,
+    "model_type": "gemma4",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attention_k_eq_v": True,
+        "bos_token_id": 256,
+        "dtype": "bfloat16",
+        "enable_moe_block": False,
+        "eos_token_id": 257,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 32,
+        "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 48,
+        "hidden_size_per_layer_input": 0,
+        "initializer_range": 0.2,
+        "intermediate_size": 192,
+        "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL],
+        "max_position_embeddings": 1024,
+        "model_type": "gemma4_text",
+        "moe_intermediate_size": None,
+        "num_attention_heads": 4,
+        "num_experts": None,
+        "num_global_key_value_heads": 1,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 0,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            FULL: {
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1000000.0,
+                "rope_type": "proportional",
+            },
+            SLIDING: {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+        "top_k_experts": None,
+        "use_bidirectional_attention": "vision",
+        "use_cache": True,
+        "use_double_wide_mlp": False,
+        "vocab_size": SIZES["vocab_size"],
+        "vocab_size_per_layer_input": SIZES["vocab_size"],
+    },
+    "tie_word_embeddings": True,
+    "video_token_id": 261,
+    "vision_config": GEMMA4_VISION,
+    "vision_soft_tokens_per_image": 4,
+}
+GEMMA4_E4B = GEMMA4_31B | {
+    "audio_config": {
+        "attention_chunk_size": 12,
+        "attention_context_left": 13,
+        "attention_context_right": 0,
+        "attention_logit_cap": 50.0,
+        "conv_kernel_size": 5,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.2,
+        "model_type": "gemma4_audio",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "output_proj_dims": 24,
+        "residual_weight": 0.5,
+        "rms_norm_eps": 1e-06,
+        "subsampling_conv_channels": [8, 4],
+        "use_clipped_linears": True,
+    },
+    "text_config": GEMMA4_31B["text_config"]
+    | {
+        "attention_k_eq_v": False,
+        "hidden_size_per_layer_input": 8,
+        "num_global_key_value_heads": None,
+        "num_kv_shared_layers": 2,
+        "use_bidirectional_attention": None,
+    },
+    "vision_config": GEMMA4_VISION | {"standardize": False, "use_clipped_linears": True},
+}
+PUBLISHED = {"qwen3_5": QWEN3_5, "gemma4-31b": GEMMA4_31B, "gemma4-e4b": GEMMA4_E4B}
+UNUSED = ("k_proj", "v_proj", "k_norm")
 DRAFTS = ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
 
 
@@ -83,14 +197,16 @@ def make_published(folder: Path, name: str, *, dtype=torch.float32, **text_field
     torch.manual_seed(0)
     fields = PUBLISHED[name] | {"dtype": str(dtype).removeprefix("torch.")}
     fields = fields | {"text_config": fields["text_config"] | text_fields}
-    config = CONFIG_MAPPING[name](**{k: v for k, v in fields.items() if k != "model_type"})
+    config = CONFIG_MAPPING[fields["model_type"]](
+        **{k: v for k, v in fields.items() if k != "model_type"}
+    )
     model = AutoModelForImageTextToText.from_config(config)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("norm.weight", "bias")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.to(dtype).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors |= {"qwen3_5": draft_layer, "gemma4": lambda tensors: {}}[name](tensors)
+    tensors |= draft_layer(tensors) if name == "qwen3_5" else unused_keys(tensors, config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     # transformers writes what it has read, in its own spelling.
     (folder / "config.json").write_text(json.dumps(fields))
@@ -112,4 +228,17 @@ def draft_layer(tensors):
     return drafts | {
         f"mtp.{name}.weight": torch.randn_like(norm) if name != "fc" else norm.new_ones(48, 96)
         for name in DRAFTS
+    }
+
+
+def unused_keys(tensors, config):
+    """Gemma 4's layers that share keys and values have matrices for them that nobody uses."""
+    text = config.text_config
+    first = text.num_hidden_layers - text.num_kv_shared_layers
+    place = "model.language_model.layers."
+    return {
+        name.replace(f"{place}0.", f"{place}{layer}."): tensor.clone()
+        for name, tensor in tensors.items()
+        for layer in range(first, text.num_hidden_layers)
+        if name.startswith(f"{place}0.self_attn.") and name.split(".")[5] in UNUSED
     }

@@ -146,7 +146,7 @@ def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
             (h_BLF,) = args
             return (h_BLF * mask_TF.view_as(h_BLF).to(h_BLF.dtype),)
 
-        mlp = dense.model.layers[record["layer"]].mlp
+        mlp = dense.get_decoder().layers[record["layer"]].mlp
         hooks.append(mlp.down_proj.register_forward_pre_hook(silence))
     result = logits(dense, tokens)
     for hook in hooks:

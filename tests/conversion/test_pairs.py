@@ -450,12 +450,7 @@ class TestConfigFields:
 
     @pytest.mark.parametrize(
         ("family", "field", "value"),
-        [
-            (f, n, value)
-            for f in ALL_FAMILIES
-            for n in sorted(declared(f))
-            for value in unusual(f, n)
-        ],
+        [(f, n, v) for f in ALL_FAMILIES for n in sorted(declared(f)) for v in unusual(f, n)],
         ids=str,
     )
     def test_each_is_hosted_or_refused(self, dense, moe, family, field, value):

@@ -27,7 +27,7 @@ from upcycle.core.errors import UpcycleError
 
 SPLIT = {"experts": 8, "top_k": 3}
 COPY = {"method": "copy", "experts": 4, "top_k": 2}
-TARGET = {"qwen3_5": "qwen3_5_moe"}
+TARGET = {"qwen3_5": "qwen3_5_moe", "gemma4-31b": "gemma4", "gemma4-e4b": "gemma4"}
 TEXT = "model.language_model."
 families = pytest.mark.parametrize("family", TARGET)
 
@@ -121,14 +121,15 @@ def picture_tokens(model):
 
 @torch.no_grad()
 def picture_logits(model, family):
-    pixels = torch.rand(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(2))
     tokens = picture_tokens(model)
-    return model(
-        input_ids=tokens,
-        pixel_values=pixels,
-        image_grid_thw=torch.tensor([[1, 4, 4]]),
-        mm_token_type_ids=(tokens == model.config.image_token_id).long(),
-    ).logits
+    size = 3 * 4 * 4 * (2 if family == "qwen3_5" else 1)
+    pixels = torch.rand(16, size, generator=torch.Generator().manual_seed(2))
+    picture = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    if family != "qwen3_5":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        picture = {"pixel_values": pixels[None], "image_position_ids": places[None]}
+    kinds = (tokens == model.config.image_token_id).long()
+    return model(input_ids=tokens, mm_token_type_ids=kinds, **picture).logits
 
 
 @families
@@ -200,6 +201,29 @@ def test_an_unknown_part_is_refused_by_name(published, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UpcycleError, match=r"lacks the tensor model\.visual\.pos_embed\.weight"):
         upcycle.plan(str(tmp_path))
+
+
+def test_matrices_that_nobody_uses_are_kept(published, moe):
+    source = published("gemma4-e4b")
+    kept = weights(moe(source, **COPY))
+    unused = [n for n in weights(source) if ".layers.4.self_attn.k" in n]
+    assert len(unused) == 2
+    assert all(torch.equal(kept[name], weights(source)[name]) for name in unused)
+
+
+def test_ffns_of_two_widths_are_refused(published):
+    source = published("gemma4-e4b", use_double_wide_mlp=True)
+    with pytest.raises(UpcycleError, match="FFNs twice as wide as the others, and no native MoE"):
+        upcycle.plan(str(source))
+
+
+@families
+def test_the_check_finds_it_exact(published, tmp_path, text, family):
+    settings = PLAIN_SPLIT | SPLIT | {"calibration": str(text), "seq_len": 64}
+    done = upcycle.convert(
+        str(published(family)), tmp_path / "out", **settings, calibration_tokens=256
+    )
+    assert done.check.exact_error < 1e-3
 
 
 @families
