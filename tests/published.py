@@ -197,9 +197,8 @@ def make_published(folder: Path, name: str, *, dtype=torch.float32, **text_field
     torch.manual_seed(0)
     fields = PUBLISHED[name] | {"dtype": str(dtype).removeprefix("torch.")}
     fields = fields | {"text_config": fields["text_config"] | text_fields}
-    config = CONFIG_MAPPING[fields["model_type"]](
-        **{k: v for k, v in fields.items() if k != "model_type"}
-    )
+    given = {k: v for k, v in fields.items() if k != "model_type"}
+    config = CONFIG_MAPPING[fields["model_type"]](**given)
     model = AutoModelForImageTextToText.from_config(config)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("norm.weight", "bias")):

@@ -217,13 +217,27 @@ def test_ffns_of_two_widths_are_refused(published):
         upcycle.plan(str(source))
 
 
-@families
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4-e4b"])
 def test_the_check_finds_it_exact(published, tmp_path, text, family):
-    settings = PLAIN_SPLIT | SPLIT | {"calibration": str(text), "seq_len": 64}
-    done = upcycle.convert(
-        str(published(family)), tmp_path / "out", **settings, calibration_tokens=256
-    )
+    quick = {"split": "random", "calibration": str(text), "calibration_tokens": 256, "seq_len": 64}
+    settings = PLAIN_SPLIT | SPLIT | quick
+    done = upcycle.convert(str(published(family)), tmp_path / "out", **settings)
     assert done.check.exact_error < 1e-3
+
+
+def test_trained_it_keeps_every_part(published, moe, tmp_path, text):
+    """transformers loads the text model alone, and so knows no other part when it writes."""
+    out = moe(published("qwen3_5"), **COPY)
+    done = upcycle.finetune(
+        out, tmp_path / "trained", data=str(text), steps=2, seq_len=64, validation_tokens=128
+    )
+    before, after = weights(out), weights(done.out)
+    assert before.keys() == after.keys()
+    outside = [name for name in before if not name.startswith((TEXT, "lm_head."))]
+    assert all(torch.equal(before[name], after[name]) for name in outside)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any(".mlp.experts." in name for name in changed)
+    assert gap(logits(load_whole(done.out)), logits(load(done.out))) < TOLERANCE["mean"]
 
 
 @families
