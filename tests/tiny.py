@@ -85,6 +85,25 @@ FAMILIES = {
         "qk_rope_head_dim": 8,
         "v_head_dim": 12,
     },
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 16,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+    },
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
 PLAIN_SPLIT = {
     "experts": 8,

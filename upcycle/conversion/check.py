@@ -137,12 +137,12 @@ def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
     blocks = moe_blocks(model)
     rows = [block.router.weight.data.clone() for block in blocks]
     for block in blocks:
-        block.router.top_k = plan.design.geometry.num_experts
+        block.select(plan.design.geometry.num_experts)
         block.router.weight.data.zero_()
         block.experts.down_proj.data.mul_(plan.design.gains.all_on)
     yield
     for block, rows_ED in zip(blocks, rows, strict=True):
-        block.router.top_k = plan.design.geometry.top_k
+        block.select(plan.design.geometry.top_k)
         block.router.weight.data.copy_(rows_ED)
         block.experts.down_proj.data.div_(plan.design.gains.all_on)
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from upcycle.conversion.card import Conversion, conversion_record, model_card
@@ -21,7 +21,7 @@ from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.merging.gates import Gates, make_gates
-from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.plan import PARTS, Plan, make_plan
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
 from upcycle.core.types import Activation, DenseFFN, LayerActivations, all_finite
@@ -31,6 +31,7 @@ from upcycle.models.assemble import (
     assemble_head,
     assemble_layer,
     dense_ffn,
+    in_whole,
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.names import EMBEDDINGS
@@ -203,11 +204,34 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
     fields = {k: v for k, v in plan.config.items() if k != "model_type"}
-    CONFIG_MAPPING[plan.target](**fields).save_pretrained(folder)
+    text: PreTrainedConfig = CONFIG_MAPPING[plan.config["model_type"]](**fields)
+    _whole_config(plan, text).save_pretrained(folder)
     path = folder / "config.json"
-    config = older_spellings(plan.config) | json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    written = json.loads(path.read_text("utf-8"))
+    if plan.source.arch.whole:
+        written["text_config"] = older_spellings(plan.config) | written["text_config"]
+    else:
+        written = older_spellings(plan.config) | written
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
     copy_companions(plan.source.folder, folder)
+
+
+def _whole_config(plan: Plan, text: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the model that the result's text model is a part of."""
+    whole = TARGETS[plan.target].whole
+    if not plan.source.arch.whole or whole is None:
+        return text
+    fields = plan.source.layout.config.to_dict() | {
+        "text_config": text.to_dict(),
+        "architectures": [whole.architecture],
+        "tie_word_embeddings": plan.source.arch.tied,
+        "dtype": plan.config["dtype"],
+    }
+    for part, model_type in whole.parts.items():
+        fields[part] = fields[part] | {"model_type": model_type}
+    del fields["model_type"]
+    config: PreTrainedConfig = CONFIG_MAPPING[whole.model_type](**fields)
+    return config
 
 
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
@@ -223,8 +247,10 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    _write_unit(workspace, writer, "embeddings", assemble_embeddings(target, outer), {})
-    _write_unit(workspace, writer, "head", assemble_head(target, source.arch, outer), {})
+    before = in_whole(source.layout, assemble_embeddings(target, outer))
+    after = in_whole(source.layout, assemble_head(target, source.arch, outer))
+    _write_unit(workspace, writer, "embeddings", before, {})
+    _write_unit(workspace, writer, "head", after, {})
     del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):
@@ -232,9 +258,27 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
         if layer > max(plan.moe_layers):
             stream = dense = None  # nobody looks at what comes after
         _write_layer(plan, workspace, writer, stream, dense, gates, layer)
+    _write_beside(plan, workspace, writer)
     progress("converting layers", layers, layers)
     if gates and gates.beside:
         save_file(gates.beside, workspace.result / BESIDE)
+
+
+def _write_beside(plan: Plan, workspace: Workspace, writer: CheckpointWriter) -> None:
+    """Write what is not the text model's, unless an earlier run did."""
+    source, target = plan.source, TARGETS[plan.target]
+    for number, place in enumerate(plan.beside.drafts, source.arch.num_layers):
+        if place in workspace.records:
+            continue
+        names = [name for name in source.draft_names() if name.startswith(place)]
+        tensors = source.canonical(source.read_place(place, names))
+        converted = convert_layer(plan, number, dense_ffn(tensors, _activation(plan)))
+        moe = converted.experts(plan.design, number)
+        named = assemble_layer(target, source.arch, place, tensors, moe, plan.design.gains)
+        _write_unit(workspace, writer, place, named, {})
+    if plan.beside.kept and PARTS not in workspace.records:
+        kept = ((name, source.read([name])[name]) for name in plan.beside.kept)
+        _write_unit(workspace, writer, PARTS, kept, {})
 
 
 def _write_layer(
@@ -331,8 +375,10 @@ def _write_converted(
     unit, target = f"layer {layer}", TARGETS[plan.target]
     record = _put_aside(plan, workspace, unit, converted)
     moe = converted.experts(plan.design, layer) if converted else None
-    named = assemble_layer(target, plan.source.arch, layer, tensors, moe, plan.design.gains)
-    _write_unit(workspace, writer, unit, named, {"layer": layer} | record)
+    arch, place = plan.source.arch, f"model.layers.{layer}."
+    named = assemble_layer(target, arch, place, tensors, moe, plan.design.gains)
+    in_place = in_whole(plan.source.layout, named)
+    _write_unit(workspace, writer, unit, in_place, {"layer": layer} | record)
 
 
 def _put_aside(
@@ -380,7 +426,9 @@ def _write_unit(
     """
     for name, tensor in named:
         stored = tensor.to(writer.places[name].spec.dtype)
-        if stored.dtype == torch.float16 and not all_finite(stored):
+        # What is not converted may have bounds that are infinite.
+        meant = unit == PARTS and not all_finite(tensor)
+        if stored.dtype == torch.float16 and not all_finite(stored) and not meant:
             raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
         writer.write(name, stored)
     workspace.done(unit, record)

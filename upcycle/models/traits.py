@@ -30,6 +30,8 @@ class Trait(StrEnum):
     UNGATED = "an FFN without a gate"
     LATENT_ATTENTION = "keys and values made from a latent (MLA)"
     MLP_BIAS = "biases in the FFN"
+    DELTA_NET = "gated DeltaNet layers"
+    GEMMA4 = "Gemma 4's norms, rotary bases and scaled layers"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Architecture:
     intermediate_size: int
     bare_layers: tuple[int, ...] = ()
     """Layers without an FFN."""
+    whole: str = ""
+    """The model_type of the model that it is the text model of, if that has other parts, too."""
 
     @property
     def hidden_size(self) -> int:

@@ -3,6 +3,7 @@
 import upcycle.models.families.cwm
 import upcycle.models.families.ernie4_5
 import upcycle.models.families.gemma
+import upcycle.models.families.gemma4_text
 import upcycle.models.families.glm
 import upcycle.models.families.granite
 import upcycle.models.families.granite_swa
@@ -16,6 +17,7 @@ import upcycle.models.families.olmo2
 import upcycle.models.families.phi3
 import upcycle.models.families.qwen2
 import upcycle.models.families.qwen3
+import upcycle.models.families.qwen3_5_text
 import upcycle.models.families.seed_oss
 import upcycle.models.families.smollm3
 import upcycle.models.families.youtu

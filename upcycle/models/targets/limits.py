@@ -14,10 +14,19 @@ def unknown(arch: Architecture, spec: MoESpec) -> str:
     return "it does not know the architecture"
 
 
+def text_alone(arch: Architecture, spec: MoESpec) -> str:
+    return "" if arch.whole else "it knows only the model of several parts, not the text model"
+
+
 def silu_only(arch: Architecture, spec: MoESpec) -> str:
     """Experts compute silu."""
     act = arch.fields["hidden_act"]
     return "" if act in ("silu", "swish") else f"experts compute silu, not {act}"
+
+
+def gelu_only(arch: Architecture, spec: MoESpec) -> str:
+    act = arch.fields["hidden_act"]
+    return "" if act == "gelu_pytorch_tanh" else f"experts compute gelu_pytorch_tanh, not {act}"
 
 
 def all_layers_routed(arch: Architecture, spec: MoESpec) -> str:
