@@ -264,6 +264,17 @@ def test_a_stopped_run_with_a_router_from_text_goes_on(models, texts, tmp_path):
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
+def test_an_adapter_changes_a_rest_that_is_merged(models, shelf, tmp_path):
+    lora = f"{models['base']}+{shelf / 'lora1'}"
+    made = upcycle.merge([lora, models["base"]], tmp_path / "out", rest="mean", **QUICK)
+    assert not any("unused" in note for note in made.plan.warnings)
+    base, factors = weights(Path(models["base"])), weights(shelf / "lora1")
+    name = "model.layers.1.self_attn.q_proj"
+    up, down = (factors[f"base_model.model.{name}.lora_{f}.weight"] for f in "BA")
+    wanted = base[f"{name}.weight"] + up @ down  # half of 8 / 4 times
+    assert torch.allclose(weights(tmp_path / "out")[f"{name}.weight"], wanted, atol=1e-6)
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(models, tmp_path, monkeypatch):
     experts = [models["m1"], models["m2"]]
     upcycle.merge(experts, tmp_path / "whole", **QUICK)
@@ -448,6 +459,9 @@ def test_infinity_in_an_adapter_stops_the_run(models, dense, tmp_path):
         (["m1", "m2"], {"target": "mixtrel"}, "did you mean 'mixtral'?"),
         (["m1", "m2"], {"active": 0.5}, "goes with a split"),
         (["m1", "m2"], {"granularity": 2}, "goes with copies"),
+        (["m1", "m2"], {"rest": {"name": "linear", "weights": [1]}}, "1 weights for 2 sources"),
+        (["m1", "m2"], {"texts": {"m1": "probes"}}, "nothing is ever fitted on probes"),
+        (["m1", "m2"], {"texts": {"m3": "builtin"}}, "m3 names no expert of"),
         (["m1", "m2"], {"experts": 4}, "--experts 4 is not for a merge"),
         (["m1", "m2"], {"shared": 0.5}, "--shared-model names the model"),
     ],

@@ -28,7 +28,7 @@ def plan_merge(
         UpcycleError: a model can't be read or merged with the others, or the plan can't be made.
     """
     recipe = load_recipe("default", recipe_settings(request, given))
-    sources = open_sources(request.merge)
+    sources = open_sources(request.merge, recipe.rest.name)
     return make_plan(
         sources.base,
         recipe,

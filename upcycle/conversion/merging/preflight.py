@@ -18,7 +18,7 @@ from upcycle.conversion.merging.request import (
 )
 from upcycle.conversion.recipe import load_recipe
 from upcycle.core.errors import UpcycleError
-from upcycle.models.text import check_text
+from upcycle.models.text import PROBES, check_text
 
 
 def merge_request(
@@ -70,6 +70,8 @@ def _with_texts(request: Request, texts: Mapping[str, str]) -> Request:
     """
     experts = list(request.merge.experts)
     for name, text in texts.items():
+        if text in ("probes", *PROBES):
+            raise UpcycleError(f"--text {name}={text}: nothing is ever fitted on probes")
         check_text(text, "--text")
         places = [i for i, expert in enumerate(experts) if name in _names(expert)]
         if len(places) != 1:

@@ -111,8 +111,11 @@ class Sources:
         return [digests[model.label] for model in self.models]
 
 
-def open_sources(merge: Merge) -> Sources:
+def open_sources(merge: Merge, rest: str = "base") -> Sources:
     """Open every model of a merge and compare it with the base; reads headers, no weights.
+
+    Args:
+        rest: the name of the rule for all but the FFNs, on which it depends what is not used.
 
     Raises:
         UpcycleError: one can't be read, or can't be merged with the base.
@@ -140,7 +143,7 @@ def open_sources(merge: Merge) -> Sources:
     for model in {model.label: model for model in models}.values():
         if isinstance(model, AdaptedSource):
             check_adapter(model, model.adapter)
-            notes += _adapter_notes(model, model.adapter)
+            notes += _adapter_notes(model, model.adapter, rest)
     return Sources(merge, base, models, (*notes, *_expert_notes(merge)))
 
 
@@ -195,21 +198,20 @@ def _place_notes(merge: Merge) -> Iterator[str]:
             yield f"{place.path} is a folder here, so its revision {place.revision} has no effect"
 
 
-def _adapter_notes(source: DenseSource, adapter: Adapter) -> Iterator[str]:
+def _adapter_notes(source: DenseSource, adapter: Adapter, rest: str) -> Iterator[str]:
     layered = {m for m in adapter.modules if f"{m}.weight" in source.tensors}
     ffn = {module for module in layered if is_ffn(source, f"{module}.weight")}
-    if not ffn:
+    if not ffn and rest == "base":
         yield (
             f"the adapter {adapter.label} changes no FFN, so it makes no difference to the expert "
             f"{source.label}"
         )
-    rest = {m.rpartition(".")[2] for m in adapter.modules - ffn}
-    rest |= {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.others}
-    if rest:
-        yield (
-            f"of the adapter {adapter.label}, {', '.join(sorted(rest))} is unused: all that is no "
-            "FFN comes from the base"
-        )
+    unused = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.others}
+    if rest == "base":
+        unused |= {module.rpartition(".")[2] for module in adapter.modules - ffn}
+    if unused:
+        why = "all that is no FFN comes from the base" if rest == "base" else "it is no low rank"
+        yield f"of the adapter {adapter.label}, {', '.join(sorted(unused))} is unused: {why}"
 
 
 def _expert_notes(merge: Merge) -> Iterator[str]:
