@@ -78,7 +78,8 @@ def load_all_on(folder, dtype=torch.float32):
 
 def top_k(config):
     """As config.json spells it."""
-    return config.get("num_experts_per_tok") or config["moe_k"]
+    names = ("num_experts_per_tok", "moe_k", "top_k_experts")
+    return next(config[name] for name in names if name in config)
 
 
 def load_all_alike(folder, dtype=torch.float32):
