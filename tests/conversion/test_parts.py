@@ -229,7 +229,7 @@ def test_trained_it_keeps_every_part(published, moe, tmp_path, text):
     """transformers loads the text model alone, and so knows no other part when it writes."""
     out = moe(published("qwen3_5"), **COPY)
     done = upcycle.finetune(
-        out, tmp_path / "trained", data=str(text), steps=2, seq_len=64, validation_tokens=128
+        str(out), tmp_path / "trained", data=str(text), steps=2, seq_len=64, validation_tokens=128
     )
     before, after = weights(out), weights(done.out)
     assert before.keys() == after.keys()
