@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PLAIN_SPLIT, make_dense
+from tiny import PLAIN_SPLIT, make_dense, make_lora, make_moved
 from transformers.utils import logging
 
 import upcycle
@@ -40,6 +40,19 @@ def dense(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory):
+    """A folder of models to merge: base, three fine-tunes of it, m1 to m3, and an adapter, lora1;
+    leave it as it is."""
+    folder = tmp_path_factory.mktemp("shelf")
+    make_dense(folder / "base")
+    for seed in (1, 2, 3):
+        make_moved(folder / f"m{seed}", folder / "base", seed)
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    make_lora(folder / "lora1", folder / "base", targets, r=4, lora_alpha=8)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,10 @@ NOISE = 4.0
 MUTATED = 0.5
 """The least gap of a model with one mistake in it: far beyond every tolerance."""
 
-ALWAYS_RENORMALISES = {"mixtral", "granitemoeshared", "qwen3_5_moe", "gemma4"}
+ALWAYS_RENORMALISES = {
+    "mixtral", "granitemoeshared", "granitemoe_swa", "ernie4_5_moe", "laguna", "qwen3_5_moe",
+    "gemma4"
+}  # fmt: skip
 """Their K selected experts share weight 1 whatever K is, so a split's gain is K; elsewhere each
 expert's weight does not depend on K."""
 
@@ -71,6 +74,12 @@ def load_all_on(folder, dtype=torch.float32):
         for stacked in experts(model):
             stacked.down_proj.data *= routed / selected
     return model
+
+
+def top_k(config):
+    """As config.json spells it."""
+    names = ("num_experts_per_tok", "moe_k", "top_k_experts")
+    return next(config[name] for name in names if name in config)
 
 
 def load_all_alike(folder, dtype=torch.float32):

@@ -27,6 +27,7 @@ from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, load_recipe
+from upcycle.conversion.rest import RESTS
 from upcycle.core import flags as settings
 from upcycle.core.settings import shipped_recipes
 from upcycle.finetune.settings import Training
@@ -35,11 +36,12 @@ from upcycle.models.targets import TARGETS
 from upcycle.models.text import PROBES, kind_name
 from upcycle.options import as_set
 from upcycle.router_init import ROUTERS
+from upcycle.router_init.gates import GATES
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
 
-COMMANDS = ["convert", "plan", "finetune", "eval", "inspect", "report", "recipes", "env"]
+COMMANDS = ["convert", "plan", "merge", "finetune", "eval", "inspect", "report", "recipes", "env"]
 QUICK = """
     --calibration builtin --calibration-tokens 64 --seq-len 64 --check none --set split=contiguous
 """.split()
@@ -49,9 +51,13 @@ TARGET_OF = {
     "qwen3_moe": "qwen3",
     "glm4_moe": "llama",
     "granitemoeshared": "granite",
+    "granitemoe_swa": "smollm3",
     "flex_olmo": "olmo2",
     "qwen3_5_moe": "qwen3_5_text",
     "gemma4": "gemma4_text",
+    "ernie4_5_moe": "ernie4_5",
+    "laguna": "qwen3",
+    "deepseek_v3": "youtu",
 }
 
 
@@ -131,6 +137,20 @@ BAD = """
     convert MODEL -o OUT --calibration none.txt
     convert MODEL -o OUT --exprts 4
     plan MODEL --set split=rendom
+    merge
+    merge MODEL
+    merge ./none -o OUT
+    merge NOTES -o OUT
+    merge none.yml -o OUT
+    merge BROKEN -o OUT
+    merge BROKEN MODEL -o OUT
+    merge MODEL MODEL -o OUT --top-k 3
+    merge MODEL -o OUT --rest tise
+    merge MODEL -o OUT --router rigde
+    merge MODEL -o OUT --target mixtrel
+    merge MODEL -o OUT --set rest.densty=1
+    merge MODEL -o OUT --text MODEL=none.txt
+    merge MODEL -o OUT --text other=NOTES
     finetune ./none -o OUT
     finetune MODEL
     finetune MODEL -o OUT --recipe hael
@@ -149,7 +169,9 @@ BAD = """
 
 
 def test_what_needs_no_model_imports_no_torch(dense, text, tmp_path):
-    places = {"MODEL": dense(), "NOTES": text, "OUT": tmp_path / "out"}
+    broken = tmp_path / "moe.yml"
+    broken.write_text("base_model: MODEL\nexperts:\n\t- source_model: MODEL\n")
+    places = {"MODEL": dense(), "NOTES": text, "OUT": tmp_path / "out", "BROKEN": broken}
     cases = [(line.split(), 0) for line in GOOD]
     cases += [(line.split(), 2) for line in BAD.split("\n") if line]
     cases = [([str(places.get(word, word)) for word in words], code) for words, code in cases]
@@ -222,22 +244,15 @@ def test_no_arguments_show_the_help():
 
 
 @pytest.mark.parametrize("command", ["convert", "plan"])
-@pytest.mark.parametrize(
-    ("option", "names"),
-    [
-        ("--method", {"split", "prune", "copy", *PERTURBS}),
-        ("--target", {"auto", *TARGETS}),
-    ],
-)
-def test_names_in_the_help_are_the_registered_ones(command, option, names):
-    listed = re.search(r"\w+(?: \| \w+)+", options(command)[option].help).group()
-    assert set(listed.split(" | ")) == names
+def test_methods_in_the_help_are_the_registered_ones(command):
+    listed = re.search(r"\w+(?: \| \w+)+", options(command)["--method"].help).group()
+    assert set(listed.split(" | ")) == {"split", "prune", "copy", *PERTURBS}
 
 
 FLAGS = {
     "convert": """
         --recipe --set --revision
-        --method --keep-dense --target
+        --method --keep-dense --target --for
         --active --experts --top-k --shared
         --calibration --calibration-tokens --seq-len
         --check --dtype --device --seed --resume --dry-run
@@ -245,11 +260,16 @@ FLAGS = {
     """,
     "plan": """
         --recipe --set --revision
-        --method --keep-dense --target
+        --method --keep-dense --target --for
         --active --experts --top-k --shared
         --calibration --calibration-tokens --seq-len
         --check --dtype --device --seed --resume
         -o --overwrite --json
+    """,
+    "merge": """
+        --base --shared-model --text --rest --router --target --top-k --set
+        --seq-len --check --dtype --device --seed --resume --dry-run
+        -o --overwrite --json --push-to-hub --private
     """,
     "finetune": """
         --recipe --set
@@ -260,7 +280,8 @@ FLAGS = {
         -o --overwrite --json --push-to-hub --private
     """,
     "eval": """
-        --against --text --tokens --seq-len --speed --card --tasks --batch-size --dtype --device
+        --against --text --tokens --seq-len --top-k --speed --card --tasks --batch-size --dtype
+        --device
         --output --json
     """,
     "inspect": "--revision --partition --json",
@@ -277,7 +298,7 @@ def test_flags_are_these(command):
     assert not any(option.envvar for option in options(command).values())
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "finetune"])
+@pytest.mark.parametrize("command", ["convert", "plan", "merge", "finetune"])
 def test_help_fits_two_screens_of_80_columns(command):
     shown = run(command, "--help", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
     assert len(shown.splitlines()) <= 62
@@ -289,12 +310,13 @@ def test_help_fits_two_screens_of_80_columns(command):
     [
         ("convert", settings.CONVERSION_FLAGS, Recipe),
         ("plan", settings.CONVERSION_FLAGS, Recipe),
+        ("merge", settings.MERGE_FLAGS, Recipe),
         ("finetune", settings.TRAINING_FLAGS, Training),
     ],
 )
 def test_errors_know_which_settings_have_a_flag(command, listed, model):
-    flags = {name.removeprefix("--").replace("-", "_") for name in options(command)}
-    assert set(listed) == flags & set(model.model_fields)
+    flags = {settings.flag_of(field): field for field in model.model_fields}
+    assert set(listed) == {flags[name] for name in options(command) if name in flags}
 
 
 NOT_OURS = {
@@ -767,7 +789,8 @@ def test_shared_is_a_share(dense):
     made = report("plan", dense(), "--experts", "12", "--shared", "0.5", "--top-k", "1")
     assert (made["experts"], made["expert_size"], made["shared_size"]) == (12, 8, 96)
     sentence = error("plan", dense(), "--shared", "2")
-    assert sentence == "the request: shared=2.0: input should be less than 1"
+    assert sentence == "the request: shared=2.0: input should be less than or equal to 1"
+    assert "leaves nothing to route" in error("plan", dense(), "--shared", "1")
 
 
 def test_typo_in_a_recipe_names_the_nearest_setting(dense, tmp_path):
@@ -824,7 +847,7 @@ def test_inspect_for_people_names_divisors_and_targets(dense):
 def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
-    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS}
+    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS, *GATES, *RESTS}
     assert {method["name"] for method in listed["methods"]} == names
     shown = run("recipes").stdout
     assert all(name in shown for name in shipped_recipes())

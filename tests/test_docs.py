@@ -9,10 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tiny import make_moved
 from typer.testing import CliRunner
 
 from upcycle.cli import app
 from upcycle.conversion import plan as planning
+from upcycle.models.runtimes import Run
+from upcycle.models.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -39,11 +42,19 @@ SOURCES = {"MODEL", "./my-llama", "meta-llama/Llama-3.2-1B"}
 SMALL = {
     "convert": "--calibration-tokens 128 --seq-len 64 --overwrite",
     "plan": "--calibration-tokens 128 --seq-len 64",
+    "merge": "--set calibration_tokens=128 --seq-len 64 --overwrite",
     "finetune": "--steps 1 --seq-len 32 --batch-size 1 --overwrite --set validation_tokens=64",
     "eval": "--tokens 64 --seq-len 64",
     "report": "--tokens 64 --seq-len 64 --overwrite",
 }
 """What is added to a command, so that it takes no time."""
+MOE = """base_model: MODEL
+experts:
+  - source_model: coder
+    positive_prompts: ["def main():"]
+  - source_model: writer
+    positive_prompts: ["Once upon a time"]
+"""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -70,8 +81,8 @@ def script(path: str):
 
 @pytest.fixture
 def place(dense, moe, tmp_path, monkeypatch):
-    """A folder with what the commands name: a dense model, results of a split and of copies, and
-    texts."""
+    """A folder with what the commands name: a dense model, two fine-tunes of it and a file that
+    merges them, results of a split and of copies, and texts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
     source = dense(num_hidden_layers=1, intermediate_size=256)
@@ -79,6 +90,9 @@ def place(dense, moe, tmp_path, monkeypatch):
     Path("my-llama").symlink_to(source)
     shutil.copytree(moe(source), "out")
     shutil.copytree(moe(source, method="copy", top_k=2), "copies")
+    for seed, name in enumerate(("coder", "writer")):
+        make_moved(Path(name), source, seed)
+    Path("moe.yml").write_text(MOE)
     words = "Bread is flour, water and time. " * 200
     Path("notes.txt").write_text(words)
     Path("code.txt").write_text(words)
@@ -167,10 +181,29 @@ def test_every_page_is_reached_from_the_readme():
 # --- what is generated -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["methods", "cli"])
+@pytest.mark.parametrize("page", ["methods", "cli", "models", "runtimes"])
 def test_reference_is_current(page):
     written = getattr(script("docs/reference.py"), f"{page}_page")()
     assert (ROOT / f"docs/{page}.md").read_text() == written, "run `make docs`"
+
+
+def test_every_limit_of_a_runtime_has_words():
+    page = (ROOT / "docs/runtimes.md").read_text()
+    assert "lambda" not in page
+    for limit in {limit for t in TARGETS.values() for ls in t.runtimes.values() for limit in ls}:
+        assert "\n" not in (limit.__doc__ or ""), limit.__name__
+
+
+def test_a_target_that_was_run_nowhere_is_said_to_be_read(monkeypatch):
+    reference = script("docs/reference.py")
+    monkeypatch.setitem(TARGETS["mixtral"].ran, "vLLM", Run("9.9", "2030-01-31", "a toy"))
+    monkeypatch.delitem(TARGETS["mixtral"].ran, "MLX")
+    (cells,) = [
+        line.split(" | ")
+        for line in reference.runtimes_page().split("## With")[0].splitlines()
+        if line.startswith("| `mixtral`")
+    ]
+    assert cells[2:4] == ["9.9, 2030-01-31", "*read*"]
 
 
 def test_tables_are_those_of_the_results():

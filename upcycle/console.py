@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
     from upcycle.conversion.plan import Plan
     from upcycle.conversion.run import Progress as OnProgress
-    from upcycle.evaluation.run import Evaluation
+    from upcycle.evaluation.run import Evaluation, TextResult
     from upcycle.evaluation.tasks import TaskScores
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
@@ -298,7 +298,7 @@ def show_conversion(conversion: "Conversion") -> None:
 def _exactness(conversion: "Conversion") -> str:
     check = conversion.check
     if check is None or check.exact_error is None:
-        return "not expected: copies were changed"
+        return f"not expected: {conversion.plan.way.changed}"
     plan, what = conversion.plan, "all experts on"
     if plan.exact == "logits":
         what = "copies"
@@ -385,6 +385,7 @@ def show_evaluation(report: "Evaluation") -> None:
     """A line per text, then what the model is and does, then tasks."""
     title = report.model if report.against is None else f"{report.model} against {report.against}"
     _show_texts(title, report)
+    _show_top_ks(report)
     table("", _routing(report) | _cost(report) | _speed(report))
     if report.tasks is not None:
         _show_tasks(report.tasks, ["model"] if report.against is None else ["model", "dense"])
@@ -419,6 +420,27 @@ def _show_texts(title: str, report: "Evaluation") -> None:
         name = public_name(result.text)
         rows[result.text if name in rows else name] = tuple(numbers)
     table(title, rows, *headings)
+
+
+def _show_top_ks(report: "Evaluation") -> None:
+    """A row for each number of experts per token: what is active, then perplexity on each text, and
+    beside the dense model's."""
+    if not report.top_ks:
+        return
+
+    def cell(result: "TextResult") -> str:
+        beside = result.perplexity_ratio
+        return f"{result.perplexity:.3f}" + ("" if beside is None else f" ({beside:.3f} ×)")
+
+    rows = {
+        f"{at.top_k}{', its own' if at.own else ''}": (
+            f"{count(at.active)}, {100 * at.active_share:.0f} %",
+            *(cell(result) for result in at.texts),
+        )
+        for at in report.top_ks
+    }
+    table("experts per token", rows, "active", *(public_name(r.text) for r in report.texts))
+    _show_notes(f"--top-k {at.top_k}: {at.note}" for at in report.top_ks if at.note)
 
 
 def _show_tasks(scores: "TaskScores", headings: list[str]) -> None:

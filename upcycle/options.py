@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import flag_of
 
 Options = dict[str, Any]
 
@@ -62,11 +63,12 @@ Partition = Annotated[
 Json = Annotated[bool, option("One JSON object on stdout, nothing else.", "--json", panel=RESULT)]
 
 
-def _settings(panel: str, *rows: tuple[str, type, str]) -> Options:
+def _settings(panel: str, *rows: tuple[str, Any, str]) -> Options:
     """Options that replace fields of a recipe or a preset: the field, its type, the help."""
     found: Options = {}
     for field, kind, text in rows:
-        flag = option(text, "--" + field.replace("_", "-"), panel=panel)
+        metavar = "<str>" if kind == list[str] else None
+        flag = option(text, flag_of(field), panel=panel, metavar=metavar)
         found[field] = (Annotated[kind | None, flag], None)
     return found
 
@@ -76,12 +78,8 @@ CONVERSION = (
         FFNS,
         ("method", str, "split | prune | copy | drop | noise"),
         ("keep_dense", str, "Layers that stay dense: 0,1,29, none or auto."),
-        (
-            "target",
-            str,
-            "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo | "
-            "qwen3_5_moe | gemma4",
-        ),
+        ("target", str, "auto, or a class in reach: `upcycle inspect MODEL`."),
+        ("runtimes", list[str], "To run in llama.cpp, vllm, mlx, … Repeatable."),
     )
     | _settings(
         SHARE,
@@ -122,6 +120,58 @@ REQUEST: Options = {
     "json_": (Json, False),
 }
 """The options of every command that plans a conversion: see with_options."""
+MERGE: Options = {
+    "models": (
+        Annotated[
+            list[str],
+            typer.Argument(
+                help="A mergekit-moe file, or the experts' models: MODEL[@REVISION][+ADAPTER].",
+                metavar="FILE.yml | MODEL…",
+            ),
+        ],
+        inspect.Parameter.empty,
+    ),
+    "base": (
+        Annotated[
+            str | None,
+            option("Gives all that is no FFN. [default: the first MODEL]", "--base", panel=FFNS),
+        ],
+        None,
+    ),
+    "shared_model": (
+        Annotated[
+            str | None,
+            option("Whose FFN is always on, beside the experts.", "--shared-model", panel=FFNS),
+        ],
+        None,
+    ),
+    "text": (
+        Annotated[
+            list[str] | None,
+            option(
+                "Text that should be an expert's, to fit the router on. Repeatable.",
+                "--text",
+                metavar="MODEL=TEXT",
+                panel=TEXT,
+            ),
+        ],
+        None,
+    ),
+    **_settings(
+        FFNS,
+        ("rest", str, "Of all but the FFNs: base | mean | linear | ties | dare"),
+        ("router", str, "hidden, cheap_embed, random, … [default: the file's, or by --text]"),
+        ("target", str, "auto, or one of convert's."),
+        ("top_k", int, "Experts on per token. [default: 2]"),
+    ),
+    **{name: CONVERSION[name] for name in ("seq_len", "check", "dtype", "device", "seed")},
+    "set_": (Set, None),
+    "resume": (Resume, False),
+    "out": (Out, None),
+    "overwrite": (Overwrite, False),
+    "json_": (Json, False),
+}
+"""The options of `merge`."""
 TRAINING = (
     _settings(
         "What trains",

@@ -335,6 +335,9 @@ def test_split_equals_the_dense_model_with_all_experts_alike(dense, out, spread)
         ("qwen3", "qwen3_moe"),
         ("granite", "granitemoeshared"),
         ("olmo2", "flex_olmo"),
+        ("qwen3", "laguna"),
+        ("ernie4_5", "ernie4_5_moe"),
+        ("youtu", "deepseek_v3"),
     ],
 )
 def test_models_that_fit_below_float32_only_pass_too(dense, out, monkeypatch, family, target):

@@ -232,6 +232,9 @@ def test_where_only_the_first_layers_can_be_dense_one_is_tried(dense):
     assert tried == [(), (0,), (0, 1)]
 
 
+KINDS = {"any": "qwen2_moe", "prefix": "glm4_moe", "ends": "ernie4_5_moe"}
+
+
 @pytest.mark.parametrize(
     ("worth", "expected", "kind"),
     [
@@ -245,12 +248,14 @@ def test_where_only_the_first_layers_can_be_dense_one_is_tried(dense):
         ({(): 2.0, (0,): 1.97, (0, 1): 1.94}, (), "prefix"),  # not worth its memory
         # The worst text counts, though the mean is worse.
         ({(): {"a": 2.0, "b": 1.0}, (0, 5): 2.1, (1, 3): 1.9}, (1, 3), "any"),
+        # From the ends inwards: the first layer, equal to the last, then the second.
+        ({(): 2.0, (0, 1): 1.8, (0, 5): 1.9}, (0, 1), "ends"),
     ],
 )
 def test_beside_a_fixed_top_k_few_layers_stay_dense_that_better_the_worst_text(
     worth, expected, kind
 ):
-    plan = SimpleNamespace(target={"any": "qwen2_moe", "prefix": "glm4_moe"}[kind])
+    plan = SimpleNamespace(target=KINDS[kind])
     attempt, tried = made_up(worth)
     assert dense_layers._few(plan, [1, 5, 1, 9, 1, 1], attempt).layers == expected
     assert tried == list(worth)
@@ -566,3 +571,10 @@ def test_a_run_stopped_while_it_measures_measures_again(started, monkeypatch):
     monkeypatch.setattr(conversion, "choose_dense_layers", lambda *a: calls.append(a) or choose(*a))
     assert go_on(resume=True).spec.dense_layers == (0,)
     assert len(calls) == 1
+
+
+def test_dense_layers_from_the_ends_inwards():
+    """The more damaged of the outermost two, though one within would be worse."""
+    damage = [1.0, 9.0, 9.0, 1.0, 3.0, 2.0]
+    assert dense_layers._by_damage(damage, "ends") == [5, 4, 0, 1, 2, 3]
+    assert dense_layers._by_damage(damage, "ends", (0, 5)) == [0, 5, 1, 2, 4, 3]

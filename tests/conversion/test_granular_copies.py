@@ -20,11 +20,21 @@ from upcycle.finetune.run import finetune
 
 COPIES, SHARDS = 8, 4
 PER_COPY = {"method": "copy", "experts": COPIES, "granularity": SHARDS, "calibration": "none"}
-TARGETS = ["mixtral", "qwen2_moe", "granitemoeshared", "glm4_moe"]
+SOURCES = {
+    "mixtral": "llama",
+    "qwen2_moe": "llama",
+    "granitemoeshared": "llama",
+    "glm4_moe": "llama",
+    "ernie4_5_moe": "ernie4_5",
+    "deepseek_v3": "youtu",
+    "laguna": "qwen3",
+    "granitemoe_swa": "smollm3",
+}
+"""By the target, of what family."""
 TOKENS_BL = torch.randint(0, 256, (32, 128), generator=torch.Generator().manual_seed(5))
 """4,096 tokens: enough for a router whose scores tie to be found out."""
 
-targets = pytest.mark.parametrize("target", TARGETS)
+targets = pytest.mark.parametrize("target", SOURCES)
 
 
 def torn(chosen_TK):
@@ -34,10 +44,10 @@ def torn(chosen_TK):
     return (shards_TNG.amax(-1) != shards_TNG.amin(-1)).any(-1) | (shards_TNG > 1).any(-1).any(-1)
 
 
-@targets
+@pytest.mark.parametrize("target", sorted(SOURCES.keys() - {"laguna"}))  # see the ties below
 @pytest.mark.parametrize("copies_per_token", [1, 2, 3])
 def test_every_token_gets_whole_copies_and_the_dense_logits(dense, moe, target, copies_per_token):
-    out = moe(dense(), target=target, top_k=copies_per_token * SHARDS, **PER_COPY)
+    out = moe(dense(SOURCES[target]), target=target, top_k=copies_per_token * SHARDS, **PER_COPY)
     model = load(out)
     with selections(model) as chosen:
         found = logits(model, TOKENS_BL)
@@ -45,13 +55,15 @@ def test_every_token_gets_whole_copies_and_the_dense_logits(dense, moe, target, 
         assert chosen_TK.shape == (TOKENS_BL.numel(), copies_per_token * SHARDS)
         assert torn(chosen_TK).sum() == 0
         assert len(chosen_TK.unique()) == COPIES * SHARDS
-    assert gap(found, logits(load(dense()), TOKENS_BL)) < 1e-4
+    assert gap(found, logits(load(dense(SOURCES[target])), TOKENS_BL)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tempered", [1.0, 1e-5])
-def test_groups_keep_copies_whole_whatever_ties(dense, moe, dtype, tempered):
-    out = moe(dense(dtype=dtype), target="glm4_moe", top_k=2 * SHARDS, **PER_COPY)
+@pytest.mark.parametrize("target", ["glm4_moe", "deepseek_v3"])
+def test_groups_keep_copies_whole_whatever_ties(dense, moe, target, dtype, tempered):
+    source = dense(SOURCES[target], dtype=dtype)
+    out = moe(source, target=target, top_k=2 * SHARDS, **PER_COPY)
     config = read_json(out / "config.json")
     assert (config["n_group"], config["topk_group"]) == (COPIES, 2)
     model = load(out, dtype)
@@ -65,15 +77,17 @@ def test_groups_keep_copies_whole_whatever_ties(dense, moe, dtype, tempered):
 @targets
 def test_whole_copies_are_exact_whatever_the_weights_are(dense, moe, target):
     """Of routers that prefer one copy to another by far."""
-    model = load(moe(dense(), target=target, top_k=2 * SHARDS, **PER_COPY))
+    model = load(moe(dense(SOURCES[target]), target=target, top_k=2 * SHARDS, **PER_COPY))
     for router in routers(model):
         router.weight.data *= 20
-    assert gap(logits(model), dense_logits(dense())) < 1e-4
+    assert gap(logits(model), dense_logits(dense(SOURCES[target]))) < 1e-4
 
 
 @targets
 def test_rows_are_those_of_an_ordinary_router_a_copys_all_the_same(dense, moe, target):
-    model = load(moe(dense(), target=target, top_k=SHARDS, router="normal", **PER_COPY))
+    model = load(
+        moe(dense(SOURCES[target]), target=target, top_k=SHARDS, router="normal", **PER_COPY)
+    )
     for router in routers(model):
         rows_NGD = router.weight.detach().view(COPIES, SHARDS, -1)
         assert torch.equal(rows_NGD, rows_NGD[:, :1].expand_as(rows_NGD))
@@ -86,13 +100,13 @@ def test_other_numbers_of_shards_run_and_are_said_not_to_be_the_dense_model(
     dense, moe, target, top_k
 ):
     wanted = {"target": target, "top_k": top_k, "allow_frozen_router": True, **PER_COPY}
-    said = upcycle.plan(str(dense()), check="none", **wanted).warnings
+    said = upcycle.plan(str(dense(SOURCES[target])), check="none", **wanted).warnings
     assert any(
         f"--top-k {top_k} is no multiple of --set granularity={SHARDS}" in note
         and "until it is trained, the result is not the dense model" in note
         for note in said
     )
-    model = load(moe(dense(), **wanted))
+    model = load(moe(dense(SOURCES[target]), **wanted))
     with selections(model) as chosen:
         logits(model)
     for chosen_TK in chosen:
@@ -109,16 +123,28 @@ def test_whole_copies_are_not_said_to_differ(dense, top_k):
 
 
 def test_ties_below_float32_are_said_where_there_are_no_groups(dense):
-    def said(**settings):
+    def said(family="llama", **settings):
         wanted = {"top_k": SHARDS, "check": "none", **PER_COPY, **settings}
-        made = upcycle.plan(str(dense(dtype=torch.bfloat16)), **wanted)
-        return [note for note in made.warnings if "below float32" in note]
+        made = upcycle.plan(str(dense(family, dtype=torch.bfloat16)), **wanted)
+        return [note for note in made.warnings if "score the same" in note]
 
     (note,) = said(target="mixtral")
     assert "--target glm4_moe keeps copies whole, and so does --dtype float32" in note
     assert not said(target="mixtral", dtype="float32")
     assert not said(target="glm4_moe")
     assert not said(target="mixtral", granularity=1, top_k=2)
+    (note,) = said("ernie4_5")
+    assert note.startswith("below float32")
+    assert note.endswith("--dtype float32 keeps copies whole")
+
+
+def test_ties_of_sigmoid_scores_without_groups_are_said_in_float32_too(dense):
+    source, wanted = str(dense("qwen3")), {"top_k": SHARDS, "check": "none", **PER_COPY}
+    (note,) = upcycle.plan(source, target="laguna", **wanted).warnings[-1:]
+    assert note == (
+        "two copies score the same on some tokens, which then get shards of both: "
+        "--target glm4_moe keeps copies whole"
+    )
 
 
 # --- the paper's gain --------------------------------------------------------------------------
@@ -154,8 +180,8 @@ def test_the_papers_gain_is_spread_over_three_matrices(dense, moe, top_k):
 def test_the_gain_counts_the_dense_ffn_once_at_even_weights(dense, moe, target):
     """With an even router the T selected shards' weights times the product of three gains are G:
     the T / G copies count 1 together."""
-    out = moe(dense(), target=target, top_k=2 * SHARDS, spread_gain=True, **PER_COPY)
-    model, source = load(out), load(dense())
+    out = moe(dense(SOURCES[target]), target=target, top_k=2 * SHARDS, spread_gain=True, **PER_COPY)
+    model, source = load(out), load(dense(SOURCES[target]))
     down_DF = source.model.layers[0].mlp.down_proj.weight
     root = float(experts(model)[0].down_proj[0].norm() / down_DF[:, : 192 // SHARDS].norm())
     seen = []

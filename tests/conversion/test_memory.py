@@ -7,10 +7,12 @@ import sys
 import psutil
 import pytest
 import torch
+from reference import load
 
 import upcycle
 from upcycle.conversion.memory import peak_bytes
 from upcycle.core.machine import peak_memory
+from upcycle.models.source import open_source
 
 CLOSE = 1.4
 """Of an estimate over what was measured: the interpreter differs between machines and runs, too."""
@@ -102,3 +104,12 @@ def test_peak_memory_is_what_was_held_at_once():
     assert len(held) < 0.99 * resident < peak_memory() < psutil.virtual_memory().total
     del held
     assert peak_memory() > 0.99 * resident
+
+
+def test_a_latent_is_kept_in_place_of_keys_and_values(dense):
+    """As transformers' cache holds it, whatever the heads are that are made from it."""
+    source, model = open_source(str(dense("youtu"))), load(dense("youtu"))
+    cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long)).past_key_values
+    kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert kept == 5 * source.arch.num_layers * source.arch.cached
+    assert source.arch.head_dim == model.model.layers[0].self_attn.qk_head_dim

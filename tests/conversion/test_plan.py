@@ -200,7 +200,7 @@ def test_copies_of_any_width_need_no_divisor(dense):
         ),
         (
             {"experts": 8, "shared": 1, "top_k": 2},
-            "the request: shared=1: input should be less than 1",
+            "--shared 1 leaves nothing to route: give less",
         ),
         (
             {"experts": 8, "shared": -0.5, "top_k": 2},
@@ -302,14 +302,23 @@ def test_ways_to_write_the_dense_layers(dense, written, layers):
 def test_trait_that_the_target_has_no_place_for(dense):
     assert refusal(dense, "qwen3", target="mixtral") == (
         "--target mixtral: the source has a norm per head on q and k (qwen3 always has it), which "
-        "mixtral has no place for (reachable: glm4_moe, qwen3_moe)"
+        "mixtral has no place for (reachable: glm4_moe, laguna, qwen3_moe)"
     )
 
 
 def test_model_that_no_target_hosts(dense):
     sentence = refusal(dense, fields={"mlp_bias": True})
+    assert sentence == (
+        "no native MoE architecture hosts this model: the source has biases in the FFN "
+        "(mlp_bias=true), which none has a place for"
+    )
+
+
+def test_targets_of_which_each_lacks_something_are_named_with_it(dense):
+    sentence = refusal(dense, "olmo2", keep_dense=[0])
     assert sentence.startswith("no native MoE architecture hosts this model: ")
-    assert "mixtral: the source has biases in the FFN (mlp_bias=true)" in sentence
+    assert "flex_olmo: flex_olmo can't keep layers dense (--keep-dense)" in sentence
+    assert "mixtral: the source has a norm over all heads on q and k" in sentence
 
 
 def test_shared_neurons_where_the_target_has_no_place_for_them(dense):
@@ -535,12 +544,28 @@ def test_plan_reads_no_weights_and_writes_nothing(dense, tmp_path, monkeypatch):
         ("gemma", "granitemoeshared", "granitemoeshared"),
         ("granite", "granitemoeshared", "granitemoeshared"),
         ("olmo2", "flex_olmo", "flex_olmo"),
+        ("ernie4_5", "ernie4_5_moe", "ernie4_5_moe"),
+        ("youtu", "deepseek_v3", "deepseek_v3"),
     ],
 )
 def test_target_that_auto_chooses(dense, family, split_target, copy_target):
     model = str(dense(family))
     assert upcycle.plan(model).target == split_target
     assert upcycle.plan(model, method="copy").target == copy_target
+
+
+@pytest.mark.parametrize(
+    ("settings", "target"),
+    [
+        ({}, "qwen3_moe"),
+        ({"keep_dense": "1"}, "qwen3_moe"),
+        ({"shared": 0.25}, "glm4_moe"),
+        ({"shared": 0.25, "keep_dense": "0"}, "glm4_moe"),
+        ({"shared": 0.25, "keep_dense": "1"}, "laguna"),
+    ],
+)
+def test_laguna_is_for_what_no_other_target_does(dense, settings, target):
+    assert upcycle.plan(str(dense("qwen3")), experts=6, top_k=2, **settings).target == target
 
 
 @pytest.mark.parametrize("target", ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"])
@@ -693,6 +718,8 @@ COPIES = {"method": "copy", "experts": 4, "top_k": 2}
         ("vLLM", "qwen3", {}, {}),
         ("vLLM", "granite", {}, {}),
         ("vLLM", "olmo2", {}, {}),
+        ("vLLM", "cwm", {}, {"target": "granitemoe_swa"}),
+        ("llama.cpp", "smollm3", {}, {}),
         ("transformers 4", "llama", TIED, {"keep_dense": [1]}),
         ("transformers 4", "llama", {"head_dim": 32}, COPIES),
         ("transformers 4", "llama", LONGROPE, {}),
@@ -744,6 +771,12 @@ def test_nothing_is_said_of_a_runtime_that_runs_the_result(
         ("vLLM", "qwen2", MIXED_WINDOW, {}, "all layers must have the same sliding window"),
         ("vLLM", "llama", {"head_dim": 32}, {}, "heads must be of 48 / 4 channels, not 32"),
         ("vLLM", "llama", {}, COPIES | {"target": "glm4_moe"}, "must be a shared expert"),
+        ("vLLM", "ministral3", {}, COPIES, "yarn may not heed mscale and mscale_all_dim"),
+        ("llama.cpp", "ministral3", {}, COPIES, "yarn may not heed mscale and mscale_all_dim"),
+        ("vLLM", "smollm3", {}, {}, "all layers must have the same rotary embedding"),
+        ("vLLM", "smollm3", {"attention_bias": True}, {}, "attention has no biases"),
+        ("llama.cpp", "granite_swa", {}, {}, "rotary embeddings must have the same base"),
+        ("transformers 4", "smollm3", {}, {}, "it does not know the architecture"),
     ],
 )
 def test_what_a_runtime_can_not_run_is_said(dense, runtime, family, fields, settings, obstacle):

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from upcycle import UpcycleError
-from upcycle.core.regression import predictable_profiles, ridge
+from upcycle.core.regression import predictable_profiles, ridge, sharpness
 
 T, D, E = 57, 9, 4
 
@@ -116,3 +116,27 @@ def test_profiles_lie_as_far_apart_as_the_ridge_predictions():
             gap_D = weight_ED[i] - weight_ED[j]
             expected = float(np.sum((x @ gap_D) ** 2) + penalty * gap_D @ gap_D)
             assert np.sum((rows_ED[i] - rows_ED[j]) ** 2) == pytest.approx(expected, rel=1e-4)
+
+
+def cross_entropy(factor, logits_TE, target_TE):
+    """Token by token."""
+    return -sum(
+        float(target_E @ (factor * logits_E).log_softmax(0))
+        for logits_E, target_E in zip(logits_TE.double(), target_TE.double(), strict=True)
+    )
+
+
+def test_sharpness_is_the_factor_of_least_cross_entropy():
+    logits_TE = make_pair()[1]
+    drawn_T = torch.multinomial((7 * logits_TE).softmax(1), 1, generator=torch.Generator())[:, 0]
+    target_TE = torch.eye(E)[drawn_T] * torch.linspace(0.5, 2, T)[:, None]
+    factor = sharpness(logits_TE, target_TE, most=1000)
+    assert 1.5 < factor < 900
+    least = cross_entropy(factor, logits_TE, target_TE)
+    assert all(cross_entropy(factor * f, logits_TE, target_TE) > least for f in (0.98, 1.02))
+
+
+@pytest.mark.parametrize(("target", "expected"), [([0.0, 1.0], 1), ([1.0, 0.0], 50)])
+def test_sharpness_stays_in_its_bounds(target, expected):
+    logits_TE, target_TE = torch.tensor([[1.0, 0.0]]), torch.tensor([target])
+    assert sharpness(logits_TE, target_TE, most=50) == pytest.approx(expected, rel=1e-3)

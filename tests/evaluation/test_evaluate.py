@@ -237,7 +237,7 @@ def test_summary_is_the_contract(dense, split, text, quick):
     assert list(summary) == [field.name for field in fields(Evaluation)]
     assert [*summary["texts"][0]] == [
         "text", "perplexity", "perplexity_against", "perplexity_ratio", "kl", "top1_agreement",
-        "worst_window_ratio", "fitted",
+        "worst_window_ratio", "fitted", "load",
     ]  # fmt: skip
     assert [*summary["routing"][0]] == ["layer", "load", "entropy", "dead", "co_selection"]
     assert [*summary["similarity"][0]] == ["layer", "cosine"]

@@ -344,6 +344,34 @@ def test_numbers_of_several_texts_are_those_of_all_their_tokens():
     assert overall(evaluated(found)).kl == pytest.approx(0.3)
 
 
+def on_two_texts(code, prose):
+    """The facts of a model of four experts, with each text's loads per layer."""
+    found = all_facts(layers=2, experts=4)
+    text = found["evaluation"]["texts"][0]
+    found["evaluation"]["texts"] = [
+        text | {"text": "/home/someone/code.txt", "load": code},
+        text | {"text": "prose", "fitted": False, "load": prose},
+    ]
+    return found
+
+
+def test_which_expert_takes_which_text_is_the_mean_over_layers():
+    code, prose = [[2.0, 1, 1, 0], [3.0, 0, 1, 0]], [[0.5, 0.5, 1, 2], [0.5, 0.5, 2, 1]]
+    page = render(on_two_texts(code, prose))
+    assert "shares" in ids(page)
+    text = words(page)
+    assert "code.txt goes to expert 0 most often (2.5 × the fair share)" in text
+    assert "prose goes to expert 2 most often (1.5 × the fair share)" in text
+    assert "code.txt 2.5 0.50 1.0 0" in text
+    assert "prose 0.50 0.50 1.5 1.5" in text
+    assert "/home/someone" not in page
+
+
+@pytest.mark.parametrize("loads", [([], []), ([[1, 2, 1, 0]], [[1, 2, 1, 0]])])
+def test_texts_that_are_spread_alike_get_no_picture(loads):
+    assert "shares" not in ids(render(on_two_texts(*loads)))
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -726,7 +754,9 @@ def test_saved_evaluation_is_read_whole(model, saved):
     found = evaluation(experts=7) | {"tasks": {"arc": {"acc": [0.5, None]}}}
     saved.write_text(json.dumps(found))
     read = facts.read_evaluation(saved, facts.gather(str(model)))
-    assert json.loads(json.dumps(evaluation_summary(read.evaluation))) == found
+    assert json.loads(json.dumps(evaluation_summary(read.evaluation))) == found | {"top_ks": []} | {
+        "texts": [text | {"load": []} for text in found["texts"]]
+    }
     assert read.samples == []
 
 

@@ -17,7 +17,11 @@ FAMILIES = {
     "qwen3_5_moe": "qwen3_5_text",
     "gemma4": "gemma4_text",
     "granitemoeshared": "granite",
+    "granitemoe_swa": "granite_swa",
     "flex_olmo": "olmo2",
+    "ernie4_5_moe": "ernie4_5",
+    "laguna": "qwen3",
+    "deepseek_v3": "youtu",
 }
 
 

@@ -308,6 +308,20 @@ def test_a_step_moves_the_selection_bias_by_what_was_asked_for(dense, moe, train
     assert moved_biases(done) == pytest.approx([0.001] * len(moved_biases(done)))
 
 
+@pytest.mark.parametrize(
+    ("target", "family"),
+    [("deepseek_v3", "youtu"), ("laguna", "qwen3"), ("ernie4_5_moe", "ernie4_5")],
+)
+def test_selection_biases_move_whatever_the_class_keeps_them_in(dense, moe, train, target, family):
+    """Buffers, parameters of the router, or of a module of its own; and nothing else takes them
+    for parameters, though everything trains."""
+    source = moe(dense(family), target=target, router_spread=0.1, shared=0.25)
+    done = train(source, train="all", weight_decay=0.1, **STEP_OF_BIAS)
+    assert moved_biases(done) == pytest.approx([0.001] * len(moved_biases(done)))
+    assert layout(done.out) == layout(source)
+    assert done.reload_error < 1e-4
+
+
 def test_a_step_of_the_selection_bias_is_a_tempered_routers_own(split, train):
     """The same share of the scores' spread as where logits spread by 0.05."""
     done = train(split("glm4_moe", router_spread=1e-4), **STEP_OF_BIAS)

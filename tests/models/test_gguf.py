@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import upcycle
 from upcycle import UpcycleError
+from upcycle.conversion.inspection import inspect_model
+from upcycle.evaluation.run import load_model
 from upcycle.models import source
 from upcycle.models.source import open_source
 
@@ -133,9 +135,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
 
 @torch.no_grad()
 def logits_of(folder: Path) -> torch.Tensor:
-    model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(loaded.values()), loaded
-    return model(IDS).logits
+    return load_model(folder, torch.float32, torch.device("cpu"))(IDS).logits
 
 
 def assert_same_model(path: Path, folder: Path) -> None:
@@ -313,6 +313,26 @@ def test_gguf_converts_and_leaves_no_temporary_folder(tiny, tmp_path, monkeypatc
     assert list(temporary.iterdir()) == []
 
 
+def test_plan_dequantises_nothing(tiny, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny, quantise=gguf.GGMLQuantizationType.F16)
+    monkeypatch.setattr(source, "read_tensors", lambda *_: pytest.fail("weights were read"))
+    folder = upcycle.plan(str(path), **QUICK).source.folder
+    assert not list(folder.glob("*.safetensors"))
+    assert inspect_model(str(path))["params_total"] == inspect_model(str(tiny))["params_total"]
+
+
+def test_gguf_that_changes_after_the_fingerprint_is_noticed(tiny, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny)
+    opened = open_source(str(path))
+    before = opened.fingerprint()
+    with path.open("r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"\x01")
+    assert open_source(str(path)).fingerprint() != before
+    with pytest.raises(UpcycleError, match="changed while it was read"):
+        opened.read(list(opened.tensors))
+
+
 LICENCE = {"license": "other", "license__name": "mine", "license__link": "https://l.org/mine"}
 HUB = "https://huggingface.co/"
 
@@ -483,7 +503,7 @@ def test_divisors_beside_another_scaling(tiny, tmp_path):
     [
         ("gemma", "architecture gemma, which upcycle does not read from GGUF files"),
         ("qwen2moe", "a Mixture-of-Experts already"),
-        ("mamba", "'mamba' is not a dense family that upcycle knows"),
+        ("mamba", "mamba can't become a native MoE: it has no FFN"),
     ],
 )
 def test_other_architectures(tiny, tmp_path, family, words):

@@ -15,6 +15,10 @@ FAMILY = {
     "gemma4": "gemma4_text",
     "flex_olmo": "olmo2",
     "granitemoeshared": "granite",
+    "granitemoe_swa": "smollm3",
+    "ernie4_5_moe": "ernie4_5",
+    "laguna": "qwen3",
+    "deepseek_v3": "youtu",
 }
 """Of a dense model that the target takes; else llama."""
 SPREAD = 0.3
@@ -41,12 +45,13 @@ def converted(dense, moe, name, settings):
 
 @torch.no_grad()
 def seen_by_experts(model):
-    """Layer by layer: what the experts get, x [T, D], and what they put out together, y [T, D]."""
+    """Layer by layer: what the experts get, x [T, D], and what they add together, y [T, D]."""
     seen, hooks = [], []
+    factor = getattr(model.config, "moe_routed_scaling_factor", 1.0)  # laguna's, of y
     for stacked in experts(model):
         hooks.append(
             stacked.register_forward_hook(
-                lambda _, args, y: seen.append((args[0].flatten(0, -2), y.flatten(0, -2)))
+                lambda _, args, y: seen.append((args[0].flatten(0, -2), factor * y.flatten(0, -2)))
             )
         )
     logits(model)

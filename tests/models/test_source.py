@@ -442,7 +442,7 @@ def test_config_that_is_none(copy, content, words):
         ({"pad_token_id": -273}, "pad_token_id=-273"),
         ({"rope_parameters": {"rope_type": "bogus"}}, "bogus"),
         ({"model_type": "mixtral"}, "is a Mixture-of-Experts already"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config of gptq"),
     ],
 )
 def test_config_with_a_bad_field(copy, fields, words):
@@ -550,4 +550,6 @@ def test_quantised_weights(copy, dtype, code):
     folder = copy()
     name = "model.layers.0.mlp.down_proj.weight"
     edit_weights(folder, lambda state: state.update({name: state[name].to(dtype)}))
-    assert_refused(folder, f"{name} in {folder / SINGLE} is stored as {code}", "not quantised")
+    assert_refused(
+        folder, f"{name} in {folder / SINGLE} is stored as {code}", "quantization_config"
+    )

@@ -60,8 +60,9 @@ def source_of(dense):
 
 
 def stream_through(folder, tokens_BL=TOKENS_BL, replaced=None):
-    """What every layer's FFN sees [T, D], the norms of what its output is added to [T], and the
-    last hidden states [T, D]; in layers in `replaced`, the function there takes the FFN's place."""
+    """Of tokens, or of several groups of them: what every layer's FFN sees [T, D], the norms of
+    what its output is added to [T], and the last hidden states [T, D]; in layers in `replaced`, the
+    function there takes the FFN's place."""
     source = open_source(str(folder))
     outer = source.read(source.embedding_names())
     stream = HiddenStream(source.config, outer, tokens_BL, CPU)
@@ -172,6 +173,19 @@ def test_sequences_of_any_number_and_length(dense, shape):
     assert gap(last_TD, expected_TD) < TOLERANCE
 
 
+@families
+def test_groups_of_sequences_of_unlike_length_are_each_read_as_alone(dense, family):
+    """Longer and shorter than the windows of some families; the second is two batches."""
+    groups = [TOKENS_BL[:2, :9], TOKENS_BL, TOKENS_BL[5:6, 7:8]]
+    inputs, norms, last_TD = stream_through(dense(family), groups)
+    expected = [model_through(dense(family), tokens_BL) for tokens_BL in groups]
+    for layer in range(LAYERS):
+        assert gap(inputs[layer], torch.cat([x[layer] for x, _, _ in expected])) < TOLERANCE
+        norm_T = torch.cat([norm[layer] for _, norm, _ in expected])
+        torch.testing.assert_close(norms[layer], norm_T, rtol=TOLERANCE, atol=0)
+    assert gap(last_TD, torch.cat([last for *_, last in expected])) < TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @families
 def test_on_a_cpu_weights_below_float32_run_in_float32(dense, family, dtype):
@@ -210,7 +224,7 @@ def test_last_log_probs_are_those_of_the_last_sequences(dense, monkeypatch, at_o
     for layer in range(LAYERS):
         stream.attend(layer, source.read_layer(layer))
         stream.advance(layer)
-    pieces = list(stream.last_log_probs(outer, 3))
+    pieces = list(stream.last_log_probs(outer, TOKENS_BL[-3:].numel()))
     assert {len(piece_tV) for piece_tV in pieces[:-1]} <= {at_once}
     assert len(pieces[-1]) <= at_once
     expected_BLV = logits(load(dense("granite")), TOKENS_BL[-3:])

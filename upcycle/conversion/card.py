@@ -10,6 +10,7 @@ import jinja2
 import yaml
 
 from upcycle.conversion.memory import peak_bytes
+from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
 from upcycle.core.paths import local_path, public_name, way_from
 from upcycle.core.versions import versions
@@ -19,14 +20,17 @@ from upcycle.models.record import (
     CheckReport,
     ConversionResult,
     DenseLayers,
+    ExpertPart,
     Identity,
     KindResult,
     LayerPart,
     Made,
+    MergePart,
     PlanPart,
     RecipePart,
     Source,
 )
+from upcycle.models.source import DenseSource
 from upcycle.models.targets import TARGETS
 from upcycle.models.text import kind_name, public_texts
 
@@ -78,7 +82,31 @@ def plan_summary(plan: Plan, *, measured: bool = False) -> PlanPart:
         feedback=plan.design.feedback,
         warnings=list(plan.warnings),
         recipe=RecipePart.model_validate(plan.recipe.settings()),
+        **({} if plan.sources is None else {"merge": _merge_part(plan.sources)}),
     )
+
+
+def _merge_part(sources: Sources, *, fingerprints: bool = False) -> MergePart:
+    """The models, by names that may be published.
+
+    Args:
+        fingerprints: of what was read, which takes reading all of it.
+    """
+    merge, count = sources.merge, len(sources.merge.experts)
+    found = sources.fingerprints() if fingerprints else [None] * len(merge.all)
+    parts = [
+        ExpertPart(
+            model=expert.model.public,
+            prompts=list(expert.prompts),
+            negatives=list(expert.negatives),
+            text=expert.text and public_texts(expert.text),
+            noise_scale=expert.noise_scale,
+            residual_scale=expert.residual_scale,
+            fingerprint=fingerprint,
+        )
+        for expert, fingerprint in zip(merge.all, found, strict=True)
+    ]
+    return MergePart(experts=parts[:count], shared=parts[count] if merge.shared else None)
 
 
 def conversion_summary(conversion: Conversion) -> ConversionResult:
@@ -101,7 +129,9 @@ def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]
         name = way_from(conversion.out, local_path(source.label))
     calibration = public_texts(conversion.plan.recipe.calibration)
     recipe = result.plan.recipe.model_copy(update={"calibration": calibration})
-    public = {"source": public_name(source.label), "recipe": recipe}
+    public: dict[str, Any] = {"source": public_name(source.label), "recipe": recipe}
+    if conversion.plan.sources is not None:
+        public["merge"] = _merge_part(conversion.plan.sources, fingerprints=True)
     return Made(
         out=conversion.out.resolve().name,
         plan=result.plan.model_copy(update=public),
@@ -138,15 +168,16 @@ def model_card(conversion: Conversion) -> str:
     """README.md of the output, with front matter for the hub."""
     plan = conversion.plan
     front = read_card(plan.source.folder)
-    if plan.source.revision is not None:
-        front["base_model"] = [plan.source.label]
+    on_hub = [source for source in _sources(plan) if source.revision is not None]
+    if on_hub:
+        front["base_model"] = list({_hub_name(source): None for source in on_hub})
     front |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moe", "mixture-of-experts", "upcycle", plan.target, plan.recipe.method.name],
     }
     if "base_model" in front:
-        front["base_model_relation"] = "finetune"
+        front["base_model_relation"] = "finetune" if plan.sources is None else "merge"
     kinds = conversion.check.kinds if conversion.check else []
     results = [(public_name(k.kind), kind_name(k.kind), _metrics(k)) for k in kinds]
     front = with_results(front, conversion.out.resolve().name, results)
@@ -170,6 +201,15 @@ def model_card(conversion: Conversion) -> str:
         used=plan.way.used(plan.design.methods, plan.design.geometry),
         version=version("upcycle"),
     )
+
+
+def _sources(plan: Plan) -> list[DenseSource]:
+    """The models that weights are from, the base first."""
+    return [plan.source, *(plan.sources.models if plan.sources else ())]
+
+
+def _hub_name(source: DenseSource) -> str:
+    return source.label.partition("+")[0]
 
 
 def _metrics(kind: KindResult) -> dict[str, float]:

@@ -21,6 +21,7 @@ KINDS = {
     "shared_by": "shared-expert rule",
     "router": "router",
     "compensate": "compensation",
+    "rest": "rest rule",
 }
 """The fields of a recipe that name a method, and what the methods are called there."""
 
@@ -47,8 +48,10 @@ def check_names(recipe: Recipe) -> None:
     """
     for field, kind in KINDS.items():
         choice = getattr(recipe, field)
-        if choice is not None and not (field == "method" and choice.name in _plain_ways()):
-            _check_choice(kind, choice)
+        if field == "router" and choice is not None and recipe.method.name == "merge":
+            _check_choice(("router", "gate"), choice)
+        elif choice is not None and not (field == "method" and choice.name in _plain_ways()):
+            _check_choice((kind,), choice)
     targets = _catalogue()["targets"]
     if recipe.target not in ("auto", *targets):
         raise UpcycleError(f"unknown target {recipe.target!r}{suggest(recipe.target, targets)}")
@@ -60,8 +63,10 @@ def _plain_ways() -> set[str]:
     return set(_catalogue()["ways"]) - perturbed
 
 
-def _check_choice(kind: str, choice: Choice) -> None:
-    known = {method["name"]: method["parameters"] for method in methods() if method["kind"] == kind}
+def _check_choice(kinds: tuple[str, ...], choice: Choice) -> None:
+    """Of methods of these kinds, called what the first of them is."""
+    kind = kinds[0]
+    known = {row["name"]: row["parameters"] for row in methods() if row["kind"] in kinds}
     if choice.name not in known:
         names = [*known, *(_plain_ways() if kind == "method" else ())]
         raise UpcycleError(f"unknown {kind} {choice.name!r}{suggest(choice.name, names)}")

@@ -180,7 +180,7 @@ def _check_routing(plan: Plan, model: Any, window_L: Tensor) -> None:
         hook.remove()
     for block, x_TD, (chosen_TK, weights_TK) in zip(blocks, inputs, seen, strict=True):
         expected_TE = design.weigh(x_TD.float() @ block.router.weight.float().T)
-        routed = design.gains.routed * weights_TK.float()
+        routed = design.gains.routed * block.factor * weights_TK.float()
         found_TE = torch.zeros_like(expected_TE).scatter_(1, chosen_TK, routed)
         # Experts at the margin may change places by rounding; the planned ones hardly differ then.
         error = float((found_TE.sort(1).values - expected_TE.sort(1).values).abs().mean(0).max())

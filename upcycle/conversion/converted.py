@@ -1,6 +1,6 @@
 """A converted layer, and what it is made from. Tensors in, tensors out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -26,6 +26,10 @@ class Inputs:
     """How much an error on each token counts, if weights are refit."""
     wanted_TD: Tensor | None
     """With feedback, the output that would bring the hidden states back to the dense model's."""
+    ffns: Sequence[DenseFFN] = ()
+    """Of a merge, the experts' own, read one at a time when asked for."""
+    gate_ED: Tensor | None = None
+    """The router's rows, where text made them; one more than experts, if a shared one has a row."""
 
 
 @dataclass(frozen=True)

@@ -136,12 +136,21 @@ def _ends(kind: str, layers: int) -> tuple[int, ...]:
 
 def _by_damage(damage: list[float], kind: str, first: tuple[int, ...] = ()) -> list[int]:
     """Layers in the order in which they become dense: after these, the most damaged."""
-    layers = range(len(damage))
-    return (
-        list(layers)
-        if kind == "prefix"
-        else sorted(layers, key=lambda i: (i not in first, -damage[i]))
-    )
+    layers = list(range(len(damage)))
+    if kind == "prefix":
+        return layers
+    if kind == "ends":
+        return _from_the_ends(layers, damage, first)
+    return sorted(layers, key=lambda i: (i not in first, -damage[i]))
+
+
+def _from_the_ends(layers: list[int], damage: list[float], first: tuple[int, ...]) -> list[int]:
+    """Layers, the more damaged of the outermost two before the other; before that, these."""
+    order = list(first)
+    rest = [layer for layer in layers if layer not in first]
+    while rest:
+        order.append(rest.pop(0 if damage[rest[0]] >= damage[rest[-1]] else -1))
+    return order
 
 
 def best_dense_layers(
@@ -152,7 +161,7 @@ def best_dense_layers(
 
     Args:
         damage: per layer, when this layer alone is cut to the active share.
-        kind: which layers a target can keep dense: `any`, `prefix` or `none`.
+        kind: which layers a target can keep dense (see `MoETarget`).
         most: how many layers can stay dense and leave the others experts to route; by default
             all but one.
     """
@@ -263,11 +272,11 @@ def _embedded(plan: Plan, tokens_BL: Tensor) -> HiddenStream:
 def _losses(stream: HiddenStream, plan: Plan, rows: int) -> list[float]:
     """The mean loss of each of the last rows, at the end of a stream."""
     outer = plan.source.read(plan.source.outer_names())
-    next_T = stream.tokens_BL[-rows:].roll(-1, 1).flatten().to(plan.device)
+    next_T = stream.groups[-1][-rows:].roll(-1, 1).flatten().to(plan.device)
     nats = [
         -log_probs_tV.gather(1, next_t[:, None])[:, 0]
         for log_probs_tV, next_t in zip(
-            stream.last_log_probs(outer, rows), next_T.split(PREDICTED_TOKENS), strict=True
+            stream.last_log_probs(outer, len(next_T)), next_T.split(PREDICTED_TOKENS), strict=True
         )
     ]
     # Nothing comes after a row's last token.

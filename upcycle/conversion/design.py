@@ -10,7 +10,10 @@ from torch import Tensor
 
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.compensate.base import Compensation
+from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.recipe import Recipe
+from upcycle.conversion.rest import RESTS
+from upcycle.conversion.rest.registry import Run as MergeRest
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem
 from upcycle.core.registry import Method, Params, Registry, check_parameters
@@ -20,6 +23,8 @@ from upcycle.models.targets import Combine, Gains
 from upcycle.models.targets.base import Routing
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.base import Router
+from upcycle.router_init.gates import GATES
+from upcycle.router_init.gates.base import Gate
 from upcycle.split import SPLITS
 from upcycle.split.base import Split
 from upcycle.split.copies import PERTURBS
@@ -71,20 +76,31 @@ class Methods:
     compensate: Bound[Compensation]
     perturb: Bound[Method[Any]] | None
     """What makes copies differ, if anything does."""
+    gate: Bound[Gate] | None
+    """What makes a merge's router from text, in place of `router`."""
+    rest: Bound[Method[MergeRest]]
+    """How several models' tensors become one's, but for the FFNs."""
 
     @classmethod
-    def of(cls, recipe: Recipe, default_router: str) -> "Methods":
+    def of(cls, recipe: Recipe, default_router: str, *, gates: bool = False) -> "Methods":
         """Those of a recipe.
+
+        Args:
+            gates: whether the recipe's router may be a gate.
 
         Raises:
             UpcycleError: one does not exist, or does not take its parameters.
         """
+        chosen = recipe.router or Choice(name=default_router)
+        gated = gates and chosen.name in GATES
         return cls(
             split=bind(SPLITS, recipe.split),
             shared_by=bind(SHARED, recipe.shared_by),
-            router=bind(ROUTERS, recipe.router or Choice(name=default_router)),
+            router=bind(ROUTERS, Choice(name=default_router) if gated else chosen),
+            gate=bind(GATES, chosen) if gated else None,
             compensate=bind(COMPENSATIONS, recipe.compensate),
             perturb=bind(PERTURBS, recipe.method) if recipe.method.name in PERTURBS else None,
+            rest=bind(RESTS, recipe.rest),
         )
 
 
@@ -107,6 +123,8 @@ class Design:
     dtype: torch.dtype
     """That is written."""
     seed: int
+    merge: Merge | None = None
+    """Of several models, which are experts and how."""
 
     def weigh(self, logits_TE: Tensor) -> Tensor:
         """What each expert counts by the router's logits [T, E]; see `Routing.weights`."""

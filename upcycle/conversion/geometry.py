@@ -74,6 +74,14 @@ def copied_geometry(recipe: Recipe, num_neurons: int) -> Geometry:
     return _checked(Geometry(num_neurons, experts, top_k, size, granularity=granularity))
 
 
+def merged_geometry(recipe: Recipe, num_neurons: int) -> Geometry:
+    """The same of several models' FFNs, each whole, with perhaps one more that is always on."""
+    experts = recipe.experts or 1
+    top_k = recipe.top_k or min(experts, COPIES_PER_TOKEN)
+    shared = num_neurons if recipe.shared else 0
+    return _checked(Geometry(num_neurons, experts, top_k, num_neurons, shared))
+
+
 def moe_share(active: float, layers: int, num_dense: int) -> float:
     """The active share of the converted layers that makes `active` over all layers; those kept
     dense count as 1."""

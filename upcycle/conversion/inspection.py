@@ -11,12 +11,14 @@ from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.geometry import legal_parts
 from upcycle.conversion.plan import refusals
 from upcycle.conversion.recipe import Recipe
+from upcycle.conversion.rest import RESTS
 from upcycle.conversion.ways import WAYS
 from upcycle.core.versions import versions
-from upcycle.evaluation.inspection import inspect_dense, inspect_moe, moe_folder
-from upcycle.models.source import open_source
+from upcycle.evaluation.inspection import has_experts, inspect_dense, inspect_moe
+from upcycle.models.source import locate, open_located
 from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS
+from upcycle.router_init.gates import GATES
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
@@ -29,10 +31,10 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
     Raises:
         UpcycleError: it is not a model that upcycle can read.
     """
-    folder = moe_folder(model, revision)
-    if folder is not None:
-        return inspect_moe(model, folder)
-    source = open_source(model, revision=revision)
+    found = locate(model, revision)
+    if found is not None and has_experts(found):
+        return inspect_moe(model, found)
+    source = open_located(model, found)
     arch = source.arch
     targets = refusals(arch, Recipe())
     return inspect_dense(source) | {
@@ -45,7 +47,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 def registered() -> dict[str, Any]:
     """Every registered method with its parameters and their defaults, every way and every target:
     what catalogue.json holds."""
-    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS)
+    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS, GATES, RESTS)
     methods = [
         {
             "kind": registry.kind,

@@ -16,6 +16,7 @@ def convert_layer(
     activations: LayerActivations | None = None,
     norm_T: Tensor | None = None,
     wanted_TD: Tensor | None = None,
+    gate_ED: Tensor | None = None,
 ) -> ConvertedLayer:
     """Turn one dense FFN into experts and a router.
 
@@ -26,10 +27,13 @@ def convert_layer(
             with massive activations would own every fit.
         wanted_TD: the output that would bring the hidden states back to the dense model's, if the
             plan has feedback.
+        gate_ED: the router's rows, where text has made them.
     """
     if activations is None:
         activations = LayerActivations(ffn, ffn.up_FD.new_empty(0, ffn.hidden_size))
     weight_T = None
     if plan.design.compensates and norm_T is not None:
         weight_T = token_weights(norm_T)
-    return plan.way.make(plan.design, Inputs(layer, ffn, activations, weight_T, wanted_TD))
+    ffns = plan.sources.ffns(layer, ffn.act) if plan.sources else ()
+    inputs = Inputs(layer, ffn, activations, weight_T, wanted_TD, ffns, gate_ED)
+    return plan.way.make(plan.design, inputs)

@@ -29,7 +29,7 @@ def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
         measured: of a plan that is decided, whether the layers to keep dense were measured.
     """
     phases = [WORKING + _outside_layers(plan), _layer(plan) + _writing(plan)]
-    if plan.streams:
+    if plan.streams or plan.passage_tokens:
         phases += [WORKING + _embedding(plan), WORKING + _fitting(plan)]
     if plan.undecided or measured:
         phases.append(WORKING + _measuring(plan))
@@ -52,15 +52,19 @@ def _embedding(plan: Plan) -> int:
     hidden = plan.source.arch.hidden_size
     outer = _outside_layers(plan)
     widened = _widened(plan, _vocab(plan) * hidden * plan.source.dtype.itemsize)
-    return outer + widened + 2 * plan.fit_tokens * hidden * FLOAT
+    return outer + widened + 2 * _streamed(plan) * hidden * FLOAT
+
+
+def _streamed(plan: Plan) -> int:
+    """Tokens that go through the layers, of calibration or of a merge's prompts and texts."""
+    return plan.fit_tokens or plan.passage_tokens
 
 
 def _sampling(plan: Plan) -> int:
     """The whole model writes calibration text, with keys and values of all that it has written."""
-    fields = plan.source.arch.fields
+    arch = plan.source.arch
     tokens = 2 * TOGETHER * LENGTH  # an opener may be as long
-    width = 2 * fields["num_key_value_heads"] * plan.source.arch.head_dim
-    cache = tokens * plan.source.arch.num_layers * width * plan.source.dtype.itemsize
+    cache = tokens * arch.num_layers * arch.cached * plan.source.dtype.itemsize
     return _whole(plan) + int(cache)
 
 
@@ -87,7 +91,7 @@ def _measuring(plan: Plan) -> int:
 def _fitting(plan: Plan) -> int:
     """A layer's weights, its inputs x and its activations h; and the largest of what splitting,
     refitting, running and writing it take beside."""
-    arch, tokens = plan.source.arch, plan.fit_tokens
+    arch, tokens = plan.source.arch, _streamed(plan)
     hidden, neurons, ffn = arch.hidden_size, arch.intermediate_size, _ffn(plan)
     weights = _layer(plan) + _widened(plan, _layer(plan) + ffn * plan.source.dtype.itemsize)
     stream = 2 * tokens * hidden * FLOAT

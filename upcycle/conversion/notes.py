@@ -1,14 +1,15 @@
-"""What a plan says in words of what works, but not all that well, and of runtimes."""
+"""What a plan says in words of what works, but not all that well."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator
 
 import torch
 
+from upcycle.conversion.design import Design
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways import Way
+from upcycle.core.words import count
 from upcycle.models.source import DenseSource
-from upcycle.models.targets import TARGETS, Combine, MoESpec, Runtime
+from upcycle.models.targets import TARGETS, MoESpec
 from upcycle.models.traits import Architecture
 
 LLAMA_CPP_MAX_EXPERTS = 512
@@ -27,11 +28,25 @@ def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
         )
 
 
+def layout_notes(source: DenseSource, arch: Architecture) -> Iterator[str]:
+    """What is stored otherwise than in the source."""
+    if source.arch.tied and not arch.tied:
+        more = arch.hidden_size * int(arch.fields["vocab_size"])
+        yield (
+            "the output embeddings, tied in the source, become a tensor of their own: "
+            f"{count(more)} parameters more"
+        )
+
+
 def warnings(
-    recipe: Recipe, way: Way, spec: MoESpec, target: str, dtype: torch.dtype
+    recipe: Recipe, way: Way, spec: MoESpec, target: str, design: Design, hosts: Collection[str]
 ) -> Iterator[str]:
     """Of sizes that some runtimes or kernels do not like, or that save nothing, and of what is
-    not the dense model's equal though it could be."""
+    not the dense model's equal though it could be.
+
+    Args:
+        hosts: the targets in reach.
+    """
     geometry = spec.geometry
     if geometry.num_experts > LLAMA_CPP_MAX_EXPERTS:
         yield f"{geometry.num_experts} experts: llama.cpp builds before 2026-07 allow 512"
@@ -43,65 +58,4 @@ def warnings(
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
         yield f"--shared {asked:g} became {got:.3g}, so that all experts have the same width"
-    yield from way.notes(recipe, geometry, TARGETS[target], dtype)
-
-
-def runtime_refusals(
-    recipe: Recipe, arch: Architecture, target: str, spec: MoESpec, combine: Combine
-) -> dict[Runtime, str]:
-    """Every runtime, with why it won't run the result and which targets of it would run; empty if
-    it does."""
-    refusals = dict.fromkeys(TARGETS[target].runtimes, "")
-    for runtime in refusals:
-        reasons = _obstacles(runtime, recipe, arch, target, spec, combine)
-        if not reasons:
-            continue
-        others = [
-            name
-            for name in sorted(TARGETS)
-            if not _obstacles(runtime, recipe, arch, name, spec, combine)
-        ]
-        instead = f"; it runs --target {' or '.join(others)}" if others else ""
-        refusals[runtime] = f"{', '.join(reasons)}{instead}"
-    return refusals
-
-
-def runtimes_lost(
-    recipe: Recipe, arch: Architecture, target: str, spec: MoESpec, combine: Combine
-) -> list[Runtime]:
-    """The runtimes that do not run the result because some of its layers are dense."""
-    split = replace(spec, dense_layers=())
-    without = recipe.model_copy(update={"keep_dense": ()})
-    return [
-        name
-        for name in TARGETS[target].runtimes
-        if _obstacles(name, recipe, arch, target, spec, combine)
-        and not _obstacles(name, without, arch, target, split, combine)
-    ]
-
-
-def _obstacles(
-    runtime: Runtime,
-    recipe: Recipe,
-    arch: Architecture,
-    target: str,
-    spec: MoESpec,
-    combine: Combine,
-) -> list[str]:
-    """What keeps the runtime from the target, or the model from being converted to it at all; of
-    dense layers, where the target has none."""
-    made = TARGETS[target]
-    dense_layers = spec.dense_layers
-    if recipe.keep_dense == "auto":
-        dense_layers = (0,)  # the likeliest, until it is measured
-    if made.dense_layers == "none":
-        dense_layers = ()
-    refusal = made.refusal(
-        arch, dense_layers=dense_layers, shared=recipe.shared, experts=spec.geometry.num_experts
-    )
-    if refusal:
-        return [refusal]
-    gains = made.gains(combine, spec.geometry)
-    spec = replace(spec, gains=gains, dense_layers=dense_layers)
-    said = (limit(arch, spec) for limit in made.runtimes[runtime])
-    return [obstacle for obstacle in said if obstacle]
+    yield from way.notes(recipe, design, TARGETS[target], hosts)

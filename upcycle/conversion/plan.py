@@ -4,7 +4,7 @@ Reads headers, never weights, and writes nothing.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,19 @@ from torch import Tensor
 from upcycle.conversion.beside import Beside
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
-from upcycle.conversion.notes import runtime_refusals, runtimes_lost, source_notes, warnings
+from upcycle.conversion.merging.passages import passage_tokens
+from upcycle.conversion.merging.request import Merge
+from upcycle.conversion.merging.rest import check_rest, read_merged
+from upcycle.conversion.merging.sources import Sources
+from upcycle.conversion.notes import layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
+from upcycle.conversion.runtimes import (
+    for_runtimes,
+    runtime_refusals,
+    runtimes_lost,
+    takes_dense_layers,
+)
 from upcycle.conversion.ways import WAYS, Room, Way
 from upcycle.conversion.ways.base import Exact
 from upcycle.core.errors import UpcycleError
@@ -35,7 +45,14 @@ from upcycle.models.assemble import (
 )
 from upcycle.models.calibration import CHECK_WINDOW, check_seq_len
 from upcycle.models.source import DenseSource, check_own_files
-from upcycle.models.targets import TARGETS, Combine, MoESpec, Runtime, common_fields
+from upcycle.models.targets import (
+    TARGETS,
+    Combine,
+    MoESpec,
+    Runtime,
+    common_fields,
+    unplaced,
+)
 from upcycle.models.text import PROBES, texts
 from upcycle.models.tokens import load_tokenizer
 from upcycle.models.traits import Architecture, Trait
@@ -82,6 +99,8 @@ class Plan:
     runtimes: Mapping[Runtime, str]
     """Every runtime beside transformers 5, with the reason that it does not run the result, or an
     empty string."""
+    sources: Sources | None = None
+    """The experts' models, of a merge; `source` is its base."""
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -114,8 +133,26 @@ class Plan:
     @property
     def undecided(self) -> bool:
         """Whether the layers to keep dense are yet to be measured; until then there are none, and
-        where the target has none, it stays at that."""
-        return self.request.keep_dense == "auto" and TARGETS[self.target].dense_layers != "none"
+        where the target or a runtime that is asked for has none, it stays at that."""
+        runtimes, arch = self.request.runtimes, self.source.arch
+        auto = self.request.keep_dense == "auto"
+        return auto and takes_dense_layers(runtimes, arch, self.target, self.spec)
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """These tensors of the source; of a merge, all but FFNs as its rule for the rest has them.
+
+        Raises:
+            UpcycleError: as `DenseSource.read`.
+        """
+        if self.sources is None:
+            return self.source.read(names)
+        return read_merged(self.sources, self.design.methods.rest, names, self.design.seed)
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """A layer's tensors by their names below `model.layers.N.`, as the source spells them."""
+        prefix = f"model.layers.{layer}."
+        found = self.read(self.source.layer_names(layer))
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def geometries(self) -> list[Geometry]:
         """With 0, 1, … of the layers dense, as long as that leaves experts to route."""
@@ -132,7 +169,7 @@ class Plan:
     @property
     def exact(self) -> Exact:
         """What of the dense model the result must have to rounding."""
-        return self.way.exact(self.recipe, self.design.methods, self.design.geometry)
+        return self.way.exact(self.recipe, self.design)
 
     @property
     def partitions(self) -> bool:
@@ -144,6 +181,13 @@ class Plan:
         """Whether calibration tokens go through the dense model: always when the router's scale
         must be known, else only if a method looks at activations."""
         return _streams(self.design)
+
+    @property
+    def passage_tokens(self) -> int:
+        """Tokens of the text that a merge's router is made from, of prompts roughly."""
+        if self.design.merge is None or self.design.methods.gate is None:
+            return 0
+        return passage_tokens(self.design.merge, self.recipe)
 
     @property
     def check_windows(self) -> int:
@@ -189,45 +233,51 @@ def make_plan(
     recipe: Recipe,
     out: Path | None = None,
     *,
+    sources: Sources | None = None,
+    notes: tuple[str, ...] = (),
     overwrite: bool = False,
     resume: bool = False,
 ) -> Plan:
     """Decide everything; see `Plan`.
+
+    Args:
+        sources: of a merge, whose base is `source`.
+        notes: on what was asked for.
 
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
     out = None if out is None else local_path(out).resolve()
     way = WAYS[recipe.method.name]
-    methods = Methods.of(recipe, way.default_router)
-    way.check(recipe, methods)
-    dense_layers = named_dense_layers(recipe, source)
-    targets = refusals(source.arch, recipe, dense_layers)
-    target = _choose_target(recipe, way, targets)
-    room = _room(source.arch, target, len(dense_layers))
+    methods = Methods.of(recipe, way.default_router, gates=way.several)
+    _check_way(recipe, way, methods, sources)
+    dense_layers, asked = named_dense_layers(recipe, source), source
+    merge = sources.merge if sources else None
+    source, targets = _laid_out(recipe, source, dense_layers, merge)
+    arch = source.arch
+    target = _choose_target(recipe, way, arch, targets)
+    room = _room(arch, target, len(dense_layers))
     geometry = way.geometry(recipe, room)
     combine = _combine(recipe, way, geometry, target, targets)
-    design = _design(recipe, way, methods, source, target, geometry, combine, room)
+    design = _design(recipe, way, methods, source, target, geometry, combine, room, merge)
     spec = MoESpec(geometry, design.gains, dense_layers)
     device = choose_device(recipe.device)
     calibration, left_out = _calibration(recipe, way, source, device)
-    fields = common_fields(source.arch, TARGETS[target], design.dtype)
     beside = Beside.of(source, fitted=_streams(design))
     units = _units(source, target, spec, design.dtype, beside)
     params_total = sum(s.numel for unit in units.values() for s in unit)
-    idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
-    idle = idle_neurons * source.arch.ffn_params // source.arch.intermediate_size
+    idle = geometry.idle_neurons * arch.ffn_params // arch.intermediate_size
     plan = Plan(
         source=source,
         request=recipe,
-        recipe=_resolved(recipe, methods, target, geometry, calibration),
+        recipe=_resolved(recipe, methods, target, geometry, calibration, arch != asked.arch),
         out=out,
         target=target,
         targets=targets,
         way=way,
         design=design,
         spec=spec,
-        config=fields | TARGETS[target].config(source.arch, spec) | beside.count,
+        config=_config(arch, target, spec, design.dtype) | beside.count,
         device=device,
         beside=beside,
         units=units,
@@ -236,10 +286,13 @@ def make_plan(
         warnings=(
             *source_notes(source, design.dtype),
             *beside.notes(),
-            *warnings(recipe, way, spec, target, design.dtype),
+            *layout_notes(asked, arch),
+            *notes,
+            *warnings(recipe, way, spec, target, design, _reached(targets)),
             *left_out,
         ),
-        runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
+        runtimes=runtime_refusals(recipe, arch, target, spec, combine),
+        sources=sources,
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
@@ -247,6 +300,54 @@ def make_plan(
 
 def _streams(design: Design) -> bool:
     return design.combine == "sum" or design.methods.router.method.needs_activations
+
+
+def _laid_out(
+    recipe: Recipe, source: DenseSource, dense_layers: tuple[int, ...], merge: Merge | None
+) -> tuple[DenseSource, dict[str, str]]:
+    """The source as it is written, its output embeddings tied or not, and every target, with why it
+    can't be chosen."""
+    arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
+    hosts = refusals(arch, recipe, dense_layers, merge)
+    arch, targets = for_runtimes(recipe, arch, hosts, _spec)
+    return replace(source, arch=arch), targets
+
+
+def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
+    made = TARGETS[target]
+    return common_fields(arch, made, dtype) | made.config(arch, spec)
+
+
+def _reached(targets: Mapping[str, str]) -> list[str]:
+    """The targets that can host the model."""
+    return [name for name, why in targets.items() if not why]
+
+
+def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
+    """What the request makes of the model in a target.
+
+    Raises:
+        UpcycleError: the target does not host it.
+    """
+    way = WAYS[recipe.method.name]
+    dense_layers = () if recipe.keep_dense == "auto" else recipe.keep_dense
+    targets = refusals(arch, recipe, dense_layers)
+    if targets[target]:
+        raise UpcycleError(targets[target])
+    geometry = way.geometry(recipe, _room(arch, target, len(dense_layers)))
+    combine = _combine(recipe, way, geometry, target, targets)
+    return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
+
+
+def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | None) -> None:
+    """What is asked goes with the way, and as many models are there as it takes."""
+    if way.several and sources is None:
+        raise UpcycleError(f"--method {way.name} takes several models: upcycle {way.name} MODEL…")
+    if not way.several and methods.rest.name != "base":
+        raise UpcycleError(f"--rest {methods.rest.name} goes with upcycle merge: here is one model")
+    way.check(recipe, methods)
+    if sources is not None:
+        check_rest(sources, methods.rest)
 
 
 def _room(arch: Architecture, target: str, num_dense: int) -> Room:
@@ -268,6 +369,7 @@ def _design(
     geometry: Geometry,
     combine: Combine,
     room: Room,
+    merge: Merge | None,
 ) -> Design:
     compensates = bool(methods.compensate.method.refits)
     spread = recipe.router_spread or (SPREAD if compensates else UNFITTED_SPREAD)
@@ -283,6 +385,7 @@ def _design(
         feedback=_feedback(recipe, way, methods, source.arch, geometry, room),
         dtype=source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
         seed=recipe.seed,
+        merge=merge,
     )
 
 
@@ -306,7 +409,12 @@ def _feedback(
 
 
 def _resolved(
-    recipe: Recipe, methods: Methods, target: str, geometry: Geometry, calibration: str
+    recipe: Recipe,
+    methods: Methods,
+    target: str,
+    geometry: Geometry,
+    calibration: str,
+    untied: bool,
 ) -> Recipe:
     """The recipe with what it left open."""
     decided = {
@@ -316,6 +424,7 @@ def _resolved(
         "shared": geometry.shared_ratio,
         "router": recipe.router or Choice(name=methods.router.name),
         "calibration": calibration,
+        "untied": untied or recipe.untied,
     }
     return recipe.model_copy(update=decided)
 
@@ -348,34 +457,78 @@ def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tu
 
 
 def refusals(
-    arch: Architecture, recipe: Recipe, dense_layers: tuple[int, ...] = ()
+    arch: Architecture,
+    recipe: Recipe,
+    dense_layers: tuple[int, ...] = (),
+    merge: Merge | None = None,
 ) -> dict[str, str]:
     """Every target, with why it can't host this model; empty if it can."""
     experts = None if recipe.experts is None else recipe.experts * recipe.granularity
     return {
-        name: target.refusal(arch, dense_layers=dense_layers, shared=recipe.shared, experts=experts)
+        name: target.refusal(
+            arch,
+            dense_layers=dense_layers,
+            shared=recipe.shared,
+            gated=merge is not None and merge.gates_shared(_router_name(recipe)),
+            experts=experts,
+        )
         for name, target in TARGETS.items()
     }
 
 
-def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
+def _router_name(recipe: Recipe) -> str:
+    return "" if recipe.router is None else recipe.router.name
+
+
+def _choose_target(recipe: Recipe, way: Way, arch: Architecture, targets: Mapping[str, str]) -> str:
+    reachable = ", ".join(_reached(targets)) or "none"
     if recipe.target != "auto":
         if recipe.target not in TARGETS:
-            raise UpcycleError(f"unknown target {recipe.target!r}{suggest(recipe.target, TARGETS)}")
+            hint = suggest(recipe.target, TARGETS)
+            beside = f" (reachable: {reachable})" if way.several else ""
+            raise UpcycleError(f"unknown target {recipe.target!r}{hint}{beside}")
         if targets[recipe.target]:
-            reachable = ", ".join(name for name, why in targets.items() if not why) or "none"
             raise UpcycleError(
                 f"--target {recipe.target}: {targets[recipe.target]} (reachable: {reachable})"
             )
         return recipe.target
-    reachable_names = [name for name, why in targets.items() if not why]
+    reachable_names = _reached(targets)
     if not reachable_names:
-        reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
-        raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")
+        raise UpcycleError(
+            f"no native MoE architecture hosts this model: {_unhosted(arch, targets)}"
+        )
+    if way.softmax_rows:
+        reachable_names = _softmax(targets) or reachable_names
     if _router_needs_plain_weights(recipe, way):
         reachable_names = [n for n in reachable_names if _plain_weights(n)] or reachable_names
     rank = "copy_rank" if way.averages else "split_rank"
     return min(reachable_names, key=lambda name: int(getattr(TARGETS[name], rank)))
+
+
+def _softmax(targets: Mapping[str, str]) -> list[str]:
+    """The targets that fit and score by a softmax; none, where the model has no such host.
+
+    Raises:
+        UpcycleError: it has one, but that has no shared expert, which is asked for.
+    """
+    softmax = {n: why for n, why in targets.items() if TARGETS[n].routing.score == "softmax"}
+    fitting = [name for name, why in softmax.items() if not why]
+    lacking = [why for name, why in softmax.items() if why == f"{name} has no shared expert"]
+    if lacking and not fitting:
+        others = " or ".join(name for name, why in targets.items() if not why) or "none"
+        raise UpcycleError(
+            f"{lacking[0]}: leave it out, or choose a target that has one but scores by sigmoids "
+            f"({others})"
+        )
+    return fitting
+
+
+def _unhosted(arch: Architecture, targets: Mapping[str, str]) -> str:
+    """Why no target can host the model: what none has a place for, else what each lacks."""
+    nowhere = unplaced(arch)
+    if nowhere:
+        return f"the source has {' and '.join(nowhere)}, which none has a place for"
+    return "; ".join(f"{name}: {why}" for name, why in targets.items())
 
 
 def _router_needs_plain_weights(recipe: Recipe, way: Way) -> bool:
@@ -433,7 +586,7 @@ def _units(
         routed = i in source.arch.ffn_layers and i not in spec.dense_layers
         place = f"model.layers.{i}."
         named[f"layer {i}"] = layer(place, source.layer_names(i), routed=routed)
-    named["head"] = assemble_head(host, outer)
+    named["head"] = assemble_head(host, source.arch, outer)
     units = {unit: _specs(in_whole(source.layout, tensors)) for unit, tensors in named.items()}
     for place in beside.drafts:
         names = [name for name in source.draft_names() if name.startswith(place)]
@@ -466,7 +619,8 @@ def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     _check_memory(plan)
     if plan.out is not None:
         room = plan.bytes + plan.aside_bytes()
-        check_out(plan.out, plan.source.folder, room, overwrite=overwrite, resume=resume)
+        for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+            check_out(plan.out, source.folder, room, overwrite=overwrite, resume=resume)
 
 
 def _check_feedback(plan: Plan) -> None:
@@ -486,7 +640,7 @@ def _check_text(plan: Plan) -> None:
     if plan.streams:
         used = plan.way.used(methods, plan.design.geometry)
         check_tokens(plan.recipe, used, plan.fit_tokens, plan.most_routed)
-    if plan.fit_tokens + plan.held_tokens:
+    if plan.fit_tokens + plan.held_tokens + plan.passage_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
         load_tokenizer(plan.source.folder)
 

@@ -26,8 +26,9 @@ from upcycle.core.settings import (
     validated,
     yaml_fields,
 )
+from upcycle.models.runtimes import Runtime, runtimes_named
 
-PLUG_INS = ("method", "split", "shared_by", "router", "compensate")
+PLUG_INS = ("method", "split", "shared_by", "router", "compensate", "rest")
 """The fields that are a `Choice`."""
 SPLIT_ONLY = (
     *("experts", "top_k", "active", "shared", "split", "shared_by", "router"),
@@ -58,6 +59,15 @@ def _as_layers(value: Any) -> Any:
     return tuple(sorted({int(part) for part in parts}))
 
 
+def _as_runtimes(value: Any) -> Any:
+    """`llama.cpp`, `vllm,mlx` or a list."""
+    value = () if value is None else value
+    words = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError("give runtimes such as llama.cpp,vllm")
+    return runtimes_named(words)
+
+
 def _as_bytes(value: Any) -> Any:
     """`5GB` as a number of bytes."""
     if not isinstance(value, str):
@@ -81,7 +91,7 @@ class Recipe(BaseModel):
 
     method: PlugIn = Choice(name="split")
     """What becomes of each FFN: `split` | `prune` | `copy`, or a perturbation of copies, `drop` |
-    `noise`."""
+    `noise`; `merge` is what `upcycle merge` makes of several models."""
     experts: PositiveInt | None = None
     """Experts that the router chooses from: parts of each FFN, or copies of it, pruned or whole.
     By default about 24 to 64 parts, or 8 copies."""
@@ -91,9 +101,9 @@ class Recipe(BaseModel):
     active: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of all layers' FFN neurons that a token uses, from which a split's top-k and shared
     neurons follow, or what a pruned copy keeps; layers kept dense count as 1. By default 0.5."""
-    shared: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of each FFN's neurons that is always on, beside a split's experts. By default 0.25
-    with top_k, else up to that, where the target has a shared expert."""
+    shared: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of each FFN's neurons that is always on, beside a split's experts: below 1. By default
+    0.25 with top_k, else up to that, where the target has a shared expert."""
     granularity: PositiveInt = 1
     """Shards that each copy is cut into."""
     spread_gain: bool = False
@@ -108,6 +118,9 @@ class Recipe(BaseModel):
     pruned copies, normal for copies."""
     compensate: PlugIn = Choice(name="none")
     """What makes up for inactive neurons: the name of a compensation."""
+    rest: PlugIn = Choice(name="base")
+    """What becomes of all but the FFNs where several models are merged: `base` | `mean` | `linear`
+    | `ties` | `dare`."""
     sequential: bool = False
     """Each layer is fitted on what the layers already converted put out, not on the dense
     model's hidden states."""
@@ -122,6 +135,13 @@ class Recipe(BaseModel):
     many as pay under the active share."""
     target: str = "auto"
     """Architecture of the result; `auto` is the first that fits."""
+    runtimes: Annotated[tuple[Runtime, ...], BeforeValidator(_as_runtimes)] = ()
+    """Runtimes that are to run the result, beside transformers 5: `llama.cpp` | `vLLM` | `MLX` |
+    `transformers-4`, in any case, several joined by commas. The target, the layers kept dense and
+    `untied` are chosen so that all of them do."""
+    untied: bool = False
+    """Write the output embeddings as a tensor of their own where the source ties them to the
+    input's."""
     allow_frozen_router: bool = False
     """Allow one copy per token where its router can't learn."""
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -19,6 +20,7 @@ from upcycle.conversion.check import run_check
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.layer import convert_layer
+from upcycle.conversion.merging.gates import Gates, make_gates
 from upcycle.conversion.plan import PARTS, Plan, make_plan
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
@@ -32,6 +34,7 @@ from upcycle.models.assemble import (
     in_whole,
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
+from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import RECORD, CheckReport, DenseLayers, Identity, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
@@ -45,6 +48,7 @@ from upcycle.models.writer import (
 )
 
 DENSE_LAYERS = "layers to keep dense"
+BESIDE = "router_domains.safetensors"
 
 
 class Progress(Protocol):
@@ -75,6 +79,8 @@ def run(
     """
     if plan.out is None:
         raise ValueError("the plan has no output folder")
+    for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+        source.fetch()
     begun = None
     if resume:
         # What is there was made by a run with its own number of threads.
@@ -103,6 +109,13 @@ def identity(plan: Plan, threads: int) -> Identity:
         "versions": versions(),
         "threads": threads,
     }
+    if plan.sources is not None:
+        merge = plan.sources.merge
+        ingredients["merge"] = merge.settings()
+        ingredients["texts"] = [
+            text_fingerprint(plan.source.folder, e.text) for e in merge.experts if e.text
+        ]
+        ingredients["sources"] = plan.sources.fingerprints()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 
@@ -224,27 +237,32 @@ def _whole_config(plan: Plan, text: PreTrainedConfig) -> PreTrainedConfig:
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
     source = plan.source
     writer = CheckpointWriter(workspace.result, plan.specs, plan.recipe.max_shard_size)
-    raw = source.read(source.outer_names())
+    raw = plan.read(source.outer_names())
+    outer = source.canonical(raw)
     stream = dense = None
-    if plan.streams:
-        stream = HiddenStream(source.config, raw, fit_BL, plan.device)
+    gates = make_gates(plan, outer[EMBEDDINGS], progress)
+    if plan.streams or gates:
+        tokens = gates.tokens if gates else fit_BL
+        stream = HiddenStream(source.config, raw, tokens, plan.device)
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
-    outer = source.canonical(raw)
     target = TARGETS[plan.target]
     layout = source.layout
     before = in_whole(layout, assemble_embeddings(target, outer))
     _write_unit(workspace, writer, "embeddings", before, {})
-    _write_unit(workspace, writer, "head", in_whole(layout, assemble_head(target, outer)), {})
+    after = in_whole(layout, assemble_head(target, source.arch, outer))
+    _write_unit(workspace, writer, "head", after, {})
     del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):
         progress("converting layers", layer, layers)
         if layer > max(plan.moe_layers):
             stream = dense = None  # nobody looks at what comes after
-        _write_layer(plan, workspace, writer, stream, dense, layer)
+        _write_layer(plan, workspace, writer, stream, dense, gates, layer)
     _write_beside(plan, workspace, writer)
     progress("converting layers", layers, layers)
+    if gates and gates.beside:
+        save_file(gates.beside, workspace.result / BESIDE)
 
 
 def _write_beside(plan: Plan, workspace: Workspace, writer: CheckpointWriter) -> None:
@@ -270,6 +288,7 @@ def _write_layer(
     writer: CheckpointWriter,
     stream: HiddenStream | None,
     dense: HiddenStream | None,
+    gates: Gates | None,
     layer: int,
 ) -> None:
     """Convert a layer, unless an earlier run did. (A function of its own, so that its tensors are
@@ -278,12 +297,13 @@ def _write_layer(
     Args:
         stream: the tokens on their way through the converted layers, if any method looks at them.
         dense: the same through the dense model, if the plan has feedback.
+        gates: make the router of what goes through the stream, if text makes it.
     """
     unit = f"layer {layer}"
     finished = unit in workspace.records
     if finished and stream is None:
         return
-    raw = plan.source.read_layer(layer)
+    raw = plan.read_layer(layer)
     tensors = plan.source.canonical(raw)
     if layer not in plan.source.arch.ffn_layers:
         for each in filter(None, (stream, dense)):
@@ -292,11 +312,15 @@ def _write_layer(
             _write_converted(plan, workspace, writer, layer, tensors, None)
         return
     ffn = dense_ffn(tensors, _activation(plan))
+    entering_TD = stream.entering() if stream and gates else None
     activations, norm_T = _attend(layer, raw, ffn, stream, dense)
+    gate_ED = None
+    if gates and activations is not None and entering_TD is not None:
+        gate_ED = gates.rows(layer, entering_TD, activations.x_TD)
     converted = None
     if layer in plan.moe_layers and not finished:
         wanted_TD = _wanted(plan, stream, dense)
-        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD)
+        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD, gate_ED)
     elif layer in plan.moe_layers and plan.design.sequential:
         converted = _take_up(plan, workspace, unit, ffn)
     if stream:

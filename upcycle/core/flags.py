@@ -9,12 +9,17 @@ from typing import Any
 from pydantic import BaseModel
 
 CONVERSION_FLAGS = (
-    *("method", "keep_dense", "target"),
+    *("method", "keep_dense", "target", "runtimes"),
     *("active", "experts", "top_k", "shared"),
     *("calibration", "calibration_tokens", "seq_len"),
     *("check", "dtype", "device", "seed"),
 )
 """Fields of a recipe that `convert` and `plan` have a flag for; `--set` sets the others."""
+MERGE_FLAGS = (
+    *("rest", "router", "target", "top_k"),
+    *("seq_len", "check", "dtype", "device", "seed"),
+)
+"""Fields of a recipe that `merge` has a flag for; `--set` sets the others."""
 TRAINING_FLAGS = (
     *("train", "lora", "merge", "lr"),
     *("data", "assistant_only_loss", "tokens", "steps", "seq_len", "batch_size"),
@@ -22,6 +27,8 @@ TRAINING_FLAGS = (
     *("precision", "device", "seed"),
 )
 """Fields of a training request that `finetune` has a flag for; `--set` sets the others."""
+SPELLED = {"runtimes": "for"}
+"""Flags that are not called as their field is."""
 ABOUT = ("name", "summary", "paper", "departures")
 """Fields that say what a recipe is, and change nothing."""
 
@@ -34,8 +41,13 @@ def setting(field: str, value: Any = None) -> str:
     """
     if field not in (*CONVERSION_FLAGS, *TRAINING_FLAGS):
         return f"--set {field}={'…' if value is None else spelled(value)}"
-    flag = "--" + field.replace("_", "-")
+    flag = flag_of(field)
     return flag if value is None or value is True else f"{flag} {spelled(value)}"
+
+
+def flag_of(field: str) -> str:
+    """The flag of a field that has one: `--top-k`."""
+    return "--" + SPELLED.get(field, field).replace("_", "-")
 
 
 def spelled(value: Any) -> str:

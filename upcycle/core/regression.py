@@ -34,6 +34,28 @@ def predictable_profiles(pairs: Pairs, strength: float) -> Tensor:
     return rows_DE.T.float()
 
 
+def sharpness(logits_TE: Tensor, target_TE: Tensor, *, most: float) -> float:
+    """The factor, from 1 to `most`, by which logits make their softmax most like the target: that
+    of the least cross-entropy, whose slope grows with the factor.
+
+    Args:
+        target_TE: shares; a row's sum is what its token counts.
+    """
+    from scipy.optimize import brentq
+
+    logits_TE, target_TE = logits_TE.double(), target_TE.double()
+    weight_T1 = target_TE.sum(1, keepdim=True)
+
+    def slope(factor: float) -> float:
+        return float(((factor * logits_TE).softmax(1) * weight_T1 - target_TE).mul(logits_TE).sum())
+
+    if slope(1.0) >= 0:
+        return 1.0
+    if slope(most) <= 0:
+        return most
+    return float(brentq(slope, 1.0, most, rtol=1e-4))
+
+
 def _factor(pairs: Pairs, strength: float) -> tuple[Tensor, Tensor]:
     """The Cholesky factor of xᵀx + λ, and xᵀy.
 

@@ -215,6 +215,11 @@ class Geometry:
         return self.shared_size / self.num_neurons
 
     @property
+    def idle_neurons(self) -> int:
+        """Of the experts that a token does not get."""
+        return (self.num_experts - self.top_k) * self.expert_size
+
+    @property
     def active_ratio(self) -> float:
         """Active neurons per token, as a multiple of the dense FFN's."""
         return (self.shared_size + self.top_k * self.expert_size) / self.num_neurons
@@ -271,6 +276,8 @@ class MoELayer:
     router_ED: Tensor
     expert: Callable[[int], DenseFFN]
     shared: DenseFFN | None
+    shared_gate_1D: Tensor | None = None
+    """The row by whose logistic sigmoid the shared expert counts; None: it always counts 1."""
 
     @property
     def num_experts(self) -> int:
@@ -280,6 +287,8 @@ class MoELayer:
         """The reference forward: the shared expert and what the routed ones count."""
         weight_TE = weigh(x_TD @ self.router_ED.T)
         y_TD = self.shared(x_TD) if self.shared else torch.zeros_like(x_TD)
+        if self.shared_gate_1D is not None:
+            y_TD = y_TD * (x_TD @ self.shared_gate_1D.T).sigmoid()
         for e in range(self.num_experts):
             y_TD = y_TD + weight_TE[:, e, None] * self.expert(e)(x_TD)
         return y_TD

@@ -7,7 +7,7 @@ import torch
 
 from upcycle.models.hosted import target_of
 from upcycle.models.record import RECORD, Made, check_summary, read_record
-from upcycle.models.source import DenseSource, model_folder, read_config, read_headers
+from upcycle.models.source import Checkpoint, DenseSource, open_located, read_config
 
 
 def inspect_dense(source: DenseSource) -> dict[str, Any]:
@@ -32,21 +32,26 @@ def inspect_dense(source: DenseSource) -> dict[str, Any]:
     }
 
 
-def moe_folder(model: str, revision: str | None = None) -> Path | None:
-    """The folder of a model with experts; None of any other."""
-    folder = model_folder(model, revision)
-    return folder if folder is not None and target_of(read_config(folder)) else None
+def inspect_found(label: str, found: Checkpoint | None) -> dict[str, Any]:
+    """What a model is, dense or not."""
+    if found is not None and has_experts(found):
+        return inspect_moe(label, found)
+    return inspect_dense(open_located(label, found))
 
 
-def inspect_moe(label: str, folder: Path) -> dict[str, Any]:
+def has_experts(found: Checkpoint) -> bool:
+    return target_of(read_config(found.folder)) is not None
+
+
+def inspect_moe(label: str, found: Checkpoint) -> dict[str, Any]:
     """What an MoE is and, if upcycle made it, how it came to be.
 
     Raises:
         UpcycleError: its record is not what upcycle writes.
     """
-    whole = read_config(folder)
+    whole = read_config(found.folder)
     config, target = whole.get_text_config(), target_of(whole)
-    headers = read_headers(folder)
+    headers = found.headers()
     routed = {n: torch.Size(i.shape).numel() for n, i in headers.items() if is_routed(n)}
     total = sum(torch.Size(info.shape).numel() for info in headers.values())
     experts = _first(config, "num_local_experts", "num_experts")
@@ -64,7 +69,7 @@ def inspect_moe(label: str, folder: Path) -> dict[str, Any]:
         "params_total": total,
         "params_active": total - sum(routed.values()) * (experts - top_k) // experts,
     }
-    record = folder / RECORD
+    record = found.folder / RECORD
     return report | _origin(record) if record.is_file() else report
 
 
@@ -88,4 +93,5 @@ def _origin(path: Path) -> dict[str, Any]:
 def is_routed(name: str) -> bool:
     """Whether a tensor of a target's hub layout belongs to the routed experts."""
     fused = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
-    return ".experts." in name or any(part in name for part in fused)
+    stacked = ".experts." in name and not name.endswith("correction_bias")
+    return stacked or any(part in name for part in fused)

@@ -10,9 +10,9 @@ states and its head.
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,6 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
@@ -30,14 +29,15 @@ from upcycle.evaluation.routing import LayerRouting, count_pairs, layer_routing,
 from upcycle.evaluation.size import Size, expert_similarity, flops, measure_size
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.tasks import TaskScores, open_tasks, run_tasks
+from upcycle.evaluation.top_k import check_top_ks, made_at, sum_note
 from upcycle.models.adapter import adapter_base
-from upcycle.models.blocks import moe_blocks, watch_selections
+from upcycle.models.blocks import moe_blocks, selecting, watch_selections
 from upcycle.models.calibration import check_seq_len
 from upcycle.models.config_fields import check_layers
 from upcycle.models.head import Decoded, decode, drop_layers
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.names import KEY_MAPPING
-from upcycle.models.source import checkpoint_folder, read_headers, read_text_config, reading_whole
+from upcycle.models.loading import load_whole
+from upcycle.models.source import checkpoint_folder, read_headers, read_text_config
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
 
@@ -101,6 +101,8 @@ class TextResult:
     """The largest ratio of perplexities of any window."""
     fitted: bool = False
     """Whether the model was calibrated or trained on this text, which flatters these numbers."""
+    load: list[list[float]] = field(default_factory=list)
+    """Per MoE layer and expert: its share of this text's selections over the fair share."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,26 @@ class Flops:
 
 
 @dataclass(frozen=True)
+class AtTopK:
+    """The same checkpoint's numbers with another number of experts per token."""
+
+    top_k: PositiveInt
+    own: bool
+    """Whether it is what config.json says."""
+    active: PositiveInt
+    """Parameters that a token uses."""
+    active_share: float
+    """Of all parameters."""
+    flops: PositiveInt
+    """Per token; see `flops`."""
+    texts: list[TextResult]
+    dead: int
+    """Experts of all layers that no token selected."""
+    note: str
+    """What else changes than the number of experts; mostly empty."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` measured.
 
@@ -150,6 +172,9 @@ class Evaluation:
     flops: Flops
     speed: Speed | None
     tasks: TaskScores | None
+    top_ks: list[AtTopK] = field(default_factory=list)
+    """The numbers of experts per token that were asked for, with the checkpoint's own among them,
+    at which everything else here was measured."""
 
 
 def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
@@ -159,7 +184,7 @@ def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
         "model": public_name(evaluation.model),
         "against": None if against is None else public_name(against),
     }
-    for text in summary["texts"]:
+    for text in itertools.chain(summary["texts"], *(at["texts"] for at in summary["top_ks"])):
         text["text"] = public_name(text["text"])
     return summary
 
@@ -171,6 +196,7 @@ def evaluate(
     against: str | None = None,
     tokens: int = 8192,
     seq_len: int = 512,
+    top_ks: list[int] | None = None,
     speed: bool = False,
     tasks: list[str] | None = None,
     batch_size: int = 1,
@@ -185,6 +211,7 @@ def evaluate(
             be a low-rank adapter's folder, which is merged into the model that it changes.
         texts: each a file, `builtin` or `hf:…`, as for calibration.
         tokens: how many of each text, in windows from all over it.
+        top_ks: other numbers of experts per token to measure the model at, on the same texts.
         speed: measure both models' too, with both in memory.
         tasks: of lm-eval, to be run as well.
         batch_size: sequences at once, for speed and tasks.
@@ -212,19 +239,14 @@ def evaluate(
             [reader.windows(text, windows, seq_len, seed=BUILTIN_SEED) for text in texts]
         )
         pair = _Pair(model, folder, adapter, against, dense_folder, kind, place)
-        measured = _measure(pair, texts, tokens_NBL, batch_size if speed else 0, progress)
+        timed = batch_size if speed else 0
+        measured = _measure(pair, texts, tokens_NBL, top_ks or [], timed, progress)
         if suite is None:
             return measured
         progress("tasks", 0, 1)
-        name = str(kind).removeprefix("torch.")
+        settings = {"dtype": str(kind).removeprefix("torch."), "device": str(place)}
         scores = run_tasks(
-            suite,
-            folder,
-            dense_folder,
-            adapter=adapter,
-            dtype=name,
-            device=str(place),
-            batch_size=batch_size,
+            suite, folder, dense_folder, adapter=adapter, batch_size=batch_size, **settings
         )
         progress("tasks", 1, 1)
         return replace(measured, tasks=scores)
@@ -263,32 +285,43 @@ class _Pair:
 
 
 def _measure(
-    pair: _Pair, texts: list[str], tokens_NBL: Tensor, batch_size: int, progress: Progress
+    pair: _Pair,
+    texts: list[str],
+    tokens_NBL: Tensor,
+    top_ks: list[int],
+    batch_size: int,
+    progress: Progress,
 ) -> Evaluation:
     """Everything but tasks, on N texts.
 
     Args:
+        top_ks: numbers of experts per token to measure the model at, beside its own.
         batch_size: for the speed, which is not measured if it is 0.
     """
-    seen = fitted_on(pair.adapter or pair.folder)
-    total = tokens_NBL.shape[:2].numel() * (1 if pair.dense_folder is None else 2)
+    passes = (1 if pair.dense_folder is None else 2) + len(top_ks)
+    total = tokens_NBL.shape[:2].numel() * passes
     step = _counter(progress, total)
-    references: list[list[Decoded] | None] = [None] * len(texts)
-    dense, dense_size = None, None
-    if pair.dense_folder is not None:
-        dense = load_model(pair.dense_folder, pair.dtype, pair.device)
-        references = [decode_windows(dense, tokens_BL, step) for tokens_BL in tokens_NBL]
-        dense_size = measure_size(dense)
-        if not batch_size:
-            drop_layers(dense)  # one model's are in memory at a time
-            dense = None
+    dense, dense_size, references = _reference(pair, tokens_NBL, step)
+    if not batch_size and dense is not None:
+        drop_layers(dense)  # one model's are in memory at a time
+        dense = None
     model = load_model(pair.folder, pair.dtype, pair.device)
     if pair.adapter is not None:
         model = _merged(model, pair.adapter)
-    compared = [
-        compare(model, tokens_BL, reference, step)
-        for tokens_BL, reference in zip(tokens_NBL, references, strict=True)
-    ]
+    size, blocks = measure_size(model), moe_blocks(model)
+    check_top_ks(top_ks, blocks, pair.model)
+    seen = fitted_on(pair.adapter or pair.folder)
+
+    def run() -> tuple[list[TextResult], list[LayerRouting]]:
+        rows = zip(tokens_NBL, references, strict=True)
+        compared = [compare(model, tokens_BL, reference, step) for tokens_BL, reference in rows]
+        return _text_results(texts, compared, seen), [
+            layer_routing(block.layer, sum_EE, tokens_NBL.numel())
+            for block, sum_EE in zip(blocks, _sums([c.pairs for c in compared]), strict=True)
+        ]
+
+    results, routing = run()
+    at_top_ks = _at_top_ks(pair, model, top_ks, run, results, routing) if top_ks else []
     progress("evaluating", total, total)
     speed = None
     if batch_size:
@@ -296,20 +329,13 @@ def _measure(
         speed = measure_speed(
             model, dense, batch_BL, lambda done, rounds: progress("timing", done, rounds)
         )
-    size, blocks = measure_size(model), moe_blocks(model)
     return Evaluation(
         model=pair.model,
         against=pair.against,
         window=tokens_NBL.shape[2],
         tokens=tokens_NBL[0].numel(),
-        texts=[
-            replace(_text_result(text, numbers), fitted=identity(text) in seen)
-            for text, numbers in zip(texts, compared, strict=True)
-        ],
-        routing=[
-            layer_routing(block.layer, sum_EE, tokens_NBL.numel())
-            for block, sum_EE in zip(blocks, _sums([c.pairs for c in compared]), strict=True)
-        ],
+        texts=results,
+        routing=routing,
         similarity=[
             LayerSimilarity(block.layer, round(expert_similarity(block), 6)) for block in blocks
         ],
@@ -317,7 +343,56 @@ def _measure(
         flops=_flops(size, dense_size),
         speed=speed,
         tasks=None,
+        top_ks=at_top_ks,
     )
+
+
+def _reference(
+    pair: _Pair, tokens_NBL: Tensor, step: Step
+) -> tuple[Any, Size | None, list[list[Decoded] | None]]:
+    """The dense model, its size and what it says of the windows of each text; None without one."""
+    if pair.dense_folder is None:
+        return None, None, [None] * len(tokens_NBL)
+    dense = load_model(pair.dense_folder, pair.dtype, pair.device)
+    decoded: list[list[Decoded] | None] = [
+        decode_windows(dense, tokens_BL, step) for tokens_BL in tokens_NBL
+    ]
+    return dense, measure_size(dense), decoded
+
+
+def _at_top_ks(
+    pair: _Pair,
+    model: Any,
+    top_ks: list[int],
+    run: Callable[[], tuple[list[TextResult], list[LayerRouting]]],
+    results: list[TextResult],
+    routing: list[LayerRouting],
+) -> list[AtTopK]:
+    """The model at each of these numbers of experts per token, and at its own.
+
+    Args:
+        run: measures the model as it stands.
+        results, routing: what that gave at its own number.
+    """
+    own, made = int(moe_blocks(model)[0].router.top_k), made_at(pair.folder)
+    found = []
+    for top_k in sorted({own, *top_ks}):
+        with selecting(model, top_k):
+            texts, layers = (results, routing) if top_k == own else run()
+            size = measure_size(model)
+        found.append(
+            AtTopK(
+                top_k=top_k,
+                own=top_k == own,
+                active=size.active,
+                active_share=size.active / size.total,
+                flops=flops(size.matmul_active),
+                texts=texts,
+                dead=sum(layer.dead for layer in layers),
+                note=sum_note(made, model.config, top_k),
+            )
+        )
+    return found
 
 
 def _counter(progress: Progress, total: int) -> Step:
@@ -331,9 +406,18 @@ def _sums(rows: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(column).sum(0) for column in zip(*rows, strict=True)]
 
 
+def _text_results(
+    texts: list[str], compared: list[Comparison], seen: Collection[str]
+) -> list[TextResult]:
+    return [
+        replace(_text_result(text, numbers), fitted=identity(text) in seen)
+        for text, numbers in zip(texts, compared, strict=True)
+    ]
+
+
 def _text_result(text: str, measured: Comparison) -> TextResult:
     if not measured.losses_against:
-        return TextResult(text, measured.perplexity, None, None, None, None)
+        return TextResult(text, measured.perplexity, None, None, None, None, load=measured.load)
     return TextResult(
         text,
         measured.perplexity,
@@ -342,6 +426,7 @@ def _text_result(text: str, measured: Comparison) -> TextResult:
         measured.kl,
         measured.top1_agreement,
         measured.worst_window_ratio,
+        load=measured.load,
     )
 
 
@@ -386,19 +471,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         UpcycleError: it does not load, or not every tensor finds its place.
     """
     check_layers(read_text_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
-    with warnings.catch_warnings(), reading_whole():
+    with warnings.catch_warnings():
         # A target that always has a shared expert holds one of no neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         with blaming(f"{folder} does not load in transformers"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                key_mapping=KEY_MAPPING,
-            )
+            model, info = load_whole(folder, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")

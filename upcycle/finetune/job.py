@@ -12,6 +12,7 @@ from upcycle.core.flags import setting
 from upcycle.core.versions import versions
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.calibration import check_seq_len, text_fingerprint
+from upcycle.models.quantised import UNQUANTISED
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
 from upcycle.models.source import (
     check_own_files,
@@ -59,6 +60,8 @@ def open_job(
 def _check_dtypes(label: str, folder: Path) -> None:
     """The result is written in one dtype, as `convert` writes it."""
     headers = read_headers(folder)
+    if any(info.packed is not None for info in headers.values()):
+        raise UpcycleError(f"{label} holds quantised weights, which are not trained: {UNQUANTISED}")
     found = {str(i.dtype) for name, i in headers.items() if not name.endswith("correction_bias")}
     if len(found) > 1:
         raise UpcycleError(

@@ -21,6 +21,7 @@ from upcycle.models.blocks import MoEBlock, watch_selections
 TEMPERED = 3e-3
 """Logits that spread by less belong to a tempered router: well below the 0.01 of a split whose
 experts are not refit, so that no text makes it one in some layers only."""
+BIAS = "e_score_correction_bias"
 UNSCALED_BIAS = 0.05
 """Logits that spread by this or more are an ordinary router's, as far as selection biases go."""
 
@@ -177,8 +178,17 @@ class DenseRouterGradient(torch.autograd.Function):
 
 
 def keep_float32(blocks: list[MoEBlock]) -> None:
-    """Let the routers hold and compute in float32, whatever the rest of the model does."""
+    """Let the routers hold and compute in float32, whatever the rest of the model does.
+
+    Selection biases, which no gradient moves, become buffers in the classes where they are
+    parameters: nothing that trains, shards or counts parameters is to take them for one.
+    """
     for block in blocks:
+        holder = _holds_bias(block)
+        if BIAS in dict(holder.named_parameters(recurse=False)):
+            bias = getattr(holder, BIAS).data
+            delattr(holder, BIAS)
+            holder.register_buffer(BIAS, bias)
         block.router.float()
         block.router.forward = _in_float32(block.router.forward)
 
@@ -202,7 +212,11 @@ def measure_scales(model: nn.Module, blocks: list[MoEBlock], tokens_BL: Tensor) 
         )
         for block in blocks
     ]
-    with watch_selections(blocks, lambda _, __, w_TK: weights.append(float(w_TK.float().mean()))):
+
+    def see(place: int, _: Tensor, weights_TK: Tensor) -> None:
+        weights.append(blocks[place].factor * float(weights_TK.float().mean()))
+
+    with watch_selections(blocks, see):
         model(input_ids=tokens_BL, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -213,9 +227,15 @@ def measure_scales(model: nn.Module, blocks: list[MoEBlock], tokens_BL: Tensor) 
 
 
 def correction_bias(block: MoEBlock) -> Tensor | None:
-    """The bias [E] that a target adds to scores for selection alone, where it has one."""
-    bias_E: Tensor | None = getattr(block.router, "e_score_correction_bias", None)
-    return bias_E
+    """The bias [E] that a target adds to scores for selection alone, where it has one; the router's
+    own memory."""
+    bias: Tensor | None = getattr(_holds_bias(block), BIAS, None)
+    return None if bias is None else bias.view(-1)
+
+
+def _holds_bias(block: MoEBlock) -> Any:
+    """ERNIE's routers keep it in a module of its own."""
+    return getattr(block.router, "moe_statics", block.router)
 
 
 @torch.no_grad()

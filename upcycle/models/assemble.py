@@ -6,7 +6,7 @@ from torch import Tensor
 
 from upcycle.core.types import Activation, DenseFFN, MoELayer
 from upcycle.models.layout import Layout
-from upcycle.models.names import EMBEDDINGS
+from upcycle.models.names import EMBEDDINGS, HEAD
 from upcycle.models.targets import Gains, MoETarget
 from upcycle.models.traits import Architecture
 
@@ -39,21 +39,25 @@ def assemble_layer(
         place: what their names begin with.
         tensors: all of the layer's, under llama's names without that.
     """
+    extra = dict(target.extra(arch, tensors))
     for name, tensor in tensors.items():
-        if moe is None or name not in FFN:
+        if name not in extra and (moe is None or name not in FFN):
             yield place + target.spelled.get(name, name), tensor
-    for name, tensor in target.extra(arch, tensors):
+    for name, tensor in extra.items():
         yield place + name, tensor
     if moe is not None:
         for name, tensor in target.experts(moe, gains):
             yield place + name, tensor
 
 
-def assemble_head(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:
-    """What comes after the layers: the last norm, and the head where it is not tied."""
+def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Tensor]) -> Named:
+    """What comes after the layers: the last norm, and the head where it is not tied; the
+    embeddings again, where it is no longer."""
     for name, tensor in outer.items():
         if name != EMBEDDINGS:
             yield target.spelled.get(name, name), tensor
+    if not arch.tied and HEAD not in outer:
+        yield HEAD, outer[EMBEDDINGS]
 
 
 def in_whole(layout: Layout, named: Named) -> Named:

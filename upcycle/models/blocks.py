@@ -24,6 +24,9 @@ class MoEBlock:
     chooser: Any
     """Where `top_k` is, by the name of `top_k_field`."""
     top_k_field: str = "top_k"
+    factor: float = 1.0
+    """What the block multiplies by what the experts put out together; most classes have it in the
+    weights."""
 
     @property
     def num_experts(self) -> int:
@@ -44,7 +47,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     Raises:
         UpcycleError: a layer has experts, but no router that looks like one of transformers' own.
     """
-    routers, experts = {}, {}
+    routers, experts, factors = {}, {}, {}
     for name, module in model.named_modules():
         layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         if layer is None:
@@ -56,12 +59,14 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
             routers[layer] = (module.proj, module.config, "top_k_experts")
         elif _is_stacked(module):
             experts[layer] = module
+            parent = model.get_submodule(name.rpartition(".")[0])
+            factors[layer] = float(getattr(parent, "routed_scaling_factor", 1.0))
     for layer in sorted(experts.keys() - routers.keys()):
         raise UpcycleError(
             f"layer {layer} of {type(model).__name__} has experts, but no router that upcycle knows"
         )
     return [
-        MoEBlock(layer, router, experts[layer], chooser, top_k)
+        MoEBlock(layer, router, experts[layer], chooser, top_k, factors[layer])
         for layer, (router, chooser, top_k) in routers.items()
     ]
 
@@ -69,6 +74,38 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
 def _is_stacked(module: nn.Module) -> bool:
     down_EDM = getattr(module, "down_proj", None)
     return isinstance(down_EDM, nn.Parameter) and down_EDM.dim() == 3
+
+
+@contextmanager
+def selecting(model: nn.Module, top_k: int) -> Iterator[None]:
+    """The model as if its config.json had another number of experts per token.
+
+    Every module that keeps the number gets the other one: in some architectures the block selects,
+    not the router.
+
+    Raises:
+        UpcycleError: while it runs, it selects another number all the same.
+    """
+    blocks = moe_blocks(model)
+    own = {block.router.top_k for block in blocks}
+    keep: list[Any] = [m for m in model.modules() if getattr(m, "top_k", None) in own]
+    before = [module.top_k for module in keep]
+
+    def check(_: int, chosen_TK: Tensor, __: Tensor) -> None:
+        if chosen_TK.shape[1] != top_k:
+            raise UpcycleError(
+                f"{type(model).__name__} keeps its number of experts per token where upcycle does "
+                f"not know of it: write {top_k} into a copy's config.json instead"
+            )
+
+    try:
+        for module in keep:
+            module.top_k = top_k
+        with watch_selections(blocks[:1], check):
+            yield
+    finally:
+        for module, number in zip(keep, before, strict=True):
+            module.top_k = number
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from upcycle.core.errors import UpcycleError
 
@@ -47,25 +49,57 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self.value("general.architecture"))
 
-    def numbers(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
+        """A tensor's bytes, or its numbers where they are not quantised; in memory of its own."""
+        return torch.from_numpy(np.array(self.tensors[name].data))
+
+    def digest(self, name: str) -> str:
+        """XXH3 of a tensor's bytes."""
+        return xxh3_128_hexdigest(np.ascontiguousarray(self.tensors[name].data).view(np.uint8).data)
+
+    def numbers(self, name: str, stored: Tensor | None = None) -> Tensor:
         """A tensor dequantised to float32.
 
-        Raises:
-            UpcycleError: it is stored in a way that the gguf package does not read.
+        Args:
+            stored: what `stored` returned for it, if that has been read.
         """
-        stored = self.tensors[name]
-        rows = max(1, TOGETHER // int(stored.shape[0]))
-        values = np.empty([int(size) for size in reversed(stored.shape)], dtype=np.float32)
-        try:
-            for start in range(0, len(values), rows):
-                some_rows = slice(start, start + rows)
-                values[some_rows] = gguf.dequantize(stored.data[some_rows], stored.tensor_type)
-        except NotImplementedError as error:
-            raise UpcycleError(
-                f"{name} in {self.label} is stored as {stored.tensor_type.name}, which the gguf "
-                "package does not read: give a GGUF file of another quantisation"
-            ) from error
+        tensor = self.tensors[name]
+        data = tensor.data if stored is None else stored.numpy()
+        rows = max(1, TOGETHER // int(tensor.shape[0]))
+        values = np.empty(self.shape(name), dtype=np.float32)
+        for start in range(0, len(values), rows):
+            some_rows = slice(start, start + rows)
+            values[some_rows] = gguf.dequantize(data[some_rows], tensor.tensor_type)
         return torch.from_numpy(values)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
+    def check_types(self) -> None:
+        """Raises:
+        UpcycleError: a tensor is stored in a way that the gguf package does not read.
+        """
+        for kind, name in {t.tensor_type: name for name, t in self.tensors.items()}.items():
+            try:
+                gguf.dequantize(self.tensors[name].data[:1], kind)
+            except NotImplementedError as error:
+                raise UpcycleError(
+                    f"{name} in {self.label} is stored as {kind.name}, which the gguf package "
+                    "does not read: give a GGUF file of another quantisation"
+                ) from error
+
+
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """Reads the words of a vocabulary several times as fast: every slice of a `memmap` is a
+    `memmap`, which takes long to make."""
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self._data = value.view(np.ndarray)
 
 
 class Metadata:
@@ -129,8 +163,16 @@ def open_gguf(label: str, path: Path) -> GgufFile:
     Raises:
         UpcycleError: a part is missing, or parts do not belong together.
     """
+    state = path.stat()
+    return replace(_opened(path, state.st_mtime_ns, state.st_size), label=label)
+
+
+@lru_cache(maxsize=2)
+def _opened(path: Path, changed: int, size: int) -> GgufFile:
+    """A file as it was at that time, which is opened for every layer that is read."""
+    label = str(path)
     paths = parts(path)
-    readers = [gguf.GGUFReader(part) for part in paths]
+    readers = [_Reader(part) for part in paths]
     tensors: dict[str, gguf.ReaderTensor] = {}
     for number, (part, reader) in enumerate(zip(paths, readers, strict=True)):
         _check_part(part, reader, number, len(paths))

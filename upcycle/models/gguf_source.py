@@ -4,18 +4,20 @@ What llama.cpp's converter did to the checkpoint is undone. (transformers reads 
 but passes over keys and tensors that it does not know, and fills what is missing at random.)
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers import (
+    CONFIG_MAPPING,
+    TOKENIZER_MAPPING,
+    PreTrainedConfig,
+    TokenizersBackend,
+)
 
 from upcycle.core.errors import UpcycleError
 from upcycle.models.families import FAMILIES
@@ -23,6 +25,7 @@ from upcycle.models.families.base import unsupported_reason
 from upcycle.models.frontmatter import write_gguf_card
 from upcycle.models.gguf_file import GgufFile, Metadata, open_gguf, some
 from upcycle.models.gguf_rope import TABLES, rope_fields
+from upcycle.models.quantised import LINK, Packed, Part
 from upcycle.models.stream import skeleton
 
 ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
@@ -36,11 +39,14 @@ LAYER = re.compile(r"blk\.(\d+)\.")
 QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)")
 
 
-def unpack(label: str, path: Path, folder: Path, accept: Callable[[PreTrainedConfig], Any]) -> None:
-    """Write the file that a path names, or is a part of, to a folder, in float32.
+def prepare(
+    label: str, path: Path, folder: Path, accept: Callable[[PreTrainedConfig], Any]
+) -> None:
+    """Make a folder as a checkpoint of the file that a path names or is a part of: with its config,
+    its tokenizer, and a link to it in the place of weights.
 
     Args:
-        accept: may raise on the config before weights are read.
+        accept: may raise on the config.
 
     Raises:
         UpcycleError: a part, key or tensor is missing or not understood.
@@ -48,13 +54,42 @@ def unpack(label: str, path: Path, folder: Path, accept: Callable[[PreTrainedCon
     file = open_gguf(label, path)
     config = config_of(file)
     accept(config)
-    names = tensor_names(file, config)
+    tensor_names(file, config)
+    file.check_types()
     config.save_pretrained(folder)
-    _write(file, config, names, folder)
+    (folder / LINK).symlink_to(file.path.absolute())
     place = {"pretrained_model_name_or_path": file.path.parent, "gguf_file": file.path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+    # AutoTokenizer would read the file once more for a config, by a reader that takes seconds.
+    kind = TOKENIZER_MAPPING.get(type(config), TokenizersBackend)
+    tokenizer = kind.from_pretrained(**place, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     write_gguf_card({key: field.contents() for key, field in file.fields.items()}, folder)
+
+
+def gguf_tensors(link: Path, config: PreTrainedConfig) -> dict[str, Packed]:
+    """The tensors of the file behind a link that `prepare` made, by transformers' names."""
+    file = open_gguf(str(link.readlink()), link.readlink())
+    return {
+        name: Packed(
+            {"": Part(stored, LINK, file.shape(stored), file.tensors[stored].tensor_type.name)},
+            file.shape(stored),
+            partial(_restored, file, stored, config),
+        )
+        for stored, name in tensor_names(file, config).items()
+    }
+
+
+class GgufShard:
+    """The file behind a link, as safetensors has its own."""
+
+    def __init__(self, link: Path) -> None:
+        self.file = open_gguf(str(link.readlink()), link.readlink())
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.file.stored(name)
+
+    def digests(self) -> dict[str, str]:
+        return {name: self.file.digest(name) for name in self.file.tensors}
 
 
 def config_of(file: GgufFile) -> PreTrainedConfig:
@@ -161,7 +196,7 @@ def tensor_names(file: GgufFile, config: PreTrainedConfig) -> dict[str, str]:
             "would be lost"
         )
     for stored, name in names.items():
-        shape = tuple(int(size) for size in reversed(file.tensors[stored].shape))
+        shape = file.shape(stored)
         if shape != shapes[name]:
             raise UpcycleError(
                 f"{stored} in {file.label} has shape {list(shape)}, but its metadata asks for "
@@ -170,35 +205,13 @@ def tensor_names(file: GgufFile, config: PreTrainedConfig) -> dict[str, str]:
     return names
 
 
-def _write(
-    file: GgufFile, config: PreTrainedConfig, names: Mapping[str, str], folder: Path
-) -> None:
-    """A safetensors file per layer, and per tensor of none: no more is in memory at a time."""
-    groups: dict[str, list[str]] = {}
-    for stored in names:
-        match = LAYER.match(stored)
-        groups.setdefault(match[0] if match else stored, []).append(stored)
-    places: dict[str, str] = {}
-    for group, members in groups.items():
-        state = {names[stored]: _restored(file, stored, config) for stored in members}
-        place = f"{group.rstrip('.')}.safetensors"
-        try:
-            save_file(state, folder / place, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise UpcycleError(
-                f"{file.label} can't be dequantised to {folder.parent}: {error}; TMPDIR names "
-                "another folder with room for its weights in float32"
-            ) from error
-        places |= dict.fromkeys(state, place)
-    index = json.dumps({"metadata": {}, "weight_map": places})
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index, encoding="utf-8")
-
-
-def _restored(file: GgufFile, stored: str, config: PreTrainedConfig) -> Tensor:
+def _restored(
+    file: GgufFile, name: str, config: PreTrainedConfig, parts: Mapping[str, Tensor]
+) -> Tensor:
     """A tensor as transformers has it. llama.cpp takes the rows of q and k in a llama from the two
     halves of each head in turn."""
-    tensor = file.numbers(stored)
-    match = QUERY_OR_KEY.fullmatch(stored)
+    tensor = file.numbers(name, parts[""])
+    match = QUERY_OR_KEY.fullmatch(name)
     if match is None or file.architecture != "llama":
         return tensor
     heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads

@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.paths import write_whole
 from upcycle.core.versions import versions
 from upcycle.models.chat import ChatRefused, render_chat
-from upcycle.models.names import KEY_MAPPING
-from upcycle.models.source import DenseSource, companions, reading_whole
+from upcycle.models.loading import load_whole
+from upcycle.models.source import DenseSource, companions
 from upcycle.models.text import KINDS, openers, paragraphs
 from upcycle.models.tokens import front_tokens
 
@@ -62,14 +61,8 @@ def written_tokens(
     kept = _read(place)
     if kept is not None and len(kept) >= wanted:
         return kept
-    with blaming(f"{source.folder} does not load in transformers"), reading_whole():
-        model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            key_mapping=KEY_MAPPING,
-        )
+    with blaming(f"{source.folder} does not load in transformers"):
+        model = load_whole(source.folder, dtype=source.config.dtype or source.dtype)
     model = model.to(device).eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)

@@ -217,8 +217,29 @@ class RecipePart(Part):
     shared_by: Choice
     router: Choice | None
     compensate: Choice | None = None
+    rest: Choice | None = None
     sequential: bool = False
     calibration: str
+
+
+class ExpertPart(Part):
+    """One model of a merge, and what became of its FFN."""
+
+    model: str
+    """A hub id, or a local path's last part; `model@revision+adapter`."""
+    prompts: list[str] = []
+    negatives: list[str] = []
+    text: str | None = None
+    noise_scale: FiniteFloat = 0.0
+    residual_scale: FiniteFloat = 1.0
+    fingerprint: str | None = None
+
+
+class MergePart(Part):
+    """Which models a merge put together; its base is the source."""
+
+    experts: list[ExpertPart]
+    shared: ExpertPart | None = None
 
 
 class PlanPart(Part):
@@ -254,6 +275,8 @@ class PlanPart(Part):
     feedback: float = 0.0
     warnings: list[str]
     recipe: RecipePart
+    merge: MergePart | None = None
+    """Of several models."""
 
 
 class LayerPart(Part):

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, modeling_utils
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, modeling_utils
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from upcycle.core.errors import UpcycleError
@@ -25,21 +25,16 @@ from upcycle.core.foreign import blamed, blaming, read_json
 from upcycle.core.paths import check_model, check_name, local_path
 from upcycle.core.types import all_finite
 from upcycle.models.config_fields import check_fields, check_layers
+from upcycle.models.download import LEGAL, Remote, download, remote_weights
 from upcycle.models.families import FAMILIES, describe
+from upcycle.models.families.base import unsupported_reason
 from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
+from upcycle.models.quantised import LINK, Packed, Part, dequantised, packing, quantization_of
 from upcycle.models.traits import Architecture
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-LEGAL = tuple(
-    "".join(
-        f"[{letter.lower()}{letter.upper()}]" if letter.isalpha() else letter for letter in name
-    )
-    for name in ("*license*", "*licence*", "*notice*", "*use_policy*", "copying*")
-)
-"""Names of what a model's terms are in, in any case."""
-DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", *LEGAL]
 PLACES = (
     *("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file"),
     *("vocab_file", "merges_file"),
@@ -61,10 +56,19 @@ class TensorInfo:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    packed: Packed | None = None
+    """How it is stored, if it is quantised; shape and dtype are those that it is read in."""
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def stored(self) -> dict[str, tuple[str, str]]:
+        """File and name of what it is put together from, by what each of that is to it."""
+        if self.packed is None:
+            return {"": (self.file, self.name)}
+        return {key: (part.file, part.name) for key, part in self.packed.parts.items()}
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,22 @@ class DenseSource:
     """What is not as config.json says."""
     revision: str | None = None
     """The commit of a hub id."""
+    remote: Remote | None = field(default=None, repr=False)
+    """The weights of a hub id that are not in `folder` before `fetch`."""
     temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
-    """Holds the dequantised weights of a GGUF file for as long as the source lives."""
+    """Holds the config and tokenizer of a GGUF file for as long as the source lives."""
     digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Of every tensor's bytes, once `fingerprint` has looked at them: what is read later must be
     the same."""
+
+    def fetch(self) -> None:
+        """Download the weights if they are not here; to be called before any are read.
+
+        Raises:
+            UpcycleError: the hub does not give them.
+        """
+        if self.remote is not None:
+            self.remote.fetch()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,18 +131,14 @@ class DenseSource:
         Raises:
             UpcycleError: a tensor holds NaN or infinity, can't be read, or has changed.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        found: dict[str, Tensor] = {}
-        for file, members in by_file.items():
-            with reading(self.folder / file) as shard:
-                found |= {name: shard.get_tensor(self.tensors[name].name) for name in members}
-        for name, tensor in found.items():
+        found = {}
+        asked = {name: self.tensors[name] for name in names}
+        for name, tensor, digest in read_tensors(self.folder, asked):
             # What is not converted may have bounds that are infinite.
             if name not in self.parts and not all_finite(tensor):
                 raise UpcycleError(f"{name} in {self.tensors[name].file} holds NaN or infinity")
-            self._compare(name, xxh3_128_hexdigest(_bytes(tensor)))
+            self._compare(name, digest)
+            found[name] = tensor
         return found
 
     def _compare(self, name: str, digest: str) -> None:
@@ -147,8 +158,7 @@ class DenseSource:
             self._compare(name, digest)
 
     def _hash(self) -> dict[str, str]:
-        found = hash_tensors(self.folder, {info.file for info in self.tensors.values()})
-        return {name: found.get(info.name, "absent") for name, info in self.tensors.items()}
+        return _hash(self.folder, self.tensors)
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """A layer's tensors by their names below `model.layers.N.`, as the source spells them."""
@@ -213,8 +223,23 @@ class DenseSource:
 def fingerprint(folder: Path) -> str:
     """The same of any checkpoint, dense or not."""
     tensors = read_headers(folder)
-    digests = hash_tensors(folder, {info.file for info in tensors.values()})
-    return _digest(folder, tensors, digests)
+    return _digest(folder, tensors, _hash(folder, tensors))
+
+
+def _hash(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Of every tensor's bytes, as they lie in the files."""
+    found = hash_tensors(folder, {f for info in tensors.values() for f, _ in info.stored.values()})
+    return {
+        name: _joined({key: found.get(part, "absent") for key, (_, part) in info.stored.items()})
+        for name, info in tensors.items()
+    }
+
+
+def _joined(digests: Mapping[str, str]) -> str:
+    """One digest of what a tensor is put together from."""
+    if digests.keys() == {""}:
+        return digests[""]
+    return xxh3_128_hexdigest(json.dumps(digests, sort_keys=True).encode())
 
 
 def _digest(folder: Path, tensors: Mapping[str, TensorInfo], digests: Mapping[str, str]) -> str:
@@ -232,8 +257,11 @@ def hash_tensors(folder: Path, files: Iterable[str]) -> dict[str, str]:
     Raises:
         UpcycleError: a file is cut short.
     """
-    digests = {}
+    digests: dict[str, str] = {}
     for file in sorted(files):
+        if file == LINK:
+            digests |= _gguf_shard(folder / file).digests()
+            continue
         with reading(folder / file), (folder / file).open("rb", buffering=0) as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
@@ -255,6 +283,52 @@ def _hash_next(stream: Any, size: int) -> str:
         digest.update(room[:count])
         size -= count
     return digest.hexdigest()
+
+
+def read_tensors(
+    folder: Path, tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, Tensor, str]]:
+    """Tensors in their dtype, each with its name and the digest of its bytes in the files.
+
+    Raises:
+        UpcycleError: a tensor can't be read or dequantised.
+    """
+    by_file: dict[str, set[str]] = {}
+    for info in tensors.values():
+        for file, part in info.stored.values():
+            by_file.setdefault(file, set()).add(part)
+    found: dict[str, Tensor] = {}
+    for file, members in by_file.items():
+        with _opened(folder / file) as shard:
+            found |= {part: shard.get_tensor(part) for part in members}
+    for name, info in tensors.items():
+        parts = {key: found.pop(part) for key, (_, part) in info.stored.items()}
+        digest = _joined({key: xxh3_128_hexdigest(_bytes(part)) for key, part in parts.items()})
+        yield name, _put_together(info, parts), digest
+
+
+def _opened(path: Path) -> AbstractContextManager[Any]:
+    return nullcontext(_gguf_shard(path)) if path.name == LINK else reading(path)
+
+
+def _gguf_shard(link: Path) -> Any:
+    from upcycle.models.gguf_source import GgufShard
+
+    with blaming(f"{link.readlink()} is not a whole GGUF file"):
+        return GgufShard(link)
+
+
+def _put_together(info: TensorInfo, parts: dict[str, Tensor]) -> Tensor:
+    if info.packed is None:
+        return parts[""]
+    with blaming(f"{info.name} in {info.file} can't be dequantised"):
+        tensor = info.packed.unpack(parts).to(info.dtype).contiguous()
+    if tensor.shape != info.shape:
+        raise UpcycleError(
+            f"{info.name} in {info.file} is dequantised to {list(tensor.shape)}, where its stored "
+            f"size means {list(info.shape)}"
+        )
+    return tensor
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -308,18 +382,44 @@ class _Unmapped:
         return part if math.prod(part.get_shape()) else self.shard.get_tensor(name)
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A quantised tensor as transformers asks for a part of a file: read when it is indexed."""
+
+    folder: Path
+    info: TensorInfo
+
+    def __getitem__(self, part: Any) -> Tensor:
+        ((_, tensor, _),) = read_tensors(self.folder, {self.info.name: self.info})
+        return tensor[part]
+
+
+def deferred(folder: Path) -> dict[str, Deferred]:
+    """The tensors of a checkpoint of which some are quantised; none of any other, which
+    transformers reads itself."""
+    tensors = read_headers(folder)
+    if all(info.packed is None for info in tensors.values()):
+        return {}
+    return {name: Deferred(folder, info) for name, info in tensors.items()}
+
+
 def open_source(model: str, *, revision: str | None = None) -> DenseSource:
-    """The dense checkpoint that MODEL names; reads headers, no weights (but all of a GGUF file).
+    """The dense checkpoint that MODEL names; reads headers, no weights. Of a hub id
+    the weights stay where they are until `DenseSource.fetch`.
 
     Raises:
         UpcycleError: it is not there, is no model, is corrupt, or is of a family that upcycle
             does not know.
     """
-    folder = model_folder(model, revision, accept=describe)
-    if folder is None:
+    return open_located(model, locate(model, revision, accept=describe))
+
+
+def open_located(model: str, found: "Checkpoint | None") -> DenseSource:
+    """`open_source` of what `locate` found."""
+    if found is None:
         return _open_gguf(model, local_path(model))
     local = local_path(model).is_dir()
-    return _open_folder(model, folder, revision=None if local else folder.name)
+    return _open_folder(model, found, revision=None if local else found.folder.name)
 
 
 @contextmanager
@@ -337,49 +437,87 @@ def checkpoint_folder(model: str) -> Iterator[Path]:
         yield source.folder
 
 
-def model_folder(
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder."""
+
+    folder: Path
+    remote: Remote | None = None
+    """Its weights, if they are not in the folder yet."""
+
+    def headers(self) -> dict[str, TensorInfo]:
+        """As `read_headers`."""
+        return read_headers(self.folder, self.remote.parts if self.remote else None)
+
+
+def model_folder(model: str, revision: str | None) -> Path | None:
+    """The folder that MODEL names, downloaded if it is a hub id; None for a GGUF file."""
+    found = locate(model, revision)
+    if found is None:
+        return None
+    if found.remote is not None:
+        found.remote.fetch()
+    return found.folder
+
+
+def locate(
     model: str,
     revision: str | None,
     *,
     accept: Callable[[PreTrainedConfig], Any] = lambda config: None,
-) -> Path | None:
-    """The folder that MODEL names, downloaded if it is a hub id; None for a GGUF file.
+) -> Checkpoint | None:
+    """What MODEL names, of a hub id without the weights that are not in the hub's cache; None for a
+    GGUF file.
 
-    `accept` may raise on the config of a hub id before its weights are fetched.
+    `accept` may raise on the config of a hub id before anything else is fetched.
     """
     check_model(model, revision)
     path = local_path(model)
     check_name(path)
     if path.is_dir():
-        return path
+        return Checkpoint(path)
     if path.is_file():
         return None
-    return _download(model, revision, accept)
+    folder = download(model, revision, lambda folder: accept(read_config(folder)))
+    return Checkpoint(
+        folder, None if _weights_are_here(folder) else remote_weights(model, folder.name)
+    )
+
+
+def _weights_are_here(folder: Path) -> bool:
+    try:
+        return bool(_weight_files(folder))
+    except UpcycleError:
+        return False
 
 
 def _open_folder(
     label: str,
-    folder: Path,
+    checkpoint: Checkpoint,
     *,
     revision: str | None = None,
     temporary: tempfile.TemporaryDirectory[str] | None = None,
 ) -> DenseSource:
+    folder, remote = checkpoint.folder, checkpoint.remote
     whole = read_config(folder)
     config, arch = whole.get_text_config(), describe(whole)
-    headers = read_headers(folder)
+    headers = checkpoint.headers()
     check_layers(arch.num_layers, len(headers), folder)
     layout = Layout.of(whole)
     stored = plain_names(headers, {layout.full(n) for n in layout.expected}, layout.base)
     found = {layout.short(n): headers[old] for n, old in stored.items() if not BUFFER.search(n)}
     config.tie_word_embeddings |= whole.tie_word_embeddings
-    notes = _settle_head(folder, config, found)
+    if remote is not None and config.tie_word_embeddings and {HEAD, EMBEDDINGS} <= found.keys():
+        # Whether they are one is not in the headers.
+        remote.fetch({found[HEAD].file, found[EMBEDDINGS].file})
+    notes = (*_settle_head(folder, config, found), *_dequantised(found.values()))
     _verify(folder, layout, found, tied=config.tie_word_embeddings)
     # Sorted: how the source is sharded must not show in the output.
     tensors = {name: found[name] for name in sorted(found)}
     parts = layout.parts(tensors)
     return DenseSource(
         *(label, folder, config, describe(whole), tensors, layout, parts),
-        *(notes, revision, temporary),
+        *(notes, revision, remote, temporary),
     )
 
 
@@ -393,7 +531,7 @@ def _settle_head(
     if EMBEDDINGS not in tensors:
         tensors[EMBEDDINGS] = tensors.pop(HEAD)
         return ()
-    if _equal(folder, tensors[HEAD], tensors[EMBEDDINGS]):
+    if _equal_matrices(folder, tensors[HEAD], tensors[EMBEDDINGS]):
         del tensors[HEAD]
         return ()
     config.tie_word_embeddings = False
@@ -403,7 +541,25 @@ def _settle_head(
     )
 
 
-def _equal(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
+def _dequantised(tensors: Iterable[TensorInfo]) -> Iterator[str]:
+    """What is to be said of quantised weights."""
+    packed = [i for i in tensors if i.packed is not None and i.file != LINK]
+    if packed:
+        dtype = str(packed[0].dtype).removeprefix("torch.")
+        yield (
+            f"the source is quantised: {len(packed)} of its tensors are dequantised to {dtype}, "
+            "and what quantising lost stays lost"
+        )
+
+
+def _equal_matrices(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
+    if one.packed is None and other.packed is None:
+        return _equal(folder, one, other)
+    (_, mine, _), (_, theirs, _) = read_tensors(folder, {"one": one, "other": other})
+    return torch.equal(mine, theirs)
+
+
+def _equal(folder: Path, one: TensorInfo | Part, other: TensorInfo | Part) -> bool:
     """Whether two tensors are the same, which is read a piece at a time."""
     if one.shape != other.shape or not one.shape:
         return False
@@ -411,14 +567,23 @@ def _equal(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
         mine, theirs = ones.get_slice(one.name), others.get_slice(other.name)
         step = max(1, COMPARED * one.shape[0] // max(1, math.prod(one.shape)))
         ends = ((row, min(row + step, one.shape[0])) for row in range(0, one.shape[0], step))
-        return all(torch.equal(mine[row:end], theirs[row:end]) for row, end in ends)
+        return all(_same(mine[row:end], theirs[row:end]) for row, end in ends)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """torch compares no numbers of eight bits or less that are not whole."""
+    if one.dtype == other.dtype and one.dtype.itemsize == 1:
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """config.json as transformers understands it.
+    """config.json as transformers understands it; of a quantised model, that of the model which it
+    is dequantised to.
 
     Raises:
-        UpcycleError: it is missing, not JSON, or not a config that transformers knows.
+        UpcycleError: it is missing, not JSON, not a config that transformers knows, or of weights
+            that can't be dequantised.
     """
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not path.is_file():
@@ -434,8 +599,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
     check_fields(fields, path)
     if isinstance(fields.get("text_config"), dict):
         check_fields({"model_type": ""} | fields["text_config"], path)
+    if fields["model_type"] not in CONFIG_MAPPING:
+        raise UpcycleError(
+            f"{path} is not a config that transformers reads: "
+            f"{unsupported_reason(fields['model_type'])}"
+        )
+    quantization = quantization_of(fields)
+    if quantization is not None:
+        packing(quantization, str(path))
     with blaming(f"{path} is not a config that transformers reads"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     return config
 
 
@@ -451,31 +627,84 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a folder's safetensors files, without its values.
+def read_headers(folder: Path, remote: Mapping[str, Part] | None = None) -> dict[str, TensorInfo]:
+    """Every tensor of a folder's safetensors files, without its values. Those that are quantised
+    count as what they are dequantised to.
+
+    Args:
+        remote: what is in those files, if they are not in the folder yet.
 
     Raises:
-        UpcycleError: a file is missing, cut short, outside the folder, or holds quantised weights.
+        UpcycleError: a file is missing, cut short, outside the folder, or holds weights that are
+            quantised in a way that can't be undone.
     """
-    tensors: dict[str, TensorInfo] = {}
+    if (folder / LINK).is_symlink():
+        return _gguf_headers(folder)
+    parts = _read_parts(folder) if remote is None else remote
+    path = folder / "config.json"
+    fields = _read_json(path) if path.is_file() else {}
+    quantization = quantization_of(fields)
+    if quantization is None:
+        return {name: _plain(part, folder) for name, part in parts.items()}
+    found = dequantised(parts, packing(quantization, str(path)))
+    plain = {name: _plain(part, folder) for name, part in found.items() if isinstance(part, Part)}
+    dtype = _dtype_of(fields, plain.values())
+    return {name: plain.get(name) or _packed(name, found[name], dtype) for name in found}
+
+
+def _gguf_headers(folder: Path) -> dict[str, TensorInfo]:
+    from upcycle.models.gguf_source import gguf_tensors
+
+    found = gguf_tensors(folder / LINK, read_config(folder))
+    return {name: _packed(name, packed, torch.float32) for name, packed in found.items()}
+
+
+def _plain(part: Part, folder: Path) -> TensorInfo:
+    dtype = DTYPES.get(part.dtype)
+    if dtype is None:
+        raise UpcycleError(
+            f"{part.name} in {folder / part.file} is stored as {part.dtype}: upcycle reads "
+            "float32, float16 and bfloat16 weights, and quantised ones where config.json has a "
+            "quantization_config that says how"
+        )
+    return TensorInfo(part.name, part.file, part.shape, dtype)
+
+
+def _packed(name: str, packed: Any, dtype: torch.dtype) -> TensorInfo:
+    first = next(iter(packed.parts.values()))
+    return TensorInfo(name, first.file, packed.shape, dtype, packed)
+
+
+def _dtype_of(fields: Mapping[str, Any], plain: Iterable[TensorInfo]) -> torch.dtype:
+    """What quantised weights are dequantised to: what config.json says, or what others are in."""
+    inner = fields.get("text_config") or {}
+    for said in (part.get(key) for part in (fields, inner) for key in ("dtype", "torch_dtype")):
+        if getattr(torch, str(said), None) in DTYPES.values():
+            dtype: torch.dtype = getattr(torch, str(said))
+            return dtype
+    counted = Counter(info.dtype for info in plain)
+    return counted.most_common(1)[0][0] if counted else torch.bfloat16
+
+
+def _read_parts(folder: Path) -> dict[str, Part]:
+    """Every tensor of a folder's safetensors files as it lies there.
+
+    Raises:
+        UpcycleError: as `read_headers`, or two files hold other values under one name.
+    """
+    parts: dict[str, Part] = {}
     for file in _weight_files(folder):
         with reading(folder / file) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dict)
-                part = shard.get_slice(name)
-                dtype = DTYPES.get(part.get_dtype())
-                if dtype is None:
+                stored = shard.get_slice(name)
+                part = Part(name, file, tuple(stored.get_shape()), stored.get_dtype())
+                if name in parts and not _equal(folder, part, parts[name]):
                     raise UpcycleError(
-                        f"{name} in {folder / file} is stored as {part.get_dtype()}: upcycle "
-                        "reads float32, float16 and bfloat16 weights, not quantised ones"
-                    )
-                info = TensorInfo(name, file, tuple(part.get_shape()), dtype)
-                if name in tensors and not _equal(folder, info, tensors[name]):
-                    raise UpcycleError(
-                        f"{folder} holds {name} twice, in {tensors[name].file} and {file}, "
+                        f"{folder} holds {name} twice, in {parts[name].file} and {file}, "
                         "with other values: delete one"
                     )
-                tensors[name] = info
-    return tensors
+                parts[name] = part
+    return parts
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -522,45 +751,20 @@ def _verify(folder: Path, layout: Layout, tensors: Mapping[str, TensorInfo], *, 
             )
 
 
-def _download(model: str, revision: str | None, accept: Callable[[PreTrainedConfig], Any]) -> Path:
-    """The model's folder in the hub cache; config.json first."""
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
-
-    try:
-        config = hf_hub_download(model, "config.json", revision=revision)
-        accept(read_config(Path(config).parent))
-        return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOAD))
-    except errors.GatedRepoError as error:
-        raise UpcycleError(
-            f"{model} is gated: accept its terms on the hub, then run `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UpcycleError(f"{model} has no revision {revision!r}") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UpcycleError(f"{model} is neither a folder here nor a model on the hub") from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise UpcycleError(f"{model} on the hub holds no config.json") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise UpcycleError(
-            f"{model} is not in the local cache and the hub can't be reached (offline): "
-            "give a local folder, or connect"
-        ) from error
-
-
 def _open_gguf(label: str, path: Path) -> DenseSource:
-    """A GGUF file, dequantised to float32 in a temporary folder."""
+    """A GGUF file, whose tensors are dequantised to float32 when they are read."""
     try:
-        from upcycle.models.gguf_source import unpack
+        from upcycle.models.gguf_source import prepare
     except ImportError as error:
         raise UpcycleError(f"{label}: reading GGUF needs `pip install gguf`") from error
     temporary = tempfile.TemporaryDirectory(prefix="upcycle-gguf-")
     try:
-        unpack(label, path, Path(temporary.name), accept=describe)
+        prepare(label, path, Path(temporary.name), accept=describe)
     except UpcycleError:
         raise
     except Exception as error:  # readers of corrupt files raise anything
         raise blamed(error, f"{label} is not a whole GGUF file") from error
-    return _open_folder(label, Path(temporary.name), temporary=temporary)
+    return _open_folder(label, Checkpoint(Path(temporary.name)), temporary=temporary)
 
 
 def own_file(path: Path, folder: Path) -> Path:

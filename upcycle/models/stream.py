@@ -1,6 +1,6 @@
 """The dense model as transformers builds it, and its hidden states layer by layer."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -37,7 +37,8 @@ class HiddenStream:
         config: of the dense model.
         outer: the tensors that belong to no layer, under their names in the source; of these, the
             embeddings' are looked at, [vocab, hidden].
-        tokens_BL: token ids, [sequences, seq_len].
+        tokens_BL: token ids, [sequences, seq_len]; or several such, each of its own seq_len, whose
+            tokens T then follow each other.
         device: where the layers run. On a CPU they run in float32, elsewhere in the weights' dtype.
     """
 
@@ -45,30 +46,34 @@ class HiddenStream:
         self,
         config: PreTrainedConfig,
         outer: Mapping[str, Tensor],
-        tokens_BL: Tensor,
+        tokens_BL: Tensor | Sequence[Tensor],
         device: torch.device,
     ) -> None:
         self.blocks = FAMILIES[config.model_type].blocks
         self.model = model = skeleton(config)
         self.decoder = decoder = model.model
         self.layers, self.norm = decoder.layers, getattr(decoder, self.blocks.norm)
-        self.tokens_BL = tokens_BL
+        self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
         self.device = device
         self.recorders = [_Recorder() for _ in self.layers]
         decoder.layers = nn.ModuleList(self.recorders)
         setattr(decoder, self.blocks.norm, nn.Identity())
         if getattr(decoder, "rotary_emb", None) is not None:
             decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+        for i, rotary in enumerate(getattr(decoder, "rotary_embs", ())):  # one for each base
+            decoder.rotary_embs[i] = type(rotary)(config=rotary.config).to(device)
         self.dtype = self._load_embeddings(outer)
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
+        # By the place in `hidden`: what its layers leave for later ones, and whose batch it is of.
+        self.left: list[dict[str, MutableMapping[str, Any]]] = []
         with torch.no_grad():
-            for ids_bL in tokens_BL.to(device).split(max(1, BATCH_TOKENS // tokens_BL.shape[1])):
-                decoder(input_ids=ids_bL, use_cache=False)
-                self.hidden.append(self.recorders[0].hidden)
-        # By the place in `hidden`: whose batch it is of, and what its layers leave for later ones.
+            for ids_BL in self.groups:
+                for ids_bL in ids_BL.to(device).split(max(1, BATCH_TOKENS // ids_BL.shape[1])):
+                    decoder(input_ids=ids_bL, use_cache=False)
+                    self.hidden.append(self.recorders[0].hidden)
+                    self.left.append(self.recorders[0].left(ids_BL.shape[1]))
         self.batches = list(range(len(self.hidden)))
-        self.left = [self.recorders[0].left() for _ in self.hidden]
         # They are not needed again before the end: a large vocabulary's may be gigabytes.
         for name in self._embeddings:
             module = getattr(decoder, name)
@@ -112,9 +117,7 @@ class HiddenStream:
         mixers = [name for name in blocks.mixers if getattr(block, name, None) is not None]
         stand_ins = {name: _SilentMixer(getattr(block, name)) for name in mixers}
         self._set(layer, stand_ins)
-        tokens = sum(hidden_bLD[..., 0].numel() for hidden_bLD in self.hidden)
-        x_TD = torch.empty(tokens, self.hidden[0].shape[-1], device=self.device, dtype=self.dtype)
-        room = iter(x_TD.split(self.hidden[0][..., 0].numel()))
+        x_TD, room = self._room(self.dtype)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD, i)
             next(room).copy_(silent.x_bLD.flatten(0, 1))
@@ -127,15 +130,23 @@ class HiddenStream:
             )
         return x_TD, torch.cat([h_bLD.norm(dim=-1).flatten() for h_bLD in self.hidden])
 
+    def entering(self) -> Tensor:
+        """Before `attend`: the residual stream that enters the layer, [T, D]."""
+        return torch.cat([hidden_bLD.flatten(0, 1) for hidden_bLD in self.hidden])
+
     def lag(self, other: "HiddenStream") -> Tensor:
         """What these hidden states lack of another stream's of the same tokens, [T, D] in float32.
         Between `attend` and `advance` they are what the FFN's output is added to."""
-        tokens, hidden = self.tokens_BL.numel(), self.hidden[0].shape[-1]
-        lag_TD = torch.empty(tokens, hidden, device=self.device, dtype=torch.float32)
-        room = iter(lag_TD.split(self.hidden[0][..., 0].numel()))
+        lag_TD, room = self._room(torch.float32)
         for ours_bLD, theirs_bLD in zip(self.hidden, other.hidden, strict=True):
             next(room).copy_(theirs_bLD.flatten(0, 1)).sub_(ours_bLD.flatten(0, 1))
         return lag_TD
+
+    def _room(self, dtype: torch.dtype) -> tuple[Tensor, Iterator[Tensor]]:
+        """An empty tensor [T, D] for all tokens, and its rows of each batch in turn."""
+        sizes = [hidden_bLD[..., 0].numel() for hidden_bLD in self.hidden]
+        room_TD = torch.empty(sum(sizes), self.hidden[0].shape[-1], device=self.device, dtype=dtype)
+        return room_TD, iter(room_TD.split(sizes))
 
     @torch.no_grad()
     def branch(self, layer: int, y_TD: Tensor) -> None:
@@ -183,12 +194,11 @@ class HiddenStream:
         for name, value in attributes.items():
             setattr(self.layers[layer], name, value)
 
-    def last_log_probs(self, outer: Mapping[str, Tensor], rows: int) -> Iterator[Tensor]:
-        """After the last layer: log-probabilities [t, V] of all tokens of the last sequences, in
-        order, PREDICTED_TOKENS at a time."""
-        last_TD = torch.cat(self.hidden)[-rows:].flatten(0, 1)
+    def last_log_probs(self, outer: Mapping[str, Tensor], tokens: int) -> Iterator[Tensor]:
+        """After the last layer: log-probabilities [t, V] of the last tokens, in order,
+        PREDICTED_TOKENS at a time."""
+        last_TD = self.entering()[-tokens:]
         self.hidden = list(last_TD[None].split(PREDICTED_TOKENS, 1))
-        self.tokens_BL = self.tokens_BL[-rows:]
         return (log_probs_1tV[0] for log_probs_1tV in self.log_probs(outer))
 
     @torch.no_grad()
@@ -204,19 +214,21 @@ class HiddenStream:
         self.model.load_state_dict(weights, assign=True, strict=False)
         for hidden_bLD in self.hidden:
             self.decoder.layers = nn.ModuleList([_Constant(hidden_bLD)])
-            ids_bL = self.tokens_BL[: len(hidden_bLD)].to(self.device)
+            # Which tokens they were no longer matters.
+            ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
             yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
 
     def _run(self, layer: int, hidden_bLD: Tensor, place: int) -> Tensor:
         beside = self.recorders[layer].beside[self.batches[place]]
-        arguments = self._arguments(layer, len(hidden_bLD)) | self.left[place]
+        arguments = self._arguments(layer, *hidden_bLD.shape[:2]) | self.left[place]
         out = self.layers[layer](hidden_bLD, *beside, **arguments)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
 
-    def _arguments(self, layer: int, batch: int) -> dict[str, Any]:
-        """What transformers called the layer with; the last batch may be the shorter one."""
-        arguments = dict(self.recorders[layer].arguments)
+    def _arguments(self, layer: int, batch: int, length: int) -> dict[str, Any]:
+        """What transformers called the layer with for sequences of this length; the last batch of
+        them may be the shorter one."""
+        arguments = dict(self.recorders[layer].arguments[length])
         mask = arguments.get("attention_mask")
         if isinstance(mask, Tensor):
             mask = mask[:1].expand(batch, *mask.shape[1:])
@@ -233,22 +245,23 @@ class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps what it was called with, passes the input on."""
 
     hidden: Tensor
-    arguments: dict[str, Any]
-    """Of the last batch; those of the others are the same, or longer."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.arguments: dict[int, dict[str, Any]] = {}
+        """By the sequences' length."""
         self.beside: list[tuple[Any, ...]] = []
         """By batch, what each token has of its own beside its hidden state."""
 
     def forward(self, hidden: Tensor, *beside: Any, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden, arguments
+        self.hidden = hidden
+        self.arguments[hidden.shape[1]] = arguments
         self.beside.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in beside))
         return hidden
 
-    def left(self) -> dict[str, MutableMapping[str, Any]]:
+    def left(self, length: int) -> dict[str, MutableMapping[str, Any]]:
         """Arguments in which layers leave something for later ones: as yet, nothing."""
-        given = self.arguments.items()
+        given = self.arguments[length].items()
         return {name: copy(x) for name, x in given if isinstance(x, MutableMapping)}
 
 

@@ -189,7 +189,7 @@ class Reader:
         while self.front and tuple(ids[: len(self.front)]) == self.front:
             ids = ids[len(self.front) :]
         ids = (ids if isinstance(document, Part) else self._ended(ids))[:wanted]
-        self._check(ids)
+        self.check(ids)
         return ids
 
     def rendered(self, chat: list[Message]) -> str | None:
@@ -244,7 +244,12 @@ class Reader:
         with blaming(f"the tokenizer in {self.folder} does not work"):
             return list(self.tokenizer(text, verbose=False, **settings)["input_ids"])
 
-    def _check(self, ids: list[int]) -> None:
+    def check(self, ids: list[int]) -> None:
+        """Raise unless all tokens are in the model's vocabulary.
+
+        Raises:
+            UpcycleError: the tokenizer is another model's.
+        """
         highest = max((*self.front, *ids), default=0)
         if highest >= self.vocab_size:
             raise UpcycleError(

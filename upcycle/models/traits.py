@@ -1,7 +1,7 @@
 """The vocabulary between dense families and MoE targets: neither names the other."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -14,14 +14,21 @@ class Trait(StrEnum):
     QK_NORM = "a norm per head on q and k"
     QK_NORM_FULL = "a norm over all heads on q and k"
     POST_NORM = "norms after attention and FFN"
+    SANDWICH_NORM = "norms before and after attention and FFN"
     SLIDING_WINDOW = "a sliding window on every layer"
     MIXED_WINDOW = "a sliding window on some layers"
+    SINKS = "attention sinks"
     PARTIAL_ROTARY = "rotary embedding on a part of each head"
+    LAYERS_WITHOUT_ROTARY = "layers without a rotary embedding"
+    LAYER_ROTARY = "a rotary base per layer"
+    QUERY_SCALING = "queries scaled by their position"
+    INTERLEAVED_ROTARY = "rotary embedding of neighbouring channels"
     EMBEDDING_MULTIPLIER = "scaled embeddings"
     RESIDUAL_MULTIPLIER = "scaled residual branches"
     ATTENTION_MULTIPLIER = "its own attention scale"
     LOGITS_SCALING = "scaled logits"
     UNGATED = "an FFN without a gate"
+    LATENT_ATTENTION = "keys and values made from a latent (MLA)"
     MLP_BIAS = "biases in the FFN"
     DELTA_NET = "gated DeltaNet layers"
     GEMMA4 = "Gemma 4's norms, rotary bases and scaled layers"
@@ -48,7 +55,19 @@ class Architecture:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head's queries and keys. (Where these are made from a latent, the field of
+        this name is what transformers rotates of them.)"""
+        if Trait.LATENT_ATTENTION in self.traits:
+            return int(self.fields["qk_nope_head_dim"] + self.fields["qk_rope_head_dim"])
         return int(self.fields["head_dim"])
+
+    @property
+    def cached(self) -> int:
+        """Values that a layer keeps of every token: keys and values, or the latent that they are
+        made from and what all heads rotate."""
+        if Trait.LATENT_ATTENTION in self.traits:
+            return int(self.fields["kv_lora_rank"] + self.fields["qk_rope_head_dim"])
+        return 2 * int(self.fields["num_key_value_heads"]) * self.head_dim
 
     @property
     def num_layers(self) -> int:
@@ -68,6 +87,10 @@ class Architecture:
     @property
     def tied(self) -> bool:
         return bool(self.fields["tie_word_embeddings"])
+
+    def untied(self) -> "Architecture":
+        """The same with output embeddings of its own."""
+        return replace(self, fields={**self.fields, "tie_word_embeddings": False})
 
     @property
     def sliding_window(self) -> int | None:

@@ -5,11 +5,10 @@ says in words what it made; nothing else in the package knows which ways there a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from upcycle.conversion.converted import ConvertedLayer, Inputs
@@ -65,6 +64,12 @@ class Way(ABC):
     kept dense mean something."""
     averages: ClassVar[bool] = False
     """Whether each expert stands for the whole FFN, so that experts are averaged, not summed."""
+    several: ClassVar[bool] = False
+    """Whether its experts are of several models."""
+    softmax_rows: ClassVar[bool] = False
+    """Whether the router's rows are made for a softmax, which `--target auto` then keeps to."""
+    changed: ClassVar[str] = "copies were changed"
+    """Why the result is not the dense model's equal, where that is so."""
     takes_feedback: ClassVar[bool] = False
     """Whether a refit may make up for what the layers before have lost."""
 
@@ -99,7 +104,7 @@ class Way(ABC):
         """The experts and the router of one layer."""
 
     @abstractmethod
-    def exact(self, recipe: Recipe, methods: Methods, geometry: Geometry) -> Exact:
+    def exact(self, recipe: Recipe, design: Design) -> Exact:
         """What the check may demand."""
 
     def partitions(self, methods: Methods) -> bool:
@@ -142,9 +147,13 @@ class Way(ABC):
         """What became of every FFN, for the model card."""
 
     def notes(
-        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
+        self, recipe: Recipe, design: Design, target: MoETarget, hosts: Collection[str]
     ) -> Iterator[str]:
-        """What works, but not all that well."""
+        """What works, but not all that well.
+
+        Args:
+            hosts: the targets in reach.
+        """
         return iter(())
 
     fewer: ClassVar[str] = ""

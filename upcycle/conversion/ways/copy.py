@@ -4,7 +4,7 @@ Copies are averaged, so that the model computes what it did; it is larger, and m
 A perturbation (`split/copies/`) makes them differ from the start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -60,8 +60,9 @@ class Copy(Way):
         router_ED = router_ND.repeat_interleave(geometry.granularity, dim=0)
         return ConvertedLayer(ffn, layout, stored(design, inputs, router_ED), neurons_F)
 
-    def exact(self, recipe: Recipe, methods: Methods, geometry: Geometry) -> Exact:
-        equal = methods.perturb is None and geometry.whole_copies and not recipe.spread_gain
+    def exact(self, recipe: Recipe, design: Design) -> Exact:
+        unperturbed = design.methods.perturb is None
+        equal = unperturbed and design.geometry.whole_copies and not recipe.spread_gain
         return "logits" if equal else "nothing"
 
     def used(self, methods: Methods, geometry: Geometry) -> dict[str, Bound[Any]]:
@@ -86,9 +87,10 @@ class Copy(Way):
         )
 
     def notes(
-        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
+        self, recipe: Recipe, design: Design, target: MoETarget, hosts: Collection[str]
     ) -> Iterator[str]:
         """Why copies do not compute what the dense model does, before they are trained."""
+        geometry = design.geometry
         top_k, granularity = geometry.top_k, geometry.granularity
         if not geometry.whole_copies:
             whole = max(top_k // granularity, 1) * granularity
@@ -97,17 +99,28 @@ class Copy(Way):
                 "tokens get parts of copies: until it is trained, the result is not the dense "
                 f"model (--top-k {whole} would be)"
             )
-        elif granularity > 1 and dtype != torch.float32 and not target.groups:
-            fitting = " or ".join(f"--target {name}" for name, t in TARGETS.items() if t.groups)
-            yield (
-                "below float32, two copies score the same on some tokens, which then get shards "
-                f"of both: {fitting} keeps copies whole, and so does --dtype float32"
-            )
+        elif granularity > 1 and not target.groups:
+            yield from _ties(target, hosts, design.dtype)
         if recipe.spread_gain:
             yield (
                 f"{setting('spread_gain', True)} multiplies gate_proj, too, in which an FFN is not "
                 "linear: until it is trained, the result is not the dense model"
             )
+
+
+def _ties(target: MoETarget, hosts: Collection[str], dtype: torch.dtype) -> Iterator[str]:
+    """Where two copies may score the same, so that a token gets shards of both: the sigmoid of
+    small logits is coarse even in float32."""
+    fine = target.routing.score == "softmax"
+    if fine and dtype == torch.float32:
+        return
+    grouped = [name for name in hosts if TARGETS[name].groups]
+    best, *others = [f"--target {name}" for name in grouped] + ["--dtype float32"] * fine
+    yield (
+        f"{'below float32, ' if fine else ''}two copies score the same on some tokens, which then "
+        f"get shards of both: {best} keeps copies whole"
+        + "".join(f", and so does {other}" for other in others)
+    )
 
 
 for _name in ("copy", *PERTURBS):

@@ -93,7 +93,7 @@ class Prune(Way):
             origins.append(neurons_M.cpu())
         return DenseFFN.concatenate(pruned), torch.cat(origins)
 
-    def exact(self, recipe: Recipe, methods: Methods, geometry: Geometry) -> Exact:
+    def exact(self, recipe: Recipe, design: Design) -> Exact:
         return "all on"
 
     def kept_neurons(self, geometry: Geometry) -> int:

@@ -4,7 +4,7 @@ The FFN is a sum over neurons, so all experts together are the FFN; what a token
 and a refit makes up for part of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from upcycle.conversion.design import Bound, Design, Methods
 from upcycle.conversion.geometry import split_geometry
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies
+from upcycle.core.errors import UpcycleError
 from upcycle.core.innovation import innovations
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, Geometry
@@ -30,6 +31,8 @@ class Split(Way):
 
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_no_copies(recipe)
+        if recipe.shared == 1:
+            raise UpcycleError("--shared 1 leaves nothing to route: give less")
 
     def geometry(self, recipe: Recipe, room: Room) -> Geometry:
         return split_geometry(
@@ -76,7 +79,7 @@ class Split(Way):
         router_ED = route(design, routed, members_EM, generator(*stream))
         return router_ED, ExpertLayout(routed_R[members_EM], shared_S)
 
-    def exact(self, recipe: Recipe, methods: Methods, geometry: Geometry) -> Exact:
+    def exact(self, recipe: Recipe, design: Design) -> Exact:
         return "all on"
 
     def partitions(self, methods: Methods) -> bool:
@@ -128,8 +131,9 @@ class Split(Way):
         )
 
     def notes(
-        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
+        self, recipe: Recipe, design: Design, target: MoETarget, hosts: Collection[str]
     ) -> Iterator[str]:
+        geometry = design.geometry
         if geometry.top_k == geometry.num_experts:
             yield "top_k is all experts: nothing is switched off, nothing is saved"
 

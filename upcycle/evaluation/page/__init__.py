@@ -45,6 +45,7 @@ def render(facts: Facts, measured: Measured) -> str:
         damage=layers.damage(facts.made),
         similarity=layers.similarity(evaluation.similarity),
         load=routing.load(evaluation.routing, layers.likeness(evaluation.similarity)),
+        by_text=routing.by_text(evaluation),
         pairs=routing.pairs(evaluation, facts.inspection.top_k),
         training=training.curves(facts.log),
         tables=[sheet for sheet in (tables.speed(evaluation), tables.tasks(evaluation)) if sheet],

@@ -13,11 +13,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem, read_json
-from upcycle.evaluation.inspection import inspect_dense, inspect_moe, moe_folder
+from upcycle.evaluation.inspection import inspect_found
 from upcycle.evaluation.run import Evaluation, Progress, evaluate
 from upcycle.evaluation.sample import Sample, samples
 from upcycle.models.record import RECORD, TRAIN_LOG, LogLine, Made, read_log, read_record
-from upcycle.models.source import model_folder, open_source
+from upcycle.models.source import locate
 
 Read = TypeVar("Read")
 
@@ -61,19 +61,15 @@ def gather(model: str) -> Facts:
     Raises:
         UpcycleError: it is no model, or a file beside its weights is not what upcycle writes.
     """
-    folder = model_folder(model, None)
+    found = locate(model, None)
+    folder = found.folder if found else None
     record, log = None, []
     if folder is not None and (folder / RECORD).is_file():
         record = read_record(folder / RECORD)
     if folder is not None and (folder / TRAIN_LOG).is_file():
         log = read_log(folder / TRAIN_LOG)
-    return Facts(model, _inspect(model), record if isinstance(record, Made) else None, log)
-
-
-def _inspect(model: str) -> Inspection:
-    folder = moe_folder(model)
-    found = inspect_dense(open_source(model)) if folder is None else inspect_moe(model, folder)
-    return Inspection.model_validate(found)
+    inspection = Inspection.model_validate(inspect_found(model, found))
+    return Facts(model, inspection, record if isinstance(record, Made) else None, log)
 
 
 def read_evaluation(path: Path, found: Facts) -> Measured:

@@ -1,6 +1,6 @@
 """How the tokens spread over a layer's experts, and which experts share tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
-from upcycle.evaluation.page.words import digits, listing, percent
+from upcycle.evaluation.page.words import digits, listing, percent, public_name
 from upcycle.evaluation.routing import LayerRouting, independent_pairs, pair_counts
 from upcycle.evaluation.run import Evaluation
 
@@ -20,6 +20,8 @@ REMARKABLE = 5.0
 independent."""
 NAMED = 3
 """Pairs that are named per layer."""
+TABLED = 16
+"""Experts of which a page shows a table, too, at most."""
 
 
 def load(layers: Sequence[LayerRouting], likeness: str) -> Section:
@@ -38,7 +40,10 @@ def load(layers: Sequence[LayerRouting], likeness: str) -> Section:
     return {
         "note": f"How often each expert is chosen: {spread}; {_evenness(layers)}. {likeness}",
         "text": f"Load of the experts in {len(layers)} layers, {spread}; {dead} are dead.",
-        "rows": [_load_row(layer, limit) for layer in layers],
+        "rows": [
+            _load_row(f"layer {layer.layer}", layer.layer, layer.load, limit) for layer in layers
+        ],
+        "caption": "expert, one row per layer",
         "experts": experts,
         "ticks": charts.ticks(range(experts)),
         "dead": dead,
@@ -52,13 +57,55 @@ def _evenness(layers: Sequence[LayerRouting]) -> str:
     return f"the layers' relative entropy is {' to '.join(ends)}, where 1 is perfectly even"
 
 
-def _load_row(layer: LayerRouting, limit: float) -> dict[str, Any]:
+def _load_row(name: str, label: Any, load: Sequence[float], limit: float) -> dict[str, Any]:
+    """
+    Args:
+        name, label: of the row, in full and beside it.
+    """
     cells = []
-    for expert, ratio in enumerate(layer.load):
+    for expert, ratio in enumerate(load):
         tone = charts.tone(ratio, limit)
         look = "x" if ratio == 0 else "d" if tone < 0 else "u"
         cells.append({"expert": expert, "value": digits(ratio), "tone": abs(tone), "look": look})
-    return {"layer": layer.layer, "cells": cells}
+    return {"name": name, "label": label, "cells": cells}
+
+
+def by_text(evaluation: Evaluation) -> Section:
+    """A row per text, a column per expert, each the mean over layers; None where there is one text,
+    or all are spread alike."""
+    loads = {public_name(row.text): _mean_load(row.load) for row in evaluation.texts if row.load}
+    if len(loads) < 2 or len({tuple(map(digits, load)) for load in loads.values()}) < 2:
+        return None
+    limit = charts.limit([ratio for load in loads.values() for ratio in load])
+    experts = max(map(len, loads.values()))
+    favourites = [
+        f"{name} goes to expert {max(range(len(load)), key=load.__getitem__)} most often "
+        f"({digits(max(load), 2)} × the fair share)"
+        for name, load in loads.items()
+    ]
+    return {
+        "note": f"How often each expert is chosen on each text, over all layers: "
+        f"{'; '.join(favourites)}.",
+        "text": f"Load of {experts} experts on {len(loads)} texts.",
+        "rows": [_load_row(name, name, load, limit) for name, load in loads.items()],
+        "caption": "expert, one row per text",
+        "experts": experts,
+        "ticks": charts.ticks(range(experts)),
+        "dead": 0,
+        "sheet": _sheet(loads) if experts <= TABLED else None,
+        **_scale(limit),
+    }
+
+
+def _mean_load(layers: Sequence[Sequence[float]]) -> list[float]:
+    """Of each expert, over layers."""
+    return [sum(column) / len(column) for column in zip(*layers, strict=True)]
+
+
+def _sheet(loads: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    experts = max(map(len, loads.values()))
+    rows = [[name, *(digits(ratio, 2) for ratio in load)] for name, load in loads.items()]
+    return {"headings": [f"expert {e}" for e in range(experts)], "rows": rows}
 
 
 def _scale(limit: float) -> dict[str, str]:

@@ -5,6 +5,7 @@ field is either carried over under the same name, turned into a trait that a tar
 known to have no effect on the forward pass, or an error: nothing is lost silently.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
 from upcycle.models.traits import Architecture, Trait
+from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
 
@@ -64,8 +66,12 @@ class DenseFamily:
     inert: Mapping[str, Any] = field(default_factory=dict)
     """Config fields of its own that do not change the forward pass at the given value; with
     ANY they never do."""
+    understood: frozenset[str] = frozenset()
+    """Config fields of its own that `extra` and `traits` read."""
     extra: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """Config fields in the common vocabulary that the source spells differently."""
+    traits: Callable[[PreTrainedConfig], dict[Trait, str]] = lambda config: {}
+    """Traits that config fields of its own switch, each with the field and value that does."""
     partial_rotary: bool = False
     """Whether its class reads `partial_rotary_factor`; the others rotate whole heads whatever it
     says."""
@@ -121,7 +127,9 @@ def describe(config: PreTrainedConfig) -> Architecture:
         named = whole if whole.model_type in REASONS else config
         raise UpcycleError(
             unsupported_reason(
-                named.model_type, encoder_decoder=getattr(whole, "is_encoder_decoder", False)
+                named.model_type,
+                encoder_decoder=getattr(whole, "is_encoder_decoder", False),
+                gated=getattr(whole, "is_gated_act", False),
             )
         )
     family = FAMILIES[config.model_type]
@@ -131,19 +139,20 @@ def describe(config: PreTrainedConfig) -> Architecture:
     alike = _alike(config)
     fields = {name: getattr(alike, name, None) for name in CARRIED}
     fields["head_dim"] = head_dim(alike)
-    fields["rope_parameters"] = dict(config.rope_parameters)
+    fields["rope_parameters"] = rope = dict(config.rope_parameters)
     fields["attention_multiplier"] = getattr(config, "attention_multiplier", None)
     fields |= {name: getattr(config, name, 1.0) for name in MULTIPLIERS}
     fields |= {
         "sliding_window": getattr(config, "sliding_window", None),
         "layer_types": layer_types(config),
+        "layer_rope_theta": [rope.get("rope_theta")] * config.num_hidden_layers,
     }
     fields |= {name: getattr(config, name) for name in family.carried}
     fields |= family.extra(config)
     return Architecture(
         family=family.name,
         fields=fields,
-        traits=dict(family.always) | _traits(config, family, fields),
+        traits=dict(family.always) | family.traits(config) | _traits(config, family, fields),
         intermediate_size=config.intermediate_size,
         bare_layers=family.bare_layers(config),
         whole="" if whole is config else whole.model_type,
@@ -165,7 +174,8 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """`full_attention` or `sliding_attention` for each layer."""
-    declared = getattr(config, "layer_types", None)
+    # A class that does not declare the field does not read it, whatever config.json says.
+    declared = "layer_types" in type(config).__annotations__ and config.layer_types
     if declared:
         return list(declared)
     window = getattr(config, "sliding_window", None)
@@ -183,8 +193,18 @@ def _traits(
         traits[Trait.MLP_BIAS] = "mlp_bias=true"
     kinds = set(fields["layer_types"])
     if "sliding_attention" in kinds:
+        if not fields["sliding_window"]:
+            raise UpcycleError(
+                "config.json has sliding_attention in layer_types but no sliding_window, so what "
+                "those layers see is not clear: set the one or change the other"
+            )
         trait = Trait.SLIDING_WINDOW if len(kinds) == 1 else Trait.MIXED_WINDOW
         traits[trait] = f"sliding_window={fields['sliding_window']}"
+    thetas = fields["layer_rope_theta"]
+    if 0 in thetas:
+        traits[Trait.LAYERS_WITHOUT_ROTARY] = f"{thetas.count(0)} of {len(thetas)}"
+    if len(set(thetas) - {0}) > 1:
+        traits[Trait.LAYER_ROTARY] = f"layer_rope_theta={thetas}"
     rotary = fields["rope_parameters"].get("partial_rotary_factor", 1.0)
     if rotary != 1.0 and not family.partial_rotary:
         raise UpcycleError(
@@ -203,14 +223,10 @@ def _traits(
 
 
 def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> None:
-    if getattr(config, "quantization_config", None):
-        raise UpcycleError(
-            "config.json has a quantization_config, and quantised weights can't be split or "
-            "copied: start from the unquantised checkpoint"
-        )
     defaults = type(config)()
     for name in type(config).__annotations__:
-        if name in UNDERSTOOD or name in CARRIED or name in family.carried:
+        known = (*CARRIED, *family.carried, *family.understood)
+        if name in UNDERSTOOD or name in known:
             continue
         value, default = getattr(config, name, None), getattr(defaults, name, None)
         if name in family.inert:
@@ -222,41 +238,29 @@ def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> Non
             )
 
 
-REASONS = {
-    "gemma2": "caps its attention logits, which no native MoE does",
-    "gemma3": "is multimodal, and its text model has sandwich norms that no native MoE has",
-    "gemma3_text": "has sandwich norms with two rotary bases, which no native MoE has",
-    "gpt2": "has an ungated FFN with biases and learned positions, which no native MoE has",
-    "gpt_neox": "has an ungated FFN with biases, which no native MoE decoder has",
-    "opt": "has an ungated FFN with biases and learned positions, which no native MoE has",
-    "phi": "has an ungated FFN with biases in a parallel block, which no native MoE has",
-    "falcon": "has an ungated FFN, which no native MoE with its attention has",
-    "starcoder2": "has an ungated FFN with biases, which no native MoE has",
-    "bert": "is an encoder, and no native MoE encoder hosts it",
-}
+def unsupported_reason(
+    model_type: str, *, encoder_decoder: bool = False, gated: bool = False
+) -> str:
+    """Why a model is not converted, as a sentence.
 
-MOE_BY_ANOTHER_NAME = set(
-    "mixtral dbrx flex_olmo gpt_oss deepseek_v2 deepseek_v3 jamba qwen3_next llama4_text".split()
-)
-
-
-def unsupported_reason(model_type: str, *, encoder_decoder: bool = False) -> str:
-    """Why a model is not converted, as a sentence."""
-    known = ", ".join(sorted(FAMILIES))
-    if encoder_decoder:
-        return (
-            f"{model_type} is an encoder-decoder, and upcycle converts decoders alone "
-            f"(supported: {known})"
-        )
+    Args:
+        gated: whether the FFN of an encoder-decoder has a gate.
+    """
+    known = f"(supported: {', '.join(sorted(FAMILIES))})"
     if model_type in REASONS:
-        return (
-            f"{model_type} can't become a native MoE: it {REASONS[model_type]} (supported: {known})"
-        )
+        return f"{model_type} can't become a native MoE: it {REASONS[model_type]} {known}"
     if "moe" in model_type or model_type in MOE_BY_ANOTHER_NAME:
         return _routed_already(model_type)
-    return (
-        f"model_type {model_type!r} is not a dense family that upcycle knows (supported: {known})"
-    )
+    if encoder_decoder and gated:
+        return (
+            f"{model_type} with gated FFNs can't become a native MoE: it is an encoder-decoder, "
+            f"and no native MoE of these has gated experts {known}"
+        )
+    if encoder_decoder:
+        return f"{model_type} is an encoder-decoder of a family that upcycle does not know {known}"
+    nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+    return f"model_type {model_type!r} is not a dense family that upcycle knows{hint} {known}"
 
 
 def _routed_already(model_type: str) -> str:

@@ -1,23 +1,28 @@
 """One file, one native MoE architecture; one line here registers it."""
 
+import upcycle.models.targets.deepseek_v3
+import upcycle.models.targets.ernie4_5_moe
 import upcycle.models.targets.flex_olmo
 import upcycle.models.targets.gemma4
 import upcycle.models.targets.glm4_moe
+import upcycle.models.targets.granitemoe_swa
 import upcycle.models.targets.granitemoeshared
+import upcycle.models.targets.laguna
 import upcycle.models.targets.mixtral
 import upcycle.models.targets.qwen2_moe
 import upcycle.models.targets.qwen3_5_moe
 import upcycle.models.targets.qwen3_moe
+from upcycle.models.runtimes import Runtime
 from upcycle.models.targets.base import (
     TARGETS,
     Combine,
     Gains,
     MoESpec,
     MoETarget,
-    Runtime,
     SharedWidth,
     common_fields,
     older_spellings,
+    unplaced,
 )
 
 __all__ = [
@@ -30,4 +35,5 @@ __all__ = [
     "SharedWidth",
     "common_fields",
     "older_spellings",
+    "unplaced",
 ]

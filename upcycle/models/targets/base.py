@@ -23,11 +23,11 @@ from torch import Tensor
 
 from upcycle.core.registry import Registry
 from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.models.runtimes import Run, Runtime
 from upcycle.models.traits import Architecture, Trait
 
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean", "plain"]
-Runtime = Literal["llama.cpp", "vLLM", "MLX", "transformers 4"]
 SharedWidth = Literal["any", "multiple", "none"]
 """Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
 
@@ -110,7 +110,9 @@ class MoETarget:
 
     name: str
     routing: Routing
-    dense_layers: Literal["any", "prefix", "none"]
+    dense_layers: Literal["any", "ends", "prefix", "none"]
+    """Which layers can stay dense. `ends`: the first and the last ones, so that the others follow
+    one another, or all but every n-th between them (see `moe_range`)."""
     split_rank: int
     """Place in the order in which `--target auto` tries targets for a split."""
     copy_rank: int
@@ -121,10 +123,15 @@ class MoETarget:
     runtimes: Mapping[Runtime, tuple[Limit, ...]]
     """What may keep each other runtime from loading this, or from computing what transformers
     does."""
+    ran: Mapping[Runtime, Run] = field(default_factory=dict)
+    """Where results in this target were run; of the other runtimes only the sources were read."""
     accepts: frozenset[Trait] = frozenset()
     requires: frozenset[Trait] = frozenset()
+    made_for: frozenset[Trait] = frozenset()
+    """Traits of which the source must have one, where what has none does better elsewhere."""
     extra: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, layer: iter(())
-    """Tensors of a layer that the source does not have, given those that it has."""
+    """Tensors of a layer that the source does not have, or has with other values, given those that
+    it has."""
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Its own names for tensors that are not converted, by llama's: of a dense layer's FFN, below
     `model.layers.N.`, and of what belongs to no layer."""
@@ -154,34 +161,27 @@ class MoETarget:
 
     def gains(self, combine: Combine, geometry: Geometry) -> Gains:
         """The gains for this combination; see the module's docstring."""
-        gains = self._gains(combine, geometry)
-        if not self.routing.scales:
-            return gains
-        return replace(gains, routed=1.0, scale=gains.routed * gains.scale)
-
-    def _gains(self, combine: Combine, geometry: Geometry) -> Gains:
-        """The same, of the routed experts folded into their weights."""
-        routing, num_experts = self.routing, geometry.num_experts
-        shared = 1 / (routing.shared_gate or 1.0)
+        renormalises, num_experts = self.routing.renormalises, geometry.num_experts
         top_k = geometry.top_k
         if combine == "mean":
             # Each selected shard weighs 1 / G of what a whole copy does.
-            gain = float(geometry.granularity)
-            if routing.score == "sigmoid":
-                return Gains(1.0, shared, norm_topk_prob=True, scale=gain, all_on=1.0)
-            return Gains(gain, shared, norm_topk_prob=True, scale=1.0, all_on=1.0)
+            return self._gains(float(geometry.granularity), norm_topk_prob=True)
         # Of how many shards a copy has, how many a token gets.
-        share = geometry.granularity / top_k if combine == "plain" else 1.0
-        if routing.score == "sigmoid":
-            return Gains(1.0, shared, norm_topk_prob=False, scale=2.0 * share, all_on=1.0)
-        if combine == "plain":
-            gain = num_experts * share
-            return Gains(gain, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
+        share = geometry.granularity / top_k if combine == "plain" else 1
         # Of one weight there is nothing to renormalise, and a router that should learn needs it.
-        one_of_each = routing.renormalises == "usually" and top_k == 1
-        if routing.renormalises == "optional" or one_of_each:
-            return Gains(num_experts, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
-        return Gains(top_k, shared, norm_topk_prob=True, scale=1.0, all_on=num_experts / top_k)
+        one_of_each = renormalises == "usually" and top_k == 1
+        if combine == "plain" or renormalises == "optional" or one_of_each:
+            whole = 2.0 if self.routing.score == "sigmoid" else num_experts
+            return self._gains(whole * share, norm_topk_prob=False)
+        return self._gains(top_k, norm_topk_prob=True, all_on=num_experts / top_k)
+
+    def _gains(self, gain: float, *, norm_topk_prob: bool, all_on: float = 1.0) -> Gains:
+        """This gain where the target has a place for it: classes that take the sigmoid have a
+        factor in their config, and one has a number for each expert."""
+        apart = self.routing.scales or self.routing.score == "sigmoid"
+        routed, scale = (1.0, gain) if apart else (gain, 1.0)
+        shared = 1 / (self.routing.shared_gate or 1.0)
+        return Gains(routed, shared, norm_topk_prob=norm_topk_prob, scale=scale, all_on=all_on)
 
     def refusal(
         self,
@@ -189,12 +189,14 @@ class MoETarget:
         *,
         dense_layers: tuple[int, ...] = (),
         shared: float | None = None,
+        gated: bool = False,
         experts: int | None = None,
     ) -> str:
         """Why this target can't host the model, as the end of a sentence; empty if it can.
 
         Args:
             shared: the share of the neurons that is asked to be always on.
+            gated: whether that is to have a gate with a row of its own.
             experts: as many as are asked for.
         """
         if arch.whole and self.whole is None:
@@ -205,18 +207,46 @@ class MoETarget:
             )
         for trait in sorted(self.requires - set(arch.traits)):
             return f"{self.name} always has {trait}, which the source has not"
+        if self.made_for and not self.made_for & set(arch.traits):
+            return (
+                f"{self.name} is only for models with {' or '.join(sorted(self.made_for))}, "
+                "as others run faster on other targets"
+            )
         if shared and self.shared_width == "none":
-            return f"{self.name} has no shared expert (--shared {shared:g})"
+            asked = f" (--shared {shared:g})" if shared < 1 else ""
+            return f"{self.name} has no shared expert{asked}"
+        if gated and self.shared_gate is None:
+            return f"{self.name} has no gate for its shared expert, which has prompts"
         if dense_layers and self.dense_layers == "none":
             return f"{self.name} can't keep layers dense (--keep-dense)"
         if self.dense_layers == "prefix" and dense_layers != tuple(range(len(dense_layers))):
             return f"{self.name} can keep only the first layers dense (--keep-dense 0,1,…)"
+        if self.dense_layers == "ends" and moe_range(dense_layers, arch.num_layers) is None:
+            return (
+                f"{self.name} can keep only the first and the last layers dense (--keep-dense 0,…)"
+            )
         if experts is not None and experts < self.min_experts:
             return f"{self.name} needs at least {self.min_experts} experts"
         return ""
 
 
 TARGETS: Registry[MoETarget] = Registry("target")
+
+
+def unplaced(arch: Architecture) -> list[str]:
+    """What the source has that no target has a place for, with what asks for it."""
+    placed = frozenset[Trait]().union(*(t.accepts | t.requires for t in TARGETS.values()))
+    return [f"{trait} ({arch.traits[trait]})" for trait in sorted(set(arch.traits) - placed)]
+
+
+def moe_range(dense_layers: tuple[int, ...], layers: int) -> range | None:
+    """The other layers as from one to another in equal steps, each n-th if the step is n; None if
+    they are not."""
+    routed = [layer for layer in range(layers) if layer not in dense_layers]
+    first, last = routed[0], routed[-1]
+    steps = (step for step in range(1, layers + 1) if (first + 1) % step == 0)
+    ranges = (range(first, last + 1, step) for step in steps)
+    return next((each for each in ranges if list(each) == routed), None)
 
 
 def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> dict[str, Any]:
@@ -237,8 +267,8 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     new names.
     """
     rope = config["rope_parameters"]
-    if "rope_theta" not in rope:  # each kind of layer has its own, which older ones do not know
-        return dict(config)
+    if "rope_theta" not in rope:
+        return dict(config)  # by the kinds of layers, for which there is no older spelling
     kind = rope.get("rope_type", "default")
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     older = {
@@ -258,6 +288,7 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
 _PLACED_BY_TARGETS = {
     "sliding_window",
     "layer_types",
+    "layer_rope_theta",
     "attention_multiplier",
     "embedding_multiplier",
     "residual_multiplier",
@@ -267,6 +298,24 @@ _PLACED_BY_TARGETS = {
 
 def attention_bias(arch: Architecture) -> bool:
     return Trait.QKV_BIAS in arch.traits
+
+
+def missing_biases(layer: Mapping[str, Tensor], *projections: str) -> Named:
+    """Biases of zeros for those of a layer's attention that have none."""
+    for name in (f"self_attn.{projection}" for projection in projections):
+        if f"{name}.bias" not in layer:
+            yield f"{name}.bias", torch.zeros_like(layer[f"{name}.weight"][:, 0])
+
+
+def copy_groups(geometry: Geometry) -> dict[str, int]:
+    """For classes that hold a token to the best groups of experts: a group per copy, and as many of
+    them for a token as hold its experts."""
+    if geometry.granularity == 1:
+        return {"n_group": 1, "topk_group": 1}
+    return {
+        "n_group": geometry.copies,
+        "topk_group": math.ceil(geometry.top_k / geometry.granularity),
+    }
 
 
 def with_gain(ffn: DenseFFN, gain: float) -> DenseFFN:

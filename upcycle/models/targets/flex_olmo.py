@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     TARGETS,
     MoESpec,
@@ -11,7 +12,7 @@ from upcycle.models.targets.base import (
     attention_bias,
     per_expert,
 )
-from upcycle.models.targets.limits import silu_only, unknown
+from upcycle.models.targets.limits import silu_only, unknown, usual_yarn
 from upcycle.models.traits import Architecture, Trait
 
 
@@ -38,9 +39,13 @@ TARGETS.add(
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
         runtimes={
             "llama.cpp": (unknown,),
-            "vLLM": (silu_only,),
+            "vLLM": (silu_only, usual_yarn),
             "MLX": (unknown,),
             "transformers 4": (),
+        },
+        ran={
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS}),
         requires=frozenset({Trait.POST_NORM, Trait.QK_NORM_FULL}),

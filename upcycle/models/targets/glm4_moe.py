@@ -7,12 +7,12 @@ Experts can be in groups, of which a token gets the best: the shards of a copy a
 token gets whole copies even where two copies score the same.
 """
 
-import math
 from typing import Any
 
 import torch
 
-from upcycle.core.types import Geometry, MoELayer
+from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     LLAMA_NAMES,
     TARGETS,
@@ -22,12 +22,20 @@ from upcycle.models.targets.base import (
     Named,
     Routing,
     attention_bias,
+    copy_groups,
     per_expert,
     separate,
     shared_or_silent,
     with_gain,
 )
-from upcycle.models.targets.limits import no_window, shared_needed, silu_only, unscaled_rope, untied
+from upcycle.models.targets.limits import (
+    no_window,
+    shared_needed,
+    silu_only,
+    unscaled_rope,
+    untied,
+    usual_yarn,
+)
 from upcycle.models.traits import Architecture, Trait
 
 
@@ -44,7 +52,7 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "num_experts_per_tok": geometry.top_k,
         "norm_topk_prob": spec.gains.norm_topk_prob,
         "routed_scaling_factor": spec.gains.scale,
-        **groups(geometry),
+        **copy_groups(geometry),
         "first_k_dense_replace": len(spec.dense_layers),
         "num_mtp_layers": 0,
         "num_nextn_predict_layers": 0,
@@ -52,16 +60,6 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "use_qk_norm": Trait.QK_NORM in arch.traits,
         "rope_parameters": rope,
         "partial_rotary_factor": rope["partial_rotary_factor"],
-    }
-
-
-def groups(geometry: Geometry) -> dict[str, int]:
-    """A group per copy, and as many of them for a token as hold its experts."""
-    if geometry.granularity == 1:
-        return {"n_group": 1, "topk_group": 1}
-    return {
-        "n_group": geometry.copies,
-        "topk_group": math.ceil(geometry.top_k / geometry.granularity),
     }
 
 
@@ -75,6 +73,11 @@ def experts(layer: MoELayer, gains: Gains) -> Named:
     yield from separate("mlp.shared_experts.", shared, LLAMA_NAMES)
 
 
+def glms_tokenizer(arch: Architecture, spec: MoESpec) -> str:
+    """Only GLM's own tokenizers are converted."""
+    return "only GLM's own tokenizers are converted"
+
+
 TARGETS.add(
     "glm4_moe",
     MoETarget(
@@ -86,10 +89,15 @@ TARGETS.add(
         config=config,
         experts=experts,
         runtimes={
-            "llama.cpp": (lambda arch, spec: "only GLM's own tokenizers are converted",),
-            "vLLM": (shared_needed, silu_only),
+            "llama.cpp": (glms_tokenizer,),
+            "vLLM": (shared_needed, silu_only, usual_yarn),
             "MLX": (shared_needed, untied, silu_only, no_window, unscaled_rope),
             "transformers 4": (),
+        },
+        ran={
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
         groups=True,

@@ -3,8 +3,15 @@
 from functools import partial
 from typing import Any
 
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import TARGETS, MoESpec, MoETarget, Routing, per_expert
-from upcycle.models.targets.limits import heads_fill_hidden, no_window, silu_only, unscaled_rope
+from upcycle.models.targets.limits import (
+    heads_fill_hidden,
+    no_window,
+    silu_only,
+    unscaled_rope,
+    usual_yarn,
+)
 from upcycle.models.traits import Architecture, Trait
 
 
@@ -35,10 +42,16 @@ TARGETS.add(
             names=("w1", "w3", "w2"),
         ),
         runtimes={
-            "llama.cpp": (silu_only, no_window),
-            "vLLM": (silu_only,),
+            "llama.cpp": (silu_only, no_window, usual_yarn),
+            "vLLM": (silu_only, usual_yarn),
             "MLX": (silu_only, no_window, heads_fill_hidden, unscaled_rope),
             "transformers 4": (),
+        },
+        ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "copies of SmolLM2-135M"),
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.SLIDING_WINDOW}),
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     LLAMA_NAMES,
     TARGETS,
@@ -23,7 +24,7 @@ from upcycle.models.targets.base import (
     MoETarget,
     Named,
     Routing,
-    attention_bias,
+    missing_biases,
     per_expert,
     separate,
     shared_or_silent,
@@ -38,6 +39,7 @@ from upcycle.models.targets.limits import (
     silu_only,
     unscaled_rope,
     untied,
+    usual_yarn,
 )
 from upcycle.models.traits import Architecture, Trait
 
@@ -66,17 +68,17 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 
 def experts(layer: MoELayer, gains: Gains) -> Named:
     yield from per_expert(layer, gains, router="mlp.gate.weight", prefix="mlp.experts.")
-    shared = with_gain(shared_or_silent(layer, SILENT), gains.shared)
+    shared, gate_1D = shared_or_silent(layer, SILENT), layer.shared_gate_1D
+    if gate_1D is None:
+        shared = with_gain(shared, gains.shared)
+        gate_1D = torch.full_like(layer.router_ED[:1], SHARED_GATE)
     yield from separate("mlp.shared_expert.", shared, LLAMA_NAMES)
-    yield "mlp.shared_expert_gate.weight", torch.full_like(layer.router_ED[:1], SHARED_GATE)
+    yield "mlp.shared_expert_gate.weight", gate_1D
 
 
 def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
     """The biases of a source that has none."""
-    if not attention_bias(arch):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            rows = layer[f"self_attn.{name}.weight"]
-            yield f"self_attn.{name}.bias", torch.zeros_like(rows[:, 0])
+    return missing_biases(layer, "q_proj", "k_proj", "v_proj")
 
 
 TARGETS.add(
@@ -90,13 +92,24 @@ TARGETS.add(
         config=config,
         experts=experts,
         runtimes={
-            "llama.cpp": (all_layers_routed, untied, never_renormalises, silu_only, no_window),
-            "vLLM": (silu_only, heads_fill_hidden, one_window),
+            "llama.cpp": (
+                *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
+                usual_yarn,
+            ),
+            "vLLM": (silu_only, heads_fill_hidden, one_window, usual_yarn),
             "MLX": (
                 *(all_layers_routed, untied, never_renormalises, silu_only, no_window),
                 *(heads_fill_hidden, unscaled_rope),
             ),
             "transformers 4": (heads_fill_hidden, one_window),
+        },
+        ran={
+            "llama.cpp": Run(
+                "xllamacpp 2026.10.11549", "2026-11-26", "splits and copies of random models"
+            ),
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
         extra=extra,

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     TARGETS,
     MoESpec,
@@ -19,6 +20,7 @@ from upcycle.models.targets.limits import (
     no_window,
     silu_only,
     unscaled_rope,
+    usual_yarn,
 )
 from upcycle.models.traits import Architecture, Trait
 
@@ -50,10 +52,21 @@ TARGETS.add(
         config=config,
         experts=partial(per_expert, router="mlp.gate.weight", prefix="mlp.experts."),
         runtimes={
-            "llama.cpp": (all_layers_routed, always_renormalises, silu_only, no_window),
-            "vLLM": (silu_only, no_output_bias),
+            "llama.cpp": (
+                *(all_layers_routed, always_renormalises, silu_only, no_window),
+                usual_yarn,
+            ),
+            "vLLM": (silu_only, no_output_bias, usual_yarn),
             "MLX": (silu_only, no_biases, no_window, unscaled_rope),
             "transformers 4": (),
+        },
+        ran={
+            "llama.cpp": Run(
+                "xllamacpp 2026.10.11549", "2026-11-26", "splits and copies of random models"
+            ),
+            "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
+            "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.SLIDING_WINDOW}),
         requires=frozenset({Trait.QK_NORM}),

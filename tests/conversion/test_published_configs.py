@@ -1,0 +1,338 @@
+"""Models with the switches of published ones: config.json as it is on the hub, with fewer and
+smaller layers, so that no default of a tiny model hides what a real one does."""
+
+import json
+
+import pytest
+import torch
+from reference import TOLERANCE, dense_logits, gap, load, load_all_on, logits
+from tiny import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import upcycle
+from upcycle.core.errors import UpcycleError
+
+LLAMA_LIKE = {"qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"}
+LAYERS = 5
+SMALLER = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": LAYERS,
+    "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+    "torch_dtype": "float32",
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+PUBLISHED = {
+    "SmolLM3-3B": {
+        "model_type": "smollm3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "layer_types": [FULL] * 36,
+        "max_position_embeddings": 65536,
+        "max_window_layers": 28,
+        "mlp_bias": False,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "pretraining_tp": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "use_cache": False,
+        "use_sliding_window": False,
+    },
+    "glm-4-9b-chat-hf": {
+        "model_type": "glm",
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1.5625e-07,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
+    "Seed-OSS-36B-Base": {
+        "model_type": "seed_oss",
+        "attention_bias": True,
+        "attention_dropout": 0.1,
+        "attention_out_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 524288,
+        "mlp_bias": False,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "residual_dropout": 0.1,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"rope_type": "default"},
+        "rope_theta": 10000000.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
+    "Ministral-8B-Instruct-2410": {
+        "model_type": "mistral",
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "layer_types": [FULL, SLIDING, SLIDING, SLIDING] * 9,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
+    "cwm": {
+        "model_type": "cwm",
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "layer_types": [FULL, SLIDING, SLIDING, SLIDING] * 16,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 1000000.0,
+        "sliding_window": 8192,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
+    # The text model of Ministral-3-8B-Base-2512.
+    "Ministral-3-8B": {
+        "model_type": "ministral3",
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 262144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
+    "helium-1-2b": {
+        "model_type": "helium",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "mlp_bias": False,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-8,
+        "rope_theta": 20000.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
+    "HyperCLOVAX-SEED-Think-14B": {
+        "model_type": "hyperclovax",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attention_multiplier": 0.0078125,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "embedding_multiplier": 10.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "logits_scaling": 0.125,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "resid_pdrop": 0.0,
+        "residual_multiplier": 1.0,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 100000000,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "use_post_norm": True,
+    },
+    "ERNIE-4.5-0.3B-PT": {
+        "model_type": "ernie4_5",
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000,
+        "tie_word_embeddings": True,
+        "use_bias": False,
+        "use_cache": False,
+    },
+    "Youtu-LLM-2B": {
+        "model_type": "youtu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": 1536,
+        "qk_head_dim": 192,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_interleave": True,
+        "rope_scaling": None,
+        "rope_theta": 1600000,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "v_head_dim": 128,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "use_sliding_window": False,
+    },
+}
+HOSTED = {
+    "ERNIE-4.5-0.3B-PT": {"ernie4_5_moe"},
+    "Youtu-LLM-2B": {"deepseek_v3"},
+    "Qwen3-0.6B": {"qwen3_moe", "glm4_moe", "laguna"},
+    "SmolLM3-3B": {"granitemoe_swa"},
+    "glm-4-9b-chat-hf": {"glm4_moe"},
+    "Seed-OSS-36B-Base": {"qwen2_moe", "glm4_moe", "granitemoeshared"},
+    "Ministral-8B-Instruct-2410": {"qwen2_moe", "granitemoe_swa"},
+    "cwm": {"qwen2_moe", "granitemoe_swa"},
+    "helium-1-2b": LLAMA_LIKE,
+}
+CHANGED = {
+    "Ministral-3-8B": ({"max_position_embeddings": 16384}, "queries scaled", LLAMA_LIKE),
+    "HyperCLOVAX-SEED-Think-14B": (
+        {"use_post_norm": False},
+        "norms before and after",
+        {"granitemoeshared"},
+    ),
+}
+SPLIT = {"experts": 8, "top_k": 3, "shared": 0}
+COPY = {"method": "copy", "experts": 4, "top_k": 2}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Writes a random model with a published one's switches, once per name and changes."""
+    made = {}
+
+    def make(name, **changed):
+        key = (name, *changed.items())
+        if key not in made:
+            made[key] = write(tmp_path_factory.mktemp("published"), PUBLISHED[name] | changed)
+        return made[key]
+
+    return make
+
+
+def write(folder, published):
+    (folder / "config.json").write_text(json.dumps(published | smaller(published)))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    # transformers spells the config anew; people have it as it was published.
+    (folder / "config.json").write_text(json.dumps(published | smaller(published)))
+    return folder
+
+
+def smaller(published):
+    """Its sizes: 2 queries to a key, or 4 where it has more than that."""
+    fields = {**SMALLER, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if published["num_attention_heads"] // published["num_key_value_heads"] > 4:
+        fields["num_key_value_heads"] = 1
+    if "kv_lora_rank" in published:
+        fields |= {"num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 24}
+    if "head_dim" in published:
+        fields["head_dim"] = 16
+    for name in ("layer_types", "no_rope_layers"):
+        if name in published:
+            fields[name] = published[name][:LAYERS]
+    if published.get("sliding_window"):
+        fields["sliding_window"] = 16
+    return fields
+
+
+def reached(source):
+    return {name for name, why in upcycle.plan(str(source), **COPY).targets.items() if not why}
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_as_it_is_published(small, moe, name):
+    source = small(name)
+    assert reached(source) == HOSTED[name]
+    assert_exact(moe, source, HOSTED[name])
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_refused_as_it_is_published_and_hosted_with_another_switch(small, moe, name):
+    changed, why, hosts = CHANGED[name]
+    with pytest.raises(UpcycleError, match=why):
+        upcycle.plan(str(small(name)))
+    source = small(name, **changed)
+    assert reached(source) == hosts
+    assert_exact(moe, source, hosts)
+
+
+def assert_exact(moe, source, hosts):
+    for target in hosts:
+        copied, split = (moe(source, target=target, **way) for way in (COPY, SPLIT))
+        assert gap(logits(load(copied)), dense_logits(source)) < TOLERANCE["mean"], target
+        assert gap(logits(load_all_on(split)), dense_logits(source)) < TOLERANCE["sum"], target
+
+
+def test_every_published_model_is_tested():
+    assert HOSTED.keys() | CHANGED.keys() == PUBLISHED.keys()

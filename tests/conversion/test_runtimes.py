@@ -1,0 +1,175 @@
+"""`--for`: what is chosen runs where it was asked to, or the sentence says why nothing does."""
+
+import json
+
+import pytest
+import torch
+from reference import dense_logits, gap, load, logits, read_json, weights
+from typer.testing import CliRunner
+
+import upcycle
+from upcycle import UpcycleError
+from upcycle.cli import app
+from upcycle.models.runtimes import runtimes_named
+from upcycle.models.targets import TARGETS
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+COPIES = {"method": "copy", "experts": 4, "top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["llama.cpp"], ("llama.cpp",)),
+        (["LLAMA-CPP", "llamacpp"], ("llama.cpp",)),
+        (["mlx,vLLM"], ("vLLM", "MLX")),
+        (["mlx_lm", "transformers4"], ("MLX", "transformers 4")),
+        (["Transformers 4"], ("transformers 4",)),
+        (["transformers", "transformers-5", "none"], ()),
+    ],
+)
+def test_ways_to_write_a_runtime(words, names):
+    assert runtimes_named(words) == names
+
+
+@pytest.mark.parametrize(
+    ("asked", "family", "fields", "settings", "target", "tied"),
+    [
+        ("llama.cpp", "llama", UNTIED, {}, "qwen2_moe", False),
+        ("llama.cpp", "llama", TIED, {}, "granitemoeshared", True),
+        ("llama.cpp", "llama", TIED, {"target": "qwen2_moe"}, "qwen2_moe", False),
+        ("llama.cpp", "llama", TIED, COPIES, "mixtral", True),
+        ("llama.cpp", "qwen2", TIED, {"method": "prune"}, "granitemoeshared", True),
+        ("llama.cpp", "qwen3", TIED, {"keep_dense": "auto"}, "qwen3_moe", True),
+        ("vllm", "llama", TIED, {"keep_dense": [1]}, "qwen2_moe", True),
+        ("vllm", "llama", TIED | {"head_dim": 32}, {"shared": 0.25}, "glm4_moe", True),
+        ("vllm", "llama", TIED | {"head_dim": 32}, {}, "glm4_moe", True),
+        ("vllm", "mistral", {}, COPIES, "mixtral", False),
+        ("vllm", "olmo2", {}, {}, "flex_olmo", False),
+        ("mlx", "llama", TIED, {}, "mixtral", True),
+        ("mlx", "llama", TIED, {"shared": 0.25}, "qwen2_moe", False),
+        ("mlx", "qwen2", TIED, {}, "qwen2_moe", False),
+        ("mlx", "qwen2", TIED, {"keep_dense": [0]}, "glm4_moe", False),
+        ("mlx", "qwen3", TIED, {"keep_dense": [0]}, "qwen3_moe", True),
+        ("llama.cpp,mlx", "llama", TIED, {}, "mixtral", True),
+        ("llama.cpp,vllm,mlx,transformers-4", "qwen3", {}, {}, "qwen3_moe", False),
+        ("transformers-4", "llama", TIED | {"head_dim": 32}, {}, "glm4_moe", True),
+        ("transformers-4", "granite", {}, {}, "granitemoeshared", False),
+    ],
+)
+def test_what_is_chosen_runs_there(dense, asked, family, fields, settings, target, tied):
+    plan = upcycle.plan(str(dense(family, **fields)), runtimes=asked, **settings)
+    assert plan.target == target
+    assert plan.config["tie_word_embeddings"] is tied
+    assert [plan.runtimes[name] for name in plan.recipe.runtimes] == [""] * len(asked.split(","))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "settings", "sentence"),
+    [
+        (
+            "llama",
+            UNTIED,
+            {"target": "glm4_moe"},
+            "--target glm4_moe: llama.cpp does not run it: only GLM's own tokenizers are converted "
+            "(reachable: granitemoeshared, mixtral, qwen2_moe)",
+        ),
+        (
+            "gemma",
+            {},
+            {},
+            "--for llama.cpp: no target of this model runs there: granitemoeshared: llama.cpp does "
+            "not run it: experts compute silu, not gelu_pytorch_tanh; transformers 5 runs it, "
+            "without --for",
+        ),
+        (
+            "qwen3",
+            {},
+            {"keep_dense": [1]},
+            "--for llama.cpp: no target of this model runs there: laguna: llama.cpp does not run "
+            "it: only the first layers can be dense (--keep-dense 0,1,…); qwen3_moe: llama.cpp "
+            "does not run it: every layer must have experts (--keep-dense none); --keep-dense none "
+            "gives laguna or qwen3_moe, --for vLLM gives laguna or qwen3_moe, --for MLX gives "
+            "laguna or qwen3_moe, --for transformers-4 gives qwen3_moe",
+        ),
+        (
+            "olmo2",
+            {},
+            {"runtimes": ["llama.cpp", "vllm"]},
+            "--for llama.cpp --for vLLM: no target of this model runs there: flex_olmo: llama.cpp "
+            "does not run it: it does not know the architecture; --for vLLM alone gives flex_olmo, "
+            "--for transformers-4 gives flex_olmo",
+        ),
+        (
+            "qwen3",
+            {},
+            {"target": "mixtral"},
+            "--target mixtral: the source has a norm per head on q and k (qwen3 always has it), "
+            "which mixtral has no place for (reachable: laguna, qwen3_moe)",
+        ),
+    ],
+)
+def test_what_no_target_runs_is_refused_with_what_would(dense, family, fields, settings, sentence):
+    with pytest.raises(UpcycleError) as caught:
+        upcycle.plan(str(dense(family, **fields)), **{"runtimes": "llama.cpp"} | settings)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("asked", "undecided"), [("llama.cpp", False), ("mlx", False), ("vllm", True), ((), True)]
+)
+def test_layers_are_measured_only_where_one_may_stay_dense(dense, asked, undecided):
+    settings = {"target": "qwen2_moe", "keep_dense": "auto"}
+    assert upcycle.plan(str(dense(**UNTIED)), runtimes=asked, **settings).undecided is undecided
+
+
+def test_only_sets_of_dense_layers_that_the_runtime_takes_are_tried(
+    dense, text, tmp_path, monkeypatch
+):
+    def first_only(arch, spec):
+        return "" if set(spec.dense_layers) <= {0} else "only the first layer may be dense"
+
+    monkeypatch.setitem(TARGETS["qwen2_moe"].runtimes, "vLLM", (first_only,))
+    quick = {"calibration": str(text), "calibration_tokens": 512, "seq_len": 64, "check": "none"}
+    settings = quick | {"top_k": 2, "experts": 8, "split": "contiguous", "keep_dense": "auto"}
+    free = upcycle.convert(str(dense()), tmp_path / "free", **settings)
+    assert any(set(trial.layers) - {0} for trial in free.dense_layers.trials)
+    held = upcycle.convert(str(dense()), tmp_path / "held", runtimes="vllm", **settings)
+    assert [trial.layers for trial in held.dense_layers.trials if set(trial.layers) - {0}] == []
+    assert held.plan.runtimes["vLLM"] == ""
+
+
+def test_untied_embeddings_are_written_twice_and_compute_the_same(dense, tmp_path):
+    source = dense(**TIED)
+    request = ["--for", "llama.cpp", "--for", "MLX", "--set", "untied=true", "--method", "copy"]
+    done = CliRunner().invoke(
+        app, ["convert", str(source), *request, "-o", str(tmp_path / "out"), "--check", "none"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "the output embeddings, tied in the source, become a tensor of their own" in done.output
+    written = weights(tmp_path / "out")
+    assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
+    assert gap(logits(load(tmp_path / "out")), dense_logits(source)) < 2e-5
+    recorded = read_json(tmp_path / "out/upcycle.json")["plan"]
+    assert recorded["recipe"]["runtimes"] == ["llama.cpp", "MLX"]
+    assert recorded["params_total"] == sum(tensor.numel() for tensor in written.values())
+
+
+def test_a_recipe_file_may_name_runtimes(dense, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: split\nruntimes: [mlx, llama.cpp]\n")
+    done = CliRunner().invoke(app, ["plan", str(dense(**TIED)), "--recipe", str(recipe), "--json"])
+    assert json.loads(done.stdout)["target"] == "mixtral"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llama.cp", "'llama.cp' is no runtime that upcycle knows, did you mean 'llama.cpp'?"),
+        ("tgi", "known: MLX, llama.cpp, transformers 4, transformers 5, vLLM"),
+    ],
+)
+def test_a_runtime_that_is_none(dense, name, words):
+    done = CliRunner().invoke(app, ["plan", str(dense()), "--for", name])
+    assert done.exit_code == 2
+    assert words in done.stderr

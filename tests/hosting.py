@@ -1,0 +1,13 @@
+"""Which targets host which families, by their tiny models."""
+
+from tiny import FAMILIES, SIZES
+from transformers import CONFIG_MAPPING
+
+from upcycle.models.families import describe
+from upcycle.models.targets import TARGETS
+
+
+def hosts(family) -> set[str]:
+    """The targets that a random model of the family reaches."""
+    arch = describe(CONFIG_MAPPING[family](**(SIZES | FAMILIES[family])))
+    return {name for name, target in TARGETS.items() if not target.refusal(arch, experts=8)}

@@ -1,0 +1,59 @@
+"""What a merge's experts are told apart by, as tokens: their prompts and windows of their texts."""
+
+from collections.abc import Iterator
+
+from upcycle.conversion.merging.request import PROMPTED, Expert, Merge
+from upcycle.conversion.recipe import Recipe
+from upcycle.core.passages import Passage
+from upcycle.models.passages import prompt_passage, text_passages
+from upcycle.models.tokens import Reader
+
+PROMPT_TOKENS = 32
+"""Of a prompt, by which memory is estimated before it is tokenised."""
+
+
+def gated_experts(merge: Merge, router: str) -> tuple[Expert, ...]:
+    """The experts that get a row: the shared one too, where it has a gate of its own."""
+    return merge.all if merge.gates_shared(router) else merge.experts
+
+
+def passage_tokens(merge: Merge, recipe: Recipe) -> int:
+    """How many tokens `passages` makes, of prompts roughly."""
+    texts = _windows(merge, recipe) * recipe.seq_len * sum(bool(e.text) for e in merge.experts)
+    prompts = [len(expert.prompts) + len(expert.negatives) for expert in merge.all]
+    return texts + PROMPT_TOKENS * sum(prompts)
+
+
+def passages(merge: Merge, recipe: Recipe, reader: Reader, router: str) -> list[Passage]:
+    """The passages of all experts, in their order; of gates that are made from prompts, no texts.
+
+    Raises:
+        UpcycleError: a text can't be read, or holds nothing.
+    """
+    found: list[Passage] = []
+    for place, expert in enumerate(gated_experts(merge, router)):
+        found += _prompts(reader, expert, place)
+        if expert.text is not None and router not in PROMPTED:
+            windows = _windows(merge, recipe)
+            found += text_passages(
+                reader,
+                expert.text,
+                place,
+                windows=windows,
+                length=recipe.seq_len,
+                seed=recipe.seed,
+            )
+    return found
+
+
+def _prompts(reader: Reader, expert: Expert, place: int) -> Iterator[Passage]:
+    for texts, negative in ((expert.prompts, False), (expert.negatives, True)):
+        for text in texts:
+            yield prompt_passage(reader, text, place, negative=negative)
+
+
+def _windows(merge: Merge, recipe: Recipe) -> int:
+    """Of each expert's text, so that all together are as many tokens as a conversion is fitted
+    on."""
+    texts = sum(bool(expert.text) for expert in merge.experts)
+    return max(1, recipe.calibration_tokens // recipe.seq_len // max(1, texts))

@@ -1,0 +1,229 @@
+"""The models behind a merge: opened once each, compared with the base, read an FFN at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from upcycle.conversion.merging.compare import compare, read_tokens
+from upcycle.conversion.merging.request import Expert, Merge
+from upcycle.core.errors import UpcycleError
+from upcycle.core.paths import local_path
+from upcycle.core.types import Activation, DenseFFN
+from upcycle.models.assemble import FFN, dense_ffn
+from upcycle.models.lora import Adapter, open_adapter
+from upcycle.models.model_name import ModelName, Place
+from upcycle.models.source import DenseSource, fingerprint, open_source
+
+
+@dataclass(frozen=True)
+class AdaptedSource(DenseSource):
+    """A dense checkpoint with an adapter: what the adapter changes is read changed, in float32."""
+
+    adapter: Adapter = field(kw_only=True)
+
+    @classmethod
+    def of(cls, source: DenseSource, adapter: Adapter) -> "AdaptedSource":
+        """The source with the adapter; both share what was read for the fingerprint."""
+        own = {each.name: getattr(source, each.name) for each in fields(source)}
+        return cls(**own | {"label": f"{source.label}+{adapter.label}"}, adapter=adapter)
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        return {
+            name: self.adapter.changed(name.removesuffix(".weight"), tensor)
+            for name, tensor in super().read(names).items()
+        }
+
+    def fingerprint(self) -> str:
+        return super().fingerprint() + self.adapter.fingerprint()
+
+
+def read_ffn(source: DenseSource, layer: int, act: Activation) -> DenseFFN:
+    """A layer's FFN.
+
+    Raises:
+        UpcycleError: a tensor can't be read, holds NaN or infinity, or has changed.
+    """
+    prefix = f"model.layers.{layer}."
+    found = source.read([name for name in source.layer_names(layer) if is_ffn(source, name)])
+    named = {name.removeprefix(prefix): weight for name, weight in found.items()}
+    return dense_ffn(source.canonical(named), act)
+
+
+def is_ffn(source: DenseSource, name: str) -> bool:
+    """Whether a layer's tensor is a part of its FFN, by what it becomes under llama's names."""
+    short = name.split(".", 3)[-1]
+    meta = torch.empty(source.tensors[name].shape, device="meta")
+    return bool(source.canonical({short: meta}).keys() & set(FFN))
+
+
+@dataclass(frozen=True)
+class LayerFFNs(Sequence[DenseFFN]):
+    """One layer's FFNs of several models, each read when it is asked for and not kept."""
+
+    models: tuple[DenseSource, ...]
+    layer: int
+    act: Activation
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    @overload
+    def __getitem__(self, place: int) -> DenseFFN: ...
+    @overload
+    def __getitem__(self, place: slice) -> "LayerFFNs": ...
+    def __getitem__(self, place: int | slice) -> "DenseFFN | LayerFFNs":
+        if isinstance(place, slice):
+            return replace(self, models=self.models[place])
+        return read_ffn(self.models[place], self.layer, self.act)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A merge's models, in the order of its experts, the shared one last."""
+
+    merge: Merge
+    base: DenseSource
+    models: tuple[DenseSource, ...]
+    notes: tuple[str, ...] = ()
+    """What is to be known of how they differ."""
+
+    @property
+    def routed(self) -> tuple[DenseSource, ...]:
+        """Of the experts that the router chooses from."""
+        return self.models[: len(self.merge.experts)]
+
+    def ffns(self, layer: int, act: Activation) -> LayerFFNs:
+        return LayerFFNs(self.models, layer, act)
+
+    def distinct(self) -> list[DenseSource]:
+        """Every checkpoint once, but the base."""
+        found = {str(model.folder): model for model in self.models}
+        found.pop(str(self.base.folder), None)
+        return list(found.values())
+
+    def fingerprints(self) -> list[str]:
+        """Of every expert's model, in order."""
+        known = {model.label: model for model in self.models}
+        digests = {label: model.fingerprint() for label, model in known.items()}
+        return [digests[model.label] for model in self.models]
+
+
+def open_sources(merge: Merge) -> Sources:
+    """Open every model of a merge and compare it with the base; reads headers, no weights.
+
+    Raises:
+        UpcycleError: one can't be read, or can't be merged with the base.
+    """
+    opened: dict[tuple[str, str | None], DenseSource] = {}
+    adapters: dict[tuple[str, str | None], Adapter] = {}
+
+    def open_model(name: ModelName) -> DenseSource:
+        key = name.model.resolved
+        if key not in opened:
+            opened[key] = _open(name.model)
+        if name.adapter is None:
+            return opened[key]
+        place = name.adapter.resolved
+        if place not in adapters:
+            adapters[place] = open_adapter(name.adapter)
+        return AdaptedSource.of(opened[key], adapters[place])
+
+    base = open_model(merge.base)
+    models = tuple(open_model(expert.model) for expert in merge.all)
+    tokens = read_tokens(base.folder)
+    notes = list(_place_notes(merge))
+    for source in opened.values():
+        notes += compare(base, tokens, source)
+    for model in {model.label: model for model in models}.values():
+        if isinstance(model, AdaptedSource):
+            check_adapter(model, model.adapter)
+            notes += _adapter_notes(model, model.adapter)
+    return Sources(merge, base, models, (*notes, *_expert_notes(merge)))
+
+
+def _open(place: Place) -> DenseSource:
+    return open_source(place.path, revision=None if place.here else place.revision)
+
+
+def check_adapter(source: DenseSource, adapter: Adapter) -> None:
+    """An adapter's changes fit the model, and those of its FFNs are all low-rank.
+
+    Raises:
+        UpcycleError: they do not.
+    """
+    _check_trained_on(source, adapter)
+    for module in sorted(adapter.modules):
+        info = source.tensors.get(f"{module}.weight")
+        if info is None and not (module == "lm_head" and source.arch.tied):
+            raise UpcycleError(
+                f"the adapter {adapter.label} was made for another model: it changes {module}, "
+                f"which {source.label} does not have"
+            )
+        if info is not None:
+            adapter.check(module, info.shape)
+    for name in adapter.others:
+        if ".mlp." in name:
+            raise UpcycleError(
+                f"the adapter {adapter.label} holds {name}, which is no low-rank factor: merge it "
+                "into its model first"
+            )
+
+
+def _check_trained_on(source: DenseSource, adapter: Adapter) -> None:
+    """The adapter names no other model, as far as what it names is here."""
+    named = adapter.fields.base_model_name_or_path
+    if not named or source.revision is not None or source.temporary is not None:
+        return
+    places = [local_path(named), adapter.folder / named]
+    trained_on = next((place for place in places if (place / "config.json").is_file()), None)
+    if trained_on is None or trained_on.resolve() == source.folder.resolve():
+        return
+    if fingerprint(trained_on) != fingerprint(source.folder):
+        raise UpcycleError(
+            f"the adapter {adapter.label} was made for {named}, not for "
+            f"{source.label.removesuffix(f'+{adapter.label}')}: name it as "
+            f"{named}+{adapter.label}"
+        )
+
+
+def _place_notes(merge: Merge) -> Iterator[str]:
+    for place in {e.model.model: None for e in (Expert(merge.base), *merge.all)}:
+        if place.here and place.revision is not None:
+            yield f"{place.path} is a folder here, so its revision {place.revision} has no effect"
+
+
+def _adapter_notes(source: DenseSource, adapter: Adapter) -> Iterator[str]:
+    layered = {m for m in adapter.modules if f"{m}.weight" in source.tensors}
+    ffn = {module for module in layered if is_ffn(source, f"{module}.weight")}
+    if not ffn:
+        yield (
+            f"the adapter {adapter.label} changes no FFN, so it makes no difference to the expert "
+            f"{source.label}"
+        )
+    rest = {m.rpartition(".")[2] for m in adapter.modules - ffn}
+    rest |= {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.others}
+    if rest:
+        yield (
+            f"of the adapter {adapter.label}, {', '.join(sorted(rest))} is unused: all that is no "
+            "FFN comes from the base"
+        )
+
+
+def _expert_notes(merge: Merge) -> Iterator[str]:
+    """Of experts that are one model, or have the same prompts."""
+    if merge.one_model and len(merge.experts) > 1:
+        return  # The way says more of that.
+    for what, same in (
+        ("are one model", lambda a, b: a.model.same(b.model)),
+        (
+            "have the same prompts, and so equal rows",
+            lambda a, b: bool(a.prompts) and (a.prompts, a.negatives) == (b.prompts, b.negatives),
+        ),
+    ):
+        for first, expert in enumerate(merge.experts):
+            twins = [i for i, other in enumerate(merge.experts) if same(expert, other)]
+            if len(twins) > 1 and twins[0] == first:
+                yield f"experts {', '.join(map(str, twins[:-1]))} and {twins[-1]} {what}"
