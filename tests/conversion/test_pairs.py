@@ -186,7 +186,6 @@ class TestCopy:
     def test_of_top_1_is_refused_where_its_router_would_be_frozen(self, dense, target):
         source = str(dense(FAMILY_OF[target]))
         request = {"method": "copy", "experts": 4, "top_k": 1, "target": target}
-        source = str(dense(FAMILY_OF[target]))
         with pytest.raises(UpcycleError, match="no gradient"):
             upcycle.plan(source, **request)
         assert upcycle.plan(source, allow_frozen_router=True, **request).design.combine == "mean"

@@ -15,6 +15,7 @@ def unknown(arch: Architecture, spec: MoESpec) -> str:
 
 
 def text_alone(arch: Architecture, spec: MoESpec) -> str:
+    """The text model is known with the other parts only."""
     return "" if arch.whole else "it knows only the model of several parts, not the text model"
 
 
@@ -25,6 +26,7 @@ def silu_only(arch: Architecture, spec: MoESpec) -> str:
 
 
 def gelu_only(arch: Architecture, spec: MoESpec) -> str:
+    """Experts compute gelu_pytorch_tanh."""
     act = arch.fields["hidden_act"]
     return "" if act == "gelu_pytorch_tanh" else f"experts compute gelu_pytorch_tanh, not {act}"
 
