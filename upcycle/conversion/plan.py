@@ -19,7 +19,12 @@ from upcycle.conversion.merging.rest import check_rest, read_merged
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.notes import layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
+from upcycle.conversion.request import (
+    check_calibration,
+    check_tokens,
+    named_dense_layers,
+    of_encoder,
+)
 from upcycle.conversion.runtimes import (
     for_runtimes,
     runtime_refusals,
@@ -235,6 +240,8 @@ def make_plan(
     way = WAYS[recipe.method.name]
     methods = Methods.of(recipe, way.default_router, gates=way.several)
     _check_way(recipe, way, methods, sources)
+    if source.arch.encoder:
+        recipe = of_encoder(recipe, source, merges=way.several)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
     source, targets = _laid_out(recipe, source, dense_layers, merge)
@@ -292,7 +299,11 @@ def _laid_out(
 
 def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
     made = TARGETS[target]
-    return common_fields(arch, made, dtype) | made.config(arch, spec)
+    config = common_fields(arch, made, dtype) | made.config(arch, spec)
+    if not arch.head:
+        bare = [name.replace("ForCausalLM", "Model") for name in config["architectures"]]
+        config["architectures"] = bare
+    return config
 
 
 def _reached(targets: Mapping[str, str]) -> list[str]:
@@ -419,7 +430,7 @@ def _calibration(
 
 def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tuple[str, ...]]:
     """What `mixed` stands for: both, or the first alone where the model can't write."""
-    if not way.lossy:  # nothing is fitted
+    if not way.lossy or source.arch.encoder:  # nothing is fitted, or it writes nothing
         return "builtin", ()
     needed = WRITING * sum(info.nbytes for info in source.tensors.values())
     free = free_memory(device)

@@ -179,7 +179,7 @@ class MoETarget:
             gated: whether that is to have a gate with a row of its own.
             experts: as many as are asked for.
         """
-        for trait in sorted(set(arch.traits) - self.accepts - self.requires):
+        for trait in sorted(set(arch.traits) - self.accepts - self.requires - EVERYWHERE):
             return (
                 f"the source has {trait} ({arch.traits[trait]}), which {self.name} has no place for"
             )
@@ -209,6 +209,8 @@ class MoETarget:
 
 
 TARGETS: Registry[MoETarget] = Registry("target")
+EVERYWHERE = frozenset({Trait.BIDIRECTIONAL})
+"""What transformers does in any class that a config field asks for it."""
 
 
 def moe_range(dense_layers: tuple[int, ...], layers: int) -> range | None:
@@ -224,10 +226,12 @@ def moe_range(dense_layers: tuple[int, ...], layers: int) -> range | None:
 def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> dict[str, Any]:
     """The config fields that every target spells as the source does."""
     carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
+    of_encoder = {"is_causal": False, "use_cache": False} if arch.encoder else {}
     return carried | {
         "model_type": target.name,
         "dtype": str(dtype).removeprefix("torch."),
         "output_router_logits": False,
+        **of_encoder,
     }
 
 

@@ -14,6 +14,11 @@ def unknown(arch: Architecture, spec: MoESpec) -> str:
     return "it does not know the architecture"
 
 
+def looks_back(arch: Architecture, spec: MoESpec) -> str:
+    """Tokens see those before them."""
+    return "tokens see only those before them" if arch.encoder else ""
+
+
 def silu_only(arch: Architecture, spec: MoESpec) -> str:
     """Experts compute silu."""
     act = arch.fields["hidden_act"]
