@@ -1,4 +1,4 @@
-"""docs/methods.md, docs/cli.md and docs/runtimes.md, from the registries, the recipes and the
+"""docs/methods.md, cli.md, models.md and runtimes.md, from the registries, the recipes and the
 options' help.
 
 python docs/reference.py
@@ -6,19 +6,23 @@ python docs/reference.py
 
 import inspect
 from collections.abc import Iterable
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import typer
+from transformers import CONFIG_MAPPING
 
 from upcycle.cli import app, every_setting
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
 from upcycle.conversion.catalogue import methods as registered
+from upcycle.models.families import FAMILIES, describe
 from upcycle.models.runtimes import RUNTIMES, Runtime
-from upcycle.models.targets import TARGETS, MoETarget
+from upcycle.models.targets import TARGETS, MoETarget, unplaced
 from upcycle.models.targets.base import Limit
 from upcycle.models.targets.limits import unknown
+from upcycle.models.unhosted import REASONS
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"
@@ -145,6 +149,41 @@ def panel(param: Any) -> str:
     return own or ("Arguments" if param.param_type_name == "argument" else "Options")
 
 
+def models_page() -> str:
+    """Every dense family with the targets that host it, and the families that none does."""
+    parts = [
+        f"# Models\n\n{NOTE} from the registered families.\n",
+        "`upcycle inspect MODEL` says of a model which targets are in reach, and why others are "
+        "not: its config.json decides. Here are those of a config.json with transformers' "
+        "defaults.\n",
+        table(
+            ("model_type", "what it is", "targets"),
+            ((f"`{name}`", what_it_is(name), hosts(name)) for name in sorted(FAMILIES)),
+        ),
+        "## Refused\n",
+        "No native Mixture-of-Experts class computes what these do:\n",
+        table(
+            ("model_type", "why"),
+            ((f"`{name}`", f"it {why}") for name, why in sorted(REASONS.items())),
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def what_it_is(family: str) -> str:
+    """The first sentence of the docstring of a family's file."""
+    text = inspect.getdoc(import_module(f"upcycle.models.families.{family}")) or ""
+    return text.split(".\n")[0].replace("\n", " ").rstrip(".")
+
+
+def hosts(family: str) -> str:
+    """The targets of a config with the defaults of its class."""
+    arch = describe(CONFIG_MAPPING[family]())
+    names = [name for name, target in TARGETS.items() if not target.refusal(arch)]
+    found = ", ".join(f"`{name}`" for name in sorted(names))
+    return found or f"none with {' or '.join(unplaced(arch))}"
+
+
 def runtimes_page() -> str:
     """Every target in every runtime: whether it was run there, and what it can't do there."""
     targets = sorted(TARGETS.items())
@@ -197,6 +236,7 @@ def in_general(limit: Limit) -> str:
 def main() -> None:
     (DOCS / "methods.md").write_text(methods_page(), "utf-8")
     (DOCS / "cli.md").write_text(cli_page(), "utf-8")
+    (DOCS / "models.md").write_text(models_page(), "utf-8")
     (DOCS / "runtimes.md").write_text(runtimes_page(), "utf-8")
 
 

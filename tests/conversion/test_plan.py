@@ -308,8 +308,17 @@ def test_trait_that_the_target_has_no_place_for(dense):
 
 def test_model_that_no_target_hosts(dense):
     sentence = refusal(dense, fields={"mlp_bias": True})
+    assert sentence == (
+        "no native MoE architecture hosts this model: the source has biases in the FFN "
+        "(mlp_bias=true), which none has a place for"
+    )
+
+
+def test_targets_of_which_each_lacks_something_are_named_with_it(dense):
+    sentence = refusal(dense, "olmo2", keep_dense=[0])
     assert sentence.startswith("no native MoE architecture hosts this model: ")
-    assert "mixtral: the source has biases in the FFN (mlp_bias=true)" in sentence
+    assert "flex_olmo: flex_olmo can't keep layers dense (--keep-dense)" in sentence
+    assert "mixtral: the source has a norm over all heads on q and k" in sentence
 
 
 def test_shared_neurons_where_the_target_has_no_place_for_them(dense):

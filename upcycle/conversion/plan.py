@@ -43,7 +43,14 @@ from upcycle.core.types import DenseFFN, Geometry, MoELayer
 from upcycle.models.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.models.calibration import CHECK_WINDOW, check_seq_len
 from upcycle.models.source import DenseSource, check_own_files
-from upcycle.models.targets import TARGETS, Combine, MoESpec, Runtime, common_fields
+from upcycle.models.targets import (
+    TARGETS,
+    Combine,
+    MoESpec,
+    Runtime,
+    common_fields,
+    unplaced,
+)
 from upcycle.models.text import PROBES, texts
 from upcycle.models.tokens import load_tokenizer
 from upcycle.models.traits import Architecture, Trait
@@ -246,7 +253,7 @@ def make_plan(
     merge = sources.merge if sources else None
     source, targets = _laid_out(recipe, source, dense_layers, merge)
     arch = source.arch
-    target = _choose_target(recipe, way, targets)
+    target = _choose_target(recipe, way, arch, targets)
     room = _room(arch, target, len(dense_layers))
     geometry = way.geometry(recipe, room)
     combine = _combine(recipe, way, geometry, target, targets)
@@ -468,7 +475,7 @@ def _router_name(recipe: Recipe) -> str:
     return "" if recipe.router is None else recipe.router.name
 
 
-def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
+def _choose_target(recipe: Recipe, way: Way, arch: Architecture, targets: Mapping[str, str]) -> str:
     reachable = ", ".join(_reached(targets)) or "none"
     if recipe.target != "auto":
         if recipe.target not in TARGETS:
@@ -482,8 +489,9 @@ def _choose_target(recipe: Recipe, way: Way, targets: Mapping[str, str]) -> str:
         return recipe.target
     reachable_names = _reached(targets)
     if not reachable_names:
-        reasons = "; ".join(f"{name}: {why}" for name, why in targets.items())
-        raise UpcycleError(f"no native MoE architecture hosts this model: {reasons}")
+        raise UpcycleError(
+            f"no native MoE architecture hosts this model: {_unhosted(arch, targets)}"
+        )
     if way.softmax_rows:
         reachable_names = _softmax(targets) or reachable_names
     if _router_needs_plain_weights(recipe, way):
@@ -508,6 +516,14 @@ def _softmax(targets: Mapping[str, str]) -> list[str]:
             f"({others})"
         )
     return fitting
+
+
+def _unhosted(arch: Architecture, targets: Mapping[str, str]) -> str:
+    """Why no target can host the model: what none has a place for, else what each lacks."""
+    nowhere = unplaced(arch)
+    if nowhere:
+        return f"the source has {' and '.join(nowhere)}, which none has a place for"
+    return "; ".join(f"{name}: {why}" for name, why in targets.items())
 
 
 def _router_needs_plain_weights(recipe: Recipe, way: Way) -> bool:

@@ -42,17 +42,21 @@ def merge_request(
     """
     names = [str(model) for model in models]
     file = place_of_file(names)
-    router = given.get("router")
     if file is None:
         request = named_request(names, base=base, shared_model=shared_model)
     elif base is not None or shared_model is not None:
-        raise UpcycleError(f"{file} names the base and the shared experts: drop --base")
+        raise UpcycleError(
+            f"{file} names the base and the shared experts: drop --base and --shared-model"
+        )
     else:
-        request = read_file(file, gate_mode=router if isinstance(router, str) else None)
+        request = read_file(file)
     request = _with_texts(request, texts or {})
     check_request(request)
     recipe = load_recipe("default", recipe_settings(request, given))
-    check_prompts(request.merge, recipe.router.name if recipe.router else "")
+    try:
+        check_prompts(request.merge, recipe.router.name if recipe.router else "")
+    except UpcycleError as error:
+        raise UpcycleError(f"{file}: {error}" if file else str(error)) from error
     targets_later = {} if recipe.target != request.settings.get("target") else {"target": "auto"}
     check_names(recipe.model_copy(update=targets_later))
     return request

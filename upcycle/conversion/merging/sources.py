@@ -10,11 +10,12 @@ from torch import Tensor
 from upcycle.conversion.merging.compare import compare, read_tokens
 from upcycle.conversion.merging.request import Expert, Merge
 from upcycle.core.errors import UpcycleError
+from upcycle.core.paths import local_path
 from upcycle.core.types import Activation, DenseFFN
 from upcycle.models.assemble import FFN, dense_ffn
 from upcycle.models.lora import Adapter, open_adapter
 from upcycle.models.model_name import ModelName, Place
-from upcycle.models.source import DenseSource, open_source
+from upcycle.models.source import DenseSource, fingerprint, open_source
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def check_adapter(source: DenseSource, adapter: Adapter) -> None:
     Raises:
         UpcycleError: they do not.
     """
+    _check_trained_on(source, adapter)
     for module in sorted(adapter.modules):
         info = source.tensors.get(f"{module}.weight")
         if info is None and not (module == "lm_head" and source.arch.tied):
@@ -168,6 +170,23 @@ def check_adapter(source: DenseSource, adapter: Adapter) -> None:
                 f"the adapter {adapter.label} holds {name}, which is no low-rank factor: merge it "
                 "into its model first"
             )
+
+
+def _check_trained_on(source: DenseSource, adapter: Adapter) -> None:
+    """The adapter names no other model, as far as what it names is here."""
+    named = adapter.fields.base_model_name_or_path
+    if not named or source.revision is not None or source.temporary is not None:
+        return
+    places = [local_path(named), adapter.folder / named]
+    trained_on = next((place for place in places if (place / "config.json").is_file()), None)
+    if trained_on is None or trained_on.resolve() == source.folder.resolve():
+        return
+    if fingerprint(trained_on) != fingerprint(source.folder):
+        raise UpcycleError(
+            f"the adapter {adapter.label} was made for {named}, not for "
+            f"{source.label.removesuffix(f'+{adapter.label}')}: name it as "
+            f"{named}+{adapter.label}"
+        )
 
 
 def _place_notes(merge: Merge) -> Iterator[str]:

@@ -20,6 +20,7 @@ from upcycle.models.targets.base import (
     SharedWidth,
     common_fields,
     older_spellings,
+    unplaced,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "SharedWidth",
     "common_fields",
     "older_spellings",
+    "unplaced",
 ]

@@ -213,6 +213,12 @@ EVERYWHERE = frozenset({Trait.BIDIRECTIONAL})
 """What transformers does in any class that a config field asks for it."""
 
 
+def unplaced(arch: Architecture) -> list[str]:
+    """What the source has that no target has a place for, with what asks for it."""
+    placed = frozenset[Trait]().union(*(t.accepts | t.requires for t in TARGETS.values()))
+    return [f"{trait} ({arch.traits[trait]})" for trait in sorted(set(arch.traits) - placed)]
+
+
 def moe_range(dense_layers: tuple[int, ...], layers: int) -> range | None:
     """The other layers as from one to another in equal steps, each n-th if the step is n; None if
     they are not."""
