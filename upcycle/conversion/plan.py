@@ -20,7 +20,12 @@ from upcycle.conversion.merging.rest import check_rest, read_merged
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.notes import layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
+from upcycle.conversion.request import (
+    check_calibration,
+    check_tokens,
+    named_dense_layers,
+    suited,
+)
 from upcycle.conversion.runtimes import (
     for_runtimes,
     runtime_refusals,
@@ -248,8 +253,8 @@ def make_plan(
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
     way = WAYS[recipe.method.name]
-    methods = Methods.of(recipe, way.default_router, gates=way.several)
-    _check_way(recipe, way, methods, sources)
+    methods = _methods(recipe, way, sources)
+    recipe = suited(recipe, source, merges=way.several)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
     source, arch, targets = _laid_out(recipe, source, dense_layers, merge)
@@ -319,7 +324,11 @@ def _params_active(
 
 def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
     made = TARGETS[target]
-    return common_fields(arch, made, dtype) | made.config(arch, spec)
+    config = common_fields(arch, made, dtype) | made.config(arch, spec)
+    if not arch.head:
+        bare = [name.replace("ForCausalLM", "Model") for name in config["architectures"]]
+        config["architectures"] = bare
+    return config
 
 
 def _reached(targets: Mapping[str, str]) -> list[str]:
@@ -343,8 +352,13 @@ def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
     return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
 
 
-def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | None) -> None:
-    """What is asked goes with the way, and as many models are there as it takes."""
+def _methods(recipe: Recipe, way: Way, sources: Sources | None) -> Methods:
+    """Those of a recipe that goes with the way, if as many models are there as that takes.
+
+    Raises:
+        UpcycleError: it does not, or there are more or fewer.
+    """
+    methods = Methods.of(recipe, way.default_router, gates=way.several)
     if way.several and sources is None:
         raise UpcycleError(f"--method {way.name} takes several models: upcycle {way.name} MODEL…")
     if not way.several and methods.rest.name != "base":
@@ -352,6 +366,7 @@ def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | No
     way.check(recipe, methods)
     if sources is not None:
         check_rest(sources, methods.rest)
+    return methods
 
 
 def _streams(design: Design) -> bool:
@@ -450,7 +465,7 @@ def _calibration(
 
 def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tuple[str, ...]]:
     """What `mixed` stands for: both, or the first alone where the model can't write."""
-    if not way.lossy:  # nothing is fitted
+    if not way.lossy or source.arch.encoder:  # nothing is fitted, or it writes nothing
         return "builtin", ()
     needed = WRITING * sum(info.nbytes for info in source.tensors.values())
     free = free_memory(device)

@@ -35,7 +35,7 @@ from upcycle.models.assemble import (
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.names import EMBEDDINGS
-from upcycle.models.record import RECORD, CheckReport, DenseLayers, Identity, record_text
+from upcycle.models.record import RECORD, DenseLayers, Identity, Report, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS, older_spellings
@@ -153,7 +153,7 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
 
 def _check(
     plan: Plan, workspace: Workspace, held: Mapping[str, Tensor], progress: Progress
-) -> CheckReport:
+) -> Report:
     """`run_check`, by a source that is still the same: transformers reads it anew.
 
     Raises:

@@ -56,7 +56,7 @@ def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Ten
     for name, tensor in outer.items():
         if name != EMBEDDINGS:
             yield target.spelled.get(name, name), tensor
-    if not arch.tied and HEAD not in outer:
+    if arch.head and not arch.tied and HEAD not in outer:
         yield HEAD, outer[EMBEDDINGS]
 
 

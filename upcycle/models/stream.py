@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.types import DenseFFN
-from upcycle.models.families import FAMILIES
+from upcycle.models.families import FAMILIES, auto_class
 from upcycle.models.names import HEAD
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
@@ -21,7 +21,8 @@ PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config on the meta device: modules, names and shapes, no memory."""
     with blaming("transformers can't build a model from config.json"), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        made = auto_class(config).from_config(config, trust_remote_code=False)
+    model: PreTrainedModel = made
     return model.eval()
 
 

@@ -19,6 +19,11 @@ def text_alone(arch: Architecture, spec: MoESpec) -> str:
     return "" if arch.whole else "it knows only the model of several parts, not the text model"
 
 
+def looks_back(arch: Architecture, spec: MoESpec) -> str:
+    """Tokens see those before them."""
+    return "tokens see only those before them" if arch.encoder else ""
+
+
 def silu_only(arch: Architecture, spec: MoESpec) -> str:
     """Experts compute silu."""
     act = arch.fields["hidden_act"]
