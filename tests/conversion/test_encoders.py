@@ -237,5 +237,3 @@ def test_classifiers_weights_are_not_dropped(dense, tmp_path):
     shutil.copy(dense("eurobert") / "tokenizer.json", tmp_path)
     with pytest.raises(UpcycleError, match="would be lost"):
         upcycle.plan(str(tmp_path))
-
-

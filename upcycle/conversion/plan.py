@@ -246,9 +246,7 @@ def make_plan(
     out = None if out is None else local_path(out).resolve()
     way = WAYS[recipe.method.name]
     methods = Methods.of(recipe, way.default_router, gates=way.several)
-    _check_way(recipe, way, methods, sources)
-    if source.arch.encoder:
-        recipe = of_encoder(recipe, source, merges=way.several)
+    recipe = _of_way(recipe, way, methods, source, sources)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
     source, targets = _laid_out(recipe, source, dense_layers, merge)
@@ -334,8 +332,11 @@ def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
     return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
 
 
-def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | None) -> None:
-    """What is asked goes with the way, and as many models are there as it takes."""
+def _of_way(
+    recipe: Recipe, way: Way, methods: Methods, source: DenseSource, sources: Sources | None
+) -> Recipe:
+    """The request, which goes with the way and the source, and as many models are there as it
+    takes."""
     if way.several and sources is None:
         raise UpcycleError(f"--method {way.name} takes several models: upcycle {way.name} MODEL…")
     if not way.several and methods.rest.name != "base":
@@ -343,6 +344,7 @@ def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | No
     way.check(recipe, methods)
     if sources is not None:
         check_rest(sources, methods.rest)
+    return of_encoder(recipe, source, merges=way.several) if source.arch.encoder else recipe
 
 
 def _room(arch: Architecture, target: str, num_dense: int) -> Room:

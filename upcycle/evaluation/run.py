@@ -232,12 +232,7 @@ def evaluate(
         nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
     ):
         adapter = None if named == folder else named
-        check_decoder(
-            model,
-            folder,
-            "convert's check compares its hidden states, and a task of its own says what they are "
-            "worth",
-        )
+        check_decoder(model, folder)
         check_seq_len(seq_len, read_config(folder))
         kind = choose_dtype(dtype, folder, place)
         reader = open_reader(folder, _vocab_size(folder, dense_folder))
