@@ -41,10 +41,6 @@ from upcycle.models.source import checkpoint_folder, read_headers, read_text_con
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
 
-IN_PLACE = (
-    "convert's check compares its hidden states, and a task of its own says what they are worth"
-)
-"""What there is in place of an evaluation of an encoder."""
 Step = Callable[[int], None]
 """Told how many windows are done."""
 Progress = Callable[[str, int, int], None]
@@ -236,7 +232,7 @@ def evaluate(
         nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
     ):
         adapter = None if named == folder else named
-        check_decoder(model, folder, IN_PLACE)
+        check_decoder(model, folder)
         check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
         reader = open_reader(folder, _vocab_size(folder, dense_folder))

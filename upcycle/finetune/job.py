@@ -43,7 +43,7 @@ def open_job(
     model: str, out: Path, preset: str | Path | None, settings: dict[str, Any], stack: ExitStack
 ) -> Job:
     folder = stack.enter_context(checkpoint_folder(model))
-    check_decoder(model, folder, "train it on a task of its own, by what trains dense encoders")
+    check_decoder(model, folder)
     check_own_files(folder)
     path = folder / RECORD
     record = read_record(path) if path.is_file() else Trained()

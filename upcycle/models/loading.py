@@ -14,7 +14,7 @@ from upcycle.models.source import deferred, is_headless, read_config, read_heade
 GENERATION = "generation_config.json"
 
 
-def check_decoder(label: str, folder: Path, needs: str) -> None:
+def check_decoder(label: str, folder: Path) -> None:
     """Of what is measured or learnt by the next token.
 
     Raises:
@@ -23,7 +23,7 @@ def check_decoder(label: str, folder: Path, needs: str) -> None:
     if is_encoder(read_config(folder)):
         raise UpcycleError(
             f"{label} is an encoder, whose tokens see the next one, so there is none to predict: "
-            f"{needs}"
+            "measure it, or train it, on the task that it is for"
         )
 
 

@@ -15,9 +15,11 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     FiniteFloat,
     PlainSerializer,
+    Tag,
     ValidationError,
 )
 
@@ -178,7 +180,20 @@ def check_summary(check: Report) -> dict[str, Any]:
     return asdict(check) | worst | numbers | dead
 
 
-Check = Annotated[Report, PlainSerializer(check_summary)]
+def _kind_of_check(check: Any) -> str:
+    """By what it says of a text; of one that says nothing, a decoder's."""
+    if isinstance(check, dict):
+        kinds = check.get("kinds")
+        first = kinds[0] if isinstance(kinds, list) and kinds else None
+        return "<encoder>" if isinstance(first, dict) and "cosine" in first else "<decoder>"
+    return "<encoder>" if isinstance(check, EncoderReport) else "<decoder>"
+
+
+Check = Annotated[
+    Annotated[CheckReport, Tag("<decoder>")] | Annotated[EncoderReport, Tag("<encoder>")],
+    Discriminator(_kind_of_check),
+    PlainSerializer(check_summary),
+]
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config on the meta device: modules, names and shapes, no memory."""
     with blaming("transformers can't build a model from config.json"), torch.device("meta"):
-        made = auto_class(config).from_config(config, trust_remote_code=False)
-    model: PreTrainedModel = made
+        auto = auto_class(config)
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
     return model.eval()
 
 
