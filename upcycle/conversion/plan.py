@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
+from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.passages import passage_tokens
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.merging.rest import check_rest, read_merged
@@ -34,7 +36,7 @@ from upcycle.core.machine import choose_device, free_memory, total_memory
 from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
 from upcycle.core.settings import Choice
-from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.core.types import Activation, DenseFFN, Geometry, MoELayer
 from upcycle.models.assemble import assemble_embeddings, assemble_head, assemble_layer
 from upcycle.models.calibration import CHECK_WINDOW, check_seq_len
 from upcycle.models.source import DenseSource, check_own_files
@@ -91,6 +93,8 @@ class Plan:
     empty string."""
     sources: Sources | None = None
     """The experts' models, of a merge; `source` is its base."""
+    finished: Finished | None = None
+    """The merge that gets an expert more, where that is all that is to be done."""
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -109,6 +113,18 @@ class Plan:
         """The runtimes that do not run the result because some of its layers are dense."""
         arch, combine = self.source.arch, self.design.combine
         return runtimes_lost(self.recipe, arch, self.target, self.spec, combine)
+
+    @property
+    def checkpoints(self) -> list[DenseSource]:
+        """All that is read, the source first."""
+        others = self.sources.distinct() if self.sources else []
+        return [self.source, *others, *([self.finished.checkpoint] if self.finished else [])]
+
+    @property
+    def activation(self) -> Activation:
+        """Of the source's FFNs."""
+        activation: Activation = ACT2FN[self.source.arch.fields["hidden_act"]]
+        return activation
 
     @property
     def moe_layers(self) -> list[int]:
@@ -159,6 +175,8 @@ class Plan:
     @property
     def exact(self) -> Exact:
         """What of the dense model the result must have to rounding."""
+        if self.finished is not None:  # It may have been trained since.
+            return "nothing"
         return self.way.exact(self.recipe, self.design)
 
     @property
@@ -225,6 +243,7 @@ def make_plan(
     out: Path | None = None,
     *,
     sources: Sources | None = None,
+    finished: Finished | None = None,
     notes: tuple[str, ...] = (),
     overwrite: bool = False,
     resume: bool = False,
@@ -233,6 +252,7 @@ def make_plan(
 
     Args:
         sources: of a merge, whose base is `source`.
+        finished: the merge that gets the last of them as an expert more.
         notes: on what was asked for.
 
     Raises:
@@ -241,7 +261,7 @@ def make_plan(
     out = None if out is None else local_path(out).resolve()
     way = WAYS[recipe.method.name]
     methods = Methods.of(recipe, way.default_router, gates=way.several)
-    _check_way(recipe, way, methods, sources)
+    _check_way(recipe, way, methods, sources, finished)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
     source, targets = _laid_out(recipe, source, dense_layers, merge)
@@ -281,6 +301,7 @@ def make_plan(
         ),
         runtimes=runtime_refusals(recipe, arch, target, spec, combine),
         sources=sources,
+        finished=finished,
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
@@ -323,14 +344,20 @@ def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
     return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
 
 
-def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | None) -> None:
+def _check_way(
+    recipe: Recipe,
+    way: Way,
+    methods: Methods,
+    sources: Sources | None,
+    finished: Finished | None,
+) -> None:
     """What is asked goes with the way, and as many models are there as it takes."""
     if way.several and sources is None:
         raise UpcycleError(f"--method {way.name} takes several models: upcycle {way.name} MODEL…")
     if not way.several and methods.rest.name != "base":
         raise UpcycleError(f"--rest {methods.rest.name} goes with upcycle merge: here is one model")
     way.check(recipe, methods)
-    if sources is not None:
+    if sources is not None and finished is None:
         check_rest(sources, methods.rest)
 
 
@@ -594,9 +621,14 @@ def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     _check_feedback(plan)
     _check_text(plan)
     _check_memory(plan)
+    if plan.finished is not None:
+        before = plan.finished.spec(plan.spec)
+        units = _units(plan.source, plan.target, before, plan.design.dtype)
+        plan.finished.check_layout([spec for unit in units.values() for spec in unit])
+        check_own_files(plan.finished.folder)
     if plan.out is not None:
         room = plan.bytes + plan.aside_bytes()
-        for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+        for source in plan.checkpoints:
             check_out(plan.out, source.folder, room, overwrite=overwrite, resume=resume)
 
 

@@ -12,21 +12,23 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING
-from transformers.activations import ACT2FN
 
 from upcycle.conversion.card import Conversion, conversion_record, model_card
 from upcycle.conversion.check import run_check
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
+from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
+from upcycle.conversion.merging.finished import DOMAINS, check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
 from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.units import write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
-from upcycle.core.types import Activation, DenseFFN, LayerActivations, all_finite
+from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.core.versions import versions
 from upcycle.models.assemble import (
+    assemble_config,
     assemble_embeddings,
     assemble_head,
     assemble_layer,
@@ -37,7 +39,7 @@ from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import RECORD, CheckReport, DenseLayers, Identity, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
-from upcycle.models.targets import TARGETS, older_spellings
+from upcycle.models.targets import TARGETS
 from upcycle.models.writer import (
     CheckpointWriter,
     Workspace,
@@ -47,7 +49,6 @@ from upcycle.models.writer import (
 )
 
 DENSE_LAYERS = "layers to keep dense"
-BESIDE = "router_domains.safetensors"
 
 
 class Progress(Protocol):
@@ -78,8 +79,10 @@ def run(
     """
     if plan.out is None:
         raise ValueError("the plan has no output folder")
-    for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+    for source in plan.checkpoints:
         source.fetch()
+    if plan.finished is not None:
+        check_base(plan.source, plan.finished)
     begun = None
     if resume:
         # What is there was made by a run with its own number of threads.
@@ -115,6 +118,8 @@ def identity(plan: Plan, threads: int) -> Identity:
             text_fingerprint(plan.source.folder, e.text) for e in merge.experts if e.text
         ]
         ingredients["sources"] = plan.sources.fingerprints()
+    if plan.finished is not None:
+        ingredients["finished"] = plan.finished.checkpoint.fingerprint()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 
@@ -132,8 +137,12 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     if plan.undecided:
         plan = _decide(plan, workspace, tokens, progress)
         lap(DENSE_LAYERS)
-    _write_small_files(plan, workspace.result)
-    _write_weights(plan, workspace, fit_BL, progress)
+    if plan.finished is not None:
+        write_grown_files(plan, plan.finished, workspace.result)
+        write_grown(plan, plan.finished, workspace, progress)
+    else:
+        _write_small_files(plan, workspace.result)
+        _write_weights(plan, workspace, fit_BL, progress)
     lap("conversion")
     peak = peak_memory()
     check = None
@@ -183,7 +192,7 @@ def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
     if plan.exact != "all on" or (plan.partitions and not plan.design.compensates):
         return
     for layer in plan.moe_layers:
-        ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), _activation(plan))
+        ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), plan.activation)
         yield layer, _take_up(plan, workspace, f"layer {layer}", ffn).all_on()
 
 
@@ -202,11 +211,8 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
-    fields = {k: v for k, v in plan.config.items() if k != "model_type"}
-    CONFIG_MAPPING[plan.target](**fields).save_pretrained(folder)
-    path = folder / "config.json"
-    config = older_spellings(plan.config) | json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    text = json.dumps(assemble_config(plan.config), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
     copy_companions(plan.source.folder, folder)
 
 
@@ -223,8 +229,8 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    _write_unit(workspace, writer, "embeddings", assemble_embeddings(target, outer), {})
-    _write_unit(workspace, writer, "head", assemble_head(target, source.arch, outer), {})
+    write_unit(workspace, writer, "embeddings", assemble_embeddings(target, outer), {})
+    write_unit(workspace, writer, "head", assemble_head(target, source.arch, outer), {})
     del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):
@@ -234,7 +240,7 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
         _write_layer(plan, workspace, writer, stream, dense, gates, layer)
     progress("converting layers", layers, layers)
     if gates and gates.beside:
-        save_file(gates.beside, workspace.result / BESIDE)
+        save_file(gates.beside, workspace.result / DOMAINS)
 
 
 def _write_layer(
@@ -266,7 +272,7 @@ def _write_layer(
         if not finished:
             _write_converted(plan, workspace, writer, layer, tensors, None)
         return
-    ffn = dense_ffn(tensors, _activation(plan))
+    ffn = dense_ffn(tensors, plan.activation)
     entering_TD = stream.entering() if stream and gates else None
     activations, norm_T = _attend(layer, raw, ffn, stream, dense)
     gate_ED = None
@@ -332,7 +338,7 @@ def _write_converted(
     record = _put_aside(plan, workspace, unit, converted)
     moe = converted.experts(plan.design, layer) if converted else None
     named = assemble_layer(target, plan.source.arch, layer, tensors, moe, plan.design.gains)
-    _write_unit(workspace, writer, unit, named, {"layer": layer} | record)
+    write_unit(workspace, writer, unit, named, {"layer": layer} | record)
 
 
 def _put_aside(
@@ -359,28 +365,3 @@ def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> Conv
     permutation = torch.tensor(workspace.records[unit]["permutation"])
     ffn = ffn.to("cpu", plan.design.dtype)
     return plan.way.take_up(plan.design, ffn, permutation, router_ED, refit)
-
-
-def _activation(plan: Plan) -> Activation:
-    activation: Activation = ACT2FN[plan.source.arch.fields["hidden_act"]]
-    return activation
-
-
-def _write_unit(
-    workspace: Workspace,
-    writer: CheckpointWriter,
-    unit: str,
-    named: Iterator[tuple[str, Tensor]],
-    record: dict[str, Any],
-) -> None:
-    """Write tensors in their planned dtypes, then note that the unit is done.
-
-    Raises:
-        UpcycleError: a weight is too large for float16, perhaps by its gain.
-    """
-    for name, tensor in named:
-        stored = tensor.to(writer.places[name].spec.dtype)
-        if stored.dtype == torch.float16 and not all_finite(stored):
-            raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
-        writer.write(name, stored)
-    workspace.done(unit, record)
