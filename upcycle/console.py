@@ -16,6 +16,7 @@ from rich.text import Text
 from upcycle.core.paths import public_name
 from upcycle.core.words import count, size
 from upcycle.evaluation.verdict import verdict
+from upcycle.models.record import EncoderReport
 from upcycle.models.text import kind_name
 
 if TYPE_CHECKING:
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
-    from upcycle.models.record import CheckReport, Used
+    from upcycle.models.record import Beside, Findings, Report, Used
 
+LONGEST_WORD = 14
+"""Letters of a heading that are never cut."""
+TEXTS_AT_ONCE = 4
+"""Columns of texts that a terminal has room for."""
 COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
 out = Console(emoji=False)  # :name: may be part of a file's name
 err = Console(stderr=True, emoji=False)
@@ -171,7 +176,8 @@ def table(title: str, rows: Mapping[str, Any], *headings: str) -> None:
     )
     grid.add_column("", overflow="fold")
     for heading in headings or ("",):
-        one_word = bool(heading) and " " not in heading  # which a narrow terminal must not cut
+        # A narrow terminal must not cut a word; a file's name may be longer than it has room for.
+        one_word = " " not in heading and 0 < len(heading) <= LONGEST_WORD
         grid.add_column(
             heading, justify="right" if headings else "left", overflow="fold", no_wrap=one_word
         )
@@ -279,8 +285,9 @@ def show_conversion(conversion: "Conversion") -> None:
     if check is not None:
         out.print(f"Exactness: {_exactness(conversion)}.", highlight=False)
         _show_kinds(check)
+        what = "Hidden states" if isinstance(check, EncoderReport) else "Perplexity"
         out.print(
-            f"Perplexity on {check.tokens:,} tokens that nothing was fitted on, windows of "
+            f"{what} on {check.tokens:,} tokens that nothing was fitted on, windows of "
             f"{check.window}."
             + "".join(f" Left out: {escape(kind_name(kind))}." for kind in check.left_out),
             highlight=False,
@@ -289,10 +296,44 @@ def show_conversion(conversion: "Conversion") -> None:
             out.print(sentence, highlight=False)
     else:
         out.print("Not checked (--check none).", highlight=False)
+    if conversion.findings is not None:
+        _show_findings(conversion.findings, public_name(plan.source.label))
+    auto = "AutoModel" if plan.source.arch.encoder else "AutoModelForCausalLM"
     out.print(
-        f"[bold]{escape(str(conversion.out))}[/] loads with AutoModelForCausalLM.from_pretrained",
+        f"[bold]{escape(str(conversion.out))}[/] loads with {auto}.from_pretrained",
         highlight=False,
     )
+
+
+def _show_findings(found: "Findings", base: str) -> None:
+    """What a merge has shown of its models."""
+    if found.distances is not None:
+        rows = {
+            source.model: (_share_of(source.ffn), _share_of(source.rest))
+            for source in found.distances.sources
+        }
+        table(f"how far from {base}, in its own length", rows, "FFNs", "rest")
+    for sentence in found.sentences:
+        out.print(escape(sentence), highlight=False)
+    if found.perplexities is not None:
+        _show_beside(found.perplexities)
+    _show_notes(found.notes)
+
+
+def _share_of(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _show_beside(beside: "Beside") -> None:
+    """The perplexities of a merge and its models, some texts at a time."""
+    for start in range(0, len(beside.texts), TEXTS_AT_ONCE):
+        some = slice(start, start + TEXTS_AT_ONCE)
+        rows = {
+            row.model: tuple(f"{value:.2f}" for value in row.perplexity[some])
+            for row in beside.models
+        }
+        title = "perplexity on the experts' texts, which nothing was fitted on"
+        table(title, rows, *map(kind_name, beside.texts[some]))
 
 
 def _exactness(conversion: "Conversion") -> str:
@@ -306,7 +347,7 @@ def _exactness(conversion: "Conversion") -> str:
         what += ", repeated neurons in both"
     if plan.design.compensates:
         what += ", refit weights in both"
-    return f"ok, {what}: logits differ by {check.exact_error:.1g} σ"
+    return f"ok, {what}: {plan.source.arch.output} differ by {check.exact_error:.1g} σ"
 
 
 def _show_trials(conversion: "Conversion") -> None:
@@ -334,8 +375,18 @@ def _named(layers: tuple[int, ...]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {' and '.join(map(str, layers))}"
 
 
-def _show_kinds(check: "CheckReport") -> None:
+def _show_kinds(check: "Report") -> None:
     """A row per kind of text, the worst in the colour of what it means."""
+    if isinstance(check, EncoderReport):
+        numbers = {
+            kind_name(kind.kind): (
+                *(f"{kind.error:.3f}", f"{kind.worst_window:.3f}"),
+                *(f"{kind.cosine:.4f}", f"{kind.pooled_cosine:.4f}"),
+            )
+            for kind in check.kinds
+        }
+        table("text", numbers, "error", "worst window", "cosine", "cosine of means")
+        return
     colour = COLOURS[verdict(check.ratios).grade]
     rows = {}
     for kind in check.kinds:
@@ -357,6 +408,13 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
         return
     if plan.exact == "logits":
         yield "The function is unchanged; train it further so that the copies come to differ."
+        return
+    if isinstance(check, EncoderReport):
+        yield (
+            f"Hidden states are off by up to {check.worst.error:.2g} σ, with a cosine of "
+            f"{check.worst.cosine:.3f} ({escape(kind_name(check.worst.kind))}): what that costs, "
+            "only the task that they are for tells."
+        )
         return
     found, worst = verdict(check.ratios), check.worst
     if plan.exact == "nothing":
@@ -508,7 +566,10 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     if "experts_possible" in report:
         rows["--experts with --shared 0"] = ", ".join(map(str, report["experts_possible"]))
     if report.get("check"):
-        rows["perplexity over dense"] = f"{report['check']['perplexity_ratio']:.3f}"
+        ratio = report["check"].get("perplexity_ratio")
+        off = {"error of hidden states": report["check"].get("hidden_error")}
+        named = off if ratio is None else {"perplexity over dense": ratio}
+        rows |= {name: f"{value:.3f}" for name, value in named.items()}
     table(str(report["model"]), rows)
     if "targets" in report:
         table("targets", report["targets"])

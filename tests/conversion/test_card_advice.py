@@ -20,11 +20,11 @@ HOSTS = {
     "mixtral": ("llama", {}),
     "qwen3_moe": ("qwen3", {}),
     "flex_olmo": ("olmo2", {}),
+    "gemma4": ("gemma4_text", {}),
+    "qwen3_5_moe": ("qwen3_5_text", {"shared": 0.25, "experts": 6}),
     "ernie4_5_moe": ("ernie4_5", {"shared": 0.25, "experts": 6}),
     "laguna": ("qwen3", {"shared": 0.25, "experts": 6}),
     "deepseek_v3": ("youtu", {"shared": 0.25, "experts": 6}),
-    "gemma4": ("gemma4_text", {}),
-    "qwen3_5_moe": ("qwen3_5_text", {"shared": 0.25, "experts": 6}),
 }
 LOAD, LORA, FREEZE = range(3)
 
@@ -114,9 +114,6 @@ def test_saved_again_config_lacks_older_spellings(converted, tmp_path):
     assert lost & {"rope_theta", "rope_scaling"} == (
         set() if by_kind else {"rope_theta", "rope_scaling"}
     )
-    before, after = (read_json(f / "config.json") for f in (converted, tmp_path))
-    if "rope_theta" in before["rope_parameters"]:  # else they have no spelling for it
-        assert {"rope_theta", "rope_scaling"} <= before.keys() - after.keys()
 
 
 def test_advice_on_copies_differs(dense, moe):

@@ -8,6 +8,7 @@ from torch import Tensor
 from upcycle.conversion.merging.own_texts import MIXED, OwnTexts
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
+from upcycle.conversion.units import GATE, SEEN
 from upcycle.evaluation.beside import perplexities
 from upcycle.evaluation.distance import remarks
 from upcycle.models.record import (
@@ -17,12 +18,11 @@ from upcycle.models.record import (
     Findings,
     GatePart,
     ModelPerplexities,
+    Report,
     SourceDistance,
 )
 from upcycle.models.text import public_texts
 
-SEEN, GATE = "seen", "gate"
-"""Of a unit's entry in the journal, what the meter saw and what the router's rows are."""
 MERGE = "this merge"
 NAMED = 3
 """Pairs of experts that a note names, at most."""
@@ -31,12 +31,13 @@ NAMED = 3
 def findings(
     plan: Plan, units: Iterable[Mapping[str, Any]], beside: Beside | None
 ) -> Findings | None:
-    """What the units' entries in the journal come to; None of what is no merge.
+    """What the units' entries in the journal come to; None of what is no merge, and of one that
+    gets an expert more, whose other models are not read.
 
     Args:
         beside: the perplexities, if they were measured.
     """
-    if plan.sources is None:
+    if plan.sources is None or plan.finished is not None:
         return None
     entries = list(units)
     gates = [GatePart(layer=unit["layer"], **unit[GATE]) for unit in entries if GATE in unit]
@@ -97,7 +98,7 @@ def _left_out_note(text: str) -> str:
 
 
 def measure_beside(
-    plan: Plan, check: CheckReport, own: OwnTexts, dtype: Any, progress: Any
+    plan: Plan, check: Report, own: OwnTexts, dtype: Any, progress: Any
 ) -> Beside | None:
     """The perplexities of every source and of their mean on the experts' texts, beside those of
     merge and base, which the check has measured; None where there are no texts.
@@ -105,7 +106,8 @@ def measure_beside(
     Raises:
         UpcycleError: a source has changed.
     """
-    if plan.sources is None or not (own.windows or own.left_out):
+    asked = plan.sources is not None and (own.windows or own.left_out)
+    if plan.sources is None or not asked or not isinstance(check, CheckReport):
         return None
     kinds = {kind.kind: kind for kind in check.kinds}
     rows = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
@@ -85,6 +85,8 @@ class DenseFamily:
     """Layers without an FFN."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
+    auto: Any = AutoModelForCausalLM
+    """transformers' name for its class with a head that makes logits."""
 
 
 ANY = object()
@@ -167,6 +169,19 @@ def _alike(config: PreTrainedConfig) -> PreTrainedConfig:
     return alike
 
 
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether tokens of a model, dense or not, see those after them too."""
+    kind = config.model_type
+    always = kind in FAMILIES and Trait.BIDIRECTIONAL in FAMILIES[kind].always
+    return always or not getattr(config, "is_causal", True)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' name for the class of a model, dense or not, with its head."""
+    kind = config.model_type
+    return FAMILIES[kind].auto if kind in FAMILIES else AutoModelForCausalLM
+
+
 def head_dim(config: PreTrainedConfig) -> int:
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.num_attention_heads)
@@ -187,6 +202,8 @@ def _traits(
     config: PreTrainedConfig, family: DenseFamily, fields: Mapping[str, Any]
 ) -> dict[Trait, str]:
     traits: dict[Trait, str] = {}
+    if not getattr(config, "is_causal", True):
+        traits[Trait.BIDIRECTIONAL] = "is_causal=false"
     if getattr(config, "attention_bias", False):
         traits |= dict.fromkeys(family.attention_bias, "attention_bias=true")
     if getattr(config, "mlp_bias", False):
