@@ -261,7 +261,7 @@ def test_a_text_that_is_all_fitted_on_is_left_out(models, texts, tmp_path, few_w
     found = run(made).findings
     assert found.perplexities.texts == ["m1.txt"]
     assert found.perplexities.left_out == ["short.txt"]
-    assert any("fitted on all of short.txt" in note for note in found.notes)
+    assert any("no whole window of short.txt is left" in note for note in found.notes)
 
 
 def test_a_run_that_was_stopped_finds_the_same(models, texts, tmp_path):

@@ -92,8 +92,8 @@ def _listing(layers: Sequence[int]) -> str:
 
 def _left_out_note(text: str) -> str:
     return (
-        f"the router was fitted on all of {text}, so there is none left to measure on: give more "
-        "of it, or fit on less (--set calibration_tokens=…)"
+        f"no whole window of {text} is left to measure on that the router was not fitted on: give "
+        "more of it, or fit on less (--set calibration_tokens=…)"
     )
 
 

@@ -23,7 +23,7 @@ class OwnTexts:
     windows: Mapping[str, Tensor]
     """By text, tokens [W, L]."""
     left_out: tuple[str, ...] = ()
-    """Texts that were fitted on to the last window."""
+    """Texts of which no window is left."""
 
 
 def own_texts(plan: Plan) -> OwnTexts:
