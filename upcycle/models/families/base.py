@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
 from upcycle.models.traits import Architecture, Trait
-from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS
+from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS, UNCONVERTED
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
 
@@ -171,6 +171,7 @@ def _alike(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def is_encoder(config: PreTrainedConfig) -> bool:
     """Whether tokens of a model, dense or not, see those after them too."""
+    config = config.get_text_config()
     kind = config.model_type
     always = kind in FAMILIES and Trait.BIDIRECTIONAL in FAMILIES[kind].always
     return always or not getattr(config, "is_causal", True)
@@ -273,6 +274,8 @@ def unsupported_reason(
             f"{model_type} with gated FFNs can't become a native MoE: it is an encoder-decoder, "
             f"and no native MoE of these has gated experts {known}"
         )
+    if model_type in UNCONVERTED:
+        return f"{model_type} is not converted: it {UNCONVERTED[model_type]} {known}"
     if encoder_decoder:
         return f"{model_type} is an encoder-decoder of a family that upcycle does not know {known}"
     nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)
