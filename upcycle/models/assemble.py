@@ -1,13 +1,16 @@
 """From a layer's tensors to the target's: names, gains, and nothing lost."""
 
+import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from upcycle.core.types import Activation, DenseFFN, MoELayer
 from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD
-from upcycle.models.targets import Gains, MoETarget
+from upcycle.models.targets import Gains, MoETarget, older_spellings
 from upcycle.models.traits import Architecture
 
 Named = Iterator[tuple[str, Tensor]]
@@ -18,6 +21,14 @@ def dense_ffn(tensors: Mapping[str, Tensor], act: Activation) -> DenseFFN:
     """The FFN among a layer's tensors (under llama's names, without prefix)."""
     gate, up, down = FFN
     return DenseFFN(tensors.get(gate), tensors[up], tensors[down], act)
+
+
+def assemble_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json, as transformers 5 and 4 spell them."""
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    made = CONFIG_MAPPING[config["model_type"]](**fields)
+    found: dict[str, Any] = json.loads(made.to_json_string(use_diff=True))
+    return older_spellings(config) | found
 
 
 def assemble_embeddings(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:

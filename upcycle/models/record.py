@@ -295,6 +295,21 @@ class ExpertPart(Part):
     fingerprint: str | None = None
 
 
+class AddedPart(Part):
+    """An expert that came to a finished merge."""
+
+    expert: int
+    """Its number; those before it stayed as they were."""
+    router: Choice
+    """What made its rows."""
+    after_training: int
+    """How many of the runs of `training` had been before."""
+    upcycle: str
+    """The version."""
+    check_before: Check | None = None
+    """What the check of the merge before had measured."""
+
+
 class MergePart(Part):
     """Which models a merge put together; its base is the source."""
 
@@ -424,6 +439,8 @@ class Made(ConversionResult):
     """The last one."""
     layers: list[LayerPart] = []
     training: list[TrainingRun] = []
+    added: list[AddedPart] = []
+    """Experts that came later, in their order."""
 
 
 Record = Made | Trained
