@@ -201,7 +201,9 @@ def runtimes_page() -> str:
             ((f"`{name}`", *(seen(target, of) for of in RUNTIMES)) for name, target in targets),
         ),
         "## With what, and what is not possible\n",
-        "A model beyond a limit is refused by the runtime, or computed otherwise without a word.\n",
+        "A model beyond a limit is refused by the runtime, or computed otherwise without a word. "
+        "Of encoders all these are: whatever the target, in these runtimes tokens see only those "
+        "before them, by their sources.\n",
         table(
             ("target", "runtime", "run with", "limits"),
             (

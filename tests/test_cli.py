@@ -56,6 +56,8 @@ TARGET_OF = {
     "ernie4_5_moe": "ernie4_5",
     "laguna": "qwen3",
     "deepseek_v3": "youtu",
+    "qwen3_5_moe": "qwen3_5_text",
+    "gemma4": "gemma4_text",
 }
 
 

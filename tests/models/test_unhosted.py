@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING
 
 import upcycle
 from upcycle.core.errors import UpcycleError
-from upcycle.models.families import FAMILIES, unhosted
+from upcycle.models import unhosted
+from upcycle.models.families import FAMILIES
 from upcycle.models.families.base import unsupported_reason
 
 SUPPORTED = f"supported: {', '.join(sorted(FAMILY_FIELDS))}"

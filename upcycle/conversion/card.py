@@ -25,6 +25,7 @@ from upcycle.models.record import (
     ConversionResult,
     DenseLayers,
     ExpertPart,
+    HiddenResult,
     Identity,
     KindResult,
     LayerPart,
@@ -32,6 +33,7 @@ from upcycle.models.record import (
     MergePart,
     PlanPart,
     RecipePart,
+    Report,
     Source,
 )
 from upcycle.models.source import DenseSource
@@ -46,7 +48,7 @@ class Conversion:
     plan: Plan
     run: Identity
     out: Path
-    check: CheckReport | None
+    check: Report | None
     seconds: Mapping[str, float]
     peak_bytes: int
     dense_layers: DenseLayers | None = None
@@ -174,12 +176,12 @@ def _with_history(made: Made, finished: Finished) -> Made:
     return made.model_copy(update={"plan": plan} | history)
 
 
-def _public_check(check: CheckReport) -> CheckReport:
-    return replace(
-        check,
-        kinds=[replace(kind, kind=public_name(kind.kind)) for kind in check.kinds],
-        left_out=list(map(public_name, check.left_out)),
-    )
+def _public_check(check: Report) -> Report:
+    changed: dict[str, Any] = {
+        "kinds": [replace(kind, kind=public_name(kind.kind)) for kind in check.kinds],
+        "left_out": list(map(public_name, check.left_out)),
+    }
+    return replace(check, **changed)
 
 
 def papers(plan: Plan) -> list[str]:
@@ -194,21 +196,22 @@ def papers(plan: Plan) -> list[str]:
 
 def model_card(conversion: Conversion) -> str:
     """README.md of the output, with front matter for the hub."""
-    plan = conversion.plan
+    plan, check = conversion.plan, conversion.check
+    task = "feature-extraction" if plan.source.arch.encoder else "text-generation"
     front = read_card(plan.source.folder)
     on_hub = [source for source in _sources(plan) if source.revision is not None]
     if on_hub:
         front["base_model"] = list({_hub_name(source): None for source in on_hub})
     front |= {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "tags": ["moe", "mixture-of-experts", "upcycle", plan.target, plan.recipe.method.name],
     }
     if "base_model" in front:
         front["base_model_relation"] = "finetune" if plan.sources is None else "merge"
-    kinds = conversion.check.kinds if conversion.check else []
+    kinds = check.kinds if check else []
     results = [(public_name(k.kind), kind_name(k.kind), _metrics(k)) for k in kinds]
-    front = with_results(front, conversion.out.resolve().name, results)
+    front = with_results(front, conversion.out.resolve().name, results, task)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("upcycle", "conversion"),
         autoescape=False,
@@ -221,9 +224,9 @@ def model_card(conversion: Conversion) -> str:
         plan=plan,
         target=TARGETS[plan.target],
         name=public_name(plan.source.label),
-        check=conversion.check,
+        check=check,
         kind_name=kind_name,
-        verdict=conversion.check and verdict(conversion.check.ratios),
+        verdict=verdict(check.ratios) if isinstance(check, CheckReport) else None,
         text=public_texts(plan.recipe.calibration),
         papers=papers(plan),
         used=plan.way.used(plan.design.methods, plan.design.geometry),
@@ -260,5 +263,7 @@ def _hub_name(source: DenseSource) -> str:
     return source.label.partition("+")[0]
 
 
-def _metrics(kind: KindResult) -> dict[str, float]:
+def _metrics(kind: KindResult | HiddenResult) -> dict[str, float]:
+    if isinstance(kind, HiddenResult):
+        return {"error of hidden states": kind.error, "cosine of hidden states": kind.cosine}
     return {"perplexity": kind.perplexity_moe, "perplexity over the dense model's": kind.ratio}

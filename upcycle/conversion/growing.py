@@ -99,8 +99,8 @@ def write_grown(plan: Plan, finished: Finished, workspace: Workspace, progress: 
         progress("converting layers", layer, layers)
         _write_layer(growth, workspace, writer, layer)
     progress("converting layers", layers, layers)
-    for unit in ("embeddings", "head"):
-        if unit not in workspace.records:
+    for unit in plan.units:
+        if not unit.startswith("layer ") and unit not in workspace.records:
             write_unit(workspace, writer, unit, finished.copied(plan.units[unit]), {})
     if growth.beside:
         save_file(growth.beside, workspace.result / DOMAINS)
@@ -191,7 +191,7 @@ def _rows(growth: Growth, specs: Sequence[TensorSpec]) -> Tensor:
     """The rows [E, D] of a layer's router before it grows."""
     finished, hidden = growth.finished, growth.plan.source.arch.hidden_size
     name = next(s.name for s in specs if s.shape == (finished.num_experts + 1, hidden))
-    return finished.checkpoint.read([name])[name]
+    return finished.weights.read(name)
 
 
 def _parts(plan: Plan, layer: int, ffn: DenseFFN, row_1D: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -199,7 +199,7 @@ def _parts(plan: Plan, layer: int, ffn: DenseFFN, row_1D: Tensor) -> Iterator[tu
     rows_ED = row_1D.expand(plan.design.geometry.num_experts, -1)
     made = MoELayer(rows_ED, lambda expert: ffn, None)
     for name, tensor in TARGETS[plan.target].experts(made, plan.design.gains):
-        yield f"model.layers.{layer}.{name}", tensor
+        yield plan.source.layout.full(f"model.layers.{layer}.{name}"), tensor
 
 
 def _record(layer: int, *, dense: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from upcycle.conversion.card import Conversion, conversion_record, model_card
 from upcycle.conversion.check import run_check
@@ -21,25 +22,25 @@ from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.merging.finished import DOMAINS, check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
-from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.plan import PARTS, Plan, make_plan
 from upcycle.conversion.units import write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.core.versions import versions
 from upcycle.models.assemble import (
-    assemble_config,
     assemble_embeddings,
     assemble_head,
     assemble_layer,
     dense_ffn,
+    in_whole,
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.names import EMBEDDINGS
-from upcycle.models.record import RECORD, CheckReport, DenseLayers, Identity, record_text
+from upcycle.models.record import RECORD, DenseLayers, Identity, Report, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
-from upcycle.models.targets import TARGETS
+from upcycle.models.targets import TARGETS, older_spellings
 from upcycle.models.writer import (
     CheckpointWriter,
     Workspace,
@@ -119,7 +120,7 @@ def identity(plan: Plan, threads: int) -> Identity:
         ]
         ingredients["sources"] = plan.sources.fingerprints()
     if plan.finished is not None:
-        ingredients["finished"] = plan.finished.checkpoint.fingerprint()
+        ingredients["finished"] = plan.finished.weights.fingerprint()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 
@@ -161,7 +162,7 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
 
 def _check(
     plan: Plan, workspace: Workspace, held: Mapping[str, Tensor], progress: Progress
-) -> CheckReport:
+) -> Report:
     """`run_check`, by a source that is still the same: transformers reads it anew.
 
     Raises:
@@ -211,9 +212,35 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
-    text = json.dumps(assemble_config(plan.config), indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, "utf-8")
+    fields = {k: v for k, v in plan.config.items() if k != "model_type"}
+    text: PreTrainedConfig = CONFIG_MAPPING[plan.config["model_type"]](**fields)
+    _whole_config(plan, text).save_pretrained(folder)
+    path = folder / "config.json"
+    written = json.loads(path.read_text("utf-8"))
+    if plan.source.arch.whole:
+        written["text_config"] = older_spellings(plan.config) | written["text_config"]
+    else:
+        written = older_spellings(plan.config) | written
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
     copy_companions(plan.source.folder, folder)
+
+
+def _whole_config(plan: Plan, text: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the model that the result's text model is a part of."""
+    whole = TARGETS[plan.target].whole
+    if not plan.source.arch.whole or whole is None:
+        return text
+    fields = plan.source.layout.config.to_dict() | {
+        "text_config": text.to_dict(),
+        "architectures": [whole.architecture],
+        "tie_word_embeddings": plan.source.arch.tied,
+        "dtype": plan.config["dtype"],
+    }
+    for part, model_type in whole.parts.items():
+        fields[part] = fields[part] | {"model_type": model_type}
+    del fields["model_type"]
+    config: PreTrainedConfig = CONFIG_MAPPING[whole.model_type](**fields)
+    return config
 
 
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
@@ -229,8 +256,10 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    write_unit(workspace, writer, "embeddings", assemble_embeddings(target, outer), {})
-    write_unit(workspace, writer, "head", assemble_head(target, source.arch, outer), {})
+    before = in_whole(source.layout, assemble_embeddings(target, outer))
+    after = in_whole(source.layout, assemble_head(target, source.arch, outer))
+    write_unit(workspace, writer, "embeddings", before, {})
+    write_unit(workspace, writer, "head", after, {})
     del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):
@@ -238,9 +267,27 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
         if layer > max(plan.moe_layers):
             stream = dense = None  # nobody looks at what comes after
         _write_layer(plan, workspace, writer, stream, dense, gates, layer)
+    _write_beside(plan, workspace, writer)
     progress("converting layers", layers, layers)
     if gates and gates.beside:
         save_file(gates.beside, workspace.result / DOMAINS)
+
+
+def _write_beside(plan: Plan, workspace: Workspace, writer: CheckpointWriter) -> None:
+    """Write what is not the text model's, unless an earlier run did."""
+    source, target = plan.source, TARGETS[plan.target]
+    for number, place in enumerate(plan.beside.drafts, source.arch.num_layers):
+        if place in workspace.records:
+            continue
+        names = [name for name in source.draft_names() if name.startswith(place)]
+        tensors = source.canonical(source.read_place(place, names))
+        converted = convert_layer(plan, number, dense_ffn(tensors, plan.activation))
+        moe = converted.experts(plan.design, number)
+        named = assemble_layer(target, source.arch, place, tensors, moe, plan.design.gains)
+        write_unit(workspace, writer, place, named, {})
+    if plan.beside.kept and PARTS not in workspace.records:
+        kept = ((name, source.read([name])[name]) for name in plan.beside.kept)
+        write_unit(workspace, writer, PARTS, kept, {})
 
 
 def _write_layer(
@@ -337,8 +384,10 @@ def _write_converted(
     unit, target = f"layer {layer}", TARGETS[plan.target]
     record = _put_aside(plan, workspace, unit, converted)
     moe = converted.experts(plan.design, layer) if converted else None
-    named = assemble_layer(target, plan.source.arch, layer, tensors, moe, plan.design.gains)
-    write_unit(workspace, writer, unit, named, {"layer": layer} | record)
+    arch, place = plan.source.arch, f"model.layers.{layer}."
+    named = assemble_layer(target, arch, place, tensors, moe, plan.design.gains)
+    in_place = in_whole(plan.source.layout, named)
+    write_unit(workspace, writer, unit, in_place, {"layer": layer} | record)
 
 
 def _put_aside(

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from upcycle.core.types import Activation, DenseFFN, MoELayer
+from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD
 from upcycle.models.targets import Gains, MoETarget, older_spellings
 from upcycle.models.traits import Architecture
@@ -38,7 +39,7 @@ def assemble_embeddings(target: MoETarget, outer: Mapping[str, Tensor]) -> Named
 def assemble_layer(
     target: MoETarget,
     arch: Architecture,
-    layer: int,
+    place: str,
     tensors: Mapping[str, Tensor],
     moe: MoELayer | None,
     gains: Gains,
@@ -46,18 +47,18 @@ def assemble_layer(
     """A layer's tensors under the target's names; with `moe` in the dense FFN's place, if given.
 
     Args:
-        tensors: all of the layer's, under llama's names without prefix.
+        place: what their names begin with.
+        tensors: all of the layer's, under llama's names without that.
     """
-    prefix = f"model.layers.{layer}."
     extra = dict(target.extra(arch, tensors))
     for name, tensor in tensors.items():
         if name not in extra and (moe is None or name not in FFN):
-            yield prefix + target.spelled.get(name, name), tensor
+            yield place + target.spelled.get(name, name), tensor
     for name, tensor in extra.items():
-        yield prefix + name, tensor
+        yield place + name, tensor
     if moe is not None:
         for name, tensor in target.experts(moe, gains):
-            yield prefix + name, tensor
+            yield place + name, tensor
 
 
 def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Tensor]) -> Named:
@@ -66,5 +67,11 @@ def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Ten
     for name, tensor in outer.items():
         if name != EMBEDDINGS:
             yield target.spelled.get(name, name), tensor
-    if not arch.tied and HEAD not in outer:
+    if arch.head and not arch.tied and HEAD not in outer:
         yield HEAD, outer[EMBEDDINGS]
+
+
+def in_whole(layout: Layout, named: Named) -> Named:
+    """A text model's tensors under the names that they have in the whole model."""
+    for name, tensor in named:
+        yield layout.full(name), tensor

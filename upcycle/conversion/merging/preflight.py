@@ -19,7 +19,7 @@ from upcycle.conversion.merging.request import (
 )
 from upcycle.conversion.recipe import load_recipe
 from upcycle.core.errors import UpcycleError
-from upcycle.models.text import check_text
+from upcycle.models.text import PROBES, check_text
 
 
 def merge_request(
@@ -64,17 +64,21 @@ def merge_request(
             "experts in a mergekit-moe file"
         )
     file = place_of_file(names)
-    router = given.get("router")
     if file is None:
         request = named_request(names, base=base, shared_model=shared_model)
     elif base is not None or shared_model is not None:
-        raise UpcycleError(f"{file} names the base and the shared experts: drop --base")
+        raise UpcycleError(
+            f"{file} names the base and the shared experts: drop --base and --shared-model"
+        )
     else:
-        request = read_file(file, gate_mode=router if isinstance(router, str) else None)
+        request = read_file(file)
     request = _with_texts(request, texts or {})
     check_request(request)
     recipe = load_recipe("default", recipe_settings(request, given))
-    check_prompts(request.merge, recipe.router.name if recipe.router else "")
+    try:
+        check_prompts(request.merge, recipe.router.name if recipe.router else "")
+    except UpcycleError as error:
+        raise UpcycleError(f"{file}: {error}" if file else str(error)) from error
     targets_later = {} if recipe.target != request.settings.get("target") else {"target": "auto"}
     check_names(recipe.model_copy(update=targets_later))
     return request
@@ -90,6 +94,8 @@ def _with_texts(request: Request, texts: Mapping[str, str]) -> Request:
     for name, text in texts.items():
         if not name:
             raise UpcycleError(f"--text {text}: say whose it is, MODEL={text}")
+        if text in ("probes", *PROBES):
+            raise UpcycleError(f"--text {name}={text}: nothing is ever fitted on probes")
         check_text(text, "--text")
         places = [i for i, expert in enumerate(experts) if name in _names(expert)]
         if len(places) != 1:
