@@ -17,7 +17,7 @@ from torch import Tensor
 
 from upcycle.conversion.converted import route
 from upcycle.conversion.gating import Gating
-from upcycle.conversion.merging.finished import DOMAINS, Finished
+from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.passages import added_passages
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
@@ -28,6 +28,7 @@ from upcycle.core.types import DenseFFN, LayerActivations, MoELayer
 from upcycle.models.assemble import assemble_config
 from upcycle.models.names import EMBEDDINGS
 from upcycle.models.passages import Grouped, losses_of_models, next_token_losses
+from upcycle.models.record import DOMAINS
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS

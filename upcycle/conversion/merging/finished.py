@@ -23,7 +23,7 @@ from upcycle.core.types import all_finite
 from upcycle.models.assemble import FFN
 from upcycle.models.download import Remote
 from upcycle.models.model_name import ModelName, Place, parse_model
-from upcycle.models.record import RECORD, ExpertPart, Made
+from upcycle.models.record import DOMAINS, RECORD, ExpertPart, Made
 from upcycle.models.source import (
     Checkpoint,
     DenseSource,
@@ -35,9 +35,6 @@ from upcycle.models.source import (
 )
 from upcycle.models.targets import MoESpec, MoETarget
 from upcycle.models.writer import TensorSpec
-
-DOMAINS = "router_domains.safetensors"
-"""Beside the weights: what gate `domain` leaves."""
 
 
 @dataclass(frozen=True)
