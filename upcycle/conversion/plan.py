@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from upcycle.conversion.beside import Beside
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
-from upcycle.conversion.merging.finished import Finished
+from upcycle.conversion.merging.finished import Finished, Weights
 from upcycle.conversion.merging.passages import passage_tokens
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.merging.rest import check_rest, read_merged
@@ -129,10 +129,10 @@ class Plan:
         return runtimes_lost(self.recipe, arch, self.target, self.spec, combine)
 
     @property
-    def checkpoints(self) -> list[DenseSource]:
+    def checkpoints(self) -> list[DenseSource | Weights]:
         """All that is read, the source first."""
         others = self.sources.distinct() if self.sources else []
-        return [self.source, *others, *([self.finished.checkpoint] if self.finished else [])]
+        return [self.source, *others, *([self.finished.weights] if self.finished else [])]
 
     @property
     def activation(self) -> Activation:

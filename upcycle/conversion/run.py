@@ -20,7 +20,7 @@ from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
-from upcycle.conversion.merging.finished import DOMAINS, check_base
+from upcycle.conversion.merging.finished import check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
 from upcycle.conversion.plan import Plan, make_plan
 from upcycle.conversion.units import PARTS, write_unit
@@ -38,7 +38,7 @@ from upcycle.models.assemble import (
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.names import EMBEDDINGS
-from upcycle.models.record import RECORD, DenseLayers, Identity, Report, record_text
+from upcycle.models.record import DOMAINS, RECORD, DenseLayers, Identity, Report, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
@@ -121,7 +121,7 @@ def identity(plan: Plan, threads: int) -> Identity:
         ]
         ingredients["sources"] = plan.sources.fingerprints()
     if plan.finished is not None:
-        ingredients["finished"] = plan.finished.checkpoint.fingerprint()
+        ingredients["finished"] = plan.finished.weights.fingerprint()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 

@@ -47,7 +47,7 @@ def open_job(
     check_own_files(folder)
     path = folder / RECORD
     record = read_record(path) if path.is_file() else Trained()
-    origin = record.source.model(folder) if isinstance(record, Made) else None
+    origin = _origin(record, folder)
     request = load_training(preset or _default_preset(record), settings, origin)
     for text in texts(request.data):
         check_text(text, "--data")
@@ -57,6 +57,14 @@ def open_job(
     if teacher is not None and isinstance(record, Made) and settings.get("teacher") is None:
         _check_origin(record.source, teacher, folder)
     return Job(model, folder, record, request, teacher, out)
+
+
+def _origin(record: Record, folder: Path) -> str | None:
+    """The dense model that a model was made from, whose predictions it may learn; of a merge there
+    are several, and the base does not know what its experts do."""
+    if not isinstance(record, Made) or record.plan.merge is not None:
+        return None
+    return record.source.model(folder)
 
 
 def _check_dtypes(label: str, folder: Path) -> None:

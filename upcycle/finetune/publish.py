@@ -24,6 +24,7 @@ from upcycle.finetune.step import Progress, Row, Setup
 from upcycle.finetune.trainable import Groups
 from upcycle.models.frontmatter import read_card, split_card, with_results
 from upcycle.models.record import (
+    DOMAINS,
     RECORD,
     TRAIN_LOG,
     Made,
@@ -126,6 +127,9 @@ def publish(setup: Setup, progress: Progress, groups: Groups, job: Job) -> Finet
     )
     if not setup.accelerator.is_main_process:
         return done
+    if settings.train == "experts" and (folder / DOMAINS).is_file():
+        # It makes the rows that there are no longer, once routers have trained.
+        shutil.copyfile(folder / DOMAINS, result_folder(job.out) / DOMAINS)
     place = result_folder(job.out)
     stored = next(iter(read_headers(folder).values())).dtype
     if settings.lora:

@@ -80,8 +80,8 @@ def finetune(
         model: a folder or hub id, such as what `convert` wrote.
         out: the folder for the result: a checkpoint of the same layout, or with `lora` and
             without `merge` an adapter.
-        preset: `heal`, `specialise`, `lora` or a YAML file; by default `heal` for a split,
-            `specialise` for copies.
+        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or a YAML file; by default `heal`
+            for a split, `specialise` for copies and merges.
         overwrite: replace a former result.
         resume: go on from the saved state of a run that was stopped. The result has the same
             bytes as that of an uninterrupted run, on a CPU.
