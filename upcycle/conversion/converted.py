@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -54,6 +54,11 @@ class ConvertedLayer:
     def permutation(self) -> Tensor:
         """The dense FFN's neurons, shared first, then expert by expert."""
         return self.origin_F[self.layout.permutation]
+
+    @property
+    def gate(self) -> dict[str, Any]:
+        """How well the router tells experts apart, as plain values, where that is a question."""
+        return {}
 
     def experts(self, design: Design, layer: int) -> MoELayer:
         """What a target writes."""

@@ -19,7 +19,7 @@ from upcycle.conversion.converted import route
 from upcycle.conversion.gating import Gating
 from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.passages import added_passages
-from upcycle.conversion.merging.sources import Sources
+from upcycle.conversion.merging.sources import Sources, read_ffn
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.units import write_unit
 from upcycle.core.foreign import blaming
@@ -179,7 +179,7 @@ def _write_layer(
         if not written:
             write_unit(workspace, writer, unit, finished.copied(specs), _record(layer, dense=True))
         return
-    ffn = growth.sources.ffns(layer, plan.activation)[finished.num_experts]
+    ffn = read_ffn(growth.sources.models[finished.num_experts], layer, plan.activation)
     row_1D = growth.row(layer, ffn, _rows(growth, specs))
     if written:
         return

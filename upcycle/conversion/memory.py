@@ -43,8 +43,9 @@ def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
 
 
 def _outside_layers(plan: Plan) -> int:
-    """Embeddings and head are read together."""
-    return sum(plan.source.tensors[name].nbytes for name in plan.source.outer_names())
+    """Embeddings and head are read together; of a merge, one of another model's beside them."""
+    sizes = [plan.source.tensors[name].nbytes for name in plan.source.outer_names()]
+    return sum(sizes) + (max(sizes) if plan.sources else 0)
 
 
 def _embedding(plan: Plan) -> int:

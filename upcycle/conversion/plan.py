@@ -44,6 +44,7 @@ from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
 from upcycle.core.settings import Choice
 from upcycle.core.types import Activation, DenseFFN, Geometry, MoELayer
+from upcycle.evaluation.distance import Meter
 from upcycle.models.assemble import (
     Named,
     assemble_embeddings,
@@ -158,20 +159,24 @@ class Plan:
         auto = self.request.keep_dense == "auto"
         return auto and takes_dense_layers(runtimes, arch, self.target, self.spec)
 
-    def read(self, names: list[str]) -> dict[str, Tensor]:
+    def read(self, names: list[str], meter: Meter | None = None) -> dict[str, Tensor]:
         """These tensors of the source; of a merge, all but FFNs as its rule for the rest has them.
+
+        Args:
+            meter: of a merge, is shown the models' tensors.
 
         Raises:
             UpcycleError: as `DenseSource.read`.
         """
         if self.sources is None:
             return self.source.read(names)
-        return read_merged(self.sources, self.design.methods.rest, names, self.design.seed)
+        return read_merged(self.sources, self.design.methods.rest, names, self.design.seed, meter)
 
-    def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """A layer's tensors by their names below `model.layers.N.`, as the source spells them."""
+    def read_layer(self, layer: int, meter: Meter | None = None) -> dict[str, Tensor]:
+        """A layer's tensors by their names below `model.layers.N.`, as the source spells them;
+        `meter` as `read` takes it."""
         prefix = f"model.layers.{layer}."
-        found = self.read(self.source.layer_names(layer))
+        found = self.read(self.source.layer_names(layer), meter)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def geometries(self) -> list[Geometry]:
@@ -222,7 +227,9 @@ class Plan:
     @property
     def held_tokens(self) -> int:
         """All that the check reads, at most."""
-        kinds = len(PROBES) + len(texts(self.recipe.calibration))
+        own = self.design.merge.texts if self.design.merge else []
+        # The experts' texts are read once more, mixed.
+        kinds = len(PROBES) + len(texts(self.recipe.calibration)) + len(own) + (len(own) > 1)
         return kinds * self.check_windows * min(self.recipe.seq_len, CHECK_WINDOW)
 
     @property
