@@ -50,6 +50,7 @@ TARGET_OF = {
     "glm4_moe": "llama",
     "granitemoeshared": "granite",
     "flex_olmo": "olmo2",
+    "lfm2_moe": "lfm2",
 }
 
 

@@ -4,6 +4,7 @@ Initial std 0.2 and distinct sizes, so that a lost gain or swapped matrices chan
 as much as their own spread.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -37,6 +38,12 @@ FAMILIES = {
         "logits_scaling": 2.0,
     },
     "olmo2": {},
+    "lfm2": {
+        "intermediate_size": 288,  # of which the class makes 192
+        "block_multiple_of": 16,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "tie_word_embeddings": False,
+    },
 }
 PLAIN_SPLIT = {
     "experts": 8,
@@ -63,6 +70,22 @@ def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shar
         if name.endswith(("norm.weight", "bias")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards or "5GB")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_published(folder: Path, published: dict):
+    """Write a random model with the config.json that a hub's model has, but for its sizes, and a
+    byte tokenizer, to the folder; returns it."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[published["model_type"]].from_dict(published)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        # Published initializer ranges would leave layers that hardly change the hidden states.
+        wide = parameter.dim() > 1
+        parameter.data.add_(torch.randn_like(parameter) * (0.15 if wide else 0.3))
+    model.float().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(published))
     make_tokenizer().save_pretrained(folder)
     return folder
 

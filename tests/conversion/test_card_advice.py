@@ -18,6 +18,7 @@ HOSTS = {
     "mixtral": ("llama", {}),
     "qwen3_moe": ("qwen3", {}),
     "flex_olmo": ("olmo2", {}),
+    "lfm2_moe": ("lfm2", {}),
 }
 LOAD, LORA, FREEZE = range(3)
 

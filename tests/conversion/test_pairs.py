@@ -45,9 +45,10 @@ HOSTS = {
     "gemma": {"granitemoeshared"},
     "granite": {"granitemoeshared"},
     "olmo2": {"flex_olmo"},
+    "lfm2": {"lfm2_moe"},
 }
 SHARED = {"qwen2_moe", "glm4_moe", "granitemoeshared"}
-TOP_K_IS_FIXED = ALWAYS_RENORMALISES | {"qwen3_moe"}
+TOP_K_IS_FIXED = ALWAYS_RENORMALISES | {"qwen3_moe", "lfm2_moe"}
 KEEPS_ANY_DENSE = {"qwen2_moe", "qwen3_moe"}
 SPLIT = {"experts": 8, "top_k": 3}
 COPY = {"method": "copy", "experts": 4, "top_k": 2}
@@ -366,13 +367,20 @@ def long_rope(rotary):
 UNUSUAL = {
     "attention_bias": [True],
     "attention_multiplier": [0.1],
+    "block_auto_adjust_ff_dim": [False],
+    "block_ffn_dim_multiplier": [1.5],
+    "block_multiple_of": [40],
+    "conv_L_cache": [5],
+    "conv_bias": [True],
     "embedding_multiplier": [2.5],
+    "full_attn_idxs": [[0]],
     "head_dim": [24],
     "hidden_act": ["gelu", "relu"],
     "layer_types": [["full_attention", "sliding_attention", "full_attention"]],
     "logits_scaling": [0.5],
     "max_window_layers": [0, 1],
     "mlp_bias": [True],
+    "norm_eps": [0.05],
     "num_key_value_heads": [1, 4],
     "residual_multiplier": [0.3],
     "rms_norm_eps": [0.05],
@@ -394,6 +402,7 @@ WITHOUT_EFFECT = set(
 WITHOUT_A_HOST = {
     ("gemma", "use_bidirectional_attention"),
     ("granite", "mlp_bias"),
+    ("lfm2", "layer_types"),
     ("llama", "mlp_bias"),
     ("qwen3", "layer_types"),
     ("qwen3", "max_window_layers"),

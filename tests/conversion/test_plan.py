@@ -535,6 +535,7 @@ def test_plan_reads_no_weights_and_writes_nothing(dense, tmp_path, monkeypatch):
         ("gemma", "granitemoeshared", "granitemoeshared"),
         ("granite", "granitemoeshared", "granitemoeshared"),
         ("olmo2", "flex_olmo", "flex_olmo"),
+        ("lfm2", "lfm2_moe", "lfm2_moe"),
     ],
 )
 def test_target_that_auto_chooses(dense, family, split_target, copy_target):

@@ -12,7 +12,6 @@ from upcycle.finetune.loop import make_optimizer
 from upcycle.finetune.routers import (
     RouterTap,
     Scale,
-    correction_bias,
     keep_float32,
     measure_scales,
     update_bias,
@@ -315,9 +314,9 @@ def test_routers_hold_and_select_in_float32(dense, moe, target, how):
 
 def test_bias_moves_towards_the_experts_with_less_than_their_share(dense, moe):
     (block, *_) = moe_blocks(split_model(dense, moe, "glm4_moe"))
-    assert not correction_bias(block).any()
+    assert not block.selection_bias.any()
     update_bias(block, torch.tensor([5, 0, 2, 2, 2, 2, 2, 1]), 0.25)
-    assert correction_bias(block).tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
+    assert block.selection_bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -346,4 +345,4 @@ def test_only_glm_has_a_selection_bias(dense, moe):
     blocks = itertools.chain.from_iterable(
         moe_blocks(split_model(dense, moe, t)) for t in ("qwen2_moe", "mixtral")
     )
-    assert all(correction_bias(block) is None for block in blocks)
+    assert all(block.selection_bias is None for block in blocks)

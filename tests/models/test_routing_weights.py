@@ -3,13 +3,18 @@ transformers adds up, with the dense model's own neurons."""
 
 import pytest
 import torch
-from reference import experts, load, logits, moe_layers, routers
+from reference import experts, ffn_of, load, logits, moe_layers, neurons, routers
 from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle.models.targets import TARGETS
 
-FAMILY = {"qwen3_moe": "qwen3", "flex_olmo": "olmo2", "granitemoeshared": "granite"}
+FAMILY = {
+    "qwen3_moe": "qwen3",
+    "flex_olmo": "olmo2",
+    "granitemoeshared": "granite",
+    "lfm2_moe": "lfm2",
+}
 """Of a dense model that the target takes; else llama."""
 SPREAD = 0.3
 SPLITS = [
@@ -49,11 +54,6 @@ def seen_by_experts(model):
     return seen
 
 
-def matrices(mlp):
-    """gate, up and down of a dense FFN."""
-    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-
-
 @pytest.mark.parametrize("settings", SPLITS, ids=str)
 @pytest.mark.parametrize("name", sorted(TARGETS))
 @torch.no_grad()
@@ -65,9 +65,7 @@ def test_a_splits_experts_count_what_the_plan_weighs(dense, moe, name, settings)
         logits_TE = x_TD @ router.weight.T
         weight_TE = plan.design.weigh(logits_TE)
         assert ((weight_TE > 0).sum(1) == plan.design.geometry.top_k).all()
-        gate_FD, up_FD, down_DF = matrices(source.model.layers[record["layer"]].mlp)
-        act = source.model.layers[record["layer"]].mlp.act_fn
-        h_TF = act(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
+        h_TF, down_DF = neurons(ffn_of(source.model.layers[record["layer"]]), x_TD)
         members_EM = torch.tensor(record["permutation"]).view(plan.design.geometry.num_experts, -1)
         expected_TD = sum(
             weight_TE[:, e, None] * (h_TF[:, members_M] @ down_DF[:, members_M].T)
@@ -91,8 +89,7 @@ def test_copies_count_what_the_plan_weighs(dense, moe, name, settings):
     for (x_TD, y_TD), router, block in layers:
         weight_TE = plan.design.weigh(x_TD @ router.weight.T)
         shards_TG = weight_TE.view(len(x_TD), geometry.copies, geometry.granularity).sum(1)
-        gate_FD, up_FD, down_DF = matrices(block.mlp)
-        h_TF = block.mlp.act_fn(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
+        h_TF, down_DF = neurons(ffn_of(block), x_TD)
         count_TF = shards_TG.repeat_interleave(geometry.expert_size, dim=1)
         expected_TD = (h_TF * count_TF) @ down_DF.T
         torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5 * y_TD.std().item())

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from reference import gap, load, logits
+from reference import ffn_of, gap, load, logits
 from tiny import FAMILIES, SIZES
 
 import upcycle.models.stream
@@ -80,20 +80,28 @@ def model_through(folder, tokens_BL=TOKENS_BL, replaced=None):
         return lambda _, args: place.append(args[0].flatten(0, 1))
 
     for block in model.model.layers:
-        block.mlp.register_forward_pre_hook(keep(inputs))
-        # OLMo 2 has no norm before its FFN: there, the FFN sees the residual stream itself.
-        post_norm = hasattr(block, "post_feedforward_layernorm")
-        before = block.mlp if post_norm else block.post_attention_layernorm
-        before.register_forward_pre_hook(keep(residuals))
-    model.model.norm.register_forward_pre_hook(keep(last))
+        ffn_of(block).register_forward_pre_hook(keep(inputs))
+        norm_before_ffn(block).register_forward_pre_hook(keep(residuals))
+    last_norm(model).register_forward_pre_hook(keep(last))
     for layer, function in (replaced or {}).items():
         replace_ffn(model, layer, function)
     model(input_ids=tokens_BL, use_cache=False)
     return inputs, [residual_TD.norm(dim=-1) for residual_TD in residuals], last[0]
 
 
+def norm_before_ffn(block):
+    # OLMo 2 has none: there, the FFN sees the residual stream itself.
+    if hasattr(block, "post_feedforward_layernorm"):
+        return ffn_of(block)
+    return getattr(block, "ffn_norm", None) or block.post_attention_layernorm
+
+
+def last_norm(model):
+    return getattr(model.model, "embedding_norm", None) or model.model.norm
+
+
 def replace_ffn(model, layer, function):
-    mlp = model.model.layers[layer].mlp
+    mlp = ffn_of(model.model.layers[layer])
     mlp.forward = lambda x_BLD: function(x_BLD.flatten(0, 1)).view_as(x_BLD)
 
 

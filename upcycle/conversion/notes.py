@@ -1,12 +1,13 @@
 """What a plan says in words of what works, but not all that well, and of runtimes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways import Way
+from upcycle.core.flags import setting
 from upcycle.models.source import DenseSource
 from upcycle.models.targets import TARGETS, Combine, MoESpec, Runtime
 from upcycle.models.traits import Architecture
@@ -28,10 +29,19 @@ def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
 
 
 def warnings(
-    recipe: Recipe, way: Way, spec: MoESpec, target: str, dtype: torch.dtype
+    recipe: Recipe,
+    way: Way,
+    spec: MoESpec,
+    target: str,
+    targets: Mapping[str, str],
+    dtype: torch.dtype,
 ) -> Iterator[str]:
     """Of sizes that some runtimes or kernels do not like, or that save nothing, and of what is
-    not the dense model's equal though it could be."""
+    not the dense model's equal though it could be.
+
+    Args:
+        targets: every target, with the reason that it is refused, or an empty string.
+    """
     geometry = spec.geometry
     if geometry.num_experts > LLAMA_CPP_MAX_EXPERTS:
         yield f"{geometry.num_experts} experts: llama.cpp builds before 2026-07 allow 512"
@@ -40,10 +50,18 @@ def warnings(
             f"{geometry.expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, "
             "and tensor parallelism may not divide it"
         )
+    least = TARGETS[target].routing.least_spread(dtype)
+    if recipe.router_spread is not None and recipe.router_spread < least:
+        yield (
+            f"{setting('router_spread', recipe.router_spread)}: {target} rounds scores to "
+            f"{str(dtype).removeprefix('torch.')}, in which many tie unless logits spread by "
+            f"{least:g}"
+        )
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
         yield f"--shared {asked:g} became {got:.3g}, so that all experts have the same width"
-    yield from way.notes(recipe, geometry, TARGETS[target], dtype)
+    others = [TARGETS[name] for name, why in targets.items() if not why]
+    yield from way.notes(recipe, geometry, TARGETS[target], others, dtype)
 
 
 def runtime_refusals(

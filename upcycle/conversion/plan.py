@@ -224,7 +224,7 @@ def make_plan(
         params_active=params_total - idle * (room.layers - len(dense_layers)),
         warnings=(
             *source_notes(source, design.dtype),
-            *warnings(recipe, way, spec, target, design.dtype),
+            *warnings(recipe, way, spec, target, targets, design.dtype),
             *left_out,
         ),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
@@ -254,18 +254,20 @@ def _design(
     room: Room,
 ) -> Design:
     compensates = bool(methods.compensate.method.refits)
-    spread = recipe.router_spread or (SPREAD if compensates else UNFITTED_SPREAD)
+    routing = TARGETS[target].routing
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    least = max(SPREAD if compensates else UNFITTED_SPREAD, routing.least_spread(dtype))
     gains = TARGETS[target].gains(combine, geometry)
     return Design(
         methods=methods,
         geometry=geometry,
         combine=combine,
-        routing=TARGETS[target].routing,
+        routing=routing,
         gains=gains.over_three_matrices() if recipe.spread_gain else gains,
-        router_spread=EXACT_SPREAD if way.averages else spread,
+        router_spread=EXACT_SPREAD if way.averages else recipe.router_spread or least,
         sequential=recipe.sequential and way.lossy,
         feedback=_feedback(recipe, way, methods, source.arch, geometry, room),
-        dtype=source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+        dtype=dtype,
         seed=recipe.seed,
     )
 
@@ -432,13 +434,16 @@ def _meta_layer(spec: MoESpec, arch: Architecture, dtype: torch.dtype) -> MoELay
 
     router_ED = torch.empty(spec.geometry.num_experts, arch.hidden_size, dtype=dtype, device="meta")
     shared = ffn(spec.geometry.shared_size) if spec.geometry.shared_size else None
-    return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
+    return MoELayer(
+        router_ED, lambda e: ffn(spec.geometry.expert_size), shared, spec.geometry.granularity
+    )
 
 
 def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     """What a plan that is whole may still come to grief on."""
     check_own_files(plan.source.folder)
     _check_feedback(plan)
+    _check_ties(plan)
     _check_text(plan)
     _check_memory(plan)
     if plan.out is not None:
@@ -455,6 +460,19 @@ def _check_feedback(plan: Plan) -> None:
         if not plan.way.takes_feedback:
             why = "pruned copies are fitted to the dense FFN's output"
         raise UpcycleError(f"compensate.feedback={asked} has no effect: {why}, so give 0")
+
+
+def _check_ties(plan: Plan) -> None:
+    """Copies of which each must count 1 have hardly different scores, which some targets round."""
+    design = plan.design
+    if not plan.way.averages or design.combine != "sum":
+        return
+    if design.router_spread < design.routing.least_spread(design.dtype):
+        raise UpcycleError(
+            f"--top-k 1: {plan.target} rounds the scores of copies that count 1 each to one and "
+            "the same below float32, so that all tokens would get the same copy: raise --top-k, or "
+            "pass --dtype float32"
+        )
 
 
 def _check_text(plan: Plan) -> None:

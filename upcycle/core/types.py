@@ -271,6 +271,8 @@ class MoELayer:
     router_ED: Tensor
     expert: Callable[[int], DenseFFN]
     shared: DenseFFN | None
+    granularity: int = 1
+    """Experts that follow one another and are the shards of one copy."""
 
     @property
     def num_experts(self) -> int:

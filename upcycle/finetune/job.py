@@ -11,6 +11,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.versions import versions
 from upcycle.finetune.settings import Training, load_training
+from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
 from upcycle.models.source import (
@@ -59,7 +60,7 @@ def open_job(
 def _check_dtypes(label: str, folder: Path) -> None:
     """The result is written in one dtype, as `convert` writes it."""
     headers = read_headers(folder)
-    found = {str(i.dtype) for name, i in headers.items() if not name.endswith("correction_bias")}
+    found = {str(i.dtype) for name, i in headers.items() if not name.endswith(SELECTION_BIAS)}
     if len(found) > 1:
         raise UpcycleError(
             f"{label} holds weights in {' and '.join(sorted(found))}: store it in one dtype first"

@@ -183,10 +183,10 @@ def keep_float32(blocks: list[MoEBlock]) -> None:
         block.router.forward = _in_float32(block.router.forward)
 
 
-def _in_float32(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    def wrapped(x: Tensor) -> Any:
+def _in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(x: Tensor, *beside: Tensor) -> Any:
         with torch.autocast(x.device.type, enabled=False):
-            return forward(x.float())
+            return forward(x.float(), *beside)
 
     return wrapped
 
@@ -212,12 +212,6 @@ def measure_scales(model: nn.Module, blocks: list[MoEBlock], tokens_BL: Tensor) 
     ]
 
 
-def correction_bias(block: MoEBlock) -> Tensor | None:
-    """The bias [E] that a target adds to scores for selection alone, where it has one."""
-    bias_E: Tensor | None = getattr(block.router, "e_score_correction_bias", None)
-    return bias_E
-
-
 @torch.no_grad()
 def update_bias(block: MoEBlock, count_E: Tensor, rate: float) -> None:
     """Balance without a loss (arXiv:2408.15664): experts that had less than their share of the
@@ -226,7 +220,7 @@ def update_bias(block: MoEBlock, count_E: Tensor, rate: float) -> None:
     Args:
         rate: by which each expert's bias moves.
     """
-    bias_E = correction_bias(block)
+    bias_E = block.selection_bias
     assert bias_E is not None
     count_E = count_E.float()
     bias_E += rate * (count_E.mean() - count_E).sign().to(bias_E)

@@ -11,6 +11,9 @@ from upcycle.finetune.settings import Train
 from upcycle.models.blocks import MoEBlock
 
 GROUPS = ("router", "experts", "shared experts", "attention", "dense FFNs", "norms, embeddings")
+FFNS = (".mlp.", ".feed_forward.", ".mixer.up_proj.", ".mixer.down_proj.")
+MIXERS = (".self_attn.", ".conv.", ".mamba.", ".mixer.")
+"""Attention, and what some layers have in its place."""
 TRAINS: dict[Train, tuple[str, ...]] = {
     "router": ("router",),
     "experts": ("experts", "shared experts"),
@@ -54,18 +57,21 @@ def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Me
         parts |= {id(p): ("experts", 1.0) for p in block.experts.parameters()}
         parts[id(block.experts.down_proj)] = ("experts", scale.down_proj)
     return {
-        id(p): Member(name, *parts.get(id(p), (_group(name), 1.0)), p.numel(), p.dim())
+        id(p): Member(name, *parts.get(id(p), (_group(name, p), 1.0)), p.numel(), p.dim())
         for name, p in model.named_parameters()
         if p.numel()
     }
 
 
-def _group(name: str) -> str:
+def _group(name: str, parameter: nn.Parameter) -> str:
     if "shared_expert" in name or "shared_mlp" in name:
         return "shared experts"
-    if ".self_attn." in name:
+    if any(part in name for part in FFNS):
+        return "dense FFNs"
+    # A convolution has a few weights per channel, which nothing of low rank can change.
+    if any(part in name for part in MIXERS) and parameter.dim() < 3:
         return "attention"
-    return "dense FFNs" if ".mlp." in name else "norms, embeddings"
+    return "norms, embeddings"
 
 
 def freeze_all_but(model: nn.Module, known: Members, train: Train) -> None:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from upcycle.core.errors import UpcycleError
 
+SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
+"""Names of the buffer [E] that some architectures add to scores for selection alone."""
+
 
 @dataclass(frozen=True)
 class MoEBlock:
@@ -20,10 +23,22 @@ class MoEBlock:
     experts: Any
     """With `gate_up_proj` [E, 2 M, D], `down_proj` [E, D, M] and `act_fn`. Called with tokens
     [T, D], the selected experts [T, K] and their weights [T, K]."""
+    around: Any = None
+    """The module that holds both."""
 
     @property
     def num_experts(self) -> int:
         return len(self.experts.down_proj)
+
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """The bias [E] that is added to scores for selection alone, where there is one."""
+        for module in (self.router, self.around):
+            for name in SELECTION_BIAS:
+                bias_E: Tensor | None = getattr(module, name, None)
+                if bias_E is not None:
+                    return bias_E
+        return None
 
 
 def moe_blocks(model: nn.Module) -> list[MoEBlock]:
@@ -32,7 +47,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     Raises:
         UpcycleError: a layer has experts, but no router that looks like one of transformers' own.
     """
-    routers, experts = {}, {}
+    routers, experts, around = {}, {}, {}
     for name, module in model.named_modules():
         layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         if layer is None:
@@ -41,11 +56,14 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
             routers[layer] = module
         elif _is_stacked(module):
             experts[layer] = module
+            around[layer] = model.get_submodule(name.rpartition(".")[0])
     for layer in sorted(experts.keys() - routers.keys()):
         raise UpcycleError(
             f"layer {layer} of {type(model).__name__} has experts, but no router that upcycle knows"
         )
-    return [MoEBlock(layer, router, experts[layer]) for layer, router in routers.items()]
+    return [
+        MoEBlock(layer, router, experts[layer], around[layer]) for layer, router in routers.items()
+    ]
 
 
 def _is_stacked(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ class Trait(StrEnum):
     RESIDUAL_MULTIPLIER = "scaled residual branches"
     ATTENTION_MULTIPLIER = "its own attention scale"
     LOGITS_SCALING = "scaled logits"
+    HYBRID = "layers of several kinds"
     UNGATED = "an FFN without a gate"
     MLP_BIAS = "biases in the FFN"
 

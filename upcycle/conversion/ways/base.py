@@ -5,7 +5,7 @@ says in words what it made; nothing else in the package knows which ways there a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -142,9 +142,18 @@ class Way(ABC):
         """What became of every FFN, for the model card."""
 
     def notes(
-        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
+        self,
+        recipe: Recipe,
+        geometry: Geometry,
+        target: MoETarget,
+        others: Collection[MoETarget],
+        dtype: torch.dtype,
     ) -> Iterator[str]:
-        """What works, but not all that well."""
+        """What works, but not all that well.
+
+        Args:
+            others: all targets that take the model.
+        """
         return iter(())
 
     fewer: ClassVar[str] = ""

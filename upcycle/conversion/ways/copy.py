@@ -4,7 +4,7 @@ Copies are averaged, so that the model computes what it did; it is larger, and m
 A perturbation (`split/copies/`) makes them differ from the start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.rng import generator
 from upcycle.core.types import ExpertLayout, Geometry
-from upcycle.models.targets import TARGETS
 from upcycle.models.targets.base import MoETarget
 from upcycle.split.copies import PERTURBS
 
@@ -86,7 +85,12 @@ class Copy(Way):
         )
 
     def notes(
-        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
+        self,
+        recipe: Recipe,
+        geometry: Geometry,
+        target: MoETarget,
+        others: Collection[MoETarget],
+        dtype: torch.dtype,
     ) -> Iterator[str]:
         """Why copies do not compute what the dense model does, before they are trained."""
         top_k, granularity = geometry.top_k, geometry.granularity
@@ -98,10 +102,11 @@ class Copy(Way):
                 f"model (--top-k {whole} would be)"
             )
         elif granularity > 1 and dtype != torch.float32 and not target.groups:
-            fitting = " or ".join(f"--target {name}" for name, t in TARGETS.items() if t.groups)
+            fitting = [f"--target {other.name}" for other in others if other.groups]
+            keeps = f"{' or '.join(fitting)} keeps copies whole, and so does --dtype float32"
             yield (
                 "below float32, two copies score the same on some tokens, which then get shards "
-                f"of both: {fitting} keeps copies whole, and so does --dtype float32"
+                f"of both: {keeps if fitting else '--dtype float32 keeps copies whole'}"
             )
         if recipe.spread_gain:
             yield (

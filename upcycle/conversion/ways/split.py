@@ -4,7 +4,7 @@ The FFN is a sum over neurons, so all experts together are the FFN; what a token
 and a refit makes up for part of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -128,7 +128,12 @@ class Split(Way):
         )
 
     def notes(
-        self, recipe: Recipe, geometry: Geometry, target: MoETarget, dtype: torch.dtype
+        self,
+        recipe: Recipe,
+        geometry: Geometry,
+        target: MoETarget,
+        others: Collection[MoETarget],
+        dtype: torch.dtype,
     ) -> Iterator[str]:
         if geometry.top_k == geometry.num_experts:
             yield "top_k is all experts: nothing is switched off, nothing is saved"

@@ -2,6 +2,7 @@
 
 import upcycle.models.families.gemma
 import upcycle.models.families.granite
+import upcycle.models.families.lfm2
 import upcycle.models.families.llama
 import upcycle.models.families.mistral
 import upcycle.models.families.olmo2

@@ -54,6 +54,10 @@ class DenseFamily:
     ANY they never do."""
     extra: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """Config fields in the common vocabulary that the source spells differently."""
+    spelled: tuple[str, ...] = ()
+    """Its own config fields that this reads."""
+    width: Callable[[PreTrainedConfig], int] = lambda config: int(config.intermediate_size)
+    """Neurons of its FFN."""
     partial_rotary: bool = False
     """Whether its class reads `partial_rotary_factor`; the others rotate whole heads whatever it
     says."""
@@ -111,7 +115,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
     _refuse_unknown_fields(config, family)
     fields = {name: getattr(config, name, None) for name in CARRIED}
     fields["head_dim"] = head_dim(config)
-    fields["rope_parameters"] = dict(config.rope_parameters)
+    fields["rope_parameters"] = dict(getattr(config, "rope_parameters", None) or {})
     fields["attention_multiplier"] = getattr(config, "attention_multiplier", None)
     fields |= {name: getattr(config, name, 1.0) for name in MULTIPLIERS}
     fields |= {
@@ -124,7 +128,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
         family=family.name,
         fields=fields,
         traits=dict(family.always) | _traits(config, family, fields),
-        intermediate_size=config.intermediate_size,
+        intermediate_size=family.width(config),
         bare_layers=family.bare_layers(config),
     )
 
@@ -180,8 +184,9 @@ def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> Non
             "copied: start from the unquantised checkpoint"
         )
     defaults = type(config)()
+    read = {*UNDERSTOOD, *CARRIED, *family.carried, *family.spelled}
     for name in type(config).__annotations__:
-        if name in UNDERSTOOD or name in CARRIED or name in family.carried:
+        if name in read:
             continue
         value, default = getattr(config, name, None), getattr(defaults, name, None)
         if name in family.inert:

@@ -3,6 +3,7 @@
 import upcycle.models.targets.flex_olmo
 import upcycle.models.targets.glm4_moe
 import upcycle.models.targets.granitemoeshared
+import upcycle.models.targets.lfm2_moe
 import upcycle.models.targets.mixtral
 import upcycle.models.targets.qwen2_moe
 import upcycle.models.targets.qwen3_moe

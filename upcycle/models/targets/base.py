@@ -28,6 +28,8 @@ from upcycle.models.traits import Architecture, Trait
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean", "plain"]
 Runtime = Literal["llama.cpp", "vLLM", "MLX", "transformers 4"]
+LEVELS = 8
+"""Of scores that are rounded, how many the spread of a router's logits must span."""
 SharedWidth = Literal["any", "multiple", "none"]
 """Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
 
@@ -63,6 +65,13 @@ class Routing:
     decides it in transformers, but llama.cpp always does."""
     shared_gate: float | None = 1.0
     """Weight of the shared expert when its gate is near zero; None where there is none."""
+    in_model_dtype: bool = False
+    """Whether scores are rounded to the model's dtype before experts are selected."""
+
+    def least_spread(self, dtype: torch.dtype) -> float:
+        """The least spread of logits of which scores in this dtype show enough."""
+        # Sigmoid scores near a half are eps / 2 apart, and change a quarter as fast as logits.
+        return 2 * LEVELS * torch.finfo(dtype).eps if self.in_model_dtype else 0.0
 
     def weights(self, logits_TE: Tensor, top_k: int, gains: Gains) -> Tensor:
         """What each expert counts for a token in the end, [T, E], its gains included: nothing where
@@ -116,12 +125,15 @@ class MoETarget:
     `model.layers.N.`, and of what belongs to no layer."""
     min_experts: int = 1
     groups: bool = False
-    """Whether a token can be held to the best groups of experts (`n_group`, `topk_group`)."""
+    """Whether a token gets copies whole where two score the same: because it can be held to the
+    best groups of experts (`n_group`, `topk_group`), or in another way."""
     shared_in_experts: bool = False
     """Whether the shared expert's width is given as a number of routed experts'."""
     lora: tuple[str, ...] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     """Names of the experts' parameters below a layer of the loaded model, where they are stacked
     whatever the hub layout."""
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names there of attention's linear layers."""
     router: str = "mlp.gate.weight"
     """The router's name there."""
     shared_gate: str | None = None
@@ -141,20 +153,18 @@ class MoETarget:
         if combine == "mean":
             # Each selected shard weighs 1 / G of what a whole copy does.
             gain = float(geometry.granularity)
-            if routing.score == "sigmoid":
+            if routing.score == "sigmoid" and routing.renormalises == "optional":
                 return Gains(1.0, shared, norm_topk_prob=True, scale=gain, all_on=1.0)
             return Gains(gain, shared, norm_topk_prob=True, scale=1.0, all_on=1.0)
         # Of how many shards a copy has, how many a token gets.
         share = geometry.granularity / top_k if combine == "plain" else 1.0
-        if routing.score == "sigmoid":
-            return Gains(1.0, shared, norm_topk_prob=False, scale=2.0 * share, all_on=1.0)
-        if combine == "plain":
-            gain = num_experts * share
-            return Gains(gain, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
         # Of one weight there is nothing to renormalise, and a router that should learn needs it.
         one_of_each = routing.renormalises == "usually" and top_k == 1
-        if routing.renormalises == "optional" or one_of_each:
-            return Gains(num_experts, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
+        if combine == "plain" or routing.renormalises == "optional" or one_of_each:
+            if routing.score == "sigmoid":
+                return Gains(1.0, shared, norm_topk_prob=False, scale=2.0 * share, all_on=1.0)
+            gain = num_experts * share
+            return Gains(gain, shared, norm_topk_prob=False, scale=1.0, all_on=1.0)
         return Gains(top_k, shared, norm_topk_prob=True, scale=1.0, all_on=num_experts / top_k)
 
     def refusal(
