@@ -23,7 +23,7 @@ NOISE = 4.0
 MUTATED = 0.5
 """The least gap of a model with one mistake in it: far beyond every tolerance."""
 
-ALWAYS_RENORMALISES = {"mixtral", "granitemoeshared"}
+ALWAYS_RENORMALISES = {"mixtral", "granitemoeshared", "granitemoehybrid"}
 """Their K selected experts share weight 1 whatever K is, so a split's gain is K; elsewhere each
 expert's weight does not depend on K."""
 
@@ -136,8 +136,8 @@ def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
     return result
 
 
-FFNS = ("mlp", "feed_forward")
-DOWNS = ("down_proj", "w2")
+FFNS = ("mlp", "feed_forward", "shared_mlp")
+DOWNS = ("down_proj", "w2", "output_linear")
 
 
 def ffn_of(block):

@@ -51,6 +51,7 @@ TARGET_OF = {
     "granitemoeshared": "granite",
     "flex_olmo": "olmo2",
     "lfm2_moe": "lfm2",
+    "granitemoehybrid": "granitemoehybrid",
 }
 
 
@@ -804,6 +805,13 @@ def test_inspect_a_moe(dense, tmp_path, target):
     shown = run("inspect", tmp_path / "moe")
     assert shown.exit_code == 0
     assert target in shown.stdout
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid"])
+def test_inspect_a_dense_model_of_a_class_that_may_have_experts(dense, family):
+    facts = report("inspect", dense(family))
+    assert (facts["kind"], facts["architecture"]) == ("dense", family)
+    assert facts["intermediate_size"] == 192
 
 
 def test_inspect_a_moe_whose_record_is_spoilt(dense, tmp_path):

@@ -38,6 +38,20 @@ FAMILIES = {
         "logits_scaling": 2.0,
     },
     "olmo2": {},
+    "granitemoehybrid": {
+        "shared_intermediate_size": 192,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 24,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
     "lfm2": {
         "intermediate_size": 288,  # of which the class makes 192
         "block_multiple_of": 16,

@@ -46,8 +46,9 @@ HOSTS = {
     "granite": {"granitemoeshared"},
     "olmo2": {"flex_olmo"},
     "lfm2": {"lfm2_moe"},
+    "granitemoehybrid": {"granitemoehybrid"},
 }
-SHARED = {"qwen2_moe", "glm4_moe", "granitemoeshared"}
+SHARED = {"qwen2_moe", "glm4_moe", "granitemoeshared", "granitemoehybrid"}
 TOP_K_IS_FIXED = ALWAYS_RENORMALISES | {"qwen3_moe", "lfm2_moe"}
 KEEPS_ANY_DENSE = {"qwen2_moe", "qwen3_moe"}
 SPLIT = {"experts": 8, "top_k": 3}
@@ -175,11 +176,10 @@ class TestCopy:
     @pytest.mark.parametrize("target", sorted(ALWAYS_RENORMALISES))
     def test_of_top_1_is_refused_where_its_router_would_be_frozen(self, dense, target):
         request = {"method": "copy", "experts": 4, "top_k": 1, "target": target}
+        source = str(dense(FAMILY_OF[target]))
         with pytest.raises(UpcycleError, match="no gradient"):
-            upcycle.plan(str(dense()), **request)
-        assert (
-            upcycle.plan(str(dense()), allow_frozen_router=True, **request).design.combine == "mean"
-        )
+            upcycle.plan(source, **request)
+        assert upcycle.plan(source, allow_frozen_router=True, **request).design.combine == "mean"
 
     @pytest.mark.parametrize("target", sorted(LLAMA_LIKE))
     @pytest.mark.parametrize(
@@ -378,18 +378,32 @@ UNUSUAL = {
     "hidden_act": ["gelu", "relu"],
     "layer_types": [["full_attention", "sliding_attention", "full_attention"]],
     "logits_scaling": [0.5],
+    "mamba_chunk_size": [8],
+    "mamba_conv_bias": [False],
+    "mamba_d_conv": [3],
+    "mamba_d_head": ["auto"],
+    "mamba_d_state": [8],
+    "mamba_expand": [4],
+    "mamba_n_groups": [2],
+    "mamba_n_heads": [2],
+    "mamba_proj_bias": [True],
     "max_window_layers": [0, 1],
     "mlp_bias": [True],
     "norm_eps": [0.05],
     "num_key_value_heads": [1, 4],
+    "num_local_experts": [2],
+    "position_embedding_type": ["rope"],
     "residual_multiplier": [0.3],
     "rms_norm_eps": [0.05],
     "rope_parameters": [{"rope_type": "default", "rope_theta": 300.0}],
     "sliding_window": [5, None],
     "tie_word_embeddings": [False, True],
+    "time_step_limit": [(0.5, 2.0)],
     "use_bidirectional_attention": [True],
     "use_sliding_window": [True],
 }
+# Of Mamba's sizes, one follows from the others.
+WITH = {"mamba_expand": {"mamba_d_head": "auto"}, "mamba_n_heads": {"mamba_d_head": "auto"}}
 # Without these the fields about windows change nothing in qwen2 and qwen3.
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 # Fields that size the model, name tokens, act in training only, or stand in rope_parameters too.
@@ -397,11 +411,14 @@ WITHOUT_EFFECT = set(
     """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     max_position_embeddings original_max_position_embeddings initializer_range use_cache
     bos_token_id eos_token_id pad_token_id attention_dropout resid_pdrop embd_pdrop
-    pretraining_tp""".split()
+    pretraining_tp shared_intermediate_size num_experts_per_tok output_router_logits
+    router_aux_loss_coef""".split()
 )
 WITHOUT_A_HOST = {
     ("gemma", "use_bidirectional_attention"),
     ("granite", "mlp_bias"),
+    ("granitemoehybrid", "layer_types"),
+    ("granitemoehybrid", "num_local_experts"),
     ("lfm2", "layer_types"),
     ("llama", "mlp_bias"),
     ("qwen3", "layer_types"),
@@ -424,6 +441,7 @@ class TestConfigFields:
     )
     def test_each_is_hosted_or_refused(self, dense, moe, family, field, value):
         fields = (WINDOW if "window" in field or field == "layer_types" else {}) | {field: value}
+        fields |= WITH.get(field, {})
         reached = exact_hosts(dense, moe, family, **fields)
         assert reached or (family, field) in WITHOUT_A_HOST
 

@@ -536,6 +536,7 @@ def test_plan_reads_no_weights_and_writes_nothing(dense, tmp_path, monkeypatch):
         ("granite", "granitemoeshared", "granitemoeshared"),
         ("olmo2", "flex_olmo", "flex_olmo"),
         ("lfm2", "lfm2_moe", "lfm2_moe"),
+        ("granitemoehybrid", "granitemoehybrid", "granitemoehybrid"),
     ],
 )
 def test_target_that_auto_chooses(dense, family, split_target, copy_target):

@@ -32,6 +32,40 @@ LFM2 = {
     "use_pos_enc": True,
     "vocab_size": 272,
 }
+GRANITE4 = {
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 100257,
+    "embedding_multiplier": 12,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "init_method": "mup",
+    "initializer_range": 0.1,
+    "logits_scaling": 4,
+    "mamba_chunk_size": 16,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 32768,
+    "model_type": "granitemoehybrid",
+    "normalization_function": "rmsnorm",
+    "num_experts_per_tok": 0,
+    "num_local_experts": 0,
+    "output_router_logits": False,
+    "pad_token_id": 271,
+    "residual_multiplier": 0.246,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "vocab_size": 272,
+}
 SIZES = {
     "LFM2-350M": {
         "block_dim": 32,
@@ -58,10 +92,60 @@ SIZES = {
         "num_key_value_heads": 2,
     },
 }
+GRANITE4_SIZES = {
+    "granite-4.0-350m": {
+        "attention_multiplier": 0.015625,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "layer_types": ["attention"] * 3,
+        "mamba_d_head": "auto",
+        "mamba_n_heads": 8,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "position_embedding_type": "rope",
+        "shared_intermediate_size": 128,
+    },
+    "granite-4.0-h-350m": {
+        "attention_multiplier": 0.015625,
+        "hidden_size": 48,
+        "intermediate_size": 128,
+        "layer_types": ["mamba", "mamba", "attention"],
+        "mamba_d_head": 24,
+        "mamba_n_heads": 4,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "position_embedding_type": "nope",
+        "shared_intermediate_size": 128,
+    },
+    "granite-4.0-h-1b": {
+        "attention_multiplier": 0.0078125,
+        "hidden_size": 48,
+        "intermediate_size": 256,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "logits_scaling": 6,
+        "mamba_d_head": 16,
+        "mamba_n_heads": 6,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "position_embedding_type": "nope",
+        "residual_multiplier": 0.22,
+        "shared_intermediate_size": 256,
+    },
+}
 PUBLISHED = {name: LFM2 | sizes for name, sizes in SIZES.items()}
-TARGET = {"lfm2": "lfm2_moe"}
-WIDTH = {"LFM2-350M": 144, "LFM2-1.2B": 256}
-"""Of 208 and 384 neurons, two thirds, up to the next multiple of 16."""
+PUBLISHED |= {name: GRANITE4 | sizes for name, sizes in GRANITE4_SIZES.items()}
+TARGET = {"lfm2": "lfm2_moe", "granitemoehybrid": "granitemoehybrid"}
+WIDTH = {
+    # Of 208 and 384 neurons, two thirds, up to the next multiple of 16.
+    "LFM2-350M": 144,
+    "LFM2-1.2B": 256,
+    "granite-4.0-350m": 128,
+    "granite-4.0-h-350m": 128,
+    "granite-4.0-h-1b": 256,
+}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ FAMILY = {
     "flex_olmo": "olmo2",
     "granitemoeshared": "granite",
     "lfm2_moe": "lfm2",
+    "granitemoehybrid": "granitemoehybrid",
 }
 """Of a dense model that the target takes; else llama."""
 SPREAD = 0.3

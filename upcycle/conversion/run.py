@@ -193,6 +193,7 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
     CONFIG_MAPPING[plan.target](**fields).save_pretrained(folder)
     path = folder / "config.json"
     config = older_spellings(plan.config) | json.loads(path.read_text("utf-8"))
+    config |= TARGETS[plan.target].older(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     copy_companions(plan.source.folder, folder)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from upcycle.models.families import is_dense
 from upcycle.models.record import RECORD, Made, check_summary, read_record
 from upcycle.models.source import DenseSource, model_folder, read_config, read_headers
 from upcycle.models.targets import TARGETS
@@ -35,7 +36,10 @@ def inspect_dense(source: DenseSource) -> dict[str, Any]:
 def moe_folder(model: str, revision: str | None = None) -> Path | None:
     """The folder of a model with experts; None of any other."""
     folder = model_folder(model, revision)
-    return folder if folder is not None and read_config(folder).model_type in TARGETS else None
+    if folder is None:
+        return None
+    config = read_config(folder)
+    return folder if config.model_type in TARGETS and not is_dense(config) else None
 
 
 def inspect_moe(label: str, folder: Path) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class DenseFamily:
     carried: tuple[str, ...] = ()
     """Config fields of its own that go to the target under the same name."""
     blocks: Blocks = Blocks()
+    has_experts: Callable[[PreTrainedConfig], bool] = lambda config: False
+    """Whether a model of its class, which has place for experts, is a Mixture-of-Experts."""
     bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
     """Layers without an FFN."""
     rewrite: Rewrite = keep
@@ -112,6 +114,8 @@ def describe(config: PreTrainedConfig) -> Architecture:
             )
         )
     family = FAMILIES[config.model_type]
+    if family.has_experts(config):
+        raise UpcycleError(already(config.model_type))
     _refuse_unknown_fields(config, family)
     fields = {name: getattr(config, name, None) for name in CARRIED}
     fields["head_dim"] = head_dim(config)
@@ -216,6 +220,17 @@ MOE_BY_ANOTHER_NAME = set(
 )
 
 
+def is_dense(config: PreTrainedConfig) -> bool:
+    """Whether a model is one of a dense family."""
+    name = config.model_type
+    return name in FAMILIES and not FAMILIES[name].has_experts(config)
+
+
+def already(model_type: str) -> str:
+    """Why a Mixture-of-Experts is not converted, as a sentence."""
+    return f"the source is a {model_type} model, which is a Mixture-of-Experts already"
+
+
 def unsupported_reason(model_type: str, *, encoder_decoder: bool = False) -> str:
     """Why a model is not converted, as a sentence."""
     known = ", ".join(sorted(FAMILIES))
@@ -229,7 +244,7 @@ def unsupported_reason(model_type: str, *, encoder_decoder: bool = False) -> str
             f"{model_type} can't become a native MoE: it {REASONS[model_type]} (supported: {known})"
         )
     if "moe" in model_type or model_type in MOE_BY_ANOTHER_NAME:
-        return f"the source is a {model_type} model, which is a Mixture-of-Experts already"
+        return already(model_type)
     return (
         f"model_type {model_type!r} is not a dense family that upcycle knows (supported: {known})"
     )

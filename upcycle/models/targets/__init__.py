@@ -2,6 +2,7 @@
 
 import upcycle.models.targets.flex_olmo
 import upcycle.models.targets.glm4_moe
+import upcycle.models.targets.granitemoehybrid
 import upcycle.models.targets.granitemoeshared
 import upcycle.models.targets.lfm2_moe
 import upcycle.models.targets.mixtral

@@ -123,6 +123,9 @@ class MoETarget:
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Its own names for tensors that are not converted, by llama's: of a dense layer's FFN, below
     `model.layers.N.`, and of what belongs to no layer."""
+    older: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    """Fields of a config.json as transformers 4 and other runtimes spell them, where they are to
+    stand in place of transformers 5's spelling, which reads both."""
     min_experts: int = 1
     groups: bool = False
     """Whether a token gets copies whole where two score the same: because it can be held to the
@@ -219,6 +222,8 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     new names.
     """
     rope = config["rope_parameters"]
+    if "rope_theta" not in rope:
+        return dict(config)
     kind = rope.get("rope_type", "default")
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     older = {

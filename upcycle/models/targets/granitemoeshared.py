@@ -66,34 +66,32 @@ def extra(arch: Architecture, layer: Mapping[str, Tensor]) -> Named:
         yield "self_attn.o_proj.bias", torch.zeros_like(layer["self_attn.o_proj.weight"][:, 0])
 
 
-TARGETS.add(
+TARGET = MoETarget(
     "granitemoeshared",
-    MoETarget(
-        "granitemoeshared",
-        routing=Routing("softmax", "always", shared_gate=1.0),
-        dense_layers="none",
-        split_rank=3,
-        copy_rank=3,
-        config=config,
-        experts=experts,
-        runtimes={
-            "llama.cpp": (silu_only, no_window),
-            "vLLM": (silu_only, heads_fill_hidden, no_biases),
-            "MLX": (unknown,),
-            "transformers 4": (heads_fill_hidden,),
-        },
-        accepts=frozenset(
-            {
-                Trait.QKV_BIAS,
-                Trait.O_BIAS,
-                Trait.EMBEDDING_MULTIPLIER,
-                Trait.RESIDUAL_MULTIPLIER,
-                Trait.ATTENTION_MULTIPLIER,
-                Trait.LOGITS_SCALING,
-            }
-        ),
-        extra=extra,
-        lora=("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
-        router="block_sparse_moe.router.weight",
+    routing=Routing("softmax", "always", shared_gate=1.0),
+    dense_layers="none",
+    split_rank=3,
+    copy_rank=3,
+    config=config,
+    experts=experts,
+    runtimes={
+        "llama.cpp": (silu_only, no_window),
+        "vLLM": (silu_only, heads_fill_hidden, no_biases),
+        "MLX": (unknown,),
+        "transformers 4": (heads_fill_hidden,),
+    },
+    accepts=frozenset(
+        {
+            Trait.QKV_BIAS,
+            Trait.O_BIAS,
+            Trait.EMBEDDING_MULTIPLIER,
+            Trait.RESIDUAL_MULTIPLIER,
+            Trait.ATTENTION_MULTIPLIER,
+            Trait.LOGITS_SCALING,
+        }
     ),
+    extra=extra,
+    lora=("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+    router="block_sparse_moe.router.weight",
 )
+TARGETS.add("granitemoeshared", TARGET)
