@@ -136,7 +136,7 @@ def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
     return result
 
 
-FFNS = ("mlp", "feed_forward", "shared_mlp")
+FFNS = ("mlp", "feed_forward", "shared_mlp", "mixer")
 DOWNS = ("down_proj", "w2", "output_linear")
 
 

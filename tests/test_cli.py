@@ -52,6 +52,7 @@ TARGET_OF = {
     "flex_olmo": "olmo2",
     "lfm2_moe": "lfm2",
     "granitemoehybrid": "granitemoehybrid",
+    "nemotron_h": "nemotron_h",
 }
 
 
@@ -807,7 +808,7 @@ def test_inspect_a_moe(dense, tmp_path, target):
     assert target in shown.stdout
 
 
-@pytest.mark.parametrize("family", ["granitemoehybrid"])
+@pytest.mark.parametrize("family", ["granitemoehybrid", "nemotron_h"])
 def test_inspect_a_dense_model_of_a_class_that_may_have_experts(dense, family):
     facts = report("inspect", dense(family))
     assert (facts["kind"], facts["architecture"]) == ("dense", family)

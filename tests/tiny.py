@@ -52,6 +52,15 @@ FAMILIES = {
         "mamba_d_state": 16,
         "mamba_chunk_size": 16,
     },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "mlp"],
+        "head_dim": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 24,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+    },
     "lfm2": {
         "intermediate_size": 288,  # of which the class makes 192
         "block_multiple_of": 16,
@@ -59,6 +68,8 @@ FAMILIES = {
         "tie_word_embeddings": False,
     },
 }
+FFN_LAYERS = {"nemotron_h": [1, 3, 4]}
+"""Of a tiny model; by default all three."""
 PLAIN_SPLIT = {
     "experts": 8,
     "top_k": 2,

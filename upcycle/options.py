@@ -79,7 +79,8 @@ CONVERSION = (
         (
             "target",
             str,
-            "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo",
+            "auto | mixtral | qwen2_moe | qwen3_moe | glm4_moe | granitemoeshared | flex_olmo | "
+            "lfm2_moe | granitemoehybrid | nemotron_h",
         ),
     )
     | _settings(

@@ -19,6 +19,7 @@ HOSTS = {
     "qwen3_moe": ("qwen3", {}),
     "flex_olmo": ("olmo2", {}),
     "lfm2_moe": ("lfm2", {}),
+    "nemotron_h": ("nemotron_h", {"shared": 0.25, "experts": 6}),
     "granitemoehybrid": ("granitemoehybrid", {"shared": 0.25, "experts": 6}),
 }
 LOAD, LORA, FREEZE = range(3)

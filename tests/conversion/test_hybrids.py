@@ -1,9 +1,11 @@
 """What other runtimes read of a hybrid model's config.json."""
 
 import pytest
-from reference import read_json
+from reference import read_json, weights
+from tiny import PLAIN_SPLIT
 
 import upcycle
+from upcycle.core.errors import UpcycleError
 
 COPY = {"method": "copy", "experts": 2, "top_k": 2}
 
@@ -32,3 +34,32 @@ def test_llama_cpp_tells_positions_by_the_kinds_of_granites_layers(dense, kind, 
     layers = ["full_attention", kind, "full_attention"]
     source = dense("granitemoehybrid", layer_types=layers, position_embedding_type=positions)
     assert upcycle.plan(str(source), check="none", **COPY).runtimes["llama.cpp"] == refused
+
+
+def test_nemotrons_layers_are_also_a_pattern(dense, moe):
+    """llama.cpp's converter and mlx-lm read that; names are those of the published checkpoints."""
+    out = moe(dense("nemotron_h"), shared=0, experts=8, top_k=2, keep_dense="3")
+    config = read_json(out / "config.json")
+    assert config["hybrid_override_pattern"] == "ME*-E"
+    assert config["num_hidden_layers"] == 5
+    names = set(weights(out))
+    assert "backbone.layers.1.mixer.experts.7.up_proj.weight" in names
+    assert all(name.startswith("backbone.") for name in names - {"lm_head.weight"})
+
+
+def test_layers_without_an_ffn_are_no_layers_to_keep_dense(dense):
+    source = str(dense("nemotron_h"))
+    with pytest.raises(UpcycleError, match="layer 0, which has no FFN to keep dense"):
+        upcycle.plan(source, keep_dense="0")
+    with pytest.raises(UpcycleError, match="names every layer"):
+        upcycle.plan(source, keep_dense="1,3,4")
+
+
+def test_damage_is_measured_where_there_is_an_ffn(dense, tmp_path):
+    settings = PLAIN_SPLIT | {"experts": 8, "top_k": None, "active": 0.8, "keep_dense": "auto"}
+    size = {"calibration_tokens": 256, "seq_len": 64, "check": "none", "split": "random"}
+    made = upcycle.convert(str(dense("nemotron_h")), tmp_path / "out", **settings | size)
+    damage = made.dense_layers.damage
+    assert [value > 0 for value in damage] == [False, True, False, True, True]
+    assert set(made.dense_layers.layers) <= {1, 3, 4}
+    assert {layer for t in made.dense_layers.trials for layer in t.layers} >= {1, 4}

@@ -537,6 +537,7 @@ def test_plan_reads_no_weights_and_writes_nothing(dense, tmp_path, monkeypatch):
         ("olmo2", "flex_olmo", "flex_olmo"),
         ("lfm2", "lfm2_moe", "lfm2_moe"),
         ("granitemoehybrid", "granitemoehybrid", "granitemoehybrid"),
+        ("nemotron_h", "nemotron_h", "nemotron_h"),
     ],
 )
 def test_target_that_auto_chooses(dense, family, split_target, copy_target):

@@ -135,9 +135,57 @@ GRANITE4_SIZES = {
         "shared_intermediate_size": 256,
     },
 }
+NEMOTRON = {
+    "architectures": ["NemotronHForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "chunk_size": 128,
+    "conv_kernel": 4,
+    "eos_token_id": 12,
+    "expand": 2,
+    "head_dim": 16,
+    "hidden_dropout": 0.0,
+    "hidden_size": 56,
+    "hybrid_override_pattern": "M-*-M-",
+    "initializer_range": 0.02,
+    "intermediate_size": 192,
+    "layer_norm_epsilon": 1e-05,
+    "mamba_head_dim": 10,
+    "mamba_hidden_act": "silu",
+    "mamba_num_heads": 8,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "model_type": "nemotron_h",
+    "n_groups": 4,
+    "num_attention_heads": 5,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 1,
+    "num_logits_to_keep": 1,
+    "pad_token_id": 0,
+    "rescale_prenorm_residual": True,
+    "residual_in_fp32": False,
+    "rms_norm_eps": 1e-05,
+    "sliding_window": None,
+    "ssm_state_size": 16,
+    "tie_word_embeddings": False,
+    "time_step_floor": 0.0001,
+    "time_step_limit": [0.0, float("inf")],
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "time_step_rank": 256,
+    "use_bias": False,
+    "use_cache": True,
+    "use_conv_bias": True,
+    "use_mamba_kernels": True,
+    "vocab_size": 272,
+}
 PUBLISHED = {name: LFM2 | sizes for name, sizes in SIZES.items()}
 PUBLISHED |= {name: GRANITE4 | sizes for name, sizes in GRANITE4_SIZES.items()}
-TARGET = {"lfm2": "lfm2_moe", "granitemoehybrid": "granitemoehybrid"}
+PUBLISHED["NVIDIA-Nemotron-Nano-9B-v2"] = NEMOTRON
+TARGET = {"lfm2": "lfm2_moe", "granitemoehybrid": "granitemoehybrid", "nemotron_h": "nemotron_h"}
 WIDTH = {
     # Of 208 and 384 neurons, two thirds, up to the next multiple of 16.
     "LFM2-350M": 144,
@@ -145,6 +193,7 @@ WIDTH = {
     "granite-4.0-350m": 128,
     "granite-4.0-h-350m": 128,
     "granite-4.0-h-1b": 256,
+    "NVIDIA-Nemotron-Nano-9B-v2": 192,
 }
 
 

@@ -305,6 +305,16 @@ def test_a_selection_bias_that_lies_beside_the_router_moves_too(dense, moe, trai
     assert layout(done.out) == layout(source)
 
 
+@pytest.mark.parametrize("family", ["lfm2", "nemotron_h"])
+def test_low_rank_changes_of_layers_of_all_kinds(dense, moe, train, family):
+    """But for what kernels read past its module."""
+    done = train(moe(dense(family), experts=8, top_k=2), steps=1, train="all", lora=2, merge=True)
+    trained = {group: row["trained"] for group, row in done.groups.items()}
+    assert trained["attention"] > 0
+    assert trained["experts"] > 0
+    assert done.reload_error < 1e-5
+
+
 @pytest.mark.parametrize("made", ["copies", "shards", "split"])
 def test_a_step_moves_the_selection_bias_by_what_was_asked_for(dense, moe, train, made):
     """As DeepSeek-V3's does, of any router that is not tempered."""

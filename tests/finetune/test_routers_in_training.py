@@ -237,6 +237,25 @@ def test_dense_router_gradient_of_renormalised_copies(dense, moe, target):
     torch.testing.assert_close(actual_ED, expected_ED, rtol=1e-3, atol=1e-4 * expected_ED.std())
 
 
+def test_dense_router_gradient_of_experts_without_gates(dense, moe):
+    model = load(moe(dense("nemotron_h"), shared=0, router_spread=1e-4))
+    (block, *_), (x_TD, *_) = moe_blocks(model), inputs_of_routers(model)
+    RouterTap([block], dense_gradient=True, score=score_of("nemotron_h"))
+    chosen_TK = selected(block.router(x_TD))
+    weights_TE = 2 * (x_TD @ block.router.weight.T).sigmoid()
+    y_TD = block.experts(x_TD, chosen_TK, weights_TE.gather(1, chosen_TK))
+    grad_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(0))
+    y_TD.backward(grad_TD, retain_graph=True)
+    actual_ED = block.router.weight.grad.clone()
+    model.zero_grad()
+    both = zip(block.experts.up_proj, block.experts.down_proj, strict=True)
+    each_TD = [(x_TD @ up_MD.T).relu() ** 2 @ down_DM.T for up_MD, down_DM in both]
+    sum(w_T[:, None] * y for w_T, y in zip(weights_TE.T, each_TD, strict=True)).backward(grad_TD)
+    expected_ED = block.router.weight.grad
+    assert expected_ED.std() > 0
+    torch.testing.assert_close(actual_ED, expected_ED, rtol=1e-3, atol=1e-4 * expected_ED.std())
+
+
 def test_dense_router_gradient_changes_no_output(dense, moe):
     plain, tapped = (split_model(dense, moe, "qwen2_moe") for _ in range(2))
     RouterTap(moe_blocks(tapped), dense_gradient=True)

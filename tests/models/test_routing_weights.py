@@ -15,6 +15,7 @@ FAMILY = {
     "granitemoeshared": "granite",
     "lfm2_moe": "lfm2",
     "granitemoehybrid": "granitemoehybrid",
+    "nemotron_h": "nemotron_h",
 }
 """Of a dense model that the target takes; else llama."""
 SPREAD = 0.3
@@ -84,9 +85,10 @@ def test_a_splits_experts_count_what_the_plan_weighs(dense, moe, name, settings)
 def test_copies_count_what_the_plan_weighs(dense, moe, name, settings):
     if settings["top_k"] == 1 and TARGETS[name].routing.renormalises == "always":
         settings = settings | {"allow_frozen_router": True}
-    plan, source, model, _ = converted(dense, moe, name, settings)
+    plan, source, model, out = converted(dense, moe, name, settings)
     geometry = plan.design.geometry
-    layers = zip(seen_by_experts(model), routers(model), source.model.layers, strict=True)
+    blocks = [source.model.layers[record["layer"]] for record in moe_layers(out)]
+    layers = zip(seen_by_experts(model), routers(model), blocks, strict=True)
     for (x_TD, y_TD), router, block in layers:
         weight_TE = plan.design.weigh(x_TD @ router.weight.T)
         shards_TG = weight_TE.view(len(x_TD), geometry.copies, geometry.granularity).sum(1)

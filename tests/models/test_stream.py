@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from reference import ffn_of, gap, load, logits
-from tiny import FAMILIES, SIZES
+from tiny import FAMILIES, FFN_LAYERS, SIZES
 
 import upcycle.models.stream
 from upcycle.core.errors import UpcycleError
@@ -62,11 +62,14 @@ def stream_through(folder, tokens_BL=TOKENS_BL, replaced=None):
     outer = source.read(source.embedding_names())
     stream = HiddenStream(source.config, outer, tokens_BL, CPU)
     inputs, norms = [], []
-    for layer in range(LAYERS):
+    for layer in range(source.arch.num_layers):
+        if layer not in source.arch.ffn_layers:
+            stream.through(layer, source.read_layer(layer))
+            continue
         x_TD, norm_T = stream.attend(layer, source.read_layer(layer))
         inputs.append(x_TD.clone())
         norms.append(norm_T)
-        function = (replaced or {}).get(layer)
+        function = (replaced or {}).get(source.arch.ffn_layers.index(layer))
         stream.advance(layer, None if function is None else function(x_TD))
     return inputs, norms, torch.cat([hidden_bLD.flatten(0, 1) for hidden_bLD in stream.hidden])
 
@@ -79,7 +82,7 @@ def model_through(folder, tokens_BL=TOKENS_BL, replaced=None):
     def keep(place):
         return lambda _, args: place.append(args[0].flatten(0, 1))
 
-    for block in model.model.layers:
+    for block in ffn_blocks(model):
         ffn_of(block).register_forward_pre_hook(keep(inputs))
         norm_before_ffn(block).register_forward_pre_hook(keep(residuals))
     last_norm(model).register_forward_pre_hook(keep(last))
@@ -93,15 +96,23 @@ def norm_before_ffn(block):
     # OLMo 2 has none: there, the FFN sees the residual stream itself.
     if hasattr(block, "post_feedforward_layernorm"):
         return ffn_of(block)
-    return getattr(block, "ffn_norm", None) or block.post_attention_layernorm
+    names = ("ffn_norm", "post_attention_layernorm", "norm")
+    return next(getattr(block, name) for name in names if hasattr(block, name))
 
 
 def last_norm(model):
-    return getattr(model.model, "embedding_norm", None) or model.model.norm
+    names = ("embedding_norm", "norm", "norm_f")
+    return next(getattr(model.model, name) for name in names if hasattr(model.model, name))
+
+
+def ffn_blocks(model):
+    """The layers that have an FFN."""
+    layers = FFN_LAYERS.get(model.config.model_type, range(LAYERS))
+    return [model.model.layers[layer] for layer in layers]
 
 
 def replace_ffn(model, layer, function):
-    mlp = ffn_of(model.model.layers[layer])
+    mlp = ffn_of(ffn_blocks(model)[layer])
     mlp.forward = lambda x_BLD: function(x_BLD.flatten(0, 1)).view_as(x_BLD)
 
 
@@ -191,7 +202,10 @@ def test_log_probs_are_those_of_the_model_and_of_the_models_with_one_ffn_replace
     source = open_source(str(folder))
     outer = source.read(source.outer_names())
     stream = HiddenStream(source.config, outer, tokens_BL, CPU)
-    for layer in range(LAYERS):
+    for layer in range(source.arch.num_layers):
+        if layer not in source.arch.ffn_layers:
+            stream.through(layer, source.read_layer(layer))
+            continue
         x_TD, _ = stream.attend(layer, source.read_layer(layer))
         stream.branch(layer, another_ffn(x_TD[: tokens_BL.numel()]))
         stream.advance(layer)

@@ -93,6 +93,12 @@ def test_mixture_of_a_class_that_may_be_dense(refusal):
     )
 
 
+def test_mixture_among_layers_of_other_kinds(refusal):
+    kinds = ["linear_attention", "moe", "full_attention", "mlp"]
+    sentence = refusal("nemotron_h", layers_block_type=kinds)
+    assert sentence == "the source is a nemotron_h model, which is a Mixture-of-Experts already"
+
+
 def test_finished_conversion_as_source(dense, moe):
     hybrid = "granitemoehybrid"
     for family, name in (("llama", "mixtral"), ("olmo2", "flex_olmo"), (hybrid, hybrid)):

@@ -56,7 +56,8 @@ def _embedding(plan: Plan) -> int:
 
 
 def _sampling(plan: Plan) -> int:
-    """The whole model writes calibration text, with keys and values of all that it has written."""
+    """The whole model writes calibration text, with keys and values of all that it has written;
+    layers without attention keep no more."""
     fields = plan.source.arch.fields
     tokens = 2 * TOGETHER * LENGTH  # an opener may be as long
     width = 2 * fields["num_key_value_heads"] * plan.source.arch.head_dim
@@ -132,7 +133,7 @@ def _layer(plan: Plan) -> int:
 
 def _ffn(plan: Plan) -> int:
     """Weights in a dense FFN."""
-    return 3 * plan.source.arch.hidden_size * plan.source.arch.intermediate_size
+    return plan.source.arch.ffn_params
 
 
 def _widened(plan: Plan, stored: int) -> int:

@@ -106,7 +106,7 @@ class RouterTap:
             nothing_TD: Tensor = DenseRouterGradient.apply(  # type: ignore[no-untyped-call]
                 all_weights(scores_TE, chosen_TK, weights_TK, _renormalises(router)),
                 x_TD,
-                experts.gate_up_proj,
+                self.blocks[place].first,
                 experts.down_proj,
                 experts.act_fn,
             )
@@ -157,20 +157,21 @@ class DenseRouterGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores_TE: Tensor, x_TD: Tensor, gate_up: Tensor, down: Tensor, act: Any
+        ctx: Any, scores_TE: Tensor, x_TD: Tensor, first: Tensor, down: Tensor, act: Any
     ) -> Tensor:
-        ctx.save_for_backward(x_TD, gate_up, down)
+        ctx.save_for_backward(x_TD, first, down)
         ctx.act, ctx.dtype = act, scores_TE.dtype
         return torch.zeros_like(x_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad_TD,) = grads
-        x_TD, gate_up_EFD, down_EDM = ctx.saved_tensors
+        x_TD, first_EFD, down_EDM = ctx.saved_tensors
         columns = []
-        for gate_up_FD, down_DM in zip(gate_up_EFD, down_EDM, strict=True):
-            gate_TM, up_TM = (x_TD @ gate_up_FD.T.to(x_TD.dtype)).chunk(2, dim=-1)
-            h_TM = ctx.act(gate_TM) * up_TM
+        for first_FD, down_DM in zip(first_EFD, down_EDM, strict=True):
+            gated = len(first_FD) > down_DM.shape[1]
+            gate_TM, *up = (x_TD @ first_FD.T.to(x_TD.dtype)).chunk(2 if gated else 1, dim=-1)
+            h_TM = ctx.act(gate_TM) * up[0] if gated else ctx.act(gate_TM)
             # ⟨g, W h⟩ = ⟨Wᵀ g, h⟩
             columns.append((grad_TD @ down_DM.to(grad_TD.dtype) * h_TM).sum(-1))
         return torch.stack(columns, dim=-1).to(ctx.dtype), None, None, None, None

@@ -14,6 +14,8 @@ GROUPS = ("router", "experts", "shared experts", "attention", "dense FFNs", "nor
 FFNS = (".mlp.", ".feed_forward.", ".mixer.up_proj.", ".mixer.down_proj.")
 MIXERS = (".self_attn.", ".conv.", ".mamba.", ".mixer.")
 """Attention, and what some layers have in its place."""
+PAST_MODULES = (".mamba.out_proj.weight", ".mixer.out_proj.weight")
+"""What Mamba's kernels read past its module, where a change of low rank would have no effect."""
 TRAINS: dict[Train, tuple[str, ...]] = {
     "router": ("router",),
     "experts": ("experts", "shared experts"),
@@ -102,7 +104,11 @@ def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: i
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UpcycleError("--lora needs `pip install upcycle[lora]`") from error
-    asked = [m for m in known.values() if m.group in TRAINS[train] and m.dimensions > 1]
+    asked = [
+        m
+        for m in known.values()
+        if m.group in TRAINS[train] and m.dimensions > 1 and not m.name.endswith(PAST_MODULES)
+    ]
     attention = {m.name.removesuffix(".weight") for m in asked if m.group == "attention"}
     parameters = {m.name for m in asked if m.group in GROUPS[:3] + GROUPS[4:5]}
     if not attention | parameters:

@@ -21,7 +21,7 @@ def dense_ffn(tensors: Mapping[str, Tensor], act: Activation) -> DenseFFN:
 
 def assemble_embeddings(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:
     """What comes before the layers."""
-    yield target.spelled.get(EMBEDDINGS, EMBEDDINGS), outer[EMBEDDINGS]
+    yield _outer_name(target, EMBEDDINGS), outer[EMBEDDINGS]
 
 
 def assemble_layer(
@@ -37,7 +37,7 @@ def assemble_layer(
     Args:
         tensors: all of the layer's, under llama's names without prefix.
     """
-    prefix = f"model.layers.{layer}."
+    prefix = f"{target.root}layers.{layer}."
     for name, tensor in tensors.items():
         if moe is None or name not in FFN:
             yield prefix + target.spelled.get(name, name), tensor
@@ -52,4 +52,11 @@ def assemble_head(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:
     """What comes after the layers: the last norm, and the head where it is not tied."""
     for name, tensor in outer.items():
         if name != EMBEDDINGS:
-            yield target.spelled.get(name, name), tensor
+            yield _outer_name(target, name), tensor
+
+
+def _outer_name(target: MoETarget, name: str) -> str:
+    """The target's own name for a tensor of no layer, by llama's or the source's."""
+    spelled = target.spelled.get(name, name)
+    inside = spelled.removeprefix("model.")
+    return spelled if inside == spelled else target.root + inside

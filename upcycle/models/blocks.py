@@ -21,14 +21,21 @@ class MoEBlock:
     router: Any
     """With `weight` [E, D] and `top_k`."""
     experts: Any
-    """With `gate_up_proj` [E, 2 M, D], `down_proj` [E, D, M] and `act_fn`. Called with tokens
-    [T, D], the selected experts [T, K] and their weights [T, K]."""
+    """With `gate_up_proj` [E, 2 M, D] or, without gates, `up_proj` [E, M, D]; `down_proj` [E, D, M]
+    and `act_fn`. Called with tokens [T, D], the selected experts [T, K] and their weights
+    [T, K]."""
     around: Any = None
     """The module that holds both."""
 
     @property
     def num_experts(self) -> int:
         return len(self.experts.down_proj)
+
+    @property
+    def first(self) -> Any:
+        """The experts' stacked matrices that tokens meet first."""
+        gated = hasattr(self.experts, "gate_up_proj")
+        return self.experts.gate_up_proj if gated else self.experts.up_proj
 
     @property
     def selection_bias(self) -> Tensor | None:

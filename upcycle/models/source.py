@@ -339,11 +339,14 @@ def _open_folder(
 ) -> DenseSource:
     config = read_config(folder)
     arch = describe(config)
+    if not FAMILIES[config.model_type].ties:
+        config.tie_word_embeddings = False
     headers = read_headers(folder)
     check_layers(arch.num_layers, len(headers), folder)
     model = skeleton(config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    stored = plain_names(headers, expected, model.base_model_prefix)
+    family = FAMILIES[config.model_type]
+    stored = plain_names(headers, expected, model.base_model_prefix, family.stored)
     found = {name: headers[old] for name, old in stored.items() if not BUFFER.search(name)}
     notes = _settle_head(folder, config, found)
     if config.tie_word_embeddings:

@@ -6,6 +6,7 @@ import upcycle.models.families.granitemoehybrid
 import upcycle.models.families.lfm2
 import upcycle.models.families.llama
 import upcycle.models.families.mistral
+import upcycle.models.families.nemotron_h
 import upcycle.models.families.olmo2
 import upcycle.models.families.phi3
 import upcycle.models.families.qwen2

@@ -68,6 +68,10 @@ class DenseFamily:
     """Whether a model of its class, which has place for experts, is a Mixture-of-Experts."""
     bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
     """Layers without an FFN."""
+    ties: bool = True
+    """Whether its class ties embeddings where config.json says so."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """What names begin with in its checkpoints, with what transformers puts in its place."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
 

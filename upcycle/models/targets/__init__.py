@@ -6,6 +6,7 @@ import upcycle.models.targets.granitemoehybrid
 import upcycle.models.targets.granitemoeshared
 import upcycle.models.targets.lfm2_moe
 import upcycle.models.targets.mixtral
+import upcycle.models.targets.nemotron_h
 import upcycle.models.targets.qwen2_moe
 import upcycle.models.targets.qwen3_moe
 from upcycle.models.targets.base import (

@@ -123,6 +123,8 @@ class MoETarget:
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Its own names for tensors that are not converted, by llama's: of a dense layer's FFN, below
     `model.layers.N.`, and of what belongs to no layer."""
+    root: str = "model."
+    """What names begin with in its hub layout, outside the head."""
     older: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     """Fields of a config.json as transformers 4 and other runtimes spell them, where they are to
     stand in place of transformers 5's spelling, which reads both."""
@@ -207,6 +209,8 @@ TARGETS: Registry[MoETarget] = Registry("target")
 def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> dict[str, Any]:
     """The config fields that every target spells as the source does."""
     carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
+    if not carried["rope_parameters"]:
+        del carried["rope_parameters"]
     return carried | {
         "model_type": target.name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -221,7 +225,7 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     `rope_parameters`, where others do not look and silently take a default; and some fields have
     new names.
     """
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters", {})
     if "rope_theta" not in rope:
         return dict(config)
     kind = rope.get("rope_type", "default")
