@@ -25,6 +25,7 @@ SIZES = {
     "pad_token_id": None,
 }
 FAMILIES = {
+    "arcee": {},
     "llama": {},
     "mistral": {"sliding_window": 16, "head_dim": 16},
     "qwen2": {},

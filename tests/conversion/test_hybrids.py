@@ -1,4 +1,4 @@
-"""What other runtimes read of a hybrid model's config.json."""
+"""Layers of several kinds, and FFNs without gates: what plans, cards and other runtimes read."""
 
 import pytest
 from reference import read_json, weights
@@ -63,3 +63,28 @@ def test_damage_is_measured_where_there_is_an_ffn(dense, tmp_path):
     assert [value > 0 for value in damage] == [False, True, False, True, True]
     assert set(made.dense_layers.layers) <= {1, 3, 4}
     assert {layer for t in made.dense_layers.trials for layer in t.layers} >= {1, 4}
+
+
+@pytest.mark.parametrize("kept", ["none", "0"])
+def test_a_gate_that_the_source_has_not_is_counted_and_said(dense, moe, kept):
+    wanted = {"target": "qwen2_moe", "experts": 8, "top_k": 4, "shared": 0, "keep_dense": kept}
+    out = moe(dense("arcee"), **wanted)
+    config, record = read_json(out / "config.json"), read_json(out / "upcycle.json")["plan"]
+    assert config["hidden_act"] == "relu"
+    tensors = weights(out)
+    routed = sum(t.numel() for name, t in tensors.items() if ".experts." in name)
+    layers = 3 if kept == "none" else 2
+    assert routed == layers * 3 * 48 * 192  # the dense FFNs have two matrices
+    assert record["params_total"] == sum(t.numel() for t in tensors.values())
+    assert record["params_active"] == record["params_total"] - routed // 2
+    work = {"none": "50 % of the neurons are 75 %", "0": "67 % of the neurons are 100 %"}[kept]
+    (said,) = (note for note in record["warnings"] if "stored twice" in note)
+    assert work in said
+    assert ("saves nothing" in said) == (kept == "0")
+    assert said in (out / "README.md").read_text()
+
+
+def test_no_gate_is_said_of_targets_that_have_none(dense, moe):
+    out = moe(dense("nemotron_h"), experts=8, top_k=4, shared=0)
+    assert "stored twice" not in (out / "README.md").read_text()
+    assert "stored twice" not in str(read_json(out / "upcycle.json")["plan"]["warnings"])

@@ -536,6 +536,7 @@ def test_plan_reads_no_weights_and_writes_nothing(dense, tmp_path, monkeypatch):
         ("granite", "granitemoeshared", "granitemoeshared"),
         ("olmo2", "flex_olmo", "flex_olmo"),
         ("lfm2", "lfm2_moe", "lfm2_moe"),
+        ("arcee", "qwen2_moe", "mixtral"),
         ("granitemoehybrid", "granitemoehybrid", "granitemoehybrid"),
         ("nemotron_h", "nemotron_h", "nemotron_h"),
     ],

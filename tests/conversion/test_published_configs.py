@@ -182,10 +182,43 @@ NEMOTRON = {
     "use_mamba_kernels": True,
     "vocab_size": 272,
 }
+AFM = {
+    "architectures": ["ArceeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "head_dim": 16,
+    "hidden_act": "relu2",
+    "hidden_size": 80,
+    "initializer_range": 0.02,
+    "intermediate_size": 192,
+    "max_position_embeddings": 65536,
+    "mlp_bias": False,
+    "model_type": "arcee",
+    "num_attention_heads": 5,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 20.0,
+        "mscale": 1.0,
+        "original_max_position_embeddings": 32,
+        "rope_type": "yarn",
+        "type": "yarn",
+    },
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 272,
+}
 PUBLISHED = {name: LFM2 | sizes for name, sizes in SIZES.items()}
 PUBLISHED |= {name: GRANITE4 | sizes for name, sizes in GRANITE4_SIZES.items()}
+PUBLISHED["AFM-4.5B"] = AFM
 PUBLISHED["NVIDIA-Nemotron-Nano-9B-v2"] = NEMOTRON
-TARGET = {"lfm2": "lfm2_moe", "granitemoehybrid": "granitemoehybrid", "nemotron_h": "nemotron_h"}
+TARGET = {"arcee": "mixtral", "lfm2": "lfm2_moe"}
 WIDTH = {
     # Of 208 and 384 neurons, two thirds, up to the next multiple of 16.
     "LFM2-350M": 144,
@@ -194,6 +227,7 @@ WIDTH = {
     "granite-4.0-h-350m": 128,
     "granite-4.0-h-1b": 256,
     "NVIDIA-Nemotron-Nano-9B-v2": 192,
+    "AFM-4.5B": 192,
 }
 
 
@@ -212,8 +246,10 @@ def published(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_copies_are_the_dense_model(published, moe, name):
+    family = PUBLISHED[name]["model_type"]
+    target = TARGET.get(family, family)
     out = moe(published(name), method="copy", experts=4, top_k=2)
-    assert read_json(out / "config.json")["model_type"] == TARGET[PUBLISHED[name]["model_type"]]
+    assert read_json(out / "config.json")["model_type"] == target
     assert gap(logits(load(out)), dense_logits(published(name))) < TOLERANCE["mean"]
 
 

@@ -4,7 +4,7 @@ Reads headers, never weights, and writes nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,20 @@ class Plan:
         """Active FFN neurons over the dense model's; layers kept dense count as 1."""
         layers, dense = len(self.source.arch.ffn_layers), len(self.spec.dense_layers)
         return active_ffn_ratio(self.design.geometry, layers, dense)
+
+    @property
+    def doubled(self) -> str:
+        """What it costs that an FFN's first matrix is stored twice, as a sentence without its
+        point; empty if it is not."""
+        if not TARGETS[self.target].doubles(self.source.arch):
+            return ""
+        active, work = self.active_ffn_ratio, 1.5 * self.active_ffn_ratio
+        return (
+            f"{self.target} has gates, which {self.source.arch.family} has not: the first matrix "
+            "of an FFN is stored twice, and a neuron costs 3/2 in parameters and work, so that "
+            f"{100 * active:.0f} % of the neurons are {100 * work:.0f} % of the dense FFN's work"
+            + (", which saves nothing" if work >= 1 else "")
+        )
 
     @property
     def undecided(self) -> bool:
@@ -206,7 +220,7 @@ def make_plan(
     units = _units(source, target, spec, design.dtype)
     params_total = sum(s.numel for unit in units.values() for s in unit)
     idle_neurons = (geometry.num_experts - geometry.top_k) * geometry.expert_size
-    idle = idle_neurons * source.arch.ffn_params // source.arch.intermediate_size
+    idle = idle_neurons * (3 if TARGETS[target].gated else 2) * source.arch.hidden_size
     plan = Plan(
         source=source,
         request=recipe,
@@ -229,6 +243,8 @@ def make_plan(
         ),
         runtimes=runtime_refusals(recipe, source.arch, target, spec, combine),
     )
+    if plan.doubled:
+        plan = replace(plan, warnings=(*plan.warnings, plan.doubled))
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
 

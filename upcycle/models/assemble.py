@@ -41,6 +41,9 @@ def assemble_layer(
     for name, tensor in tensors.items():
         if moe is None or name not in FFN:
             yield prefix + target.spelled.get(name, name), tensor
+    gate, up, _ = FFN
+    if moe is None and target.doubles(arch) and up in tensors:
+        yield prefix + target.spelled.get(gate, gate), tensors[up]
     for name, tensor in target.extra(arch, tensors):
         yield prefix + name, tensor
     if moe is not None:

@@ -21,8 +21,11 @@ class Trait(StrEnum):
     RESIDUAL_MULTIPLIER = "scaled residual branches"
     ATTENTION_MULTIPLIER = "its own attention scale"
     LOGITS_SCALING = "scaled logits"
-    HYBRID = "layers of several kinds"
+    CONVOLUTIONS = "convolutions in place of attention"
+    MAMBA = "Mamba in place of attention"
+    LONE_BLOCKS = "Mamba, attention or an FFN alone in a layer"
     UNGATED = "an FFN without a gate"
+    UNSQUARED = "another activation than relu² in an FFN without a gate"
     MLP_BIAS = "biases in the FFN"
 
 

@@ -1,5 +1,6 @@
 """One file, one dense family; one line here registers it."""
 
+import upcycle.models.families.arcee
 import upcycle.models.families.gemma
 import upcycle.models.families.granite
 import upcycle.models.families.granitemoehybrid

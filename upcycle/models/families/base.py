@@ -162,6 +162,8 @@ def _traits(
     traits: dict[Trait, str] = {}
     if getattr(config, "attention_bias", False):
         traits |= dict.fromkeys(family.attention_bias, "attention_bias=true")
+    if Trait.UNGATED in family.always and fields["hidden_act"] != "relu2":
+        traits[Trait.UNSQUARED] = f"hidden_act={fields['hidden_act']}"
     if getattr(config, "mlp_bias", False):
         traits[Trait.MLP_BIAS] = "mlp_bias=true"
     kinds = set(fields["layer_types"])

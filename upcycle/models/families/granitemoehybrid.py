@@ -28,7 +28,7 @@ FAMILIES.add(
     "granitemoehybrid",
     DenseFamily(
         "granitemoehybrid",
-        always={Trait.HYBRID: "granitemoehybrid has Mamba layers, or place for them"},
+        always={Trait.MAMBA: "granitemoehybrid has it, or place for it"},
         # Of experts that are not there.
         inert={"num_experts_per_tok": ANY, "router_aux_loss_coef": ANY, "num_local_experts": 0},
         carried=(

@@ -53,7 +53,7 @@ FAMILIES.add(
     DenseFamily(
         "lfm2",
         always={
-            Trait.HYBRID: "lfm2 has convolutions among its layers",
+            Trait.CONVOLUTIONS: "lfm2 has them in most layers",
             Trait.QK_NORM: "lfm2 always has it",
         },
         carried=("conv_bias", "conv_L_cache"),

@@ -38,7 +38,7 @@ FAMILIES.add(
     DenseFamily(
         "nemotron_h",
         always={
-            Trait.HYBRID: "nemotron_h has Mamba layers, attention and FFNs",
+            Trait.LONE_BLOCKS: "nemotron_h always has",
             Trait.UNGATED: "nemotron_h has none",
         },
         attention_bias=frozenset(),  # the class never has any

@@ -145,6 +145,15 @@ class MoETarget:
     """The name there of the linear layer whose one row weighs the shared expert."""
 
     @property
+    def gated(self) -> bool:
+        """Whether its FFNs have gates; up stands for one where the source has none."""
+        return Trait.UNGATED not in self.requires
+
+    def doubles(self, arch: Architecture) -> bool:
+        """Whether an FFN's first matrix is stored twice."""
+        return self.gated and Trait.UNGATED in arch.traits
+
+    @property
     def shared_width(self) -> SharedWidth:
         if self.routing.shared_gate is None:
             return "none"
@@ -211,6 +220,8 @@ def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> 
     carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
     if not carried["rope_parameters"]:
         del carried["rope_parameters"]
+    if target.doubles(arch):
+        carried["hidden_act"] = "relu"  # times what it was of, relu²
     return carried | {
         "model_type": target.name,
         "dtype": str(dtype).removeprefix("torch."),

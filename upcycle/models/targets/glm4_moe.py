@@ -91,7 +91,7 @@ TARGETS.add(
             "MLX": (shared_needed, untied, silu_only, no_window, unscaled_rope),
             "transformers 4": (),
         },
-        accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
+        accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY, Trait.UNGATED}),
         groups=True,
         shared_in_experts=True,
         min_experts=2,  # it scores groups of experts by their best two

@@ -70,6 +70,7 @@ TARGETS.add(
             "MLX": (silu_only, heads_fill_hidden, unscaled_rope),
             "transformers 4": (heads_fill_hidden,),
         },
-        requires=frozenset({Trait.HYBRID}),
+        accepts=SHARED.accepts - {Trait.UNGATED},
+        requires=frozenset({Trait.MAMBA}),
     ),
 )

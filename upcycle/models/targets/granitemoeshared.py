@@ -88,6 +88,7 @@ TARGET = MoETarget(
             Trait.RESIDUAL_MULTIPLIER,
             Trait.ATTENTION_MULTIPLIER,
             Trait.LOGITS_SCALING,
+            Trait.UNGATED,
         }
     ),
     extra=extra,

@@ -106,7 +106,7 @@ TARGETS.add(
             "MLX": (heads_fill_hidden, tied, unscaled_rope),
             "transformers 4": (unknown,),
         },
-        requires=frozenset({Trait.HYBRID, Trait.QK_NORM}),
+        requires=frozenset({Trait.CONVOLUTIONS, Trait.QK_NORM}),
         spelled=SPELLED,
         groups=True,
         attention=("q_proj", "k_proj", "v_proj", "out_proj"),

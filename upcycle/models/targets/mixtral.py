@@ -40,6 +40,6 @@ TARGETS.add(
             "MLX": (silu_only, no_window, heads_fill_hidden, unscaled_rope),
             "transformers 4": (),
         },
-        accepts=frozenset({Trait.SLIDING_WINDOW}),
+        accepts=frozenset({Trait.SLIDING_WINDOW, Trait.UNGATED}),
     ),
 )

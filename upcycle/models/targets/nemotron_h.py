@@ -98,7 +98,8 @@ TARGETS.add(
             "MLX": (squared_relu_only,),
             "transformers 4": (unknown,),
         },
-        requires=frozenset({Trait.HYBRID, Trait.UNGATED}),
+        accepts=frozenset({Trait.UNSQUARED}),
+        requires=frozenset({Trait.LONE_BLOCKS, Trait.UNGATED}),
         root="backbone.",
         spelled={
             EMBEDDINGS: "model.embeddings.weight",

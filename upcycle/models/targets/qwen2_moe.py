@@ -98,7 +98,9 @@ TARGETS.add(
             ),
             "transformers 4": (heads_fill_hidden, one_window),
         },
-        accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
+        accepts=frozenset(
+            {Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW, Trait.UNGATED}
+        ),
         extra=extra,
         shared_gate="mlp.shared_expert_gate",
     ),
