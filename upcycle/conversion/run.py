@@ -209,11 +209,17 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
     path = folder / "config.json"
     written = json.loads(path.read_text("utf-8"))
     if plan.source.arch.whole:
-        written["text_config"] = older_spellings(plan.config) | written["text_config"]
+        written["text_config"] = _spelled(plan, written["text_config"])
     else:
-        written = older_spellings(plan.config) | written
+        written = _spelled(plan, written)
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
     copy_companions(plan.source.folder, folder)
+
+
+def _spelled(plan: Plan, written: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 wrote of the text model's config, with the spellings that others read."""
+    fields = older_spellings(plan.config) | written
+    return fields | TARGETS[plan.target].older(fields)
 
 
 def _whole_config(plan: Plan, text: PreTrainedConfig) -> PreTrainedConfig:
@@ -247,8 +253,8 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    before = in_whole(source.layout, assemble_embeddings(target, outer))
-    after = in_whole(source.layout, assemble_head(target, source.arch, outer))
+    before = in_whole(target, source.layout, assemble_embeddings(target, outer))
+    after = in_whole(target, source.layout, assemble_head(target, source.arch, outer))
     _write_unit(workspace, writer, "embeddings", before, {})
     _write_unit(workspace, writer, "head", after, {})
     del raw, outer
@@ -377,7 +383,7 @@ def _write_converted(
     moe = converted.experts(plan.design, layer) if converted else None
     arch, place = plan.source.arch, f"model.layers.{layer}."
     named = assemble_layer(target, arch, place, tensors, moe, plan.design.gains)
-    in_place = in_whole(plan.source.layout, named)
+    in_place = in_whole(target, plan.source.layout, named)
     _write_unit(workspace, writer, unit, in_place, {"layer": layer} | record)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from upcycle.core.types import Activation, DenseFFN, MoELayer
-from upcycle.models.layout import Layout
+from upcycle.models.layout import TEXT, Layout
 from upcycle.models.names import EMBEDDINGS, HEAD
 from upcycle.models.targets import Gains, MoETarget
 from upcycle.models.traits import Architecture
@@ -39,6 +39,9 @@ def assemble_layer(
         place: what their names begin with.
         tensors: all of the layer's, under llama's names without that.
     """
+    gate, up, _ = FFN
+    if target.doubles(arch) and up in tensors:
+        tensors = {gate: tensors[up], **tensors}
     extra = dict(target.extra(arch, tensors))
     for name, tensor in tensors.items():
         if name not in extra and (moe is None or name not in FFN):
@@ -60,7 +63,9 @@ def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Ten
         yield HEAD, outer[EMBEDDINGS]
 
 
-def in_whole(layout: Layout, named: Named) -> Named:
-    """A text model's tensors under the names that they have in the whole model."""
+def in_whole(target: MoETarget, layout: Layout, named: Named) -> Named:
+    """A text model's tensors under the names that they have in the whole model's checkpoint."""
     for name, tensor in named:
-        yield layout.full(name), tensor
+        full = layout.full(name)
+        inside = full.removeprefix(TEXT)
+        yield (full if inside == full else target.root + inside), tensor
