@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load_file
+from tiny import HEADS
 from transformers import AutoModelForCausalLM
 
 TOLERANCE = {"mean": 2e-5, "sum": 5e-3}
@@ -36,7 +37,8 @@ TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(
 
 def load(folder, dtype=torch.float32, **overrides):
     """The folder's model by plain transformers; fails unless every tensor finds its place."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    auto = HEADS.get(read_json(folder / "config.json")["model_type"], AutoModelForCausalLM)
+    model, info = auto.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, local_files_only=True, **overrides
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -78,7 +80,8 @@ def load_all_on(folder, dtype=torch.float32):
 
 def top_k(config):
     """As config.json spells it."""
-    return config.get("num_experts_per_tok") or config["moe_k"]
+    names = ("num_experts_per_tok", "moe_k", "top_k_experts")
+    return next(config[name] for name in names if name in config)
 
 
 def load_all_alike(folder, dtype=torch.float32):

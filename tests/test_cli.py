@@ -154,6 +154,10 @@ BAD = """
     merge MODEL -o OUT --set rest.densty=1
     merge MODEL -o OUT --text MODEL=none.txt
     merge MODEL -o OUT --text other=NOTES
+    merge MODEL -o OUT --add MODEL
+    merge MODEL MODEL -o OUT --add MODEL
+    merge MODEL -o OUT --prompt rain
+    merge MODEL -o OUT --add MODEL --text NOTES --text NOTES
     finetune ./none -o OUT
     finetune MODEL
     finetune MODEL -o OUT --recipe hael
@@ -270,7 +274,7 @@ FLAGS = {
         -o --overwrite --json
     """,
     "merge": """
-        --base --shared-model --text --rest --router --target --top-k --set
+        --base --shared-model --add --text --prompt --rest --router --target --top-k --set
         --seq-len --check --dtype --device --seed --resume --dry-run
         -o --overwrite --json --push-to-hub --private
     """,

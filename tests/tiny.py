@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 SIZES = {
     "vocab_size": 272,
@@ -58,6 +63,7 @@ FAMILIES = {
             "llama_4_scaling_beta": 0.1,
         },
     },
+    "eurobert": {"mask_token_id": 258},
     "seed_oss": {"head_dim": 16},
     "glm": {"head_dim": 16},
     "helium": {"head_dim": 12},
@@ -137,6 +143,8 @@ FAMILIES = {
 }
 FFN_LAYERS = {"nemotron_h": [1, 3, 4]}
 """Of a tiny model; by default all three."""
+HEADS = {"eurobert": AutoModelForMaskedLM}
+"""What loads a family that AutoModelForCausalLM does not."""
 PLAIN_SPLIT = {
     "experts": 8,
     "top_k": 2,
@@ -157,7 +165,7 @@ def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shar
     """Write a random model of the family, and a byte tokenizer, to the folder; returns it."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**(SIZES | FAMILIES.get(family, {}) | fields))
-    model = AutoModelForCausalLM.from_config(config)
+    model = HEADS.get(family, AutoModelForCausalLM).from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias", "sinks")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from reference import TOLERANCE, dense_logits, gap, load, load_all_on, logits
-from tiny import make_tokenizer
+from tiny import HEADS, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
@@ -229,6 +229,28 @@ PUBLISHED = {
         "use_cache": False,
         "use_post_norm": True,
     },
+    "EuroBERT-210m": {
+        "model_type": "eurobert",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "EuroBERT/EuroBERT-210m--configuration_eurobert.EuroBertConfig"},
+        "clf_pooling": "late",
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_dropout": 0.0,
+        "mask_token": "<|mask|>",
+        "mask_token_id": 128002,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 250000,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+    },
     "ERNIE-4.5-0.3B-PT": {
         "model_type": "ernie4_5",
         "head_dim": 128,
@@ -448,6 +470,7 @@ OWN_SIZES = {
 }
 """Of models with sizes that others have not; each comes to an FFN of 192 neurons."""
 HOSTED = {
+    "EuroBERT-210m": LLAMA_LIKE,
     "ERNIE-4.5-0.3B-PT": {"ernie4_5_moe"},
     "Youtu-LLM-2B": {"deepseek_v3"},
     "Qwen3-0.6B": {"qwen3_moe", "glm4_moe", "laguna"},
@@ -497,7 +520,8 @@ def write(folder, name, changed):
     config = json.dumps(published | sizes)
     (folder / "config.json").write_text(config)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    auto = HEADS.get(published["model_type"], AutoModelForCausalLM)
+    model = auto.from_config(AutoConfig.from_pretrained(folder))
     for place, parameter in model.named_parameters():
         if place.endswith(("norm.weight", "bias")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)

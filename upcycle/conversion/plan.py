@@ -10,23 +10,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from upcycle.conversion.beside import Beside
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
+from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.passages import passage_tokens
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.merging.rest import check_rest, read_merged
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.notes import doubled, layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
+from upcycle.conversion.request import (
+    check_calibration,
+    check_tokens,
+    named_dense_layers,
+    suited,
+)
 from upcycle.conversion.runtimes import (
     for_runtimes,
     runtime_refusals,
     runtimes_lost,
     takes_dense_layers,
 )
+from upcycle.conversion.units import PARTS
 from upcycle.conversion.ways import WAYS, Room, Way
 from upcycle.conversion.ways.base import Exact
 from upcycle.core.errors import UpcycleError
@@ -35,7 +43,7 @@ from upcycle.core.machine import choose_device, free_memory, total_memory
 from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
 from upcycle.core.settings import Choice
-from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.core.types import Activation, DenseFFN, Geometry, MoELayer
 from upcycle.models.assemble import (
     Named,
     assemble_embeddings,
@@ -59,8 +67,6 @@ from upcycle.models.tokens import load_tokenizer
 from upcycle.models.traits import Architecture, Trait
 from upcycle.models.writer import TensorSpec, check_out
 
-PARTS = "parts"
-"""The unit of what is written as it is."""
 WRITING = 1.5  # times its weights is what a model takes in memory that writes text
 SPREAD, UNFITTED_SPREAD = 0.1, 0.01
 """Of a router's logits where a refit knows of the uneven weights that they make, and where none
@@ -102,6 +108,8 @@ class Plan:
     empty string."""
     sources: Sources | None = None
     """The experts' models, of a merge; `source` is its base."""
+    finished: Finished | None = None
+    """The merge that gets an expert more, where that is all that is to be done."""
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -120,6 +128,18 @@ class Plan:
         """The runtimes that do not run the result because some of its layers are dense."""
         arch, combine = self.source.arch, self.design.combine
         return runtimes_lost(self.recipe, arch, self.target, self.spec, combine)
+
+    @property
+    def checkpoints(self) -> list[DenseSource]:
+        """All that is read, the source first."""
+        others = self.sources.distinct() if self.sources else []
+        return [self.source, *others, *([self.finished.checkpoint] if self.finished else [])]
+
+    @property
+    def activation(self) -> Activation:
+        """Of the source's FFNs."""
+        activation: Activation = ACT2FN[self.source.arch.fields["hidden_act"]]
+        return activation
 
     @property
     def moe_layers(self) -> list[int]:
@@ -176,6 +196,8 @@ class Plan:
     @property
     def exact(self) -> Exact:
         """What of the dense model the result must have to rounding."""
+        if self.finished is not None:  # It may have been trained since.
+            return "nothing"
         return self.way.exact(self.recipe, self.design)
 
     @property
@@ -241,6 +263,7 @@ def make_plan(
     out: Path | None = None,
     *,
     sources: Sources | None = None,
+    finished: Finished | None = None,
     notes: tuple[str, ...] = (),
     overwrite: bool = False,
     resume: bool = False,
@@ -249,14 +272,15 @@ def make_plan(
 
     Args:
         sources: of a merge, whose base is `source`.
+        finished: the merge that gets the last of them as an expert more.
         notes: on what was asked for.
 
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
     way = WAYS[recipe.method.name]
-    methods = Methods.of(recipe, way.default_router, gates=way.several)
-    _check_way(recipe, way, methods, sources)
+    methods = _methods(recipe, way, sources, finished)
+    recipe = suited(recipe, source, merges=way.several)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
     source, arch, targets = _laid_out(recipe, source, dense_layers, merge)
@@ -271,6 +295,8 @@ def make_plan(
     beside = Beside.of(source, fitted=_streams(design))
     units = _units(source, target, spec, design.dtype, beside)
     layers = room.layers - len(dense_layers) + len(beside.drafts)
+    said = (*source_notes(source, design.dtype), *layout_notes(asked, arch, target, spec))
+    said += (*beside.notes(), *warnings(recipe, way, spec, target, design, _reached(targets)))
     plan = Plan(
         source=source,
         request=recipe,
@@ -287,16 +313,10 @@ def make_plan(
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
         params_active=_params_active(units, geometry, arch, TARGETS[target], layers),
-        warnings=(
-            *source_notes(source, design.dtype),
-            *layout_notes(asked, arch, target, spec),
-            *beside.notes(),
-            *notes,
-            *warnings(recipe, way, spec, target, design, _reached(targets)),
-            *left_out,
-        ),
+        warnings=(*notes, *said, *left_out),
         runtimes=runtime_refusals(recipe, arch, target, spec, combine),
         sources=sources,
+        finished=finished,
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
@@ -328,7 +348,11 @@ def _params_active(
 
 def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
     made = TARGETS[target]
-    return common_fields(arch, made, dtype) | made.config(arch, spec)
+    config = common_fields(arch, made, dtype) | made.config(arch, spec)
+    if not arch.head:
+        bare = [name.replace("ForCausalLM", "Model") for name in config["architectures"]]
+        config["architectures"] = bare
+    return config
 
 
 def _reached(targets: Mapping[str, str]) -> list[str]:
@@ -352,15 +376,23 @@ def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
     return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
 
 
-def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | None) -> None:
-    """What is asked goes with the way, and as many models are there as it takes."""
+def _methods(
+    recipe: Recipe, way: Way, sources: Sources | None, finished: Finished | None
+) -> Methods:
+    """Those of a recipe that goes with the way, if as many models are there as that takes.
+
+    Raises:
+        UpcycleError: it does not, or there are more or fewer.
+    """
+    methods = Methods.of(recipe, way.default_router, gates=way.several)
     if way.several and sources is None:
         raise UpcycleError(f"--method {way.name} takes several models: upcycle {way.name} MODEL…")
     if not way.several and methods.rest.name != "base":
         raise UpcycleError(f"--rest {methods.rest.name} goes with upcycle merge: here is one model")
     way.check(recipe, methods)
-    if sources is not None:
+    if sources is not None and finished is None:
         check_rest(sources, methods.rest)
+    return methods
 
 
 def _streams(design: Design) -> bool:
@@ -461,7 +493,7 @@ def _calibration(
 
 def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tuple[str, ...]]:
     """What `mixed` stands for: both, or the first alone where the model can't write."""
-    if not way.lossy:  # nothing is fitted
+    if not way.lossy or source.arch.encoder:  # nothing is fitted, or it writes nothing
         return "builtin", ()
     needed = WRITING * sum(info.nbytes for info in source.tensors.values())
     free = free_memory(device)
@@ -639,9 +671,14 @@ def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     _check_ties(plan)
     _check_text(plan)
     _check_memory(plan)
+    if plan.finished is not None:
+        before = plan.finished.spec(plan.spec)
+        units = _units(plan.source, plan.target, before, plan.design.dtype, plan.beside)
+        plan.finished.check_layout([spec for unit in units.values() for spec in unit])
+        check_own_files(plan.finished.folder)
     if plan.out is not None:
         room = plan.bytes + plan.aside_bytes()
-        for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+        for source in plan.checkpoints:
             check_out(plan.out, source.folder, room, overwrite=overwrite, resume=resume)
 
 

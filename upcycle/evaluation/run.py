@@ -25,18 +25,18 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.machine import choose_device
 from upcycle.core.paths import public_name
-from upcycle.evaluation.routing import LayerRouting, count_pairs, layer_routing, utilisation
+from upcycle.evaluation.routing import LayerRouting, counting_pairs, layer_routing, utilisation
 from upcycle.evaluation.size import Size, expert_similarity, flops, measure_size
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.evaluation.top_k import check_top_ks, made_at, sum_note
 from upcycle.models.adapter import adapter_base
-from upcycle.models.blocks import moe_blocks, selecting, watch_selections
+from upcycle.models.blocks import moe_blocks, selecting
 from upcycle.models.calibration import check_seq_len
 from upcycle.models.config_fields import check_layers
 from upcycle.models.head import Decoded, decode, drop_layers
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.loading import load_whole
+from upcycle.models.loading import check_decoder, load_whole
 from upcycle.models.source import checkpoint_folder, read_headers, read_text_config
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
@@ -232,6 +232,7 @@ def evaluate(
         nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
     ):
         adapter = None if named == folder else named
+        check_decoder(model, folder)
         check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
         reader = open_reader(folder, _vocab_size(folder, dense_folder))
@@ -530,14 +531,8 @@ def compare(
 ) -> Comparison:
     """Run a model over the windows [B, L] that its reference has seen; without a reference, KL and
     agreement stay 0, and there are no losses of one."""
-    blocks = moe_blocks(model)
-    pairs = [torch.zeros((b.num_experts,) * 2, dtype=torch.float64) for b in blocks]
     windows: list[list[float]] = []
-
-    def see(place: int, chosen_TK: Tensor, _: Tensor) -> None:
-        pairs[place] += count_pairs(chosen_TK, len(pairs[place]))
-
-    with watch_selections(blocks, see):
+    with counting_pairs(model) as pairs:
         for i, window_L in enumerate(tokens_BL):
             step(i)
             dense = None if reference is None else reference[i]

@@ -13,6 +13,7 @@ from upcycle.core.versions import versions
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
+from upcycle.models.loading import check_decoder
 from upcycle.models.quantised import UNQUANTISED
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
 from upcycle.models.source import (
@@ -43,6 +44,7 @@ def open_job(
     model: str, out: Path, preset: str | Path | None, settings: dict[str, Any], stack: ExitStack
 ) -> Job:
     folder = stack.enter_context(checkpoint_folder(model))
+    check_decoder(model, folder)
     check_own_files(folder)
     path = folder / RECORD
     record = read_record(path) if path.is_file() else Trained()

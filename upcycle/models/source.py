@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from upcycle.core.paths import check_model, check_name, local_path
 from upcycle.core.types import all_finite
 from upcycle.models.config_fields import check_fields, check_layers
 from upcycle.models.download import LEGAL, Remote, download, remote_weights
-from upcycle.models.families import FAMILIES, describe
+from upcycle.models.families import FAMILIES, describe, is_encoder
 from upcycle.models.families.base import unsupported_reason
 from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
@@ -514,14 +514,23 @@ def _open_folder(
         # Whether they are one is not in the headers.
         remote.fetch({found[HEAD].file, found[EMBEDDINGS].file})
     notes = (*_settle_head(folder, config, found), *_dequantised(found.values()))
-    _verify(folder, layout, found, tied=config.tie_word_embeddings)
+    headless = is_headless(config, found)
+    _verify(folder, layout, found, tied=config.tie_word_embeddings or headless)
     # Sorted: how the source is sharded must not show in the output.
     tensors = {name: found[name] for name in sorted(found)}
     parts = layout.parts(tensors)
+    arch = replace(describe(whole), head=not headless)
     return DenseSource(
-        *(label, folder, config, describe(whole), tensors, layout, parts),
+        *(label, folder, config, arch, tensors, layout, parts),
         *(notes, revision, remote, temporary),
     )
+
+
+def is_headless(config: PreTrainedConfig, names: Iterable[str]) -> bool:
+    """Whether a checkpoint of tensors of these names is an encoder without what makes logits of its
+    hidden states, as it is stored for what is built on these."""
+    tied = config.tie_word_embeddings
+    return is_encoder(config) and not tied and not any(name.endswith(HEAD) for name in names)
 
 
 def _settle_head(

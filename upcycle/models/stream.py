@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.types import DenseFFN
-from upcycle.models.families import FAMILIES
+from upcycle.models.families import FAMILIES, auto_class
 from upcycle.models.names import HEAD
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
@@ -21,7 +21,8 @@ PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config on the meta device: modules, names and shapes, no memory."""
     with blaming("transformers can't build a model from config.json"), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        auto = auto_class(config)
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
     return model.eval()
 
 
@@ -65,14 +66,15 @@ class HiddenStream:
         self.dtype = self._load_embeddings(outer)
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
+        # By the place in `hidden`: what its layers leave for later ones, and whose batch it is of.
+        self.left: list[dict[str, MutableMapping[str, Any]]] = []
         with torch.no_grad():
             for ids_BL in self.groups:
                 for ids_bL in ids_BL.to(device).split(max(1, BATCH_TOKENS // ids_BL.shape[1])):
                     decoder(input_ids=ids_bL, use_cache=False)
                     self.hidden.append(self.recorders[0].hidden)
-        # By the place in `hidden`: whose batch it is of, and what its layers leave for later ones.
+                    self.left.append(self.recorders[0].left(ids_BL.shape[1]))
         self.batches = list(range(len(self.hidden)))
-        self.left = [self.recorders[0].left() for _ in self.hidden]
         # They are not needed again before the end: a large vocabulary's may be gigabytes.
         for name in self._embeddings:
             module = getattr(decoder, name)
@@ -268,9 +270,9 @@ class _Recorder(_StandIn):
         self.beside.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in beside))
         return hidden
 
-    def left(self) -> dict[str, MutableMapping[str, Any]]:
+    def left(self, length: int) -> dict[str, MutableMapping[str, Any]]:
         """Arguments in which layers leave something for later ones: as yet, nothing."""
-        given = next(iter(self.arguments.values())).items()
+        given = self.arguments[length].items()
         return {name: copy(x) for name, x in given if isinstance(x, MutableMapping)}
 
 

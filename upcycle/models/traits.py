@@ -9,6 +9,7 @@ from typing import Any
 class Trait(StrEnum):
     """What a forward pass may do besides plain llama; a target accepts a trait or refuses it."""
 
+    BIDIRECTIONAL = "attention to both sides"
     QKV_BIAS = "biases on q, k and v"
     O_BIAS = "a bias on the attention output"
     QK_NORM = "a norm per head on q and k"
@@ -52,6 +53,18 @@ class Architecture:
     """Layers without an FFN."""
     whole: str = ""
     """The model_type of the model that it is the text model of, if that has other parts, too."""
+    head: bool = True
+    """Whether it makes logits of hidden states; some encoders are stored without what does."""
+
+    @property
+    def encoder(self) -> bool:
+        """Whether every token sees all others, so that hidden states are what it is for."""
+        return Trait.BIDIRECTIONAL in self.traits
+
+    @property
+    def output(self) -> str:
+        """What it puts out at last."""
+        return "logits" if self.head else "hidden states"
 
     @property
     def hidden_size(self) -> int:

@@ -3,6 +3,7 @@
 import upcycle.models.families.arcee
 import upcycle.models.families.cwm
 import upcycle.models.families.ernie4_5
+import upcycle.models.families.eurobert
 import upcycle.models.families.gemma
 import upcycle.models.families.gemma4_text
 import upcycle.models.families.glm
@@ -25,6 +26,12 @@ import upcycle.models.families.qwen3_5_text
 import upcycle.models.families.seed_oss
 import upcycle.models.families.smollm3
 import upcycle.models.families.youtu
-from upcycle.models.families.base import FAMILIES, DenseFamily, describe
+from upcycle.models.families.base import (
+    FAMILIES,
+    DenseFamily,
+    auto_class,
+    describe,
+    is_encoder,
+)
 
-__all__ = ["FAMILIES", "DenseFamily", "describe"]
+__all__ = ["FAMILIES", "DenseFamily", "auto_class", "describe", "is_encoder"]

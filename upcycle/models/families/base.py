@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
 from upcycle.models.traits import Architecture, Trait
-from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS
+from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS, UNCONVERTED
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
 
@@ -91,6 +91,8 @@ class DenseFamily:
     """What names begin with in its checkpoints, with what transformers puts in its place."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
+    auto: Any = AutoModelForCausalLM
+    """transformers' name for its class with a head that makes logits."""
 
 
 ANY = object()
@@ -173,6 +175,20 @@ def _alike(config: PreTrainedConfig) -> PreTrainedConfig:
     return alike
 
 
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether tokens of a model, dense or not, see those after them too."""
+    config = config.get_text_config()
+    kind = config.model_type
+    always = kind in FAMILIES and Trait.BIDIRECTIONAL in FAMILIES[kind].always
+    return always or not getattr(config, "is_causal", True)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' name for the class of a model, dense or not, with its head."""
+    kind = config.model_type
+    return FAMILIES[kind].auto if kind in FAMILIES else AutoModelForCausalLM
+
+
 def head_dim(config: PreTrainedConfig) -> int:
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.num_attention_heads)
@@ -193,6 +209,8 @@ def _traits(
     config: PreTrainedConfig, family: DenseFamily, fields: Mapping[str, Any]
 ) -> dict[Trait, str]:
     traits: dict[Trait, str] = {}
+    if not getattr(config, "is_causal", True):
+        traits[Trait.BIDIRECTIONAL] = "is_causal=false"
     if getattr(config, "attention_bias", False):
         traits |= dict.fromkeys(family.attention_bias, "attention_bias=true")
     if Trait.UNGATED in family.always and fields["hidden_act"] != "relu2":
@@ -264,6 +282,8 @@ def unsupported_reason(
             f"{model_type} with gated FFNs can't become a native MoE: it is an encoder-decoder, "
             f"and no native MoE of these has gated experts {known}"
         )
+    if model_type in UNCONVERTED:
+        return f"{model_type} is not converted: it {UNCONVERTED[model_type]} {known}"
     if encoder_decoder:
         return f"{model_type} is an encoder-decoder of a family that upcycle does not know {known}"
     nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)

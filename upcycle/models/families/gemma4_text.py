@@ -1,7 +1,8 @@
 """Gemma 4's text model: norms around attention and FFN, a norm without weights on v, a rotary base
 and a size of heads for each kind of layer, layers that are scaled and that share keys and values.
 
-The smaller models also add an embedding per layer after the FFN, of which each token has its own.
+On the hub the checkpoints hold vision and audio towers, too. The smaller models also add an
+embedding per layer after the FFN, of which each token has its own.
 """
 
 from typing import Any

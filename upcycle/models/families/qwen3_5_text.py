@@ -1,5 +1,9 @@
 """Qwen3.5's text model: gated DeltaNet in most layers, gated attention with a norm per head and a
-partial rotary embedding in the others. Its norm weights are stored less one, as its host's are."""
+partial rotary embedding in the others.
+
+Norm weights are stored less one, as in the host. On the hub the checkpoints hold a vision tower and
+a layer that drafts tokens, too.
+"""
 
 from typing import Any
 

@@ -226,7 +226,7 @@ class MoETarget:
         """
         if arch.whole and self.whole is None:
             return f"{self.name} has no place for the other parts of a {arch.whole} model"
-        for trait in sorted(set(arch.traits) - self.accepts - self.requires):
+        for trait in sorted(set(arch.traits) - self.accepts - self.requires - EVERYWHERE):
             return (
                 f"the source has {trait} ({arch.traits[trait]}), which {self.name} has no place for"
             )
@@ -256,6 +256,8 @@ class MoETarget:
 
 
 TARGETS: Registry[MoETarget] = Registry("target")
+EVERYWHERE = frozenset({Trait.BIDIRECTIONAL})
+"""What transformers does in any class that a config field asks for it."""
 
 
 def unplaced(arch: Architecture) -> list[str]:
@@ -281,10 +283,12 @@ def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> 
         del carried["rope_parameters"]
     if target.doubles(arch):
         carried["hidden_act"] = "relu"  # times what it was of, relu²
+    of_encoder = {"is_causal": False, "use_cache": False} if arch.encoder else {}
     return carried | {
         "model_type": target.model_type or target.name,
         "dtype": str(dtype).removeprefix("torch."),
         "output_router_logits": False,
+        **of_encoder,
     }
 
 
