@@ -37,6 +37,12 @@ OF_KIND = {
 }
 """Titles; a kind that is not here goes by its own name."""
 
+DENSE = {
+    "granitemoehybrid": {"num_local_experts": 0},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+}
+"""Of classes whose defaults are those of a Mixture-of-Experts, what makes a dense model."""
+
 DEFAULTS = {
     "convert": "Defaults are those of the recipe `default`; another may have its own.",
     "finetune": "A preset may have other defaults: `upcycle recipes heal` prints its own.",
@@ -182,8 +188,8 @@ def what_it_is(family: str) -> str:
 
 
 def hosts(family: str) -> str:
-    """The targets of a config with the defaults of its class."""
-    arch = describe(CONFIG_MAPPING[family]())
+    """The targets of a config with the defaults of its class, but for experts."""
+    arch = describe(CONFIG_MAPPING[family](**DENSE.get(family, {})))
     names = [name for name, target in TARGETS.items() if not target.refusal(arch)]
     found = ", ".join(f"`{name}`" for name in sorted(names))
     return found or f"none with {' or '.join(unplaced(arch))}"

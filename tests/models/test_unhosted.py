@@ -127,8 +127,22 @@ def test_mixture_as_source(refusal, model_type):
     )
 
 
+def test_mixture_of_a_class_that_may_be_dense(refusal):
+    sentence = refusal("granitemoehybrid", num_local_experts=4, num_experts_per_tok=2)
+    assert sentence == (
+        "the source is a granitemoehybrid model, which is a Mixture-of-Experts already"
+    )
+
+
+def test_mixture_among_layers_of_other_kinds(refusal):
+    kinds = ["linear_attention", "moe", "full_attention", "mlp"]
+    sentence = refusal("nemotron_h", layers_block_type=kinds)
+    assert sentence == "the source is a nemotron_h model, which is a Mixture-of-Experts already"
+
+
 def test_finished_conversion_as_source(dense, moe):
-    for family, name in (("llama", "mixtral"), ("olmo2", "flex_olmo")):
+    hybrid = "granitemoehybrid"
+    for family, name in (("llama", "mixtral"), ("olmo2", "flex_olmo"), (hybrid, hybrid)):
         out = moe(dense(family), method="copy", experts=2, top_k=2, target=name)
         with pytest.raises(UpcycleError, match="Mixture-of-Experts already"):
             upcycle.plan(str(out))

@@ -111,7 +111,7 @@ def write_grown_files(plan: Plan, finished: Finished, folder: Path) -> None:
     """Write config.json and what travels with a merge."""
     arch, target = plan.source.arch, TARGETS[plan.target]
     old = dict(plan.config) | target.config(arch, finished.spec(plan.spec))
-    text = finished.config(assemble_config(old), assemble_config(plan.config))
+    text = finished.config(assemble_config(target, old), assemble_config(target, plan.config))
     (folder / "config.json").write_text(text, "utf-8")
     copy_companions(finished.folder, folder)
 

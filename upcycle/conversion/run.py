@@ -223,7 +223,7 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
-    config = assemble_config(plan.config)
+    config = assemble_config(TARGETS[plan.target], plan.config)
     if plan.source.arch.whole:
         config = _whole_config(plan, config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -266,8 +266,8 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    before = in_whole(source.layout, assemble_embeddings(target, outer))
-    after = in_whole(source.layout, assemble_head(target, source.arch, outer))
+    before = in_whole(target, source.layout, assemble_embeddings(target, outer))
+    after = in_whole(target, source.layout, assemble_head(target, source.arch, outer))
     write_unit(workspace, writer, "embeddings", before, {})
     write_unit(workspace, writer, "head", after, {}, meter)
     del raw, outer
@@ -399,7 +399,7 @@ def _write_converted(
     moe = converted.experts(plan.design, layer) if converted else None
     arch, place = plan.source.arch, f"model.layers.{layer}."
     named = assemble_layer(target, arch, place, tensors, moe, plan.design.gains)
-    in_place = in_whole(plan.source.layout, named)
+    in_place = in_whole(target, plan.source.layout, named)
     write_unit(workspace, writer, unit, in_place, {"layer": layer} | record, meter)
 
 
