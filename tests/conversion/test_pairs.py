@@ -394,6 +394,12 @@ class TestPositions:
         assert found == pytest.approx(rotary.attention_scaling)
 
 
+def test_layers_without_rotary_embedding_are_listed_as_llama_cpp_reads_them(dense, moe):
+    config = read_json(moe(dense("smollm3"), **TWO_OF_FOUR) / "config.json")
+    assert config["layer_rope_theta"][1] == 0
+    assert config["no_rope_layers"] == [1, 0, 1]
+
+
 def test_the_number_of_experts_has_its_name_of_transformers_4_too(dense, moe):
     config = read_json(moe(dense("qwen3"), target="qwen3_moe", **TWO_OF_FOUR) / "config.json")
     assert config["num_experts"] == TWO_OF_FOUR["experts"]
