@@ -359,7 +359,10 @@ def finetune(
     model: Annotated[str, typer.Argument(help="An MoE: a folder or a hub id.", metavar="MODEL")],
     recipe: Annotated[
         str | None,
-        option("heal | specialise | lora, or a YAML file. [default: by what MODEL is]", "--recipe"),
+        option(
+            "heal | specialise | routers | btx | lora, or a YAML file. [default: by what MODEL is]",
+            "--recipe",
+        ),
     ] = None,
     set_: Set = None,
     resume: Annotated[
@@ -380,6 +383,7 @@ def finetune(
 
     * `upcycle finetune split --data notes.txt -o healed`
     * `upcycle finetune copies --recipe specialise --data hf:DATASET -o out`
+    * `upcycle finetune merged --recipe routers --data code.txt+law.txt -o out`
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
     with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):

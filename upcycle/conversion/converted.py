@@ -64,7 +64,9 @@ class ConvertedLayer:
         """What a target writes."""
         shared_S = self.layout.shared_S
         shared = self.ffn.take(shared_S) if len(shared_S) else None
-        return MoELayer(self.router_ED, Experts(design, layer, self.ffn, self.layout), shared)
+        experts = Experts(design, layer, self.ffn, self.layout)
+        granularity = design.geometry.granularity
+        return MoELayer(self.router_ED, experts, shared, granularity=granularity)
 
     def output(self, activations: LayerActivations, weigh: Weigh) -> Tensor:
         """A split's output y [T, D] for the inputs of the dense FFN's activations."""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from upcycle.conversion.converted import route
 from upcycle.conversion.gating import Gating
-from upcycle.conversion.merging.finished import DOMAINS, Finished
+from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.passages import added_passages
-from upcycle.conversion.merging.sources import Sources
+from upcycle.conversion.merging.sources import Sources, read_ffn
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.units import write_unit
 from upcycle.core.foreign import blaming
@@ -28,6 +28,7 @@ from upcycle.core.types import DenseFFN, LayerActivations, MoELayer
 from upcycle.models.assemble import assemble_config
 from upcycle.models.names import EMBEDDINGS
 from upcycle.models.passages import Grouped, losses_of_models, next_token_losses
+from upcycle.models.record import DOMAINS
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
@@ -99,8 +100,8 @@ def write_grown(plan: Plan, finished: Finished, workspace: Workspace, progress: 
         progress("converting layers", layer, layers)
         _write_layer(growth, workspace, writer, layer)
     progress("converting layers", layers, layers)
-    for unit in ("embeddings", "head"):
-        if unit not in workspace.records:
+    for unit in plan.units:
+        if not unit.startswith("layer ") and unit not in workspace.records:
             write_unit(workspace, writer, unit, finished.copied(plan.units[unit]), {})
     if growth.beside:
         save_file(growth.beside, workspace.result / DOMAINS)
@@ -110,7 +111,7 @@ def write_grown_files(plan: Plan, finished: Finished, folder: Path) -> None:
     """Write config.json and what travels with a merge."""
     arch, target = plan.source.arch, TARGETS[plan.target]
     old = dict(plan.config) | target.config(arch, finished.spec(plan.spec))
-    text = finished.config(assemble_config(old), assemble_config(plan.config))
+    text = finished.config(assemble_config(target, old), assemble_config(target, plan.config))
     (folder / "config.json").write_text(text, "utf-8")
     copy_companions(finished.folder, folder)
 
@@ -178,7 +179,7 @@ def _write_layer(
         if not written:
             write_unit(workspace, writer, unit, finished.copied(specs), _record(layer, dense=True))
         return
-    ffn = growth.sources.ffns(layer, plan.activation)[finished.num_experts]
+    ffn = read_ffn(growth.sources.models[finished.num_experts], layer, plan.activation)
     row_1D = growth.row(layer, ffn, _rows(growth, specs))
     if written:
         return
@@ -191,7 +192,7 @@ def _rows(growth: Growth, specs: Sequence[TensorSpec]) -> Tensor:
     """The rows [E, D] of a layer's router before it grows."""
     finished, hidden = growth.finished, growth.plan.source.arch.hidden_size
     name = next(s.name for s in specs if s.shape == (finished.num_experts + 1, hidden))
-    return finished.checkpoint.read([name])[name]
+    return finished.weights.read(name)
 
 
 def _parts(plan: Plan, layer: int, ffn: DenseFFN, row_1D: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,5 @@
 """One layer's conversion: from a dense FFN to experts and a router."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,6 @@ from upcycle.conversion.converted import ConvertedLayer, Inputs, token_weights
 from upcycle.conversion.plan import Plan
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.evaluation.distance import Meter
-from upcycle.models.source import DenseSource
 
 
 @torch.no_grad()
@@ -40,18 +37,6 @@ def convert_layer(
     weight_T = None
     if plan.design.compensates and norm_T is not None:
         weight_T = token_weights(norm_T)
-    ffns = plan.sources.ffns(layer, ffn.act, _shown_to(meter, ffn)) if plan.sources else ()
+    ffns = plan.sources.ffns(layer, ffn, meter) if plan.sources else ()
     inputs = Inputs(layer, ffn, activations, weight_T, wanted_TD, ffns, gate_ED)
     return plan.way.make(plan.design, inputs)
-
-
-def _shown_to(meter: Meter | None, base: DenseFFN) -> Callable[[DenseSource, DenseFFN], None]:
-    """Shows a meter the FFN of each model beside the base's."""
-
-    def see(model: DenseSource, ffn: DenseFFN) -> None:
-        if meter is None:
-            return
-        for name in base.matrices:
-            meter.see("ffn", name, model.label, getattr(base, name), getattr(ffn, name))
-
-    return see

@@ -15,12 +15,12 @@ from transformers.activations import ACT2FN
 from upcycle.conversion.beside import Beside
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
-from upcycle.conversion.merging.finished import Finished
+from upcycle.conversion.merging.finished import Finished, Weights
 from upcycle.conversion.merging.passages import passage_tokens
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.merging.rest import check_rest, read_merged
 from upcycle.conversion.merging.sources import Sources
-from upcycle.conversion.notes import layout_notes, source_notes, warnings
+from upcycle.conversion.notes import doubled, layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.request import (
     check_calibration,
@@ -58,6 +58,7 @@ from upcycle.models.targets import (
     TARGETS,
     Combine,
     MoESpec,
+    MoETarget,
     Runtime,
     common_fields,
     unplaced,
@@ -130,10 +131,10 @@ class Plan:
         return runtimes_lost(self.recipe, arch, self.target, self.spec, combine)
 
     @property
-    def checkpoints(self) -> list[DenseSource]:
+    def checkpoints(self) -> list[DenseSource | Weights]:
         """All that is read, the source first."""
         others = self.sources.distinct() if self.sources else []
-        return [self.source, *others, *([self.finished.checkpoint] if self.finished else [])]
+        return [self.source, *others, *([self.finished.weights] if self.finished else [])]
 
     @property
     def activation(self) -> Activation:
@@ -150,6 +151,12 @@ class Plan:
         """Active FFN neurons over the dense model's; layers kept dense count as 1."""
         layers, dense = len(self.source.arch.ffn_layers), len(self.spec.dense_layers)
         return active_ffn_ratio(self.design.geometry, layers, dense)
+
+    @property
+    def doubled(self) -> str:
+        """What it costs that an FFN's first matrix is stored twice, as a sentence without its
+        point; empty if it is not."""
+        return doubled(self.source.arch, self.target, self.spec)
 
     @property
     def undecided(self) -> bool:
@@ -302,8 +309,8 @@ def make_plan(
     beside = Beside.of(source, fitted=_streams(design))
     units = _units(source, target, spec, design.dtype, beside)
     layers = room.layers - len(dense_layers) + len(beside.drafts)
-    said = (*source_notes(source, design.dtype), *layout_notes(asked, arch), *beside.notes())
-    said += tuple(warnings(recipe, way, spec, target, design, _reached(targets)))
+    said = (*source_notes(source, design.dtype), *layout_notes(asked, arch, target, spec))
+    said += (*beside.notes(), *warnings(recipe, way, spec, target, design, _reached(targets)))
     plan = Plan(
         source=source,
         request=recipe,
@@ -319,7 +326,7 @@ def make_plan(
         beside=beside,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
-        params_active=_params_active(units, geometry, arch, layers),
+        params_active=_params_active(units, geometry, arch, TARGETS[target], layers),
         warnings=(*notes, *said, *left_out),
         runtimes=runtime_refusals(recipe, arch, target, spec, combine),
         sources=sources,
@@ -344,11 +351,13 @@ def _params_active(
     units: Mapping[str, tuple[TensorSpec, ...]],
     geometry: Geometry,
     arch: Architecture,
+    target: MoETarget,
     layers: int,
 ) -> int:
     """Parameters that a token uses, where so many layers have experts."""
     total = sum(s.numel for unit in units.values() for s in unit)
-    return total - geometry.idle_neurons * arch.ffn_params // arch.intermediate_size * layers
+    matrices = 3 if target.gated else 2
+    return total - geometry.idle_neurons * matrices * arch.hidden_size * layers
 
 
 def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -426,18 +435,20 @@ def _design(
     merge: Merge | None,
 ) -> Design:
     compensates = bool(methods.compensate.method.refits)
-    spread = recipe.router_spread or (SPREAD if compensates else UNFITTED_SPREAD)
+    routing = TARGETS[target].routing
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    least = max(SPREAD if compensates else UNFITTED_SPREAD, routing.least_spread(dtype))
     gains = TARGETS[target].gains(combine, geometry)
     return Design(
         methods=methods,
         geometry=geometry,
         combine=combine,
-        routing=TARGETS[target].routing,
+        routing=routing,
         gains=gains.over_three_matrices() if recipe.spread_gain else gains,
-        router_spread=EXACT_SPREAD if way.averages else spread,
+        router_spread=EXACT_SPREAD if way.averages else recipe.router_spread or least,
         sequential=recipe.sequential and way.lossy,
         feedback=_feedback(recipe, way, methods, source.arch, geometry, room),
-        dtype=source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+        dtype=dtype,
         seed=recipe.seed,
         merge=merge,
     )
@@ -641,7 +652,7 @@ def _units(
         place = f"model.layers.{i}."
         named[f"layer {i}"] = layer(place, source.layer_names(i), routed=routed)
     named["head"] = assemble_head(host, source.arch, outer)
-    units = {unit: _specs(in_whole(source.layout, tensors)) for unit, tensors in named.items()}
+    units = {unit: _specs(in_whole(host, source.layout, each)) for unit, each in named.items()}
     for place in beside.drafts:
         names = [name for name in source.draft_names() if name.startswith(place)]
         units[place] = _specs(layer(place, names, routed=True))
@@ -662,13 +673,16 @@ def _meta_layer(spec: MoESpec, arch: Architecture, dtype: torch.dtype) -> MoELay
 
     router_ED = torch.empty(spec.geometry.num_experts, arch.hidden_size, dtype=dtype, device="meta")
     shared = ffn(spec.geometry.shared_size) if spec.geometry.shared_size else None
-    return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
+    granularity = spec.geometry.granularity
+    expert = ffn(spec.geometry.expert_size)
+    return MoELayer(router_ED, lambda e: expert, shared, granularity=granularity)
 
 
 def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     """What a plan that is whole may still come to grief on."""
     check_own_files(plan.source.folder)
     _check_feedback(plan)
+    _check_ties(plan)
     _check_text(plan)
     _check_memory(plan)
     if plan.finished is not None:
@@ -691,6 +705,19 @@ def _check_feedback(plan: Plan) -> None:
         if not plan.way.takes_feedback:
             why = "pruned copies are fitted to the dense FFN's output"
         raise UpcycleError(f"compensate.feedback={asked} has no effect: {why}, so give 0")
+
+
+def _check_ties(plan: Plan) -> None:
+    """Copies of which each must count 1 have hardly different scores, which some targets round."""
+    design = plan.design
+    if not plan.way.averages or design.combine != "sum":
+        return
+    if design.router_spread < design.routing.least_spread(design.dtype):
+        raise UpcycleError(
+            f"--top-k 1: {plan.target} rounds the scores of copies that count 1 each to one and "
+            "the same below float32, so that all tokens would get the same copy: raise --top-k, or "
+            "pass --dtype float32"
+        )
 
 
 def _check_text(plan: Plan) -> None:

@@ -21,7 +21,7 @@ from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.merging.findings import findings, measure_beside
-from upcycle.conversion.merging.finished import DOMAINS, check_base
+from upcycle.conversion.merging.finished import check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
 from upcycle.conversion.merging.own_texts import own_texts
 from upcycle.conversion.plan import Plan, make_plan
@@ -41,7 +41,7 @@ from upcycle.models.assemble import (
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.names import EMBEDDINGS
-from upcycle.models.record import RECORD, DenseLayers, Identity, Report, record_text
+from upcycle.models.record import DOMAINS, RECORD, DenseLayers, Identity, Report, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
@@ -124,7 +124,7 @@ def identity(plan: Plan, threads: int) -> Identity:
         ]
         ingredients["sources"] = plan.sources.fingerprints()
     if plan.finished is not None:
-        ingredients["finished"] = plan.finished.checkpoint.fingerprint()
+        ingredients["finished"] = plan.finished.weights.fingerprint()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 
@@ -223,7 +223,7 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
-    config = assemble_config(plan.config)
+    config = assemble_config(TARGETS[plan.target], plan.config)
     if plan.source.arch.whole:
         config = _whole_config(plan, config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -266,8 +266,8 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    before = in_whole(source.layout, assemble_embeddings(target, outer))
-    after = in_whole(source.layout, assemble_head(target, source.arch, outer))
+    before = in_whole(target, source.layout, assemble_embeddings(target, outer))
+    after = in_whole(target, source.layout, assemble_head(target, source.arch, outer))
     write_unit(workspace, writer, "embeddings", before, {})
     write_unit(workspace, writer, "head", after, {}, meter)
     del raw, outer
@@ -399,7 +399,7 @@ def _write_converted(
     moe = converted.experts(plan.design, layer) if converted else None
     arch, place = plan.source.arch, f"model.layers.{layer}."
     named = assemble_layer(target, arch, place, tensors, moe, plan.design.gains)
-    in_place = in_whole(plan.source.layout, named)
+    in_place = in_whole(target, plan.source.layout, named)
     write_unit(workspace, writer, unit, in_place, {"layer": layer} | record, meter)
 
 

@@ -30,6 +30,8 @@ from upcycle.core.settings import Choice
 
 RECORD = "upcycle.json"
 TRAIN_LOG = "train_log.jsonl"
+DOMAINS = "router_domains.safetensors"
+"""By which gate `domain` of a merge makes the rows of experts that come later."""
 OURS = "what upcycle writes"
 LARGEST = 1e300
 

@@ -1,8 +1,9 @@
 """A finished merge that gets an expert more: what it holds, and what of that grows."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,64 @@ from upcycle.conversion.merging.addition import (
 from upcycle.conversion.merging.request import Expert, Merge
 from upcycle.conversion.merging.sources import Sources
 from upcycle.core.errors import UpcycleError
+from upcycle.core.types import all_finite
 from upcycle.models.assemble import FFN
+from upcycle.models.download import Remote
 from upcycle.models.model_name import ModelName, Place, parse_model
-from upcycle.models.record import ExpertPart, Made
-from upcycle.models.source import Checkpoint, DenseSource, locate, read_config
+from upcycle.models.record import DOMAINS, RECORD, ExpertPart, Made
+from upcycle.models.source import (
+    Checkpoint,
+    DenseSource,
+    TensorInfo,
+    hash_tensors,
+    locate,
+    read_config,
+    read_tensors,
+)
 from upcycle.models.targets import MoESpec, MoETarget
 from upcycle.models.writer import TensorSpec
 
-DOMAINS = "router_domains.safetensors"
-"""Beside the weights: what gate `domain` leaves."""
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a merge, by their names on the disk, which are read when asked for."""
+
+    label: str
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    remote: Remote | None = field(default=None, repr=False)
+    """Those of a hub id that are not in `folder` before `fetch`."""
+    digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Of their bytes, once `fingerprint` has looked at them."""
+
+    def fetch(self) -> None:
+        """Download what is not here."""
+        if self.remote is not None:
+            self.remote.fetch()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor.
+
+        Raises:
+            UpcycleError: it can't be read, holds NaN or infinity, or has changed.
+        """
+        ((_, tensor, digest),) = read_tensors(self.folder, {name: self.tensors[name]})
+        if self.digests.get(name, digest) != digest:
+            raise UpcycleError(f"{name} in {self.label} changed while it was read: start anew")
+        if not all_finite(tensor):
+            raise UpcycleError(f"{name} in {self.label} holds NaN or infinity")
+        return tensor
+
+    def fingerprint(self) -> str:
+        """Of all that is copied: config.json, the weights, what is kept beside them."""
+        if not self.digests:
+            files = {info.file for info in self.tensors.values()}
+            self.digests.update(hash_tensors(self.folder, files))
+        digest = hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode())
+        for name in ("config.json", RECORD, DOMAINS):
+            path = self.folder / name
+            digest.update(path.read_bytes() if path.is_file() else b"")
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -35,8 +85,7 @@ class Finished:
 
     request: Addition
     record: Made
-    checkpoint: DenseSource
-    """Reads its tensors, by their names on disk; `arch` is that of its base."""
+    weights: Weights
 
     @property
     def label(self) -> str:
@@ -44,7 +93,7 @@ class Finished:
 
     @property
     def folder(self) -> Path:
-        return self.checkpoint.folder
+        return self.weights.folder
 
     @property
     def num_experts(self) -> int:
@@ -66,7 +115,7 @@ class Finished:
     def grows(self, spec: TensorSpec) -> bool:
         """Whether a tensor of the result holds one expert's part more than the merge's own, or is
         a new one."""
-        info = self.checkpoint.tensors.get(spec.name)
+        info = self.weights.tensors.get(spec.name)
         return info is None or info.shape != spec.shape
 
     def check_layout(self, specs: Sequence[TensorSpec]) -> None:
@@ -75,7 +124,7 @@ class Finished:
         Raises:
             UpcycleError: it does not.
         """
-        found = {name: (info.shape, info.dtype) for name, info in self.checkpoint.tensors.items()}
+        found = {name: (info.shape, info.dtype) for name, info in self.weights.tensors.items()}
         meant = {spec.name: (spec.shape, spec.dtype) for spec in specs}
         if found != meant:
             name = min(name for name, _ in found.items() ^ meant.items())
@@ -94,7 +143,7 @@ class Finished:
         """The tensors that stay as they are, one at a time."""
         for spec in specs:
             if not self.grows(spec):
-                yield spec.name, self.checkpoint.read([spec.name])[spec.name]
+                yield spec.name, self.weights.read(spec.name)
 
     def grown(
         self, specs: Sequence[TensorSpec], parts: Mapping[str, Tensor]
@@ -106,8 +155,8 @@ class Finished:
         """
         for spec in filter(self.grows, specs):
             made = parts[spec.name]
-            if spec.name in self.checkpoint.tensors:
-                old = self.checkpoint.read([spec.name])[spec.name]
+            if spec.name in self.weights.tensors:
+                old = self.weights.read(spec.name)
                 place = next(i for i, size in enumerate(old.shape) if size != spec.shape[i])
                 added = made.narrow(place, self.num_experts, 1).to(old.dtype)
                 made = torch.cat([old, added], place)
@@ -134,13 +183,12 @@ class Finished:
         if set(short) & set(FFN) or not torch.equal(joined, tensor):
             return None
         places = [
-            part.removesuffix(s) + target.spelled.get(s, s)
+            base.layout.full(part.removesuffix(s) + target.spelled.get(s, s))
             for part, s in zip(parts, short, strict=True)
         ]
-        if not self.checkpoint.tensors.keys() >= set(places):
+        if not self.weights.tensors.keys() >= set(places):
             return None
-        read = self.checkpoint.read(places)
-        return torch.cat([read[place] for place in places])
+        return torch.cat([self.weights.read(place) for place in places])
 
     def config(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         """Its config.json with what one expert more changes.
@@ -149,7 +197,9 @@ class Finished:
             before, after: what upcycle writes of both.
         """
         fields = json.loads((self.folder / "config.json").read_text("utf-8"))
-        fields |= {name: value for name, value in after.items() if before.get(name) != value}
+        changed = {name: value for name, value in after.items() if before.get(name) != value}
+        # Of a whole model, the text model's fields lie below.
+        fields.get("text_config", fields).update(changed)
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
@@ -209,15 +259,10 @@ def _expert(part: ExpertPart, text: str | None) -> Expert:
     )
 
 
-def checkpoint_of(request: Addition, found: Checkpoint, base: DenseSource) -> DenseSource:
-    """What reads the tensors of a merge; reads headers now."""
-    config = read_config(found.folder)
-    headers, remote = found.headers(), found.remote
-    return DenseSource(
-        *(request.merge, found.folder, config, base.arch, headers),
-        *(base.layout, frozenset()),
-        remote=remote,
-    )
+def weights_of(request: Addition, found: Checkpoint) -> Weights:
+    """The tensors of a merge; reads headers now."""
+    read_config(found.folder)
+    return Weights(request.merge, found.folder, found.headers(), found.remote)
 
 
 def check_domains(finished: Finished) -> None:

@@ -9,8 +9,8 @@ from upcycle.conversion.merging.finished import (
     Finished,
     base_of,
     check_domains,
-    checkpoint_of,
     open_finished,
+    weights_of,
     with_others,
 )
 from upcycle.conversion.merging.request import TEXTUAL, Merge, Request, recipe_settings
@@ -63,7 +63,7 @@ def _plan_addition(
     recipe = addition_recipe(request, record, given)
     base = base_of(request, record, found.folder)
     added = open_sources(Merge(base, (request.expert,)))
-    finished = Finished(request, record, checkpoint_of(request, found, added.base))
+    finished = Finished(request, record, weights_of(request, found))
     router = recipe.router.name if recipe.router else ""
     if router == "domain":
         check_domains(finished)

@@ -1,6 +1,6 @@
 """The models behind a merge: opened once each, compared with the base, read an FFN at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import overload
 
@@ -66,9 +66,10 @@ class LayerFFNs(Sequence[DenseFFN]):
 
     models: tuple[DenseSource, ...]
     layer: int
-    act: Activation
-    see: Callable[[DenseSource, DenseFFN], None]
-    """Told of every FFN that is read."""
+    base: DenseFFN
+    """The base's, in its dtype."""
+    meter: Meter | None = None
+    """Sees every FFN that is read."""
 
     def __len__(self) -> int:
         return len(self.models)
@@ -80,8 +81,11 @@ class LayerFFNs(Sequence[DenseFFN]):
     def __getitem__(self, place: int | slice) -> "DenseFFN | LayerFFNs":
         if isinstance(place, slice):
             return replace(self, models=self.models[place])
-        ffn = read_ffn(self.models[place], self.layer, self.act)
-        self.see(self.models[place], ffn)
+        model, base = self.models[place], self.base
+        ffn = read_ffn(model, self.layer, base.act)
+        if self.meter is not None:
+            for name in base.matrices:
+                self.meter.see("ffn", name, model.label, getattr(base, name), getattr(ffn, name))
         return ffn
 
 
@@ -100,13 +104,8 @@ class Sources:
         """Of the experts that the router chooses from."""
         return self.models[: len(self.merge.experts)]
 
-    def ffns(
-        self,
-        layer: int,
-        act: Activation,
-        see: Callable[[DenseSource, DenseFFN], None] = lambda model, ffn: None,
-    ) -> LayerFFNs:
-        return LayerFFNs(self.models, layer, act, see)
+    def ffns(self, layer: int, base: DenseFFN, meter: Meter | None = None) -> LayerFFNs:
+        return LayerFFNs(self.models, layer, base, meter)
 
     @property
     def apart(self) -> dict[str, DenseSource]:
