@@ -238,8 +238,8 @@ def test_what_a_merge_has_shown_of_its_models(converted, shown):
     assert "writer 125 % 0 %" in words
     assert (
         "Nearest to each other are org/coder and writer: their FFNs are 126 % of the base's length "
-        "apart. Condition number of the router's rows: 1.5 to inf (layer 1); 1 tells experts apart "
-        "best."
+        "apart. Condition number of the router's rows: 1.5 to inf (layer 1); infinite "
+        "where rows cancel out, as those that are fitted to text do."
     ) in words
     assert "this merge 3.25 11.50 6.12" in words
     assert "mean of the sources 3.50 12.00 inf" in words

@@ -173,7 +173,7 @@ def test_what_a_merge_is_made_of():
     assert "Writer is far away." in shown
     assert "code.txt notes.txt mixed this merge 3.25 11.5 6.12" in shown
     assert "mean of the sources 3.50 12.0 inf" in shown
-    assert "of layer 1 the rows depend on each other" in shown
+    assert "those of layer 1 cancel out" in shown
 
 
 def test_an_infinite_condition_number_is_a_full_column_and_marked():
@@ -186,6 +186,7 @@ def test_an_infinite_condition_number_is_a_full_column_and_marked():
     ]
     assert chart.peak.name == 1
     assert merging.gates(gates[:1])["chart"].peak.value == 1.5
+    assert merging.gates(gates[1:2]) is None
 
 
 def test_a_merge_without_texts_or_distances_shows_its_gates_alone():

@@ -406,12 +406,14 @@ class Findings(Part):
         if not self.gates:
             return
         worst = max(self.gates, key=lambda gate: gate.condition)
-        ends = dict.fromkeys(
-            f"{end(gate.condition for gate in self.gates):.3g}" for end in (min, max)
-        )
+        least = min(gate.condition for gate in self.gates)
+        ends = dict.fromkeys(f"{value:.3g}" for value in (least, worst.condition))
+        meaning = "1 tells experts apart best"
+        if math.isinf(worst.condition):
+            meaning = "infinite where rows cancel out, as those that are fitted to text do"
         yield (
             f"Condition number of the router's rows: {' to '.join(ends)} (layer {worst.layer}); "
-            "1 tells experts apart best."
+            f"{meaning}."
         )
 
 

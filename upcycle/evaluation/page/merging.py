@@ -58,10 +58,11 @@ def _perplexities(beside: Beside | None) -> Section:
 
 
 def gates(found: Sequence[GatePart]) -> Section:
-    """The condition number of each layer's gate; a column that is infinite is full, and marked."""
-    if not found:
-        return None
+    """The condition number of each layer's gate; a column that is infinite is full, and marked.
+    None where all are infinite, which is said in a sentence."""
     endless = [gate.layer for gate in found if not math.isfinite(gate.condition)]
+    if len(endless) == len(found):
+        return None
     finite = charts.top([gate.condition for gate in found]) or 1.0
     drawn = [min(gate.condition, finite) for gate in found]
     chart = charts.columns(drawn, [gate.layer for gate in found], endless)
@@ -70,7 +71,7 @@ def gates(found: Sequence[GatePart]) -> Section:
     shown: dict[str, Any] = {"columns": columns}
     if peak is not None:
         shown |= {"peak": columns[peak], "peak_place": 100 * (peak + 0.5) / len(columns)}
-    lost = f"; of {listing(endless)} the rows depend on each other" if endless else ""
+    lost = f"; those of {listing(endless)} cancel out" if endless else ""
     return {
         "note": "The largest singular value of a router's rows over the smallest: at 1 they tell "
         f"the experts apart best{lost}.",
