@@ -174,6 +174,13 @@ class Plan:
         return self.design.combine == "sum" or router.needs_activations
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether a method looks at the loss's gradients, so that the calibration tokens first go
+        through the dense model and back."""
+        used = self.way.used(self.design.methods, self.design.geometry)
+        return self.streams and any(each.params.needs_gradients for each in used.values())
+
+    @property
     def passage_tokens(self) -> int:
         """Tokens of the text that a merge's router is made from, of prompts roughly."""
         if self.design.merge is None or self.design.methods.gate is None:
@@ -200,7 +207,20 @@ class Plan:
         return sequences * self.recipe.seq_len if self.streams else 0
 
     def aside_bytes(self) -> int:
-        """Disk that only the run itself needs: what a resumed stream and the check read again."""
+        """Disk that only the run itself needs: what a resumed stream and the check read again, and
+        gradients."""
+        return self._refit_bytes() + self.gradient_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Disk for hidden states on the way through the dense model, then gradients, at most."""
+        if not self.needs_gradients:
+            return 0
+        arch = self.source.arch
+        return arch.num_layers * self.fit_tokens * arch.hidden_size * torch.float32.itemsize
+
+    def _refit_bytes(self) -> int:
+        """Disk for routers and refit weights."""
         geometry = self.design.geometry
         neurons = self.way.kept_neurons(geometry)
         if not neurons:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
@@ -15,6 +16,8 @@ from upcycle.models.names import HEAD
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
 PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
+UNTOLD = -100
+"""In place of the token after a sequence's last one."""
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -31,6 +34,9 @@ class HiddenStream:
     replaced by recorders, which yields the embeddings and the masks and rotary angles that each
     layer is called with. A layer is passed in two halves, so that another FFN can take the place
     of the dense one: `attend` up to what the FFN sees, `advance` from what it puts out.
+
+    Tokens that went `through` all layers can turn round: `to_loss` begins the way back, which
+    `back` goes on, one layer in memory at a time again.
 
     Args:
         config: of the dense model.
@@ -49,7 +55,7 @@ class HiddenStream:
         device: torch.device,
     ) -> None:
         self.blocks = FAMILIES[config.model_type].blocks
-        self.model = model = skeleton(config)
+        self.model = model = skeleton(config).requires_grad_(False)
         self.decoder = decoder = model.model
         self.layers, self.norm = decoder.layers, getattr(decoder, self.blocks.norm)
         self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
@@ -65,15 +71,17 @@ class HiddenStream:
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
         with torch.no_grad():
-            for ids_BL in self.groups:
-                for ids_bL in ids_BL.to(device).split(max(1, BATCH_TOKENS // ids_BL.shape[1])):
-                    decoder(input_ids=ids_bL, use_cache=False)
-                    self.hidden.append(self.recorders[0].hidden)
+            for ids_bL in self._batches():
+                decoder(input_ids=ids_bL, use_cache=False)
+                self.hidden.append(self.recorders[0].hidden)
         # They are not needed again before the end: a large vocabulary's may be gigabytes.
         for name in self.blocks.embeddings:
-            module = getattr(decoder, name)
-            gone = {n: weight.to("meta") for n, weight in module.state_dict().items()}
-            module.load_state_dict(gone, assign=True)
+            _unload(getattr(decoder, name))
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Token ids [b, L] as they go through a layer together."""
+        for ids_BL in self.groups:
+            yield from ids_BL.to(self.device).split(max(1, BATCH_TOKENS // ids_BL.shape[1]))
 
     def _load_embeddings(self, outer: Mapping[str, Tensor]) -> torch.dtype:
         """Give the modules before the layers their weights; the dtype in which layers run."""
@@ -160,10 +168,70 @@ class HiddenStream:
     @torch.no_grad()
     def through(self, layer: int, weights: Mapping[str, Tensor]) -> None:
         """Move all tokens through a whole layer, in place of `attend` and `advance`."""
-        self._load(layer, weights)
+        block = self._load(layer, weights)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD)
+        _unload(block)
+
+    def to_loss(self, outer: Mapping[str, Tensor]) -> None:
+        """After `through` of the last layer: turn round, at the loss of every token but a
+        sequence's first, in nats, summed over them.
+
+        Args:
+            outer: as `log_probs` takes it.
+        """
+        self._load_head(outer)
+        batches = zip(self.hidden, self._batches(), strict=True)
+        self.gradients = [self._loss_gradient(hidden_bLD, ids) for hidden_bLD, ids in batches]
+        self.hidden = []
+        _unload(self.model)
+
+    def _loss_gradient(self, hidden_bLD: Tensor, ids_bL: Tensor) -> Tensor:
+        """∂loss/∂hidden [b, L, D] after the last layer, PREDICTED_TOKENS at a time."""
+        next_bL = ids_bL.roll(-1, 1)
+        next_bL[:, -1] = UNTOLD
+        pieces = zip(
+            hidden_bLD.flatten(0, 1).split(PREDICTED_TOKENS),
+            next_bL.flatten().split(PREDICTED_TOKENS),
+            strict=True,
+        )
+        gradients = []
+        for hidden_tD, next_t in pieces:
+            with torch.enable_grad():
+                hidden_1tD = hidden_tD[None].requires_grad_()
+                logits_tV = self._logits(hidden_1tD)[0]
+                loss = cross_entropy(logits_tV, next_t, ignore_index=UNTOLD, reduction="sum")
+            gradients += torch.autograd.grad(loss, hidden_1tD)
+        return torch.cat(gradients, 1).view_as(hidden_bLD)
+
+    def back(self, layer: int, weights: Mapping[str, Tensor], entering_TD: Tensor) -> Tensor | None:
+        """Move all tokens' gradients back through a whole layer.
+
+        Args:
+            layer: must be called for the last one, the one before it, …, after `to_loss`.
+            weights: as `attend` takes them.
+            entering_TD: what `entering` was before the layer.
+
+        Returns:
+            ∂loss/∂y [T, D] of what its FFN puts out, y; None of a layer without an FFN.
+        """
+        block, heard = self._load(layer, weights), list[Tensor]()
+        ffn = getattr(block, self.blocks.ffn, None)
+        if ffn is not None:
+            ffn.register_forward_hook(lambda module, given, y_bLD: heard.append(y_bLD))
+        sizes = [leaving_bLD[..., 0].numel() for leaving_bLD in self.gradients]
+        of_output: list[Tensor] = []
+        for i, entering_tD in enumerate(entering_TD.to(self.device).split(sizes)):
+            with torch.enable_grad():
+                entering_bLD = entering_tD.view_as(self.gradients[i]).requires_grad_()
+                leaving_bLD = self._run(layer, entering_bLD)
+            self.gradients[i], *of_y = torch.autograd.grad(
+                leaving_bLD, [entering_bLD, *heard], self.gradients[i]
+            )
+            of_output += [each.flatten(0, 1) for each in of_y]
+            heard.clear()
         self.layers[layer] = nn.Identity()
+        return torch.cat(of_output) if of_output else None
 
     def _load(self, layer: int, weights: Mapping[str, Tensor]) -> nn.Module:
         block: nn.Module = self.layers[layer]
@@ -190,15 +258,23 @@ class HiddenStream:
         Args:
             outer: the tensors that belong to no layer, under their names in the source.
         """
+        self._load_head(outer)
+        for hidden_bLD in self.hidden:
+            yield self._logits(hidden_bLD).log_softmax(-1)
+
+    def _load_head(self, outer: Mapping[str, Tensor]) -> None:
         setattr(self.decoder, self.blocks.norm, self.norm)
         weights = {k: v.to(self.device, self.dtype) for k, v in outer.items()}
         weights.setdefault(HEAD, weights[f"model.{self.blocks.embeddings[0]}.weight"])
         self.model.load_state_dict(weights, assign=True, strict=False)
-        for hidden_bLD in self.hidden:
-            self.decoder.layers = nn.ModuleList([_Constant(hidden_bLD)])
-            # Which tokens they were no longer matters.
-            ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
-            yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
+
+    def _logits(self, hidden_bLD: Tensor) -> Tensor:
+        """Of hidden states after the last layer, in float32."""
+        self.decoder.layers = nn.ModuleList([_Constant(hidden_bLD)])
+        # Which tokens they were no longer matters.
+        ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
+        logits_bLV: Tensor = self.model(input_ids=ids_bL, use_cache=False).logits.float()
+        return logits_bLV
 
     def _run(self, layer: int, hidden_bLD: Tensor) -> Tensor:
         out = self.layers[layer](hidden_bLD, **self._arguments(layer, *hidden_bLD.shape[:2]))
@@ -217,6 +293,12 @@ class HiddenStream:
             angles = arguments["position_embeddings"]
             arguments["position_embeddings"] = tuple(each.to(self.dtype) for each in angles)
         return arguments
+
+
+def _unload(module: nn.Module) -> None:
+    """Let go of a module's weights."""
+    gone = {name: weight.to("meta") for name, weight in module.state_dict().items()}
+    module.load_state_dict(gone, assign=True)
 
 
 class _Recorder(nn.Module):
