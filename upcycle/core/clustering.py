@@ -1,12 +1,10 @@
 """Clustering into groups of exactly equal size or of any, and what matters in groups of tokens."""
 
-from collections.abc import Iterator
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from upcycle.core.importance import Importance, importances
 from upcycle.core.types import LayerActivations
 
 
@@ -158,21 +156,6 @@ def kmeans(rows_FC: Tensor, num_clusters: int, rng: torch.Generator) -> tuple[li
         for member, centre in zip(members, found.cluster_centers_, strict=True)
     ]
     return members, torch.stack(centroids)
-
-
-Importance = Literal["output", "taylor"]
-"""What a neuron matters by on a token: |h| |down|, how much it puts out, or |h ∂loss/∂h|."""
-
-
-def importances(activations: LayerActivations, by: Importance) -> Iterator[tuple[Tensor, ...]]:
-    """Inputs x [t, D] and how much each neuron matters on these tokens [t, F]."""
-    if by == "taylor":
-        for x_tD, effect_tF in activations.effects():
-            yield x_tD, effect_tF.abs()
-        return
-    norm_F = activations.ffn.down_DF.norm(dim=0)
-    for x_tD, h_tF in activations.chunks():
-        yield x_tD, h_tF.abs() * norm_F
 
 
 def importance_by_cluster(

@@ -16,9 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from upcycle.core.importance import GradientParams, taylor_by_text
 from upcycle.core.types import LayerActivations
 from upcycle.split.base import split_from_activations
-from upcycle.split.importance import GradientParams, taylor_by_text
 
 
 class CommonNeuronsParams(GradientParams):

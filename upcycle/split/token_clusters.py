@@ -19,9 +19,9 @@ from upcycle.core.clustering import (
     greedy_assignment,
     importance_by_cluster,
 )
+from upcycle.core.importance import ClusterImportanceParams
 from upcycle.core.types import LayerActivations
 from upcycle.split.base import split_from_activations
-from upcycle.split.importance import ClusterImportanceParams
 
 
 class HiddenClustersParams(ClusterImportanceParams):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from upcycle.core.clustering import importance_by_cluster
+from upcycle.core.importance import ClusterImportanceParams
 from upcycle.core.types import Geometry, LayerActivations
-from upcycle.split.importance import ClusterImportanceParams
 from upcycle.split.shared.base import shared_by_experts
 
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from upcycle.core.importance import GradientParams, taylor_by_text, taylor_by_token
 from upcycle.core.types import LayerActivations
-from upcycle.split.importance import GradientParams, taylor_by_text, taylor_by_token
 from upcycle.split.shared.base import shared_by
 
 
