@@ -22,7 +22,7 @@ from upcycle.models.runtimes import RUNTIMES, Runtime
 from upcycle.models.targets import TARGETS, MoETarget, unplaced
 from upcycle.models.targets.base import Limit
 from upcycle.models.targets.limits import unknown
-from upcycle.models.unhosted import REASONS
+from upcycle.models.unhosted import REASONS, UNCONVERTED
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"
@@ -172,6 +172,11 @@ def models_page() -> str:
             ("model_type", "why"),
             ((f"`{name}`", f"it {why}") for name, why in sorted(REASONS.items())),
         ),
+        "Others a native class would host, but they are not converted:\n",
+        table(
+            ("model_type", "why"),
+            ((f"`{name}`", f"it {why}") for name, why in sorted(UNCONVERTED.items())),
+        ),
     ]
     return "\n".join(parts)
 
@@ -207,7 +212,9 @@ def runtimes_page() -> str:
             ((f"`{name}`", *(seen(target, of) for of in RUNTIMES)) for name, target in targets),
         ),
         "## With what, and what is not possible\n",
-        "A model beyond a limit is refused by the runtime, or computed otherwise without a word.\n",
+        "A model beyond a limit is refused by the runtime, or computed otherwise without a word. "
+        "Of encoders all these are: whatever the target, in these runtimes tokens see only those "
+        "before them, by their sources.\n",
         table(
             ("target", "runtime", "run with", "limits"),
             (

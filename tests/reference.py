@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load_file
+from tiny import HEADS
 from transformers import AutoModelForCausalLM
 
 TOLERANCE = {"mean": 2e-5, "sum": 5e-3}
@@ -24,7 +25,8 @@ MUTATED = 0.5
 """The least gap of a model with one mistake in it: far beyond every tolerance."""
 
 ALWAYS_RENORMALISES = {
-    "mixtral", "granitemoeshared", "granitemoe_swa", "ernie4_5_moe", "laguna"
+    "mixtral", "granitemoeshared", "granitemoe_swa", "ernie4_5_moe", "laguna", "qwen3_5_moe",
+    "gemma4",
 }  # fmt: skip
 """Their K selected experts share weight 1 whatever K is, so a split's gain is K; elsewhere each
 expert's weight does not depend on K."""
@@ -35,7 +37,8 @@ TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(
 
 def load(folder, dtype=torch.float32, **overrides):
     """The folder's model by plain transformers; fails unless every tensor finds its place."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    auto = HEADS.get(read_json(folder / "config.json")["model_type"], AutoModelForCausalLM)
+    model, info = auto.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, local_files_only=True, **overrides
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -67,30 +70,49 @@ def load_all_on(folder, dtype=torch.float32):
     """The split in the folder with all its routed experts selected, each with weight 1."""
     config = read_json(folder / "config.json")
     routed = read_json(folder / "upcycle.json")["plan"]["experts"]
-    model = load(folder, dtype, num_experts_per_tok=routed)
+    model = load(folder, dtype)
+    selected = select(model, routed)
     if config.get("norm_topk_prob", True):
         for stacked in experts(model):
-            stacked.down_proj.data *= routed / top_k(config)
+            stacked.down_proj.data *= routed / selected
     return model
 
 
 def top_k(config):
     """As config.json spells it."""
-    return config.get("num_experts_per_tok") or config["moe_k"]
+    names = ("num_experts_per_tok", "moe_k", "top_k_experts")
+    return next(config[name] for name in names if name in config)
 
 
 def load_all_alike(folder, dtype=torch.float32):
     """The same with the routers' rows at zero, so that no logits make their weights uneven."""
     model = load_all_on(folder, dtype)
-    for router in routers(model):
-        router.weight.data.zero_()
+    for weight in router_weights(model):
+        weight.data.zero_()
     return model
 
 
 def routers(model):
     """Layer by layer. Called, each returns logits, weights and the selected experts, in an order
     that differs between versions of transformers; the selected experts alone are integers."""
-    return [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+    endings = ("topkrouter", "gemma4textrouter")
+    return [m for m in model.modules() if type(m).__name__.lower().endswith(endings)]
+
+
+def router_weights(model):
+    """Layer by layer, [E, D]."""
+    return [getattr(router, "proj", router).weight for router in routers(model)]
+
+
+def select(model, top_k):
+    """Let each token have so many experts; returns how many it had."""
+    text = model.config.get_text_config()
+    if getattr(text, "top_k_experts", None):
+        selected, text.top_k_experts = text.top_k_experts, top_k
+        return selected
+    for router in routers(model):
+        selected, router.top_k = router.top_k, top_k
+    return selected
 
 
 def experts(model):
@@ -135,7 +157,7 @@ def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
             (h_BLF,) = args
             return (h_BLF * mask_TF.view_as(h_BLF).to(h_BLF.dtype),)
 
-        mlp = dense.model.layers[record["layer"]].mlp
+        mlp = dense.get_decoder().layers[record["layer"]].mlp
         hooks.append(mlp.down_proj.register_forward_pre_hook(silence))
     result = logits(dense, tokens)
     for hook in hooks:

@@ -56,6 +56,8 @@ TARGET_OF = {
     "ernie4_5_moe": "ernie4_5",
     "laguna": "qwen3",
     "deepseek_v3": "youtu",
+    "qwen3_5_moe": "qwen3_5_text",
+    "gemma4": "gemma4_text",
 }
 
 
@@ -149,6 +151,10 @@ BAD = """
     merge MODEL -o OUT --set rest.densty=1
     merge MODEL -o OUT --text MODEL=none.txt
     merge MODEL -o OUT --text other=NOTES
+    merge MODEL -o OUT --add MODEL
+    merge MODEL MODEL -o OUT --add MODEL
+    merge MODEL -o OUT --prompt rain
+    merge MODEL -o OUT --add MODEL --text NOTES --text NOTES
     finetune ./none -o OUT
     finetune MODEL
     finetune MODEL -o OUT --recipe hael
@@ -265,7 +271,7 @@ FLAGS = {
         -o --overwrite --json
     """,
     "merge": """
-        --base --shared-model --text --rest --router --target --top-k --set
+        --base --shared-model --add --text --prompt --rest --router --target --top-k --set
         --seq-len --check --dtype --device --seed --resume --dry-run
         -o --overwrite --json --push-to-hub --private
     """,

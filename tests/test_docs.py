@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tiny import make_moved
 from typer.testing import CliRunner
 
 from upcycle.cli import app
@@ -41,11 +42,19 @@ SOURCES = {"MODEL", "./my-llama", "meta-llama/Llama-3.2-1B"}
 SMALL = {
     "convert": "--calibration-tokens 128 --seq-len 64 --overwrite",
     "plan": "--calibration-tokens 128 --seq-len 64",
+    "merge": "--set calibration_tokens=128 --seq-len 64 --overwrite",
     "finetune": "--steps 1 --seq-len 32 --batch-size 1 --overwrite --set validation_tokens=64",
     "eval": "--tokens 64 --seq-len 64",
     "report": "--tokens 64 --seq-len 64 --overwrite",
 }
 """What is added to a command, so that it takes no time."""
+MOE = """base_model: MODEL
+experts:
+  - source_model: coder
+    positive_prompts: ["def main():"]
+  - source_model: writer
+    positive_prompts: ["Once upon a time"]
+"""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -72,8 +81,8 @@ def script(path: str):
 
 @pytest.fixture
 def place(dense, moe, tmp_path, monkeypatch):
-    """A folder with what the commands name: a dense model, results of a split and of copies, and
-    texts."""
+    """A folder with what the commands name: a dense model, two fine-tunes of it and a file that
+    merges them, results of a split and of copies, and texts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
     source = dense(num_hidden_layers=1, intermediate_size=256)
@@ -81,6 +90,9 @@ def place(dense, moe, tmp_path, monkeypatch):
     Path("my-llama").symlink_to(source)
     shutil.copytree(moe(source), "out")
     shutil.copytree(moe(source, method="copy", top_k=2), "copies")
+    for seed, name in enumerate(("coder", "writer")):
+        make_moved(Path(name), source, seed)
+    Path("moe.yml").write_text(MOE)
     words = "Bread is flour, water and time. " * 200
     Path("notes.txt").write_text(words)
     Path("code.txt").write_text(words)

@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 SIZES = {
     "vocab_size": 272,
@@ -57,6 +62,7 @@ FAMILIES = {
             "llama_4_scaling_beta": 0.1,
         },
     },
+    "eurobert": {"mask_token_id": 258},
     "seed_oss": {"head_dim": 16},
     "glm": {"head_dim": 16},
     "helium": {"head_dim": 12},
@@ -85,7 +91,28 @@ FAMILIES = {
         "qk_rope_head_dim": 8,
         "v_head_dim": 12,
     },
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 16,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+    },
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
+HEADS = {"eurobert": AutoModelForMaskedLM}
+"""What loads a family that AutoModelForCausalLM does not."""
 PLAIN_SPLIT = {
     "experts": 8,
     "top_k": 2,
@@ -106,7 +133,7 @@ def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shar
     """Write a random model of the family, and a byte tokenizer, to the folder; returns it."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**(SIZES | FAMILIES.get(family, {}) | fields))
-    model = AutoModelForCausalLM.from_config(config)
+    model = HEADS.get(family, AutoModelForCausalLM).from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias", "sinks")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)

@@ -16,6 +16,7 @@ from rich.text import Text
 from upcycle.core.paths import public_name
 from upcycle.core.words import count, size
 from upcycle.evaluation.verdict import verdict
+from upcycle.models.record import EncoderReport
 from upcycle.models.text import kind_name
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
-    from upcycle.models.record import CheckReport, Used
+    from upcycle.models.record import Report, Used
 
 COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
 out = Console(emoji=False)  # :name: may be part of a file's name
@@ -290,8 +291,9 @@ def show_conversion(conversion: "Conversion") -> None:
     if check is not None:
         out.print(f"Exactness: {_exactness(conversion)}.", highlight=False)
         _show_kinds(check)
+        what = "Hidden states" if isinstance(check, EncoderReport) else "Perplexity"
         out.print(
-            f"Perplexity on {check.tokens:,} tokens that nothing was fitted on, windows of "
+            f"{what} on {check.tokens:,} tokens that nothing was fitted on, windows of "
             f"{check.window}."
             + "".join(f" Left out: {escape(kind_name(kind))}." for kind in check.left_out),
             highlight=False,
@@ -300,8 +302,9 @@ def show_conversion(conversion: "Conversion") -> None:
             out.print(sentence, highlight=False)
     else:
         out.print("Not checked (--check none).", highlight=False)
+    auto = "AutoModel" if plan.source.arch.encoder else "AutoModelForCausalLM"
     out.print(
-        f"[bold]{escape(str(conversion.out))}[/] loads with AutoModelForCausalLM.from_pretrained",
+        f"[bold]{escape(str(conversion.out))}[/] loads with {auto}.from_pretrained",
         highlight=False,
     )
 
@@ -317,7 +320,7 @@ def _exactness(conversion: "Conversion") -> str:
         what += ", repeated neurons in both"
     if plan.design.compensates:
         what += ", refit weights in both"
-    return f"ok, {what}: logits differ by {check.exact_error:.1g} σ"
+    return f"ok, {what}: {plan.source.arch.output} differ by {check.exact_error:.1g} σ"
 
 
 def _show_trials(conversion: "Conversion") -> None:
@@ -345,8 +348,18 @@ def _named(layers: tuple[int, ...]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {' and '.join(map(str, layers))}"
 
 
-def _show_kinds(check: "CheckReport") -> None:
+def _show_kinds(check: "Report") -> None:
     """A row per kind of text, the worst in the colour of what it means."""
+    if isinstance(check, EncoderReport):
+        numbers = {
+            kind_name(kind.kind): (
+                *(f"{kind.error:.3f}", f"{kind.worst_window:.3f}"),
+                *(f"{kind.cosine:.4f}", f"{kind.pooled_cosine:.4f}"),
+            )
+            for kind in check.kinds
+        }
+        table("text", numbers, "error", "worst window", "cosine", "cosine of means")
+        return
     colour = COLOURS[verdict(check.ratios).grade]
     rows = {}
     for kind in check.kinds:
@@ -368,6 +381,13 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
         return
     if plan.exact == "logits":
         yield "The function is unchanged; train it further so that the copies come to differ."
+        return
+    if isinstance(check, EncoderReport):
+        yield (
+            f"Hidden states are off by up to {check.worst.error:.2g} σ, with a cosine of "
+            f"{check.worst.cosine:.3f} ({escape(kind_name(check.worst.kind))}): what that costs, "
+            "only the task that they are for tells."
+        )
         return
     found, worst = verdict(check.ratios), check.worst
     if plan.exact == "nothing":
@@ -519,7 +539,10 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     if "experts_possible" in report:
         rows["--experts with --shared 0"] = ", ".join(map(str, report["experts_possible"]))
     if report.get("check"):
-        rows["perplexity over dense"] = f"{report['check']['perplexity_ratio']:.3f}"
+        ratio = report["check"].get("perplexity_ratio")
+        off = {"error of hidden states": report["check"].get("hidden_error")}
+        named = off if ratio is None else {"perplexity over dense": ratio}
+        rows |= {name: f"{value:.3f}" for name, value in named.items()}
     table(str(report["model"]), rows)
     if "targets" in report:
         table("targets", report["targets"])

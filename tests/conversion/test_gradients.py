@@ -185,3 +185,24 @@ def test_a_gradient_that_overflows_is_refused_by_the_layer(dense, monkeypatch):
     monkeypatch.setattr(HiddenStream, "back", lambda *args: back(*args) * torch.inf)
     with pytest.raises(UpcycleError, match="gradient overflows in layer 2 on the calibration text"):
         put_aside(dense())
+
+
+SHARING = {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "why"),
+    [
+        ("eurobert", {}, "is an encoder, which has no loss of the next token"),
+        ("gemma4_text", SHARING, "has layers that share keys and values"),
+    ],
+)
+def test_a_model_without_a_way_back_is_refused(dense, family, fields, why):
+    folder = str(dense(family, **fields))
+    request = {"split": {"name": "token_clusters", "importance": "taylor"}, "shared": 0}
+    settings = TAYLOR | {"shared_by": "energy"}
+    with pytest.raises(
+        UpcycleError, match=f"split=.*token_clusters.* needs a backward pass.*{why}"
+    ):
+        upcycle.plan(folder, **settings | request)
+    upcycle.plan(folder, **settings | {"shared": 0})

@@ -11,9 +11,12 @@ from hosting import hosts
 from reference import MUTATED, dense_logits, gap, load, logits, read_json, selections, weights
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_dense, make_lora, make_tokenizer
+from typer.testing import CliRunner
 
 import upcycle
 from upcycle import UpcycleError
+from upcycle.cli import app
+from upcycle.conversion import plan as planning
 from upcycle.conversion.merging.plan import plan_merge
 from upcycle.conversion.merging.preflight import merge_request
 from upcycle.core.types import DenseFFN
@@ -261,6 +264,17 @@ def test_a_stopped_run_with_a_router_from_text_goes_on(models, texts, tmp_path):
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
+def test_an_adapter_changes_a_rest_that_is_merged(models, shelf, tmp_path):
+    lora = f"{models['base']}+{shelf / 'lora1'}"
+    made = upcycle.merge([lora, models["base"]], tmp_path / "out", rest="mean", **QUICK)
+    assert not any("unused" in note for note in made.plan.warnings)
+    base, factors = weights(Path(models["base"])), weights(shelf / "lora1")
+    name = "model.layers.1.self_attn.q_proj"
+    up, down = (factors[f"base_model.model.{name}.lora_{f}.weight"] for f in "BA")
+    wanted = base[f"{name}.weight"] + up @ down  # half of 8 / 4 times
+    assert torch.allclose(weights(tmp_path / "out")[f"{name}.weight"], wanted, atol=1e-6)
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(models, tmp_path, monkeypatch):
     experts = [models["m1"], models["m2"]]
     upcycle.merge(experts, tmp_path / "whole", **QUICK)
@@ -275,6 +289,38 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(models, tmp_path, monk
     upcycle.merge(experts, tmp_path / "out", resume=True, **QUICK)
     whole, out = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def command(*words):
+    return CliRunner().invoke(app, ["merge", *map(str, words)])
+
+
+def test_the_command_merges_and_prints_one_json_object(models, tmp_path):
+    words = [models["m1"], models["m2"], "--base", models["base"], "--top-k", "1", "--json"]
+    planned = command(*words, "--dry-run")
+    assert json.loads(planned.stdout)["top_k"] == 1
+    assert list(tmp_path.iterdir()) == []
+    made = command(*words, "--check", "none", "-o", tmp_path / "out")
+    assert made.exit_code == 0
+    assert json.loads(made.stdout)["plan"]["merge"]["experts"][1]["model"] == "m2"
+    assert load(tmp_path / "out")
+    again = command(*words, "--check", "none", "-o", tmp_path / "out")
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert "exists and is not empty" in again.stderr
+
+
+def test_the_command_tells_people_what_was_made(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    shown = command(models["m1"], models["m2"], "-o", tmp_path / "out")
+    assert shown.exit_code == 0
+    words = " ".join(shown.stdout.split())
+    assert "A token uses 2 of 2 models' FFNs in each layer." in words
+    assert "Exactness: not expected: its experts are other models' FFNs." in words
+    notes = " ".join(shown.stderr.split())
+    assert "the first model: --base names another" in notes
 
 
 # --- what is said ----------------------------------------------------------------------------
@@ -362,9 +408,22 @@ def test_an_adapter_of_another_model_is_refused(models, dense, tmp_path):
     wide = dense(intermediate_size=64)
     lora = make_lora(tmp_path / "lora", wide, ["up_proj"], r=2)
     found = refusal([f"{models['base']}+{lora}"], **QUICK)
-    assert "was made for another model" in found
+    assert f"was made for {wide}, not for {models['base']}" in found
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "elsewhere/base"
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    assert "was made for another model" in refusal([f"{models['base']}+{lora}"], **QUICK)
     deep = make_lora(tmp_path / "deep", dense(num_hidden_layers=4), ["up_proj"], r=2)
+    (deep / "adapter_config.json").write_text(json.dumps(settings))
     assert "model.layers.3.mlp.up_proj" in refusal([f"{models['base']}+{deep}"], **QUICK)
+
+
+def test_an_adapter_of_another_model_of_that_shape_is_refused(models, shelf, tmp_path):
+    """A copy of its own model is as good."""
+    found = refusal([f"{models['m1']}+{shelf / 'lora1'}"], **QUICK)
+    assert f"was made for {models['base']}, not for {models['m1']}: name it as" in found
+    copied = shutil.copytree(models["base"], tmp_path / "copied")
+    assert plan([f"{copied}+{shelf / 'lora1'}"], **QUICK)
 
 
 def test_an_adapter_that_is_more_than_two_factors_is_refused(models, dense, tmp_path):
@@ -400,6 +459,11 @@ def test_infinity_in_an_adapter_stops_the_run(models, dense, tmp_path):
         (["m1", "m2"], {"target": "mixtrel"}, "did you mean 'mixtral'?"),
         (["m1", "m2"], {"active": 0.5}, "goes with a split"),
         (["m1", "m2"], {"granularity": 2}, "goes with copies"),
+        (["m1", "m2"], {"rest": {"name": "linear", "weights": [1]}}, "1 weights for 2 sources"),
+        (["m1", "m2"], {"texts": {"m1": "probes"}}, "nothing is ever fitted on probes"),
+        (["m1", "m2"], {"texts": {"m3": "builtin"}}, "m3 names no expert of"),
+        (["m1", "m2"], {"experts": 4}, "--experts 4 is not for a merge"),
+        (["m1", "m2"], {"shared": 0.5}, "--shared-model names the model"),
     ],
 )
 def test_what_a_merge_cannot_be_is_refused(models, names, settings, said):

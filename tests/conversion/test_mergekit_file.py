@@ -279,6 +279,14 @@ def test_settings_that_are_given_replace_the_files(written):
     assert plan.recipe.router.name == "random"
 
 
+def test_texts_may_stand_for_a_files_prompts(written, text):
+    texts = {"m1": str(text), "m2": str(text)}
+    request = merge_request([written(HEAD + BARE)], {}, texts=texts)
+    plan = plan_merge(request, {})
+    assert plan.design.methods.gate.name == "text"
+    assert [expert.text for expert in plan.design.merge.experts] == [str(text)] * 2
+
+
 def test_fields_of_dense_merges_have_no_effect(written):
     path = written(
         HEAD

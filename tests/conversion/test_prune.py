@@ -67,8 +67,8 @@ def convert(dense, text, tmp_path_factory):
             out, seen = tmp_path_factory.mktemp("prune") / "out", {}
             original = conversion.convert_layer
 
-            def watch(plan, layer, ffn, activations, norm_T, wanted_TD):
-                assert wanted_TD is None
+            def watch(plan, layer, ffn, activations, norm_T, *fitted):
+                assert set(fitted) == {None}
                 seen[layer] = activations.x_TD.clone(), norm_T.clone()
                 return original(plan, layer, ffn, activations, norm_T)
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from reference import TOLERANCE, dense_logits, gap, load, load_all_on, logits
-from tiny import make_tokenizer
+from tiny import HEADS, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
@@ -185,6 +185,28 @@ PUBLISHED = {
         "use_cache": False,
         "use_post_norm": True,
     },
+    "EuroBERT-210m": {
+        "model_type": "eurobert",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "EuroBERT/EuroBERT-210m--configuration_eurobert.EuroBertConfig"},
+        "clf_pooling": "late",
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_dropout": 0.0,
+        "mask_token": "<|mask|>",
+        "mask_token_id": 128002,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 250000,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+    },
     "ERNIE-4.5-0.3B-PT": {
         "model_type": "ernie4_5",
         "head_dim": 128,
@@ -239,6 +261,7 @@ PUBLISHED = {
     },
 }
 HOSTED = {
+    "EuroBERT-210m": LLAMA_LIKE,
     "ERNIE-4.5-0.3B-PT": {"ernie4_5_moe"},
     "Youtu-LLM-2B": {"deepseek_v3"},
     "Qwen3-0.6B": {"qwen3_moe", "glm4_moe", "laguna"},
@@ -278,7 +301,8 @@ def small(tmp_path_factory):
 def write(folder, published):
     (folder / "config.json").write_text(json.dumps(published | smaller(published)))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    auto = HEADS.get(published["model_type"], AutoModelForCausalLM)
+    model = auto.from_config(AutoConfig.from_pretrained(folder))
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)

@@ -20,6 +20,8 @@ FAMILIES = {
     "ernie4_5_moe": "ernie4_5",
     "laguna": "qwen3",
     "deepseek_v3": "youtu",
+    "qwen3_5_moe": "qwen3_5_text",
+    "gemma4": "gemma4_text",
 }
 
 

@@ -192,7 +192,7 @@ def naive_scores(target, block, x_TD):
 def test_dense_router_gradient_is_that_of_all_experts_running(dense, moe, target):
     model = split_model(dense, moe, target)
     (block, *_), (x_TD, *_) = moe_blocks(model), inputs_of_routers(model)
-    RouterTap([block], dense_gradient=True, score=score_of(target))
+    RouterTap([block], dense_gradient=True, score=score_of(model.config))
     out = block.router(x_TD)
     chosen_TK = selected(out)
     weights_TK = naive_scores(target, block, x_TD).gather(1, chosen_TK)
@@ -220,7 +220,7 @@ def test_dense_router_gradient_of_renormalised_copies(dense, moe, target):
     (block, *_), (x_TD, *_) = moe_blocks(model), inputs_of_routers(model)
     for parameter in block.experts.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    RouterTap([block], dense_gradient=True, score=score_of(target))
+    RouterTap([block], dense_gradient=True, score=score_of(model.config))
     chosen_TK = selected(block.router(x_TD))
     z_TE = x_TD @ block.router.weight.T
     scores_TE = z_TE.sigmoid() if target == "glm4_moe" else z_TE.softmax(-1)
@@ -303,7 +303,7 @@ def test_routers_hold_and_select_in_float32(dense, moe, target, how):
     for router, x, out in seen:
         exact_TE = nn.functional.linear(x.float().flatten(0, -2), router.weight)
         # Scores of a tempered router are so close that some are equal after rounding.
-        scores_TE = exact_TE if target == "granitemoeshared" else score_of(target)(exact_TE)
+        scores_TE = exact_TE if target == "granitemoeshared" else score_of(model.config)(exact_TE)
         top_TK = scores_TE.topk(2).indices
         assert torch.equal(selected(out).sort().values, top_TK.sort().values)
         weights_TK, *_ = (t for t in out if t.is_floating_point() and t.shape[-1] == 2)

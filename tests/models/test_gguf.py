@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from reference import dense_logits, gap, load, logits
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -530,3 +531,9 @@ def test_other_file_by_the_name_of_a_gguf(tmp_path):
 
 def test_missing_gguf(tmp_path):
     assert "none.gguf does not exist" in refusal(tmp_path / "none.gguf")
+
+
+def test_gguf_files_are_merged(tiny, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny)
+    upcycle.merge([str(path)] * 2, tmp_path / "out", check="none")
+    assert gap(logits(load(tmp_path / "out")), dense_logits(tiny)) < 2e-5

@@ -104,6 +104,16 @@ def test_damage_is_told_by_file_and_field(made, tmp_path, place, value, problem)
     assert sentence.endswith(": restore or delete it")
 
 
+def test_damage_of_an_encoders_check_is_told_by_its_field(made, tmp_path):
+    fields = json.loads(made.read_text())
+    kind = {"kind": "probe:web", "tokens": 1, "error": "far", "worst_window": 1.0}
+    fields["check"]["kinds"] = [kind | {"cosine": 1.0, "pooled_cosine": 1.0}]
+    with pytest.raises(
+        UpcycleError, match=r"writes: check\.kinds\.0\.error='far': input should be"
+    ):
+        read_record(write(tmp_path / "upcycle.json", fields))
+
+
 def test_model_of_other_origin_that_was_trained_here(tmp_path):
     fields = {"check": None, "training": [records.training_run("builtin")], "run": None}
     record = read_record(write(tmp_path / "upcycle.json", fields))

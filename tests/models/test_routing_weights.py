@@ -3,7 +3,7 @@ transformers adds up, with the dense model's own neurons."""
 
 import pytest
 import torch
-from reference import experts, load, logits, moe_layers, routers
+from reference import experts, load, logits, moe_layers, router_weights
 from tiny import PLAIN_SPLIT
 
 import upcycle
@@ -17,6 +17,8 @@ FAMILY = {
     "ernie4_5_moe": "ernie4_5",
     "laguna": "qwen3",
     "deepseek_v3": "youtu",
+    "qwen3_5_moe": "qwen3_5_text",
+    "gemma4": "gemma4_text",
 }
 """Of a dense model that the target takes; else llama."""
 SPREAD = 0.3
@@ -68,10 +70,10 @@ def matrices(mlp):
 @torch.no_grad()
 def test_a_splits_experts_count_what_the_plan_weighs(dense, moe, name, settings):
     plan, source, model, out = converted(dense, moe, name, settings)
-    layers = zip(seen_by_experts(model), routers(model), moe_layers(out), strict=True)
+    layers = zip(seen_by_experts(model), router_weights(model), moe_layers(out), strict=True)
     spreads = []
-    for (x_TD, y_TD), router, record in layers:
-        logits_TE = x_TD @ router.weight.T
+    for (x_TD, y_TD), router_ED, record in layers:
+        logits_TE = x_TD @ router_ED.T
         weight_TE = plan.design.weigh(logits_TE)
         assert ((weight_TE > 0).sum(1) == plan.design.geometry.top_k).all()
         gate_FD, up_FD, down_DF = matrices(source.model.layers[record["layer"]].mlp)
@@ -96,9 +98,9 @@ def test_copies_count_what_the_plan_weighs(dense, moe, name, settings):
         settings = settings | {"allow_frozen_router": True}
     plan, source, model, _ = converted(dense, moe, name, settings)
     geometry = plan.design.geometry
-    layers = zip(seen_by_experts(model), routers(model), source.model.layers, strict=True)
-    for (x_TD, y_TD), router, block in layers:
-        weight_TE = plan.design.weigh(x_TD @ router.weight.T)
+    layers = zip(seen_by_experts(model), router_weights(model), source.model.layers, strict=True)
+    for (x_TD, y_TD), router_ED, block in layers:
+        weight_TE = plan.design.weigh(x_TD @ router_ED.T)
         shards_TG = weight_TE.view(len(x_TD), geometry.copies, geometry.granularity).sum(1)
         gate_FD, up_FD, down_DF = matrices(block.mlp)
         h_TF = block.mlp.act_fn(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)

@@ -21,6 +21,10 @@ CPU = torch.device("cpu")
 VARIANTS = {
     **{family: (family, {}) for family in FAMILIES},
     "tied": ("llama", {"tie_word_embeddings": True}),
+    "gemma4, of the small kind": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1, "num_hidden_layers": 3},
+    ),
     "gemma, untied": ("gemma", {"tie_word_embeddings": False}),
     "some windows": (
         "qwen2",
@@ -85,6 +89,7 @@ def model_through(folder, tokens_BL=TOKENS_BL, replaced=None):
         # OLMo 2 has no norm before its FFN: there, the FFN sees the residual stream itself.
         post_norm = hasattr(block, "post_feedforward_layernorm")
         before = block.mlp if post_norm else block.post_attention_layernorm
+        before = getattr(block, "pre_feedforward_layernorm", before)
         before.register_forward_pre_hook(keep(residuals))
     model.model.norm.register_forward_pre_hook(keep(last))
     for layer, function in (replaced or {}).items():

@@ -1,5 +1,6 @@
 """What a conversion leaves to read: upcycle.json for machines, a model card for people."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -10,6 +11,8 @@ import jinja2
 import yaml
 
 from upcycle.conversion.memory import peak_bytes
+from upcycle.conversion.merging.addition import merge_part
+from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
 from upcycle.core.paths import local_path, public_name, way_from
@@ -17,10 +20,12 @@ from upcycle.core.versions import versions
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.frontmatter import read_card, with_results
 from upcycle.models.record import (
+    AddedPart,
     CheckReport,
     ConversionResult,
     DenseLayers,
     ExpertPart,
+    HiddenResult,
     Identity,
     KindResult,
     LayerPart,
@@ -28,6 +33,7 @@ from upcycle.models.record import (
     MergePart,
     PlanPart,
     RecipePart,
+    Report,
     Source,
 )
 from upcycle.models.source import DenseSource
@@ -42,7 +48,7 @@ class Conversion:
     plan: Plan
     run: Identity
     out: Path
-    check: CheckReport | None
+    check: Report | None
     seconds: Mapping[str, float]
     peak_bytes: int
     dense_layers: DenseLayers | None = None
@@ -133,7 +139,7 @@ def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]
     public: dict[str, Any] = {"source": public_name(source.label), "recipe": recipe}
     if conversion.plan.sources is not None:
         public["merge"] = _merge_part(conversion.plan.sources, fingerprints=True)
-    return Made(
+    made = Made(
         out=conversion.out.resolve().name,
         plan=result.plan.model_copy(update=public),
         check=conversion.check and _public_check(conversion.check),
@@ -145,14 +151,38 @@ def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]
         run=conversion.run,
         layers=[LayerPart.model_validate(layer) for layer in layers],
     )
+    finished = conversion.plan.finished
+    return made if finished is None else _with_history(made, finished)
 
 
-def _public_check(check: CheckReport) -> CheckReport:
-    return replace(
-        check,
-        kinds=[replace(kind, kind=public_name(kind.kind)) for kind in check.kinds],
-        left_out=list(map(public_name, check.left_out)),
+def _with_history(made: Made, finished: Finished) -> Made:
+    """The record of a merge with an expert more: what is said of the others, and of what was done
+    to them, is what the merge's own says."""
+    before, new = finished.record, made.plan.merge
+    router = made.plan.recipe.router
+    if new is None or router is None:
+        raise ValueError("the plan is of no merge")
+    old = merge_part(before)
+    merge = MergePart(experts=[*old.experts, new.experts[-1]], shared=old.shared)
+    added = AddedPart(
+        expert=finished.num_experts,
+        router=router,
+        after_training=len(before.training),
+        upcycle=version("upcycle"),
+        check_before=before.check,
     )
+    recipe = made.plan.recipe.model_copy(update={"router": before.plan.recipe.router})
+    plan = made.plan.model_copy(update={"merge": merge, "recipe": recipe})
+    history = {"training": before.training, "added": [*before.added, added]}
+    return made.model_copy(update={"plan": plan} | history)
+
+
+def _public_check(check: Report) -> Report:
+    changed: dict[str, Any] = {
+        "kinds": [replace(kind, kind=public_name(kind.kind)) for kind in check.kinds],
+        "left_out": list(map(public_name, check.left_out)),
+    }
+    return replace(check, **changed)
 
 
 def papers(plan: Plan) -> list[str]:
@@ -167,21 +197,22 @@ def papers(plan: Plan) -> list[str]:
 
 def model_card(conversion: Conversion) -> str:
     """README.md of the output, with front matter for the hub."""
-    plan = conversion.plan
+    plan, check = conversion.plan, conversion.check
+    task = "feature-extraction" if plan.source.arch.encoder else "text-generation"
     front = read_card(plan.source.folder)
     on_hub = [source for source in _sources(plan) if source.revision is not None]
     if on_hub:
         front["base_model"] = list({_hub_name(source): None for source in on_hub})
     front |= {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "tags": ["moe", "mixture-of-experts", "upcycle", plan.target, plan.recipe.method.name],
     }
     if "base_model" in front:
         front["base_model_relation"] = "finetune" if plan.sources is None else "merge"
-    kinds = conversion.check.kinds if conversion.check else []
+    kinds = check.kinds if check else []
     results = [(public_name(k.kind), kind_name(k.kind), _metrics(k)) for k in kinds]
-    front = with_results(front, conversion.out.resolve().name, results)
+    front = with_results(front, conversion.out.resolve().name, results, task)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("upcycle", "conversion"),
         autoescape=False,
@@ -189,18 +220,38 @@ def model_card(conversion: Conversion) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("card.md.jinja").render(
+    text = environment.get_template("card.md.jinja").render(
         front=yaml.safe_dump(front, sort_keys=False),
         plan=plan,
         target=TARGETS[plan.target],
         name=public_name(plan.source.label),
-        check=conversion.check,
+        check=check,
         kind_name=kind_name,
-        verdict=conversion.check and verdict(conversion.check.ratios),
+        verdict=verdict(check.ratios) if isinstance(check, CheckReport) else None,
         text=public_texts(plan.recipe.calibration),
         papers=papers(plan),
         used=plan.way.used(plan.design.methods, plan.design.geometry),
         version=version("upcycle"),
+    )
+    return text if plan.finished is None else text + _history(plan, plan.finished)
+
+
+HISTORY = re.compile(r"^## (Training|Expert \d+, added later)$", re.MULTILINE)
+
+
+def _history(plan: Plan, finished: Finished) -> str:
+    """What the merge's card says of what was done to it since it was made, and the expert more."""
+    card = finished.folder / "README.md"
+    before = card.read_text("utf-8") if card.is_file() else ""
+    start = HISTORY.search(before)
+    router = plan.recipe.router.name if plan.recipe.router else ""
+    trained = " (trained further by now)" if finished.record.training else ""
+    told = f"{before[start.start() :].rstrip()}\n" if start else ""
+    return (
+        f"\n{told}\n## Expert {finished.num_experts}, added later\n\n"
+        f"Added by upcycle {version('upcycle')} to a merge of {finished.num_experts} "
+        f"experts{trained}, whose tensors stay as they\nwere; its rows of the routers are made by "
+        f"`{router}`.\n"
     )
 
 
@@ -213,5 +264,7 @@ def _hub_name(source: DenseSource) -> str:
     return source.label.partition("+")[0]
 
 
-def _metrics(kind: KindResult) -> dict[str, float]:
+def _metrics(kind: KindResult | HiddenResult) -> dict[str, float]:
+    if isinstance(kind, HiddenResult):
+        return {"error of hidden states": kind.error, "cosine of hidden states": kind.cosine}
     return {"perplexity": kind.perplexity_moe, "perplexity over the dense model's": kind.ratio}

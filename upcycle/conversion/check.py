@@ -4,11 +4,13 @@ First exactness, which a correct conversion has: copies give the dense model's l
 with all its experts on and equally weighted does too. Then routing: the experts count what was
 planned. Then what the conversion did to the model, on several kinds of text that no method has
 seen, each by itself: a model may be fine on the kind that it was fitted on and broken on another.
+That is measured by predictions of the next token; of an encoder, which makes none, by its last
+hidden states.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from upcycle.conversion.plan import Plan
 from upcycle.core.errors import CheckFailed
 from upcycle.core.machine import free_memory
 from upcycle.core.types import DenseFFN
+from upcycle.evaluation.hidden import HiddenComparison, compare_hidden, put_out
 from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.routing import utilisation
 from upcycle.evaluation.run import (
@@ -27,11 +30,16 @@ from upcycle.evaluation.run import (
     compare,
     decode_windows,
     load_model,
-    next_token_logits,
 )
 from upcycle.models.blocks import moe_blocks, watch_selections
 from upcycle.models.head import drop_layers
-from upcycle.models.record import CheckReport, KindResult
+from upcycle.models.record import (
+    CheckReport,
+    EncoderReport,
+    HiddenResult,
+    KindResult,
+    Report,
+)
 from upcycle.models.stream import replace_ffn
 
 EXACT_TOKENS = 128
@@ -48,7 +56,7 @@ def run_check(
     held: Mapping[str, Tensor],
     progress: Any,
     all_on: Iterable[tuple[int, DenseFFN]] = (),
-) -> CheckReport:
+) -> Report:
     """Compare the checkpoint in `folder` with the plan's source.
 
     Args:
@@ -67,29 +75,50 @@ def run_check(
     dense = {kind: decode_windows(model, windows_WL, step) for kind, windows_WL in held.items()}
     for layer, ffn in all_on:
         replace_ffn(model, layer, ffn)
-    exact_LV = next_token_logits(model, exact_L)
+    exact = put_out(model, exact_L)
     drop_layers(model)
     model = load_result(folder, dtype, plan.device)
     low_precision = plan.design.dtype != torch.float32 or dtype != torch.float32
     tolerance = LOW_PRECISION_TOLERANCE if low_precision else TOLERANCE
-    exact_error = _exact_error(plan, model, exact_L, exact_LV)
+    exact_error = _exact_error(plan, model, exact_L, exact)
     if exact_error is not None and not exact_error <= tolerance:
         raise CheckFailed(
-            f"the finished checkpoint is not the dense model's equal: its logits differ by "
-            f"{exact_error:.2g} of their spread (at most {tolerance:g} is rounding)"
+            "the finished checkpoint is not the dense model's equal: its "
+            f"{plan.source.arch.output} differ by {exact_error:.2g} of their spread (at most "
+            f"{tolerance:g} is rounding)"
         )
     _check_routing(plan, model, exact_L)
+    found: dict[str, Any] = {"exact_error": exact_error, "exact_tolerance": tolerance}
+    found["window"] = max(windows_WL.shape[1] for windows_WL in held.values())
+    if plan.source.arch.encoder:
+        far = {k: compare_hidden(model, held[k], dense[k], step) for k in held}
+        kinds = [_hidden_kind(kind, held[kind].numel(), c) for kind, c in far.items()]
+        return EncoderReport(**found, kinds=kinds, left_out=[], load=_load(list(far.values())))
     compared = {
         kind: compare(model, windows_WL, dense[kind], step) for kind, windows_WL in held.items()
     }
-    pairs = zip(*(c.pairs for c in compared.values()), strict=True)
     return CheckReport(
-        exact_error=exact_error,
-        exact_tolerance=tolerance,
+        **found,
         kinds=[_kind(kind, held[kind].numel(), c) for kind, c in compared.items()],
         left_out=[] if "self" in held else ["self"],
-        window=max(windows_WL.shape[1] for windows_WL in held.values()),
-        load=[utilisation(sum(layer).diagonal()) for layer in pairs],
+        load=_load(list(compared.values())),
+    )
+
+
+def _load(compared: Sequence[Comparison | HiddenComparison]) -> list[list[float]]:
+    """Of every layer, over all kinds of text."""
+    pairs = zip(*(c.pairs for c in compared), strict=True)
+    return [utilisation(sum(layer).diagonal()) for layer in pairs]
+
+
+def _hidden_kind(kind: str, tokens: int, compared: HiddenComparison) -> HiddenResult:
+    return HiddenResult(
+        kind=kind,
+        tokens=tokens,
+        error=compared.error,
+        worst_window=compared.worst_window,
+        cosine=compared.cosine,
+        pooled_cosine=compared.pooled_cosine,
     )
 
 
@@ -114,13 +143,14 @@ def _steps(progress: Any, total: int) -> Callable[[int], None]:
     return lambda _: progress("checking", next(windows), total)
 
 
-def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact_LV: Tensor) -> float | None:
-    """How far the logits are from the dense model's [L, V]; None where they need not be equal."""
+def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact: Tensor) -> float | None:
+    """How far what the model puts out is from what the dense one does; None where they need not be
+    equal."""
     if plan.exact == "logits":
-        return relative_error(next_token_logits(model, exact_L), exact_LV)
+        return relative_error(put_out(model, exact_L), exact)
     if plan.exact == "all on":
         with _all_experts_on(model, plan):
-            return relative_error(next_token_logits(model, exact_L), exact_LV)
+            return relative_error(put_out(model, exact_L), exact)
     return None
 
 
@@ -137,12 +167,12 @@ def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
     blocks = moe_blocks(model)
     rows = [block.router.weight.data.clone() for block in blocks]
     for block in blocks:
-        block.router.top_k = plan.design.geometry.num_experts
+        block.select(plan.design.geometry.num_experts)
         block.router.weight.data.zero_()
         block.experts.down_proj.data.mul_(plan.design.gains.all_on)
     yield
     for block, rows_ED in zip(blocks, rows, strict=True):
-        block.router.top_k = plan.design.geometry.top_k
+        block.select(plan.design.geometry.top_k)
         block.router.weight.data.copy_(rows_ED)
         block.experts.down_proj.data.div_(plan.design.gains.all_on)
 
@@ -175,7 +205,7 @@ def _check_routing(plan: Plan, model: Any, window_L: Tensor) -> None:
 
     hooks = [b.router.register_forward_pre_hook(keep_input(i)) for i, b in enumerate(blocks)]
     with watch_selections(blocks, see):
-        next_token_logits(model, window_L)
+        put_out(model, window_L)
     for hook in hooks:
         hook.remove()
     for block, x_TD, (chosen_TK, weights_TK) in zip(blocks, inputs, seen, strict=True):

@@ -38,7 +38,7 @@ def put_gradients_aside(
     for layer in range(layers):
         progress("backward pass", layer, 2 * layers)
         workspace.keep(_unit(layer), {"entering": stream.entering()})
-        stream.through(layer, source.read_layer(layer))
+        stream.through(layer, source.read_layer(layer), to_return=True)
     stream.to_loss(source.read(source.outer_names()))
     for layer in reversed(range(layers)):
         progress("backward pass", 2 * layers - 1 - layer, 2 * layers)

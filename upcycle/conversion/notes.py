@@ -16,8 +16,14 @@ LLAMA_CPP_MAX_EXPERTS = 512
 
 
 def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
-    """What is not as the source's config.json says, and what the result's dtype rounds."""
+    """What is not as the source's config.json says, what it lacks, and what the result's dtype
+    rounds."""
     yield from source.notes
+    if source.arch.encoder:
+        yield (
+            "the source is an encoder: no layer is kept dense unless --keep-dense names it, and "
+            "the check compares hidden states, for there is no next token to predict"
+        )
     wider = [other for other in source.dtypes if torch.promote_types(other, dtype) != dtype]
     if len(source.dtypes) > 1 and wider:
         names = [str(each).removeprefix("torch.") for each in (*wider, dtype)]

@@ -3,29 +3,38 @@
 Reads headers, never weights, and writes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
+from upcycle.conversion.beside import Beside
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
+from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.passages import passage_tokens
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.merging.rest import check_rest, read_merged
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.notes import layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.request import check_calibration, check_tokens, named_dense_layers
+from upcycle.conversion.request import (
+    check_calibration,
+    check_tokens,
+    named_dense_layers,
+    suited,
+)
 from upcycle.conversion.runtimes import (
     for_runtimes,
     runtime_refusals,
     runtimes_lost,
     takes_dense_layers,
 )
+from upcycle.conversion.units import PARTS
 from upcycle.conversion.ways import WAYS, Room, Way
 from upcycle.conversion.ways.base import Exact
 from upcycle.core.errors import UpcycleError
@@ -34,8 +43,14 @@ from upcycle.core.machine import choose_device, free_memory, total_memory
 from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
 from upcycle.core.settings import Choice
-from upcycle.core.types import DenseFFN, Geometry, MoELayer
-from upcycle.models.assemble import assemble_embeddings, assemble_head, assemble_layer
+from upcycle.core.types import Activation, DenseFFN, Geometry, MoELayer
+from upcycle.models.assemble import (
+    Named,
+    assemble_embeddings,
+    assemble_head,
+    assemble_layer,
+    in_whole,
+)
 from upcycle.models.calibration import CHECK_WINDOW, check_seq_len
 from upcycle.models.source import DenseSource, check_own_files
 from upcycle.models.targets import (
@@ -81,6 +96,7 @@ class Plan:
     spec: MoESpec
     config: Mapping[str, Any]
     device: torch.device
+    beside: Beside
     units: Mapping[str, tuple[TensorSpec, ...]]
     """What is written, in order, by the unit that produces it."""
     params_dense: int
@@ -91,6 +107,8 @@ class Plan:
     empty string."""
     sources: Sources | None = None
     """The experts' models, of a merge; `source` is its base."""
+    finished: Finished | None = None
+    """The merge that gets an expert more, where that is all that is to be done."""
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -109,6 +127,18 @@ class Plan:
         """The runtimes that do not run the result because some of its layers are dense."""
         arch, combine = self.source.arch, self.design.combine
         return runtimes_lost(self.recipe, arch, self.target, self.spec, combine)
+
+    @property
+    def checkpoints(self) -> list[DenseSource]:
+        """All that is read, the source first."""
+        others = self.sources.distinct() if self.sources else []
+        return [self.source, *others, *([self.finished.checkpoint] if self.finished else [])]
+
+    @property
+    def activation(self) -> Activation:
+        """Of the source's FFNs."""
+        activation: Activation = ACT2FN[self.source.arch.fields["hidden_act"]]
+        return activation
 
     @property
     def moe_layers(self) -> list[int]:
@@ -159,6 +189,8 @@ class Plan:
     @property
     def exact(self) -> Exact:
         """What of the dense model the result must have to rounding."""
+        if self.finished is not None:  # It may have been trained since.
+            return "nothing"
         return self.way.exact(self.recipe, self.design)
 
     @property
@@ -170,8 +202,7 @@ class Plan:
     def streams(self) -> bool:
         """Whether calibration tokens go through the dense model: always when the router's scale
         must be known, else only if a method looks at activations."""
-        router = self.design.methods.router.method
-        return self.design.combine == "sum" or router.needs_activations
+        return _streams(self.design)
 
     @property
     def needs_gradients(self) -> bool:
@@ -245,6 +276,7 @@ def make_plan(
     out: Path | None = None,
     *,
     sources: Sources | None = None,
+    finished: Finished | None = None,
     notes: tuple[str, ...] = (),
     overwrite: bool = False,
     resume: bool = False,
@@ -253,19 +285,18 @@ def make_plan(
 
     Args:
         sources: of a merge, whose base is `source`.
+        finished: the merge that gets the last of them as an expert more.
         notes: on what was asked for.
 
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
-    out = None if out is None else local_path(out).resolve()
     way = WAYS[recipe.method.name]
-    methods = Methods.of(recipe, way.default_router, gates=way.several)
-    _check_way(recipe, way, methods, sources)
+    methods = _methods(recipe, way, sources, finished)
+    recipe = suited(recipe, source, merges=way.several)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
-    source, targets = _laid_out(recipe, source, dense_layers, merge)
-    arch = source.arch
+    source, arch, targets = _laid_out(recipe, source, dense_layers, merge)
     target = _choose_target(recipe, way, arch, targets)
     room = _room(arch, target, len(dense_layers))
     geometry = way.geometry(recipe, room)
@@ -274,33 +305,31 @@ def make_plan(
     spec = MoESpec(geometry, design.gains, dense_layers)
     device = choose_device(recipe.device)
     calibration, left_out = _calibration(recipe, way, source, device)
-    units = _units(source, target, spec, design.dtype)
-    params_total = sum(s.numel for unit in units.values() for s in unit)
-    idle = geometry.idle_neurons * arch.ffn_params // arch.intermediate_size
+    beside = Beside.of(source, fitted=_streams(design))
+    units = _units(source, target, spec, design.dtype, beside)
+    layers = room.layers - len(dense_layers) + len(beside.drafts)
+    said = (*source_notes(source, design.dtype), *layout_notes(asked, arch), *beside.notes())
+    said += tuple(warnings(recipe, way, spec, target, design, _reached(targets)))
     plan = Plan(
         source=source,
         request=recipe,
         recipe=_resolved(recipe, methods, target, geometry, calibration, arch != asked.arch),
-        out=out,
+        out=None if out is None else local_path(out).resolve(),
         target=target,
         targets=targets,
         way=way,
         design=design,
         spec=spec,
-        config=_config(arch, target, spec, design.dtype),
+        config=_config(arch, target, spec, design.dtype) | beside.count,
         device=device,
+        beside=beside,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
-        params_active=params_total - idle * (room.layers - len(dense_layers)),
-        warnings=(
-            *source_notes(source, design.dtype),
-            *layout_notes(asked, arch),
-            *notes,
-            *warnings(recipe, way, spec, target, design, _reached(targets)),
-            *left_out,
-        ),
+        params_active=_params_active(units, geometry, arch, layers),
+        warnings=(*notes, *said, *left_out),
         runtimes=runtime_refusals(recipe, arch, target, spec, combine),
         sources=sources,
+        finished=finished,
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
@@ -308,18 +337,33 @@ def make_plan(
 
 def _laid_out(
     recipe: Recipe, source: DenseSource, dense_layers: tuple[int, ...], merge: Merge | None
-) -> tuple[DenseSource, dict[str, str]]:
-    """The source as it is written, its output embeddings tied or not, and every target, with why it
-    can't be chosen."""
+) -> tuple[DenseSource, Architecture, dict[str, str]]:
+    """The source and what it is as it is written, its output embeddings tied or not, and every
+    target, with why it can't be chosen."""
     arch = source.arch.untied() if recipe.untied and source.arch.tied else source.arch
     hosts = refusals(arch, recipe, dense_layers, merge)
     arch, targets = for_runtimes(recipe, arch, hosts, _spec)
-    return replace(source, arch=arch), targets
+    return replace(source, arch=arch), arch, targets
+
+
+def _params_active(
+    units: Mapping[str, tuple[TensorSpec, ...]],
+    geometry: Geometry,
+    arch: Architecture,
+    layers: int,
+) -> int:
+    """Parameters that a token uses, where so many layers have experts."""
+    total = sum(s.numel for unit in units.values() for s in unit)
+    return total - geometry.idle_neurons * arch.ffn_params // arch.intermediate_size * layers
 
 
 def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
     made = TARGETS[target]
-    return common_fields(arch, made, dtype) | made.config(arch, spec)
+    config = common_fields(arch, made, dtype) | made.config(arch, spec)
+    if not arch.head:
+        bare = [name.replace("ForCausalLM", "Model") for name in config["architectures"]]
+        config["architectures"] = bare
+    return config
 
 
 def _reached(targets: Mapping[str, str]) -> list[str]:
@@ -343,15 +387,27 @@ def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
     return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
 
 
-def _check_way(recipe: Recipe, way: Way, methods: Methods, sources: Sources | None) -> None:
-    """What is asked goes with the way, and as many models are there as it takes."""
+def _methods(
+    recipe: Recipe, way: Way, sources: Sources | None, finished: Finished | None
+) -> Methods:
+    """Those of a recipe that goes with the way, if as many models are there as that takes.
+
+    Raises:
+        UpcycleError: it does not, or there are more or fewer.
+    """
+    methods = Methods.of(recipe, way.default_router, gates=way.several)
     if way.several and sources is None:
         raise UpcycleError(f"--method {way.name} takes several models: upcycle {way.name} MODEL…")
     if not way.several and methods.rest.name != "base":
         raise UpcycleError(f"--rest {methods.rest.name} goes with upcycle merge: here is one model")
     way.check(recipe, methods)
-    if sources is not None:
+    if sources is not None and finished is None:
         check_rest(sources, methods.rest)
+    return methods
+
+
+def _streams(design: Design) -> bool:
+    return design.combine == "sum" or design.methods.router.method.needs_activations
 
 
 def _room(arch: Architecture, target: str, num_dense: int) -> Room:
@@ -446,7 +502,7 @@ def _calibration(
 
 def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tuple[str, ...]]:
     """What `mixed` stands for: both, or the first alone where the model can't write."""
-    if not way.lossy:  # nothing is fitted
+    if not way.lossy or source.arch.encoder:  # nothing is fitted, or it writes nothing
         return "builtin", ()
     needed = WRITING * sum(info.nbytes for info in source.tensors.values())
     free = free_memory(device)
@@ -569,27 +625,34 @@ def _combine(
 
 
 def _units(
-    source: DenseSource, target: str, spec: MoESpec, dtype: torch.dtype
+    source: DenseSource, target: str, spec: MoESpec, dtype: torch.dtype, beside: Beside
 ) -> dict[str, tuple[TensorSpec, ...]]:
     """A dry run on the meta device: the names and shapes that the conversion will write."""
 
-    def meta(names: list[str], prefix: str = "") -> dict[str, Tensor]:
+    def meta(names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
         empty = {
             n.removeprefix(prefix): torch.empty(source.tensors[n].shape, dtype=dtype, device="meta")
             for n in names
         }
         return source.canonical(empty)
 
-    outer = meta(source.outer_names())
-    units = {"embeddings": _specs(assemble_embeddings(TARGETS[target], outer))}
-    for layer in range(source.arch.num_layers):
-        tensors = meta(source.layer_names(layer), f"model.layers.{layer}.")
-        moe = None
-        if layer in source.arch.ffn_layers and layer not in spec.dense_layers:
-            moe = _meta_layer(spec, source.arch, dtype)
-        named = assemble_layer(TARGETS[target], source.arch, layer, tensors, moe, spec.gains)
-        units[f"layer {layer}"] = _specs(named)
-    units["head"] = _specs(assemble_head(TARGETS[target], source.arch, outer))
+    def layer(place: str, names: list[str], *, routed: bool) -> Named:
+        moe = _meta_layer(spec, source.arch, dtype) if routed else None
+        return assemble_layer(host, source.arch, place, meta(names, place), moe, spec.gains)
+
+    host, outer = TARGETS[target], meta(source.outer_names())
+    named = {"embeddings": assemble_embeddings(host, outer)}
+    for i in range(source.arch.num_layers):
+        routed = i in source.arch.ffn_layers and i not in spec.dense_layers
+        place = f"model.layers.{i}."
+        named[f"layer {i}"] = layer(place, source.layer_names(i), routed=routed)
+    named["head"] = assemble_head(host, source.arch, outer)
+    units = {unit: _specs(in_whole(source.layout, tensors)) for unit, tensors in named.items()}
+    for place in beside.drafts:
+        names = [name for name in source.draft_names() if name.startswith(place)]
+        units[place] = _specs(layer(place, names, routed=True))
+    if beside.kept:
+        units[PARTS] = _specs(meta(beside.kept).items())
     return units
 
 
@@ -613,10 +676,16 @@ def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     check_own_files(plan.source.folder)
     _check_feedback(plan)
     _check_text(plan)
+    _check_gradients(plan)
     _check_memory(plan)
+    if plan.finished is not None:
+        before = plan.finished.spec(plan.spec)
+        units = _units(plan.source, plan.target, before, plan.design.dtype, plan.beside)
+        plan.finished.check_layout([spec for unit in units.values() for spec in unit])
+        check_own_files(plan.finished.folder)
     if plan.out is not None:
         room = plan.bytes + plan.aside_bytes()
-        for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+        for source in plan.checkpoints:
             check_out(plan.out, source.folder, room, overwrite=overwrite, resume=resume)
 
 
@@ -640,6 +709,23 @@ def _check_text(plan: Plan) -> None:
     if plan.fit_tokens + plan.held_tokens + plan.passage_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
         load_tokenizer(plan.source.folder)
+
+
+def _check_gradients(plan: Plan) -> None:
+    if not plan.needs_gradients:
+        return
+    arch, why = plan.source.arch, ""
+    if arch.encoder:
+        why = "is an encoder, which has no loss of the next token"
+    elif arch.fields.get("num_kv_shared_layers"):
+        why = "has layers that share keys and values, through which no gradients are taken back"
+    if why:
+        used = plan.way.used(plan.design.methods, plan.design.geometry).items()
+        asking = next(field for field, bound in used if bound.params.needs_gradients)
+        raise UpcycleError(
+            f"{setting(asking, getattr(plan.recipe, asking))} needs a backward pass, but "
+            f"{plan.source.label} {why}: choose another, or importance=output"
+        )
 
 
 def _check_memory(plan: Plan) -> None:

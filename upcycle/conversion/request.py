@@ -32,6 +32,28 @@ def named_dense_layers(recipe: Recipe, source: DenseSource) -> tuple[int, ...]:
     return recipe.keep_dense
 
 
+def suited(recipe: Recipe, source: DenseSource, *, merges: bool) -> Recipe:
+    """What is asked; of an encoder, without what it takes predictions of the next token to know.
+
+    Raises:
+        UpcycleError: it is asked for what only a decoder does.
+    """
+    if not source.arch.encoder:
+        return recipe
+    if merges:
+        raise UpcycleError(
+            f"{source.label} is an encoder, and a merge's gates and check are of decoders: convert "
+            "it alone"
+        )
+    if "self" in texts(recipe.calibration):
+        raise UpcycleError(
+            f"--calibration {recipe.calibration}: {source.label} is an encoder, which writes no "
+            "text: give builtin or a file"
+        )
+    chosen = () if recipe.keep_dense == "auto" else recipe.keep_dense
+    return recipe.model_copy(update={"keep_dense": chosen})
+
+
 def check_calibration(recipe: Recipe, methods: Methods, *, streams: bool) -> None:
     """There is text where it is needed, as far as can be known without reading it.
 

@@ -13,39 +13,37 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING
-from transformers.activations import ACT2FN
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from upcycle.conversion.card import Conversion, conversion_record, model_card
 from upcycle.conversion.check import run_check
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.gradients import loss_gradient, put_gradients_aside
+from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
+from upcycle.conversion.merging.finished import DOMAINS, check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
 from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.units import PARTS, write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
-from upcycle.core.types import (
-    Activation,
-    DenseFFN,
-    LayerActivations,
-    LossGradient,
-    all_finite,
-)
+from upcycle.core.types import DenseFFN, LayerActivations, LossGradient
 from upcycle.core.versions import versions
 from upcycle.models.assemble import (
+    assemble_config,
     assemble_embeddings,
     assemble_head,
     assemble_layer,
     dense_ffn,
+    in_whole,
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.names import EMBEDDINGS
-from upcycle.models.record import RECORD, CheckReport, DenseLayers, Identity, record_text
+from upcycle.models.record import RECORD, DenseLayers, Identity, Report, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
-from upcycle.models.targets import TARGETS, older_spellings
+from upcycle.models.targets import TARGETS
 from upcycle.models.writer import (
     CheckpointWriter,
     Workspace,
@@ -55,7 +53,6 @@ from upcycle.models.writer import (
 )
 
 DENSE_LAYERS = "layers to keep dense"
-BESIDE = "router_domains.safetensors"
 
 
 class Progress(Protocol):
@@ -86,8 +83,10 @@ def run(
     """
     if plan.out is None:
         raise ValueError("the plan has no output folder")
-    for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+    for source in plan.checkpoints:
         source.fetch()
+    if plan.finished is not None:
+        check_base(plan.source, plan.finished)
     begun = None
     if resume:
         # What is there was made by a run with its own number of threads.
@@ -123,6 +122,8 @@ def identity(plan: Plan, threads: int) -> Identity:
             text_fingerprint(plan.source.folder, e.text) for e in merge.experts if e.text
         ]
         ingredients["sources"] = plan.sources.fingerprints()
+    if plan.finished is not None:
+        ingredients["finished"] = plan.finished.checkpoint.fingerprint()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 
@@ -143,8 +144,12 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     if plan.undecided:
         plan = _decide(plan, workspace, tokens, progress)
         lap(DENSE_LAYERS)
-    _write_small_files(plan, workspace.result)
-    _write_weights(plan, workspace, fit_BL, progress)
+    if plan.finished is not None:
+        write_grown_files(plan, plan.finished, workspace.result)
+        write_grown(plan, plan.finished, workspace, progress)
+    else:
+        _write_small_files(plan, workspace.result)
+        _write_weights(plan, workspace, fit_BL, progress)
     lap("conversion")
     peak = peak_memory()
     check = None
@@ -163,7 +168,7 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
 
 def _check(
     plan: Plan, workspace: Workspace, held: Mapping[str, Tensor], progress: Progress
-) -> CheckReport:
+) -> Report:
     """`run_check`, by a source that is still the same: transformers reads it anew.
 
     Raises:
@@ -195,7 +200,7 @@ def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
     if plan.exact != "all on" or (plan.partitions and not plan.design.compensates):
         return
     for layer in plan.moe_layers:
-        ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), _activation(plan))
+        ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), plan.activation)
         yield layer, _take_up(plan, workspace, f"layer {layer}", ffn).all_on()
 
 
@@ -214,12 +219,33 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
-    fields = {k: v for k, v in plan.config.items() if k != "model_type"}
-    CONFIG_MAPPING[plan.target](**fields).save_pretrained(folder)
-    path = folder / "config.json"
-    config = older_spellings(plan.config) | json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    config = assemble_config(plan.config)
+    if plan.source.arch.whole:
+        config = _whole_config(plan, config)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
     copy_companions(plan.source.folder, folder)
+
+
+def _whole_config(plan: Plan, text: dict[str, Any]) -> dict[str, Any]:
+    """The config of the model that the result's text model is a part of."""
+    whole = TARGETS[plan.target].whole
+    if whole is None:
+        raise ValueError(f"{plan.target} has no place for other parts")
+    made = {name: value for name, value in plan.config.items() if name != "model_type"}
+    part: PreTrainedConfig = CONFIG_MAPPING[plan.config["model_type"]](**made)
+    fields = plan.source.layout.config.to_dict() | {
+        "text_config": part.to_dict(),
+        "architectures": [whole.architecture],
+        "tie_word_embeddings": plan.source.arch.tied,
+        "dtype": plan.config["dtype"],
+    }
+    for name, model_type in whole.parts.items():
+        fields[name] = fields[name] | {"model_type": model_type}
+    del fields["model_type"]
+    config: PreTrainedConfig = CONFIG_MAPPING[whole.model_type](**fields)
+    written: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return written | {"text_config": text | written["text_config"]}
 
 
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
@@ -235,8 +261,10 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    _write_unit(workspace, writer, "embeddings", assemble_embeddings(target, outer), {})
-    _write_unit(workspace, writer, "head", assemble_head(target, source.arch, outer), {})
+    before = in_whole(source.layout, assemble_embeddings(target, outer))
+    after = in_whole(source.layout, assemble_head(target, source.arch, outer))
+    write_unit(workspace, writer, "embeddings", before, {})
+    write_unit(workspace, writer, "head", after, {})
     del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):
@@ -244,9 +272,27 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
         if layer > max(plan.moe_layers):
             stream = dense = None  # nobody looks at what comes after
         _write_layer(plan, workspace, writer, stream, dense, gates, layer)
+    _write_beside(plan, workspace, writer)
     progress("converting layers", layers, layers)
     if gates and gates.beside:
-        save_file(gates.beside, workspace.result / BESIDE)
+        save_file(gates.beside, workspace.result / DOMAINS)
+
+
+def _write_beside(plan: Plan, workspace: Workspace, writer: CheckpointWriter) -> None:
+    """Write what is not the text model's, unless an earlier run did."""
+    source, target = plan.source, TARGETS[plan.target]
+    for number, place in enumerate(plan.beside.drafts, source.arch.num_layers):
+        if place in workspace.records:
+            continue
+        names = [name for name in source.draft_names() if name.startswith(place)]
+        tensors = source.canonical(source.read_place(place, names))
+        converted = convert_layer(plan, number, dense_ffn(tensors, plan.activation))
+        moe = converted.experts(plan.design, number)
+        named = assemble_layer(target, source.arch, place, tensors, moe, plan.design.gains)
+        write_unit(workspace, writer, place, named, {})
+    if plan.beside.kept and PARTS not in workspace.records:
+        kept = ((name, source.read([name])[name]) for name in plan.beside.kept)
+        write_unit(workspace, writer, PARTS, kept, {})
 
 
 def _write_layer(
@@ -278,7 +324,7 @@ def _write_layer(
         if not finished:
             _write_converted(plan, workspace, writer, layer, tensors, None)
         return
-    ffn = dense_ffn(tensors, _activation(plan))
+    ffn = dense_ffn(tensors, plan.activation)
     entering_TD = stream.entering() if stream and gates else None
     converts = layer in plan.moe_layers and not finished
     loss = loss_gradient(plan, workspace, layer) if converts else None
@@ -347,8 +393,10 @@ def _write_converted(
     unit, target = f"layer {layer}", TARGETS[plan.target]
     record = _put_aside(plan, workspace, unit, converted)
     moe = converted.experts(plan.design, layer) if converted else None
-    named = assemble_layer(target, plan.source.arch, layer, tensors, moe, plan.design.gains)
-    _write_unit(workspace, writer, unit, named, {"layer": layer} | record)
+    arch, place = plan.source.arch, f"model.layers.{layer}."
+    named = assemble_layer(target, arch, place, tensors, moe, plan.design.gains)
+    in_place = in_whole(plan.source.layout, named)
+    write_unit(workspace, writer, unit, in_place, {"layer": layer} | record)
 
 
 def _put_aside(
@@ -375,28 +423,3 @@ def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> Conv
     permutation = torch.tensor(workspace.records[unit]["permutation"])
     ffn = ffn.to("cpu", plan.design.dtype)
     return plan.way.take_up(plan.design, ffn, permutation, router_ED, refit)
-
-
-def _activation(plan: Plan) -> Activation:
-    activation: Activation = ACT2FN[plan.source.arch.fields["hidden_act"]]
-    return activation
-
-
-def _write_unit(
-    workspace: Workspace,
-    writer: CheckpointWriter,
-    unit: str,
-    named: Iterator[tuple[str, Tensor]],
-    record: dict[str, Any],
-) -> None:
-    """Write tensors in their planned dtypes, then note that the unit is done.
-
-    Raises:
-        UpcycleError: a weight is too large for float16, perhaps by its gain.
-    """
-    for name, tensor in named:
-        stored = tensor.to(writer.places[name].spec.dtype)
-        if stored.dtype == torch.float16 and not all_finite(stored):
-            raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
-        writer.write(name, stored)
-    workspace.done(unit, record)

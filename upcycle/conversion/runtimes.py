@@ -8,6 +8,7 @@ from upcycle.conversion.recipe import Recipe
 from upcycle.core.errors import UpcycleError
 from upcycle.models.runtimes import RUNTIMES, Runtime
 from upcycle.models.targets import TARGETS, Combine, MoESpec
+from upcycle.models.targets.limits import looks_back
 from upcycle.models.traits import Architecture
 
 Refusals = dict[str, str]
@@ -27,7 +28,7 @@ def obstacles(
 
 
 def _limits(runtime: Runtime, arch: Architecture, target: str, spec: MoESpec) -> list[str]:
-    said = (limit(arch, spec) for limit in TARGETS[target].runtimes[runtime])
+    said = (limit(arch, spec) for limit in (looks_back, *TARGETS[target].runtimes[runtime]))
     return [obstacle for obstacle in said if obstacle]
 
 

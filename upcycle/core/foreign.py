@@ -151,7 +151,8 @@ def _holds(value: Any) -> bool:
 def first_problem(error: ValidationError) -> str:
     """The first of pydantic's complaints, on one line, without a value that may be pages long."""
     problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
+    # Which of several kinds a value was taken for, <kind>, is no field.
+    field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("<"))
     message = problem["msg"].removeprefix("Value error, ")
     value = _short.repr(problem["input"])
     value = value if len(value) <= 120 else f"{value[:60]} … {value[-40:]}"

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from upcycle.models.hosted import target_of
 from upcycle.models.record import RECORD, Made, check_summary, read_record
 from upcycle.models.source import Checkpoint, DenseSource, open_located, read_config
-from upcycle.models.targets import TARGETS
 
 
 def inspect_dense(source: DenseSource) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def inspect_found(label: str, found: Checkpoint | None) -> dict[str, Any]:
 
 
 def has_experts(found: Checkpoint) -> bool:
-    return read_config(found.folder).model_type in TARGETS
+    return target_of(read_config(found.folder)) is not None
 
 
 def inspect_moe(label: str, found: Checkpoint) -> dict[str, Any]:
@@ -49,21 +49,20 @@ def inspect_moe(label: str, found: Checkpoint) -> dict[str, Any]:
     Raises:
         UpcycleError: its record is not what upcycle writes.
     """
-    config = read_config(found.folder)
+    whole = read_config(found.folder)
+    config, target = whole.get_text_config(), target_of(whole)
     headers = found.headers()
     routed = {n: torch.Size(i.shape).numel() for n, i in headers.items() if is_routed(n)}
     total = sum(torch.Size(info.shape).numel() for info in headers.values())
-    experts = (
-        config.num_local_experts if hasattr(config, "num_local_experts") else config.num_experts
-    )
-    top_k = config.num_experts_per_tok
+    experts = _first(config, "num_local_experts", "num_experts")
+    top_k = _first(config, "num_experts_per_tok", "top_k_experts")
     report = {
         "model": label,
         "kind": "moe",
-        "architecture": config.model_type,
+        "architecture": target.name if target else config.model_type,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "expert_size": getattr(config, "moe_intermediate_size", config.intermediate_size),
+        "expert_size": _first(config, "moe_intermediate_size", "intermediate_size"),
         "experts": experts,
         "top_k": top_k,
         "tied_embeddings": config.tie_word_embeddings,
@@ -72,6 +71,11 @@ def inspect_moe(label: str, found: Checkpoint) -> dict[str, Any]:
     }
     record = found.folder / RECORD
     return report | _origin(record) if record.is_file() else report
+
+
+def _first(config: Any, *names: str) -> int:
+    """The config's field that has one of these names."""
+    return int(next(getattr(config, name) for name in names if hasattr(config, name)))
 
 
 def _origin(path: Path) -> dict[str, Any]:

@@ -1,10 +1,15 @@
 """How tokens spread over experts: statistics of which experts were selected together."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from upcycle.models.blocks import moe_blocks, watch_selections
 
 FIT_ROUNDS = 30
 """After which 64 experts, some nearly always on, have their shares within 0.1 %."""
@@ -41,6 +46,20 @@ def layer_routing(layer: int, pairs_EE: Tensor, tokens: int) -> LayerRouting:
             [round(r, 4) for r in row] for row in co_selection(pairs_EE, tokens).tolist()
         ],
     )
+
+
+@contextmanager
+def counting_pairs(model: Any) -> Iterator[list[Tensor]]:
+    """Per MoE layer, how many of the tokens that go through the model within the context selected
+    both of two experts [E, E]."""
+    blocks = moe_blocks(model)
+    pairs = [torch.zeros((b.num_experts,) * 2, dtype=torch.float64) for b in blocks]
+
+    def see(place: int, chosen_TK: Tensor, _: Tensor) -> None:
+        pairs[place] += count_pairs(chosen_TK, len(pairs[place]))
+
+    with watch_selections(blocks, see):
+        yield pairs
 
 
 def count_pairs(chosen_TK: Tensor, num_experts: int) -> Tensor:

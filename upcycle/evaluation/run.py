@@ -25,19 +25,19 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.machine import choose_device
 from upcycle.core.paths import public_name
-from upcycle.evaluation.routing import LayerRouting, count_pairs, layer_routing, utilisation
+from upcycle.evaluation.routing import LayerRouting, counting_pairs, layer_routing, utilisation
 from upcycle.evaluation.size import Size, expert_similarity, flops, measure_size
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.evaluation.top_k import check_top_ks, made_at, sum_note
 from upcycle.models.adapter import adapter_base
-from upcycle.models.blocks import moe_blocks, selecting, watch_selections
+from upcycle.models.blocks import moe_blocks, selecting
 from upcycle.models.calibration import check_seq_len
 from upcycle.models.config_fields import check_layers
 from upcycle.models.head import Decoded, decode, drop_layers
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.loading import load_whole
-from upcycle.models.source import checkpoint_folder, read_config, read_headers
+from upcycle.models.loading import check_decoder, load_whole
+from upcycle.models.source import checkpoint_folder, read_headers, read_text_config
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
 
@@ -232,7 +232,8 @@ def evaluate(
         nullcontext() if against is None else checkpoint_folder(against) as dense_folder,
     ):
         adapter = None if named == folder else named
-        check_seq_len(seq_len, read_config(folder))
+        check_decoder(model, folder)
+        check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
         reader = open_reader(folder, _vocab_size(folder, dense_folder))
         tokens_NBL = torch.stack(
@@ -442,9 +443,9 @@ def _flops(size: Size, dense: Size | None) -> Flops:
 
 
 def _vocab_size(folder: Path, dense_folder: Path | None) -> int:
-    vocab_size = int(read_config(folder).vocab_size)
+    vocab_size = int(read_text_config(folder).vocab_size)
     if dense_folder is not None:
-        other = int(read_config(dense_folder).vocab_size)
+        other = int(read_text_config(dense_folder).vocab_size)
         if other != vocab_size:
             raise UpcycleError(
                 f"--against {dense_folder} has a vocabulary of {other:,} tokens, but {folder} one "
@@ -456,7 +457,7 @@ def _vocab_size(folder: Path, dense_folder: Path | None) -> int:
 def choose_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
     """The dtype that `--dtype` names; `auto` is float32 on a CPU, elsewhere the checkpoint's."""
     if name == "auto":
-        own = read_config(folder).dtype
+        own = read_text_config(folder).dtype
         return torch.float32 if device.type == "cpu" or own is None else own
     if name not in DTYPES:
         raise UpcycleError(f"--dtype {name!r} is unknown: give auto, {', '.join(DTYPES)}")
@@ -470,7 +471,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         UpcycleError: it does not load, or not every tensor finds its place.
     """
-    check_layers(read_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
+    check_layers(read_text_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
     with warnings.catch_warnings():
         # A target that always has a shared expert holds one of no neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
@@ -530,14 +531,8 @@ def compare(
 ) -> Comparison:
     """Run a model over the windows [B, L] that its reference has seen; without a reference, KL and
     agreement stay 0, and there are no losses of one."""
-    blocks = moe_blocks(model)
-    pairs = [torch.zeros((b.num_experts,) * 2, dtype=torch.float64) for b in blocks]
     windows: list[list[float]] = []
-
-    def see(place: int, chosen_TK: Tensor, _: Tensor) -> None:
-        pairs[place] += count_pairs(chosen_TK, len(pairs[place]))
-
-    with watch_selections(blocks, see):
+    with counting_pairs(model) as pairs:
         for i, window_L in enumerate(tokens_BL):
             step(i)
             dense = None if reference is None else reference[i]
@@ -555,7 +550,7 @@ def compare(
 def _compare_window(own: Decoded, dense: Decoded | None, window_L: Tensor) -> list[float]:
     """A window's loss, the dense model's, KL and agreement, each the mean over its tokens."""
     length, sums = len(window_L), torch.zeros(4, dtype=torch.float64)
-    rows = max(1, CHUNK // own.model.config.vocab_size)
+    rows = max(1, CHUNK // own.model.config.get_text_config().vocab_size)
     for start in range(0, length, rows):
         some = slice(start, start + rows)
         targets_T = window_L[start + 1 : start + rows + 1]

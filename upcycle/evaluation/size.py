@@ -1,6 +1,7 @@
 """What a loaded model is made of: parameters, multiplications per token, how alike its experts
 are."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,21 @@ def measure_size(model: Any) -> Size:
     total = sum(tensor.numel() for tensor in [*model.parameters(), *buffers])
     matmul = sum(
         parameter.numel()
-        for module in model.modules()
+        for module in _passed(model)
         if not isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
         if parameter.dim() > 1
     )
     return Size(total, total - idle, matmul, matmul - idle)
+
+
+def _passed(model: Any) -> Iterator[nn.Module]:
+    """Modules that text passes through; of a model of several parts, those of its text model."""
+    if model.config is model.config.get_text_config():
+        yield from model.modules()
+    else:
+        yield from model.get_decoder().modules()
+        yield model.get_output_embeddings()
 
 
 def flops(matmul_parameters: int) -> int:
@@ -47,7 +57,7 @@ def flops(matmul_parameters: int) -> int:
 def idle_parameters(block: MoEBlock) -> int:
     """Of the experts that a token does not select."""
     expert = sum(p[0].numel() for p in block.experts.parameters())
-    return int((block.num_experts - block.router.top_k) * expert)
+    return int((block.num_experts - block.top_k) * expert)
 
 
 @torch.no_grad()

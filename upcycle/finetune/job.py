@@ -12,6 +12,7 @@ from upcycle.core.flags import setting
 from upcycle.core.versions import versions
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.calibration import check_seq_len, text_fingerprint
+from upcycle.models.loading import check_decoder
 from upcycle.models.quantised import UNQUANTISED
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
 from upcycle.models.source import (
@@ -19,8 +20,8 @@ from upcycle.models.source import (
     checkpoint_folder,
     fingerprint,
     open_source,
-    read_config,
     read_headers,
+    read_text_config,
 )
 from upcycle.models.text import check_text, texts
 
@@ -42,6 +43,7 @@ def open_job(
     model: str, out: Path, preset: str | Path | None, settings: dict[str, Any], stack: ExitStack
 ) -> Job:
     folder = stack.enter_context(checkpoint_folder(model))
+    check_decoder(model, folder)
     check_own_files(folder)
     path = folder / RECORD
     record = read_record(path) if path.is_file() else Trained()
@@ -49,7 +51,7 @@ def open_job(
     request = load_training(preset or _default_preset(record), settings, origin)
     for text in texts(request.data):
         check_text(text, "--data")
-    check_seq_len(request.seq_len, read_config(folder))
+    check_seq_len(request.seq_len, read_text_config(folder))
     _check_dtypes(model, folder)
     teacher = _teacher_folder(request, folder, stack)
     if teacher is not None and isinstance(record, Made) and settings.get("teacher") is None:
@@ -90,7 +92,7 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
         teacher = stack.enter_context(checkpoint_folder(request.teacher))
     except UpcycleError as error:
         raise UpcycleError(f"--teacher: {error}") from error
-    theirs, ours = read_config(teacher).vocab_size, read_config(folder).vocab_size
+    theirs, ours = (read_text_config(each).vocab_size for each in (teacher, folder))
     if theirs != ours:
         raise UpcycleError(
             f"--teacher {request.teacher} has a vocabulary of {theirs:,}, but the model of "
@@ -107,7 +109,7 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
 
 
 def _depth_and_width(folder: Path) -> tuple[int, int]:
-    config = read_config(folder)
+    config = read_text_config(folder)
     return config.num_hidden_layers, config.hidden_size
 
 

@@ -1,5 +1,6 @@
 """What a training run leaves: the checkpoint, checked by reading it again, and its history."""
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 import jinja2
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor
 
 from upcycle.core.errors import CheckFailed
@@ -33,11 +35,13 @@ from upcycle.models.record import (
     log_text,
     record_text,
 )
-from upcycle.models.source import copy_companions, read_headers
+from upcycle.models.source import INDEX, SINGLE, copy_companions, read_headers, reading
 from upcycle.models.text import public_texts
 from upcycle.models.writer import begun_run, result_folder
 
 CHECK_TOKENS = 256
+TRAINED, PARTS = "model-text.safetensors", "model-parts.safetensors"
+"""Files of a model of several parts: of what was trained, if that is one, and of the rest."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ def _write_model(
     }
     with disk_errors():
         model.save_pretrained(place, state_dict=kept)
+        _keep_parts(folder, place)
     shutil.copyfile(folder / "config.json", place / "config.json")
     copy_companions(folder, place)
     written = {name: (info.shape, info.dtype) for name, info in read_headers(place).items()}
@@ -175,6 +180,29 @@ def _write_model(
     again = load_result(place, torch.float32, torch.device("cpu"))
     _check_tensors(again, kept)
     return again
+
+
+def _keep_parts(folder: Path, place: Path) -> None:
+    """Add what transformers did not load, such as a vision tower beside the text model, as it is in
+    the original."""
+    before, written = read_headers(folder), read_headers(place)
+    missing = sorted(before.keys() - written.keys())
+    if not missing:
+        return
+    tensors = {}
+    for name in missing:
+        with reading(folder / before[name].file) as shard:
+            tensors[name] = shard.get_tensor(name)
+    if (place / SINGLE).is_file():
+        (place / SINGLE).rename(place / TRAINED)
+    save_file(tensors, place / PARTS, metadata={"format": "pt"})
+    files = {name: info.file.replace(SINGLE, TRAINED) for name, info in written.items()}
+    size = sum(info.nbytes for info in (before | written).values())
+    index = {
+        "metadata": {"total_size": size},
+        "weight_map": files | dict.fromkeys(missing, PARTS),
+    }
+    (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_tensors(written: Any, expected: dict[str, Tensor]) -> None:

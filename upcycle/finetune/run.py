@@ -38,7 +38,7 @@ from upcycle.finetune.trainable import (
 )
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.record import TRAIN_LOG, Identity, Used
-from upcycle.models.source import read_config, read_headers
+from upcycle.models.source import read_headers, read_text_config
 from upcycle.models.writer import (
     ASIDE,
     Workspace,
@@ -227,7 +227,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = trained(model, known)
-    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config.model_type))
+    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config))
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
     model.train()
     if settings.tracker is not None:
@@ -255,7 +255,7 @@ def _data(job: Job) -> tuple[Data, Data]:
     settings = job.settings
     return training_data(
         job.folder,
-        read_config(job.folder).vocab_size,
+        read_text_config(job.folder).vocab_size,
         settings.data,
         seq_len=settings.seq_len,
         train_tokens=settings.total_steps * settings.step_tokens,

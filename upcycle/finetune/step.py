@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.flags import setting
@@ -19,8 +20,8 @@ from upcycle.finetune.data import Data, batch_rows
 from upcycle.finetune.routers import RouterTap, Scale, untempered, update_bias
 from upcycle.finetune.settings import Training
 from upcycle.models.blocks import MoEBlock
+from upcycle.models.hosted import target_of
 from upcycle.models.record import log_text
-from upcycle.models.targets import TARGETS
 
 Row = dict[str, Any]
 """A line of train_log.jsonl, as plain values."""
@@ -252,9 +253,10 @@ def _terms(
         yield "z_loss", torch.stack(each).mean()
 
 
-def score_of(model_type: str) -> Callable[[Tensor], Tensor]:
+def score_of(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
     """How the architecture makes scores of logits [T, E]."""
-    if model_type in TARGETS and TARGETS[model_type].routing.score == "sigmoid":
+    target = target_of(config)
+    if target is not None and target.routing.score == "sigmoid":
         return torch.sigmoid
     return lambda logits_TE: logits_TE.softmax(-1)
 
@@ -266,11 +268,13 @@ def _shares(setup: Setup, logits_TE: Tensor) -> Tensor:
 
 
 def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
-    """A router loss that moves nothing is a mistake, whoever made it."""
+    """A router loss that moves nothing is a mistake, whoever made it; but where all experts are
+    on for every token, as in a merge of two, there is nothing to balance."""
     # The last block's alone: from the others, the way leads through the blocks after them.
-    logits_TE = setup.tap.routed[-1].logits_TE
+    routed = setup.tap.routed[-1]
+    logits_TE, all_on = routed.logits_TE, routed.weights_TK.shape[1] == routed.logits_TE.shape[1]
     for name in ("balance", "z_loss"):
-        if name not in terms:
+        if name not in terms or (name == "balance" and all_on):
             continue
         grad_TE = None
         if logits_TE.requires_grad:

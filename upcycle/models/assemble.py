@@ -1,12 +1,16 @@
 """From a layer's tensors to the target's: names, gains, and nothing lost."""
 
+import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from upcycle.core.types import Activation, DenseFFN, MoELayer
+from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD
-from upcycle.models.targets import Gains, MoETarget
+from upcycle.models.targets import Gains, MoETarget, older_spellings
 from upcycle.models.traits import Architecture
 
 Named = Iterator[tuple[str, Tensor]]
@@ -19,6 +23,14 @@ def dense_ffn(tensors: Mapping[str, Tensor], act: Activation) -> DenseFFN:
     return DenseFFN(tensors.get(gate), tensors[up], tensors[down], act)
 
 
+def assemble_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json, as transformers 5 and 4 spell them."""
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    made = CONFIG_MAPPING[config["model_type"]](**fields)
+    found: dict[str, Any] = json.loads(made.to_json_string(use_diff=True))
+    return older_spellings(config) | found
+
+
 def assemble_embeddings(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:
     """What comes before the layers."""
     yield target.spelled.get(EMBEDDINGS, EMBEDDINGS), outer[EMBEDDINGS]
@@ -27,7 +39,7 @@ def assemble_embeddings(target: MoETarget, outer: Mapping[str, Tensor]) -> Named
 def assemble_layer(
     target: MoETarget,
     arch: Architecture,
-    layer: int,
+    place: str,
     tensors: Mapping[str, Tensor],
     moe: MoELayer | None,
     gains: Gains,
@@ -35,18 +47,18 @@ def assemble_layer(
     """A layer's tensors under the target's names; with `moe` in the dense FFN's place, if given.
 
     Args:
-        tensors: all of the layer's, under llama's names without prefix.
+        place: what their names begin with.
+        tensors: all of the layer's, under llama's names without that.
     """
-    prefix = f"model.layers.{layer}."
     extra = dict(target.extra(arch, tensors))
     for name, tensor in tensors.items():
         if name not in extra and (moe is None or name not in FFN):
-            yield prefix + target.spelled.get(name, name), tensor
+            yield place + target.spelled.get(name, name), tensor
     for name, tensor in extra.items():
-        yield prefix + name, tensor
+        yield place + name, tensor
     if moe is not None:
         for name, tensor in target.experts(moe, gains):
-            yield prefix + name, tensor
+            yield place + name, tensor
 
 
 def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Tensor]) -> Named:
@@ -55,5 +67,11 @@ def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Ten
     for name, tensor in outer.items():
         if name != EMBEDDINGS:
             yield target.spelled.get(name, name), tensor
-    if not arch.tied and HEAD not in outer:
+    if arch.head and not arch.tied and HEAD not in outer:
         yield HEAD, outer[EMBEDDINGS]
+
+
+def in_whole(layout: Layout, named: Named) -> Named:
+    """A text model's tensors under the names that they have in the whole model."""
+    for name, tensor in named:
+        yield layout.full(name), tensor

@@ -16,10 +16,13 @@ class MoEBlock:
 
     layer: int
     router: Any
-    """With `weight` [E, D] and `top_k`."""
+    """With `weight` [E, D], called with what it makes logits of."""
     experts: Any
     """With `gate_up_proj` [E, 2 M, D], `down_proj` [E, D, M] and `act_fn`. Called with tokens
     [T, D], the selected experts [T, K] and their weights [T, K]."""
+    chooser: Any
+    """Where `top_k` is, by the name of `top_k_field`."""
+    top_k_field: str = "top_k"
     factor: float = 1.0
     """What the block multiplies by what the experts put out together; most classes have it in the
     weights."""
@@ -27,6 +30,14 @@ class MoEBlock:
     @property
     def num_experts(self) -> int:
         return len(self.experts.down_proj)
+
+    @property
+    def top_k(self) -> int:
+        return int(getattr(self.chooser, self.top_k_field))
+
+    def select(self, top_k: int) -> None:
+        """Let each token have so many experts from now on."""
+        setattr(self.chooser, self.top_k_field, top_k)
 
 
 def moe_blocks(model: nn.Module) -> list[MoEBlock]:
@@ -41,7 +52,10 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
         if layer is None:
             continue
         if type(module).__name__.lower().endswith("topkrouter"):
-            routers[layer] = module
+            routers[layer] = (module, module, "top_k")
+        elif hasattr(module, "per_expert_scale"):
+            # Gemma 4's makes what its linear layer sees of the residual stream.
+            routers[layer] = (module.proj, module.config, "top_k_experts")
         elif _is_stacked(module):
             experts[layer] = module
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -51,7 +65,8 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
             f"layer {layer} of {type(model).__name__} has experts, but no router that upcycle knows"
         )
     return [
-        MoEBlock(layer, router, experts[layer], factors[layer]) for layer, router in routers.items()
+        MoEBlock(layer, router, experts[layer], chooser, top_k, factors[layer])
+        for layer, (router, chooser, top_k) in routers.items()
     ]
 
 

@@ -59,7 +59,8 @@ def calibration(
     """
     if not sequences + windows:
         return Calibration(torch.empty(0, seq_len, dtype=torch.int64), {})
-    reader = open_reader(source.folder, source.config.vocab_size)
+    vocab_size = source.config.vocab_size
+    reader = open_reader(source.folder, vocab_size, encoder=source.arch.encoder)
     window = min(seq_len, CHECK_WINDOW)
     length, part = reader.body(seq_len), reader.body(window)
     names = [name for name in texts(text) if name != "none"]

@@ -58,18 +58,22 @@ def _listed(value: Any) -> list[Any]:
 
 
 def with_results(
-    front: dict[str, Any], name: str, results: Iterable[tuple[str, str, dict[str, float]]]
+    front: dict[str, Any],
+    name: str,
+    results: Iterable[tuple[str, str, dict[str, float]]],
+    task: str = "text-generation",
 ) -> dict[str, Any]:
     """The front matter with what was measured, as the hub shows it (model-index), in place of what
     it said before.
 
     Args:
         results: per text its identifier, its name for people, and metrics by their names.
+        task: of those that the hub knows.
     """
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
     rows = [
-        EvalResult("text-generation", text, called, metric, value)
+        EvalResult(task, text, called, metric, value)
         for text, called, metrics in results
         for metric, value in metrics.items()
     ]

@@ -3,13 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, GenerationConfig
+import torch
+from transformers import AutoModel, GenerationConfig
 
+from upcycle.core.errors import UpcycleError
+from upcycle.models.families import auto_class, is_encoder
 from upcycle.models.names import KEY_MAPPING
-from upcycle.models.source import deferred, read_config, reading_whole
-from upcycle.models.stream import skeleton
+from upcycle.models.source import deferred, is_headless, read_config, read_headers, reading_whole
 
 GENERATION = "generation_config.json"
+
+
+def check_decoder(label: str, folder: Path) -> None:
+    """Of what is measured or learnt by the next token.
+
+    Raises:
+        UpcycleError: the model in the folder is an encoder, whose tokens see the next one.
+    """
+    if is_encoder(read_config(folder)):
+        raise UpcycleError(
+            f"{label} is an encoder, whose tokens see the next one, so there is none to predict: "
+            "measure it, or train it, on the task that it is for"
+        )
 
 
 def load_whole(folder: Path, **settings: Any) -> Any:
@@ -23,14 +38,15 @@ def load_whole(folder: Path, **settings: Any) -> Any:
         Exception: as transformers does.
     """
     settings |= {"local_files_only": True, "key_mapping": KEY_MAPPING}
-    state = deferred(folder)
+    config, state = read_config(folder), deferred(folder)
+    auto = AutoModel if is_headless(config, read_headers(folder)) else auto_class(config)
     if not state:
         with reading_whole():
-            return AutoModelForCausalLM.from_pretrained(
+            return auto.from_pretrained(
                 folder, use_safetensors=True, trust_remote_code=False, **settings
             )
-    config = read_config(folder)
     if (folder / GENERATION).is_file():
         settings["generation_config"] = GenerationConfig.from_pretrained(folder)
-    model = type(skeleton(config))
+    with torch.device("meta"):
+        model = type(auto.from_config(config, trust_remote_code=False))
     return model.from_pretrained(None, config=config, state_dict=state, **settings)

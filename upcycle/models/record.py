@@ -15,9 +15,11 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     FiniteFloat,
     PlainSerializer,
+    Tag,
     ValidationError,
 )
 
@@ -80,7 +82,39 @@ class KindResult:
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class HiddenResult:
+    """What the conversion did to an encoder's last hidden states on one kind of text."""
+
+    kind: str
+    """As of `KindResult`."""
+    tokens: int
+    error: Measured
+    """Root mean square difference over the dense model's standard deviation."""
+    worst_window: Measured
+    """The largest such error of any window."""
+    cosine: float
+    """Of a token's hidden state and the dense model's, the mean over tokens."""
+    pooled_cosine: float
+    """The same of windows' means, by which texts are compared."""
+
+
+class _Read:
+    """What both kinds of a check have to say of the tokens that were read."""
+
+    kinds: Any
+    load: Any
+
+    @property
+    def tokens(self) -> int:
+        return sum(kind.tokens for kind in self.kinds)
+
+    @property
+    def dead_experts(self) -> int:
+        return sum(share == 0 for layer in self.load for share in layer)
+
+
+@dataclass(frozen=True)
+class CheckReport(_Read):
     """What the check measured."""
 
     exact_error: float | None
@@ -114,26 +148,52 @@ class CheckReport:
         """The geometric mean over kinds."""
         return math.exp(sum(math.log(kind.ratio) for kind in self.kinds) / len(self.kinds))
 
-    @property
-    def tokens(self) -> int:
-        return sum(kind.tokens for kind in self.kinds)
+
+@dataclass(frozen=True)
+class EncoderReport(_Read):
+    """What the check measured of an encoder, which has no next token to predict."""
+
+    exact_error: float | None
+    """As of `CheckReport`; of hidden states where it has no head."""
+    exact_tolerance: float
+    kinds: Annotated[list[HiddenResult], Field(min_length=1)]
+    left_out: list[str]
+    window: int
+    load: list[list[float]]
 
     @property
-    def dead_experts(self) -> int:
-        return sum(share == 0 for layer in self.load for share in layer)
+    def worst(self) -> HiddenResult:
+        """The kind that lost most."""
+        return max(self.kinds, key=lambda kind: kind.error)
 
 
-def check_summary(check: CheckReport) -> dict[str, Any]:
+Report = CheckReport | EncoderReport
+
+
+def check_summary(check: Report) -> dict[str, Any]:
     """The check as plain values, with what follows from them."""
-    return asdict(check) | {
-        "worst_kind": check.worst.kind,
-        "perplexity_ratio": check.perplexity_ratio,
-        "mean_ratio": check.mean_ratio,
-        "dead_experts": check.dead_experts,
-    }
+    if isinstance(check, EncoderReport):
+        numbers = {"hidden_error": check.worst.error}
+    else:
+        numbers = {"perplexity_ratio": check.perplexity_ratio, "mean_ratio": check.mean_ratio}
+    worst, dead = {"worst_kind": check.worst.kind}, {"dead_experts": check.dead_experts}
+    return asdict(check) | worst | numbers | dead
 
 
-Check = Annotated[CheckReport, PlainSerializer(check_summary)]
+def _kind_of_check(check: Any) -> str:
+    """By what it says of a text; of one that says nothing, a decoder's."""
+    if isinstance(check, dict):
+        kinds = check.get("kinds")
+        first = kinds[0] if isinstance(kinds, list) and kinds else None
+        return "<encoder>" if isinstance(first, dict) and "cosine" in first else "<decoder>"
+    return "<encoder>" if isinstance(check, EncoderReport) else "<decoder>"
+
+
+Check = Annotated[
+    Annotated[CheckReport, Tag("<decoder>")] | Annotated[EncoderReport, Tag("<encoder>")],
+    Discriminator(_kind_of_check),
+    PlainSerializer(check_summary),
+]
 
 
 @dataclass(frozen=True)
@@ -233,6 +293,21 @@ class ExpertPart(Part):
     noise_scale: FiniteFloat = 0.0
     residual_scale: FiniteFloat = 1.0
     fingerprint: str | None = None
+
+
+class AddedPart(Part):
+    """An expert that came to a finished merge."""
+
+    expert: int
+    """Its number; those before it stayed as they were."""
+    router: Choice
+    """What made its rows."""
+    after_training: int
+    """How many of the runs of `training` had been before."""
+    upcycle: str
+    """The version."""
+    check_before: Check | None = None
+    """What the check of the merge before had measured."""
 
 
 class MergePart(Part):
@@ -366,6 +441,8 @@ class Made(ConversionResult):
     """The last one."""
     layers: list[LayerPart] = []
     training: list[TrainingRun] = []
+    added: list[AddedPart] = []
+    """Experts that came later, in their order."""
 
 
 Record = Made | Trained

@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from upcycle.core.paths import check_model, check_name, local_path
 from upcycle.core.types import all_finite
 from upcycle.models.config_fields import check_fields, check_layers
 from upcycle.models.download import LEGAL, Remote, download, remote_weights
-from upcycle.models.families import FAMILIES, describe
+from upcycle.models.families import FAMILIES, describe, is_encoder
 from upcycle.models.families.base import unsupported_reason
+from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
 from upcycle.models.quantised import LINK, Packed, Part, dequantised, packing, quantization_of
-from upcycle.models.stream import skeleton
 from upcycle.models.traits import Architecture
 
 INDEX = "model.safetensors.index.json"
@@ -79,9 +79,14 @@ class DenseSource:
     """As the user named it."""
     folder: Path
     config: PreTrainedConfig
+    """Of the text model."""
     arch: Architecture
     tensors: Mapping[str, TensorInfo]
-    """By the names that transformers has for them."""
+    """By the names that transformers has for them; those of a text model that has other parts
+    beside it, by the names that they have without these."""
+    layout: Layout
+    parts: frozenset[str]
+    """Names of the tensors that are not the text model's."""
     notes: tuple[str, ...] = ()
     """What is not as config.json says."""
     revision: str | None = None
@@ -129,7 +134,8 @@ class DenseSource:
         found = {}
         asked = {name: self.tensors[name] for name in names}
         for name, tensor, digest in read_tensors(self.folder, asked):
-            if not all_finite(tensor):
+            # What is not converted may have bounds that are infinite.
+            if name not in self.parts and not all_finite(tensor):
                 raise UpcycleError(f"{name} in {self.tensors[name].file} holds NaN or infinity")
             self._compare(name, digest)
             found[name] = tensor
@@ -156,16 +162,37 @@ class DenseSource:
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """A layer's tensors by their names below `model.layers.N.`, as the source spells them."""
-        prefix = f"model.layers.{layer}."
-        found = self.read(self.layer_names(layer))
-        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        return self.read_place(f"model.layers.{layer}.", self.layer_names(layer))
+
+    def read_place(self, place: str, names: list[str]) -> dict[str, Tensor]:
+        """These tensors by their names below `place`, which they all begin with."""
+        return {name.removeprefix(place): tensor for name, tensor in self.read(names).items()}
 
     def layer_names(self, layer: int) -> list[str]:
-        return [n for n in self.tensors if n.startswith(f"model.layers.{layer}.")]
+        return [n for n in self.text_names if n.startswith(f"model.layers.{layer}.")]
 
     def outer_names(self) -> list[str]:
-        """Tensors that belong to no layer."""
-        return [n for n in self.tensors if not LAYER.fullmatch(n)]
+        """Tensors of the text model that belong to no layer."""
+        return [n for n in self.text_names if not LAYER.fullmatch(n)]
+
+    @cached_property
+    def drafts(self) -> tuple[str, ...]:
+        """What the names of the tensors of each layer that drafts tokens begin with."""
+        drafts = FAMILIES[self.arch.family].drafts
+        if drafts is None:
+            return ()
+        layers = re.compile(rf"{re.escape(drafts.place)}layers\.\d+\.")
+        found = {match[0] for name in self.parts if (match := layers.match(name))}
+        return tuple(sorted(found))
+
+    def draft_names(self) -> list[str]:
+        """Tensors of what drafts tokens."""
+        drafts = FAMILIES[self.arch.family].drafts
+        return [n for n in sorted(self.parts) if drafts is not None and n.startswith(drafts.place)]
+
+    @cached_property
+    def text_names(self) -> list[str]:
+        return [n for n in self.tensors if n not in self.parts]
 
     def embedding_names(self) -> list[str]:
         """Tensors by which the first hidden states are made of tokens."""
@@ -472,26 +499,35 @@ def _open_folder(
     temporary: tempfile.TemporaryDirectory[str] | None = None,
 ) -> DenseSource:
     folder, remote = checkpoint.folder, checkpoint.remote
-    config = read_config(folder)
-    arch = describe(config)
+    whole = read_config(folder)
+    config, arch = whole.get_text_config(), describe(whole)
     headers = checkpoint.headers()
     check_layers(arch.num_layers, len(headers), folder)
-    model = skeleton(config)
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    stored = plain_names(headers, expected, model.base_model_prefix)
-    found = {name: headers[old] for name, old in stored.items() if not BUFFER.search(name)}
+    layout = Layout.of(whole)
+    stored = plain_names(headers, {layout.full(n) for n in layout.expected}, layout.base)
+    found = {layout.short(n): headers[old] for n, old in stored.items() if not BUFFER.search(n)}
+    config.tie_word_embeddings |= whole.tie_word_embeddings
     if remote is not None and config.tie_word_embeddings and {HEAD, EMBEDDINGS} <= found.keys():
         # Whether they are one is not in the headers.
         remote.fetch({found[HEAD].file, found[EMBEDDINGS].file})
     notes = (*_settle_head(folder, config, found), *_dequantised(found.values()))
-    if config.tie_word_embeddings:
-        expected.pop(HEAD, None)
-    _verify(folder, config.model_type, found, expected)
+    headless = is_headless(config, found)
+    _verify(folder, layout, found, tied=config.tie_word_embeddings or headless)
     # Sorted: how the source is sharded must not show in the output.
     tensors = {name: found[name] for name in sorted(found)}
+    parts = layout.parts(tensors)
+    arch = replace(describe(whole), head=not headless)
     return DenseSource(
-        label, folder, config, describe(config), tensors, notes, revision, remote, temporary
+        *(label, folder, config, arch, tensors, layout, parts),
+        *(notes, revision, remote, temporary),
     )
+
+
+def is_headless(config: PreTrainedConfig, names: Iterable[str]) -> bool:
+    """Whether a checkpoint of tensors of these names is an encoder without what makes logits of its
+    hidden states, as it is stored for what is built on these."""
+    tied = config.tie_word_embeddings
+    return is_encoder(config) and not tied and not any(name.endswith(HEAD) for name in names)
 
 
 def _settle_head(
@@ -578,12 +614,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
     quantization = quantization_of(fields)
     if quantization is not None:
         packing(quantization, str(path))
+    if isinstance(fields.get("text_config"), dict):
+        check_fields({"model_type": ""} | fields["text_config"], path)
     with blaming(f"{path} is not a config that transformers reads"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return config
+
+
+def read_text_config(folder: Path) -> PreTrainedConfig:
+    """The same of its text model, where it has other parts, too."""
+    return read_config(folder).get_text_config()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -694,24 +737,23 @@ def _weight_files(folder: Path) -> list[str]:
     return files
 
 
-def _verify(
-    folder: Path,
-    family: str,
-    tensors: Mapping[str, TensorInfo],
-    expected: Mapping[str, tuple[int, ...]],
-) -> None:
+def _verify(folder: Path, layout: Layout, tensors: Mapping[str, TensorInfo], *, tied: bool) -> None:
     """Raises:
     UpcycleError: the tensors are not those that the architecture has.
     """
+    expected = {n: shape for n, shape in layout.expected.items() if n != HEAD or not tied}
     for name in sorted(expected.keys() - tensors.keys()):
-        raise UpcycleError(f"{folder} lacks the tensor {name}, which config.json asks for")
-    for name in sorted(tensors.keys() - expected.keys()):
         raise UpcycleError(
-            f"{tensors[name].file} in {folder} holds {tensors[name].name}, which {family} does not "
-            "have: it would be lost"
+            f"{folder} lacks the tensor {layout.full(name)}, which config.json asks for"
         )
+    for name in sorted(tensors.keys() - expected.keys()):
+        if not layout.ignored.search(name):
+            raise UpcycleError(
+                f"{tensors[name].file} in {folder} holds {tensors[name].name}, which "
+                f"{layout.config.model_type} does not have: it would be lost"
+            )
     for name, info in tensors.items():
-        if info.shape != expected[name]:
+        if name in expected and info.shape != expected[name]:
             raise UpcycleError(
                 f"{info.name} in {info.file} has shape {list(info.shape)}, but config.json asks "
                 f"for {list(expected[name])}"
@@ -796,7 +838,7 @@ def companions(folder: Path) -> Iterator[Path]:
     patterns = (
         "tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
         "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
-        "generation_config.json", *LEGAL,
+        "generation_config.json", "*processor_config.json", *LEGAL,
     )  # fmt: skip
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     yield from (own_file(path, folder) for path in sorted(found))

@@ -1,17 +1,18 @@
 """The dense model as transformers builds it, and its hidden states layer by layer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.types import DenseFFN
-from upcycle.models.families import FAMILIES
+from upcycle.models.families import FAMILIES, auto_class
 from upcycle.models.names import HEAD
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
@@ -23,7 +24,8 @@ UNTOLD = -100
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config on the meta device: modules, names and shapes, no memory."""
     with blaming("transformers can't build a model from config.json"), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        auto = auto_class(config)
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
     return model.eval()
 
 
@@ -70,12 +72,16 @@ class HiddenStream:
         self.dtype = self._load_embeddings(outer)
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
+        # By the place in `hidden`: what its layers leave for later ones, and whose batch it is of.
+        self.left: list[dict[str, MutableMapping[str, Any]]] = []
         with torch.no_grad():
             for ids_bL in self._batches():
                 decoder(input_ids=ids_bL, use_cache=False)
                 self.hidden.append(self.recorders[0].hidden)
+                self.left.append(self.recorders[0].left(ids_bL.shape[1]))
+        self.batches = list(range(len(self.hidden)))
         # They are not needed again before the end: a large vocabulary's may be gigabytes.
-        for name in self.blocks.embeddings:
+        for name in self._embeddings:
             _unload(getattr(decoder, name))
 
     def _batches(self) -> Iterator[Tensor]:
@@ -83,9 +89,14 @@ class HiddenStream:
         for ids_BL in self.groups:
             yield from ids_BL.to(self.device).split(max(1, BATCH_TOKENS // ids_BL.shape[1]))
 
+    @property
+    def _embeddings(self) -> list[str]:
+        """Modules before the layers; some models of a family have fewer."""
+        return [name for name in self.blocks.embeddings if hasattr(self.decoder, name)]
+
     def _load_embeddings(self, outer: Mapping[str, Tensor]) -> torch.dtype:
         """Give the modules before the layers their weights; the dtype in which layers run."""
-        for name in self.blocks.embeddings:
+        for name in self._embeddings:
             module, place = getattr(self.decoder, name), f"model.{name}."
             own = {n.removeprefix(place): t for n, t in outer.items() if n.startswith(place)}
             on_cpu = self.device.type == "cpu"
@@ -117,7 +128,7 @@ class HiddenStream:
         self._set(layer, stand_ins)
         x_TD, room = self._room(self.dtype)
         for i, hidden_bLD in enumerate(self.hidden):
-            self.hidden[i] = self._run(layer, hidden_bLD)
+            self.hidden[i] = self._run(layer, hidden_bLD, i)
             next(room).copy_(silent.x_bLD.flatten(0, 1))
         for stand_in in stand_ins.values():
             stand_in.mixer = None
@@ -151,7 +162,7 @@ class HiddenStream:
         """Between `attend` and `advance`: let the first batch also go on in another way, with
         this output of its FFN, and through the dense layers after it."""
         self._set(layer, {self.blocks.ffn: _Replay(y_TD)} | self.after)
-        self.branches.append(self._run(layer, self.hidden[0]))
+        self.branches.append(self._run(layer, self.hidden[0], 0))
 
     @torch.no_grad()
     def advance(self, layer: int, y_TD: Tensor | None = None) -> None:
@@ -160,18 +171,26 @@ class HiddenStream:
         ffn = self.ffn if y_TD is None else _Replay(y_TD)
         self._set(layer, {self.blocks.ffn: ffn} | self.after)
         for i, hidden_bLD in enumerate(self.hidden):
-            self.hidden[i] = self._run(layer, hidden_bLD)
+            self.hidden[i] = self._run(layer, hidden_bLD, i)
         self.hidden += self.branches
+        self.batches += [0 for _ in self.branches]
+        self.left += [{n: copy(kept) for n, kept in self.left[0].items()} for _ in self.branches]
         self.branches = []
-        self.ffn = self.layers[layer] = nn.Identity()
+        self.ffn = self._finish(layer)
 
     @torch.no_grad()
-    def through(self, layer: int, weights: Mapping[str, Tensor]) -> None:
-        """Move all tokens through a whole layer, in place of `attend` and `advance`."""
+    def through(
+        self, layer: int, weights: Mapping[str, Tensor], *, to_return: bool = False
+    ) -> None:
+        """Move all tokens through a whole layer, in place of `attend` and `advance`; if they are to
+        return, `back` through it."""
         block = self._load(layer, weights)
         for i, hidden_bLD in enumerate(self.hidden):
-            self.hidden[i] = self._run(layer, hidden_bLD)
-        _unload(block)
+            self.hidden[i] = self._run(layer, hidden_bLD, i)
+        if to_return:
+            _unload(block)
+        else:
+            self._finish(layer)
 
     def to_loss(self, outer: Mapping[str, Tensor]) -> None:
         """After `through` of the last layer: turn round, at the loss of every token but a
@@ -224,14 +243,20 @@ class HiddenStream:
         for i, entering_tD in enumerate(entering_TD.to(self.device).split(sizes)):
             with torch.enable_grad():
                 entering_bLD = entering_tD.view_as(self.gradients[i]).requires_grad_()
-                leaving_bLD = self._run(layer, entering_bLD)
+                leaving_bLD = self._run(layer, entering_bLD, i)
             self.gradients[i], *of_y = torch.autograd.grad(
                 leaving_bLD, [entering_bLD, *heard], self.gradients[i]
             )
             of_output += [each.flatten(0, 1) for each in of_y]
             heard.clear()
-        self.layers[layer] = nn.Identity()
+        self._finish(layer)
         return torch.cat(of_output) if of_output else None
+
+    def _finish(self, layer: int) -> nn.Module:
+        """Free what only this layer needed."""
+        self.layers[layer] = nothing = nn.Identity()
+        self.recorders[layer].beside.clear()
+        return nothing
 
     def _load(self, layer: int, weights: Mapping[str, Tensor]) -> nn.Module:
         block: nn.Module = self.layers[layer]
@@ -276,8 +301,10 @@ class HiddenStream:
         logits_bLV: Tensor = self.model(input_ids=ids_bL, use_cache=False).logits.float()
         return logits_bLV
 
-    def _run(self, layer: int, hidden_bLD: Tensor) -> Tensor:
-        out = self.layers[layer](hidden_bLD, **self._arguments(layer, *hidden_bLD.shape[:2]))
+    def _run(self, layer: int, hidden_bLD: Tensor, place: int) -> Tensor:
+        beside = self.recorders[layer].beside[self.batches[place]]
+        arguments = self._arguments(layer, *hidden_bLD.shape[:2]) | self.left[place]
+        out = self.layers[layer](hidden_bLD, *beside, **arguments)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
 
@@ -291,7 +318,9 @@ class HiddenStream:
             arguments["attention_mask"] = mask.to(self.dtype) if mask.is_floating_point() else mask
         if arguments.get("position_embeddings") is not None:
             angles = arguments["position_embeddings"]
-            arguments["position_embeddings"] = tuple(each.to(self.dtype) for each in angles)
+            arguments["position_embeddings"] = tuple(each[:1].to(self.dtype) for each in angles)
+        if isinstance(arguments.get("position_ids"), Tensor):
+            arguments["position_ids"] = arguments["position_ids"][:1]
         return arguments
 
 
@@ -310,11 +339,19 @@ class _Recorder(nn.Module):
         super().__init__()
         self.arguments: dict[int, dict[str, Any]] = {}
         """By the sequences' length."""
+        self.beside: list[tuple[Any, ...]] = []
+        """By batch, what each token has of its own beside its hidden state."""
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *beside: Any, **arguments: Any) -> Tensor:
         self.hidden = hidden
         self.arguments[hidden.shape[1]] = arguments
+        self.beside.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in beside))
         return hidden
+
+    def left(self, length: int) -> dict[str, MutableMapping[str, Any]]:
+        """Arguments in which layers leave something for later ones: as yet, nothing."""
+        given = self.arguments[length].items()
+        return {name: copy(x) for name, x in given if isinstance(x, MutableMapping)}
 
 
 class _SilentFFN(nn.Module):
@@ -366,14 +403,16 @@ class _Constant(nn.Module):
         super().__init__()
         self.hidden_bLD = hidden_bLD
 
-    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return self.hidden_bLD
 
 
 def replace_ffn(model: PreTrainedModel, layer: int, ffn: DenseFFN) -> None:
     """Let a whole dense model use another FFN in a layer."""
-    blocks, weight = FAMILIES[model.config.model_type].blocks, next(model.parameters())
-    setattr(model.model.layers[layer], blocks.ffn, _Given(ffn.to(weight.device, weight.dtype)))
+    text = model.config.get_text_config()
+    blocks, weight = FAMILIES[text.model_type].blocks, next(model.parameters())
+    given = _Given(ffn.to(weight.device, weight.dtype))
+    setattr(model.get_decoder().layers[layer], blocks.ffn, given)
 
 
 class _Given(nn.Module):

@@ -56,6 +56,9 @@ class Reader:
     vocab_size: int
     front: tuple[int, ...]
     """What the tokenizer puts before a text: the beginning-of-sequence token, or nothing."""
+    back: tuple[int, ...] = ()
+    """What it puts after one, of an encoder, which sees it from every token; a decoder does not
+    know yet where a window ends."""
 
     def documents(self, text: str, seed: int) -> Iterator[list[int]]:
         """The tokens of each document of a text, one end-of-sequence token last and none in front.
@@ -94,12 +97,15 @@ class Reader:
 
     def body(self, length: int) -> int:
         """How many tokens of text there are in a window of a length."""
-        return length - len(self.front)
+        return length - len(self.front) - len(self.back)
 
     def begun(self, bodies_BT: Tensor) -> Tensor:
-        """Whole windows of what they hold: with what begins each in front."""
-        front_BF = torch.tensor(self.front, dtype=torch.int64).expand(len(bodies_BT), -1)
-        return torch.cat([front_BF, bodies_BT], 1)
+        """Whole windows of what they hold: with what begins and ends each around it."""
+        front_BF, back_BF = (
+            torch.tensor(ids, dtype=torch.int64).expand(len(bodies_BT), -1)
+            for ids in (self.front, self.back)
+        )
+        return torch.cat([front_BF, bodies_BT, back_BF], 1)
 
     def bodies(self, text: str, count: int, length: int, *, seed: int, remedy: str) -> Tensor:
         """`windows` without what begins each, [count, length]."""
@@ -188,6 +194,8 @@ class Reader:
             ids = self._first_ids("\n\n".join(_words(turn) for turn in document), more)
         while self.front and tuple(ids[: len(self.front)]) == self.front:
             ids = ids[len(self.front) :]
+        while self.back and tuple(ids[-len(self.back) :]) == self.back:
+            ids = ids[: -len(self.back)]
         ids = (ids if isinstance(document, Part) else self._ended(ids))[:wanted]
         self.check(ids)
         return ids
@@ -250,7 +258,7 @@ class Reader:
         Raises:
             UpcycleError: the tokenizer is another model's.
         """
-        highest = max((*self.front, *ids), default=0)
+        highest = max((*self.front, *ids, *self.back), default=0)
         if highest >= self.vocab_size:
             raise UpcycleError(
                 f"the tokenizer in {self.folder} makes token {highest}, but vocab_size is "
@@ -258,24 +266,31 @@ class Reader:
             )
 
 
-def open_reader(folder: Path, vocab_size: int) -> Reader:
+def open_reader(folder: Path, vocab_size: int, *, encoder: bool = False) -> Reader:
     """The reader of the model in a folder.
+
+    Args:
+        encoder: whether its tokens see those after them, and so what ends a window.
 
     Raises:
         UpcycleError: it has no tokenizer.
     """
     tokenizer = load_tokenizer(folder)
-    return Reader(folder, tokenizer, vocab_size, front_tokens(tokenizer))
+    front, back = front_tokens(tokenizer), _added(tokenizer, -1)[::-1] if encoder else ()
+    return Reader(folder, tokenizer, vocab_size, front, back)
 
 
 def front_tokens(tokenizer: Any) -> tuple[int, ...]:
     """What a tokenizer puts before a text."""
+    return _added(tokenizer, 1)
+
+
+def _added(tokenizer: Any, step: int) -> tuple[int, ...]:
+    """What it puts around one, from the first token on, or with a step of -1 from the last."""
     with blaming(f"the tokenizer in {tokenizer.name_or_path} does not work"):
         found = tokenizer("a", return_special_tokens_mask=True)
-    added = takewhile(
-        lambda token: token[1], zip(found["input_ids"], found["special_tokens_mask"], strict=True)
-    )
-    return tuple(token for token, _ in added)
+    tokens = list(zip(found["input_ids"], found["special_tokens_mask"], strict=True))
+    return tuple(token for token, _ in takewhile(lambda token: token[1], tokens[::step]))
 
 
 def _word_start(text: str, start: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 class Trait(StrEnum):
     """What a forward pass may do besides plain llama; a target accepts a trait or refuses it."""
 
+    BIDIRECTIONAL = "attention to both sides"
     QKV_BIAS = "biases on q, k and v"
     O_BIAS = "a bias on the attention output"
     QK_NORM = "a norm per head on q and k"
@@ -30,6 +31,8 @@ class Trait(StrEnum):
     UNGATED = "an FFN without a gate"
     LATENT_ATTENTION = "keys and values made from a latent (MLA)"
     MLP_BIAS = "biases in the FFN"
+    DELTA_NET = "gated DeltaNet layers"
+    GEMMA4 = "Gemma 4's norms, rotary bases and scaled layers"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,20 @@ class Architecture:
     intermediate_size: int
     bare_layers: tuple[int, ...] = ()
     """Layers without an FFN."""
+    whole: str = ""
+    """The model_type of the model that it is the text model of, if that has other parts, too."""
+    head: bool = True
+    """Whether it makes logits of hidden states; some encoders are stored without what does."""
+
+    @property
+    def encoder(self) -> bool:
+        """Whether every token sees all others, so that hidden states are what it is for."""
+        return Trait.BIDIRECTIONAL in self.traits
+
+    @property
+    def output(self) -> str:
+        """What it puts out at last."""
+        return "logits" if self.head else "hidden states"
 
     @property
     def hidden_size(self) -> int:

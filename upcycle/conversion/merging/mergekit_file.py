@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
-from upcycle.conversion.merging.request import Expert, Merge, Request, check_prompts
+from upcycle.conversion.merging.request import Expert, Merge, Request
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import DEEPEST, LONGEST, first_problem, read_text
 from upcycle.core.paths import local_path
@@ -129,11 +129,8 @@ class File(BaseModel):
     architecture: str | None = None
 
 
-def read_file(path: Path, *, gate_mode: str | None = None) -> Request:
-    """The request that a mergekit-moe file makes.
-
-    Args:
-        gate_mode: in place of the file's.
+def read_file(path: Path) -> Request:
+    """The request that a mergekit-moe file makes, but whether its prompts will do.
 
     Raises:
         UpcycleError: it is none, or asks for what can't be; the sentence names the line or field.
@@ -153,10 +150,10 @@ def read_file(path: Path, *, gate_mode: str | None = None) -> Request:
         file = File.model_validate(fields)
     except ValidationError as error:
         raise UpcycleError(f"{path}: {_problem(error)}") from error
-    return _request(file, path, gate_mode or file.gate_mode, ignored)
+    return _request(file, path, ignored)
 
 
-def _request(file: File, path: Path, gate: str, ignored: set[str]) -> Request:
+def _request(file: File, path: Path, ignored: set[str]) -> Request:
     if len(file.shared_experts) > 1:
         raise UpcycleError(
             f"{path} has {len(file.shared_experts)} shared_experts, but no architecture has more "
@@ -165,7 +162,7 @@ def _request(file: File, path: Path, gate: str, ignored: set[str]) -> Request:
     experts = tuple(item.expert() for item in file.experts)
     shared = file.shared_experts[0].expert() if file.shared_experts else None
     merge = Merge(file.base_model, experts, shared)
-    settings: dict[str, Any] = {"name": path.stem, "router": gate, "dtype": file.dtype}
+    settings: dict[str, Any] = {"name": path.stem, "router": file.gate_mode, "dtype": file.dtype}
     if file.experts_per_token is not None:
         if file.experts_per_token > len(experts):
             raise UpcycleError(
@@ -175,10 +172,6 @@ def _request(file: File, path: Path, gate: str, ignored: set[str]) -> Request:
         settings["top_k"] = file.experts_per_token
     if file.architecture is not None:
         settings["target"] = _target(file.architecture)
-    try:
-        check_prompts(merge, gate)
-    except UpcycleError as error:
-        raise UpcycleError(f"{path}: {error}") from error
     return Request(merge, settings, _notes(ignored))
 
 

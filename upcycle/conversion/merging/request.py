@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.models.model_name import ModelName, check_name, parse_model
 
 PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 """Routers whose rows are made from prompts."""
+FIXED = {
+    "method": "it is one",
+    "experts": "it has as many as models are named",
+    "shared": "--shared-model names the model that is always on",
+}
+"""Fields of a recipe that the models decide, and what decides them."""
 TEXTUAL = ("text", "loss", "perplexity", "domain")
 """Routers that are fitted to prompts or texts."""
 RANDOM = ("random", "uniform_random", "normal")
@@ -121,6 +128,9 @@ def recipe_settings(request: Request, given: Mapping[str, Any]) -> dict[str, Any
     """
     merge = request.merge
     count = len(merge.experts)
+    for name, instead in FIXED.items():
+        if given.get(name) is not None:
+            raise UpcycleError(f"{setting(name, given[name])} is not for a merge: {instead}")
     settings = {**request.settings, **{k: v for k, v in given.items() if v is not None}}
     if given.get("router") is None and any(expert.text for expert in merge.experts):
         settings["router"] = "text"

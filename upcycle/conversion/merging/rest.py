@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from upcycle.conversion.design import Bound
@@ -41,13 +42,16 @@ def _is_ffn(sources: Sources, name: str) -> bool:
 
 
 def check_rest(sources: Sources, rest: Rest) -> None:
-    """The models' tensors are of one shape, where they are merged.
+    """The models' tensors are of one shape, where they are merged, and the rule takes so many.
 
     Raises:
-        UpcycleError: one has more or fewer rows, of embeddings.
+        UpcycleError: one has more or fewer rows, of embeddings, or the rule has settings for
+            another number of models.
     """
     if rest.name == "base":
         return
+    number = torch.zeros(1)  # on which a rule says what it has against its settings
+    rest.run(number, iter([number] * len(sources.routed)), rest.params, torch.Generator())
     for model in sources.routed:
         for name, info in sources.base.tensors.items():
             other = model.tensors[name]

@@ -10,11 +10,12 @@ from torch import Tensor
 from upcycle.conversion.merging.compare import compare, read_tokens
 from upcycle.conversion.merging.request import Expert, Merge
 from upcycle.core.errors import UpcycleError
+from upcycle.core.paths import local_path
 from upcycle.core.types import Activation, DenseFFN
 from upcycle.models.assemble import FFN, dense_ffn
 from upcycle.models.lora import Adapter, open_adapter
 from upcycle.models.model_name import ModelName, Place
-from upcycle.models.source import DenseSource, open_source
+from upcycle.models.source import DenseSource, fingerprint, open_source
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ class Sources:
         return [digests[model.label] for model in self.models]
 
 
-def open_sources(merge: Merge) -> Sources:
+def open_sources(merge: Merge, rest: str = "base") -> Sources:
     """Open every model of a merge and compare it with the base; reads headers, no weights.
+
+    Args:
+        rest: the name of the rule for all but the FFNs, on which it depends what is not used.
 
     Raises:
         UpcycleError: one can't be read, or can't be merged with the base.
@@ -139,7 +143,7 @@ def open_sources(merge: Merge) -> Sources:
     for model in {model.label: model for model in models}.values():
         if isinstance(model, AdaptedSource):
             check_adapter(model, model.adapter)
-            notes += _adapter_notes(model, model.adapter)
+            notes += _adapter_notes(model, model.adapter, rest)
     return Sources(merge, base, models, (*notes, *_expert_notes(merge)))
 
 
@@ -153,6 +157,7 @@ def check_adapter(source: DenseSource, adapter: Adapter) -> None:
     Raises:
         UpcycleError: they do not.
     """
+    _check_trained_on(source, adapter)
     for module in sorted(adapter.modules):
         info = source.tensors.get(f"{module}.weight")
         if info is None and not (module == "lm_head" and source.arch.tied):
@@ -170,27 +175,43 @@ def check_adapter(source: DenseSource, adapter: Adapter) -> None:
             )
 
 
+def _check_trained_on(source: DenseSource, adapter: Adapter) -> None:
+    """The adapter names no other model, as far as what it names is here."""
+    named = adapter.fields.base_model_name_or_path
+    if not named or source.revision is not None or source.temporary is not None:
+        return
+    places = [local_path(named), adapter.folder / named]
+    trained_on = next((place for place in places if (place / "config.json").is_file()), None)
+    if trained_on is None or trained_on.resolve() == source.folder.resolve():
+        return
+    if fingerprint(trained_on) != fingerprint(source.folder):
+        raise UpcycleError(
+            f"the adapter {adapter.label} was made for {named}, not for "
+            f"{source.label.removesuffix(f'+{adapter.label}')}: name it as "
+            f"{named}+{adapter.label}"
+        )
+
+
 def _place_notes(merge: Merge) -> Iterator[str]:
     for place in {e.model.model: None for e in (Expert(merge.base), *merge.all)}:
         if place.here and place.revision is not None:
             yield f"{place.path} is a folder here, so its revision {place.revision} has no effect"
 
 
-def _adapter_notes(source: DenseSource, adapter: Adapter) -> Iterator[str]:
+def _adapter_notes(source: DenseSource, adapter: Adapter, rest: str) -> Iterator[str]:
     layered = {m for m in adapter.modules if f"{m}.weight" in source.tensors}
     ffn = {module for module in layered if is_ffn(source, f"{module}.weight")}
-    if not ffn:
+    if not ffn and rest == "base":
         yield (
             f"the adapter {adapter.label} changes no FFN, so it makes no difference to the expert "
             f"{source.label}"
         )
-    rest = {m.rpartition(".")[2] for m in adapter.modules - ffn}
-    rest |= {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.others}
-    if rest:
-        yield (
-            f"of the adapter {adapter.label}, {', '.join(sorted(rest))} is unused: all that is no "
-            "FFN comes from the base"
-        )
+    unused = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.others}
+    if rest == "base":
+        unused |= {module.rpartition(".")[2] for module in adapter.modules - ffn}
+    if unused:
+        why = "all that is no FFN comes from the base" if rest == "base" else "it is no low rank"
+        yield f"of the adapter {adapter.label}, {', '.join(sorted(unused))} is unused: {why}"
 
 
 def _expert_notes(merge: Merge) -> Iterator[str]:

@@ -10,7 +10,7 @@ from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, public_name
 from upcycle.evaluation.run import Evaluation
 from upcycle.evaluation.verdict import FINE
-from upcycle.models.record import Made
+from upcycle.models.record import CheckReport, Made
 from upcycle.models.text import texts
 
 NO_TRAINING_TEXT = ("self", "none")
@@ -45,7 +45,7 @@ def advice(facts: Facts, evaluation: Evaluation) -> Section:
 def _ratio(made: Made | None, evaluation: Evaluation) -> float | None:
     """Perplexity over the dense model's, here or at the conversion, if that was the last word."""
     ratio = overall(evaluation).ratio
-    if ratio is None and made and made.check and not made.training:
+    if ratio is None and made and isinstance(made.check, CheckReport) and not made.training:
         return made.check.perplexity_ratio
     return ratio
 

@@ -7,7 +7,7 @@ import yaml
 from upcycle.core.words import size
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, duration, listing, percent, public_name
-from upcycle.models.record import CheckReport, Made, PlanPart, RecipePart, Source, TrainingRun
+from upcycle.models.record import Made, PlanPart, RecipePart, Report, Source, TrainingRun
 
 LOSSY_METHODS = {"split": "split", "prune": "pruned copies"}
 
@@ -90,7 +90,7 @@ def _trained(run: TrainingRun) -> str:
     )
 
 
-def _exactness(plan: PlanPart, check: CheckReport | None) -> str:
+def _exactness(plan: PlanPart, check: Report | None) -> str:
     if not check or check.exact_error is None:
         return ""
     beside = "with all experts on, " if plan.recipe.method.name in LOSSY_METHODS else ""

@@ -9,7 +9,7 @@ from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, percent, public_name
 from upcycle.evaluation.run import Evaluation, TextResult
-from upcycle.models.record import KindResult, Made
+from upcycle.models.record import CheckReport, KindResult, Made
 from upcycle.models.text import kind_name
 
 
@@ -53,7 +53,7 @@ def basis(evaluation: Evaluation) -> str:
 def texts(evaluation: Evaluation, made: Made | None) -> Section:
     """Dense against MoE on each text, and on the kinds that the conversion's check read; None for
     one text alone, of which the key numbers are."""
-    check = made and made.check
+    check = made.check if made and isinstance(made.check, CheckReport) else None
     rows = [*evaluation.texts, *(map(_checked, check.kinds) if check else [])]
     if len(rows) < 2:
         return None

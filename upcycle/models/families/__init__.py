@@ -2,7 +2,9 @@
 
 import upcycle.models.families.cwm
 import upcycle.models.families.ernie4_5
+import upcycle.models.families.eurobert
 import upcycle.models.families.gemma
+import upcycle.models.families.gemma4_text
 import upcycle.models.families.glm
 import upcycle.models.families.granite
 import upcycle.models.families.granite_swa
@@ -16,9 +18,16 @@ import upcycle.models.families.olmo2
 import upcycle.models.families.phi3
 import upcycle.models.families.qwen2
 import upcycle.models.families.qwen3
+import upcycle.models.families.qwen3_5_text
 import upcycle.models.families.seed_oss
 import upcycle.models.families.smollm3
 import upcycle.models.families.youtu
-from upcycle.models.families.base import FAMILIES, DenseFamily, describe
+from upcycle.models.families.base import (
+    FAMILIES,
+    DenseFamily,
+    auto_class,
+    describe,
+    is_encoder,
+)
 
-__all__ = ["FAMILIES", "DenseFamily", "describe"]
+__all__ = ["FAMILIES", "DenseFamily", "auto_class", "describe", "is_encoder"]

@@ -8,16 +8,17 @@ known to have no effect on the forward pass, or an error: nothing is lost silent
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
 from upcycle.models.traits import Architecture, Trait
-from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS
+from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS, UNCONVERTED
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
 
@@ -43,8 +44,19 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """Layers like the others, and what is around them, that draft further tokens. transformers
+    passes over them."""
+
+    place: str
+    """What their tensors' names begin with; those of the layers go on with `layers.N.`."""
+    count: str
+    """The config field that says how many there are."""
+
+
+@dataclass(frozen=True)
 class DenseFamily:
-    """A dense architecture, by its `model_type`."""
+    """A dense architecture, by the `model_type` of its text model."""
 
     name: str
     always: Mapping[Trait, str] = field(default_factory=dict)
@@ -65,11 +77,16 @@ class DenseFamily:
     says."""
     carried: tuple[str, ...] = ()
     """Config fields of its own that go to the target under the same name."""
+    routed: Callable[[PreTrainedConfig], bool] = lambda config: False
+    """Whether a config of this model_type is an MoE's."""
+    drafts: Drafts | None = None
     blocks: Blocks = Blocks()
     bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
     """Layers without an FFN."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
+    auto: Any = AutoModelForCausalLM
+    """transformers' name for its class with a head that makes logits."""
 
 
 ANY = object()
@@ -101,24 +118,29 @@ UNDERSTOOD = {
 
 
 def describe(config: PreTrainedConfig) -> Architecture:
-    """The architecture behind a dense config.
+    """The architecture behind a dense config; of a model of several parts, that of its text model.
 
     Raises:
         UpcycleError: the family is not known, or a config field that changes the forward pass is
             not understood.
     """
+    whole, config = config, config.get_text_config()
     if config.model_type not in FAMILIES:
+        named = whole if whole.model_type in REASONS else config
         raise UpcycleError(
             unsupported_reason(
-                config.model_type,
-                encoder_decoder=getattr(config, "is_encoder_decoder", False),
-                gated=getattr(config, "is_gated_act", False),
+                named.model_type,
+                encoder_decoder=getattr(whole, "is_encoder_decoder", False),
+                gated=getattr(whole, "is_gated_act", False),
             )
         )
     family = FAMILIES[config.model_type]
+    if family.routed(config):
+        raise UpcycleError(_routed_already(config.model_type))
     _refuse_unknown_fields(config, family)
-    fields = {name: getattr(config, name, None) for name in CARRIED}
-    fields["head_dim"] = head_dim(config)
+    alike = _alike(config)
+    fields = {name: getattr(alike, name, None) for name in CARRIED}
+    fields["head_dim"] = head_dim(alike)
     fields["rope_parameters"] = rope = dict(config.rope_parameters)
     fields["attention_multiplier"] = getattr(config, "attention_multiplier", None)
     fields |= {name: getattr(config, name, 1.0) for name in MULTIPLIERS}
@@ -135,7 +157,30 @@ def describe(config: PreTrainedConfig) -> Architecture:
         traits=dict(family.always) | family.traits(config) | _traits(config, family, fields),
         intermediate_size=config.intermediate_size,
         bare_layers=family.bare_layers(config),
+        whole="" if whole is config else whole.model_type,
     )
+
+
+def _alike(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config without what it says of single layers, with which transformers lets nobody read
+    what holds of the others."""
+    alike = copy(config)
+    alike.per_layer_config = None
+    return alike
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether tokens of a model, dense or not, see those after them too."""
+    config = config.get_text_config()
+    kind = config.model_type
+    always = kind in FAMILIES and Trait.BIDIRECTIONAL in FAMILIES[kind].always
+    return always or not getattr(config, "is_causal", True)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' name for the class of a model, dense or not, with its head."""
+    kind = config.model_type
+    return FAMILIES[kind].auto if kind in FAMILIES else AutoModelForCausalLM
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -158,6 +203,8 @@ def _traits(
     config: PreTrainedConfig, family: DenseFamily, fields: Mapping[str, Any]
 ) -> dict[Trait, str]:
     traits: dict[Trait, str] = {}
+    if not getattr(config, "is_causal", True):
+        traits[Trait.BIDIRECTIONAL] = "is_causal=false"
     if getattr(config, "attention_bias", False):
         traits |= dict.fromkeys(family.attention_bias, "attention_bias=true")
     if getattr(config, "mlp_bias", False):
@@ -221,14 +268,20 @@ def unsupported_reason(
     if model_type in REASONS:
         return f"{model_type} can't become a native MoE: it {REASONS[model_type]} {known}"
     if "moe" in model_type or model_type in MOE_BY_ANOTHER_NAME:
-        return f"the source is a {model_type} model, which is a Mixture-of-Experts already"
+        return _routed_already(model_type)
     if encoder_decoder and gated:
         return (
             f"{model_type} with gated FFNs can't become a native MoE: it is an encoder-decoder, "
             f"and no native MoE of these has gated experts {known}"
         )
+    if model_type in UNCONVERTED:
+        return f"{model_type} is not converted: it {UNCONVERTED[model_type]} {known}"
     if encoder_decoder:
         return f"{model_type} is an encoder-decoder of a family that upcycle does not know {known}"
     nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)
     hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
     return f"model_type {model_type!r} is not a dense family that upcycle knows{hint} {known}"
+
+
+def _routed_already(model_type: str) -> str:
+    return f"the source is a {model_type} model, which is a Mixture-of-Experts already"

@@ -3,12 +3,14 @@
 import upcycle.models.targets.deepseek_v3
 import upcycle.models.targets.ernie4_5_moe
 import upcycle.models.targets.flex_olmo
+import upcycle.models.targets.gemma4
 import upcycle.models.targets.glm4_moe
 import upcycle.models.targets.granitemoe_swa
 import upcycle.models.targets.granitemoeshared
 import upcycle.models.targets.laguna
 import upcycle.models.targets.mixtral
 import upcycle.models.targets.qwen2_moe
+import upcycle.models.targets.qwen3_5_moe
 import upcycle.models.targets.qwen3_moe
 from upcycle.models.runtimes import Runtime
 from upcycle.models.targets.base import (

@@ -42,7 +42,7 @@ class Gains:
     """Folded into down_proj of the shared expert."""
     norm_topk_prob: bool
     scale: float
-    """`routed_scaling_factor`, where the target has it."""
+    """`routed_scaling_factor`, or what is stored in its place, where the target has it."""
     all_on: float
     """Further factor on the routed experts once top_k is set to E (for the check)."""
     spread: bool = False
@@ -63,6 +63,8 @@ class Routing:
     decides it in transformers, but llama.cpp always does."""
     shared_gate: float | None = 1.0
     """Weight of the shared expert when its gate is near zero; None where there is none."""
+    scales: bool = False
+    """Whether weights are multiplied by a number that is stored, which then is the gain."""
 
     def weights(self, logits_TE: Tensor, top_k: int, gains: Gains) -> Tensor:
         """What each expert counts for a token in the end, [T, E], its gains included: nothing where
@@ -91,8 +93,20 @@ Limit = Callable[[Architecture, MoESpec], str]
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The class that has a text model of a target's beside other parts, and those as the dense
+    models' class has them."""
+
+    model_type: str
+    architecture: str
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """The model_types of other parts, by the config fields that describe them, where they differ
+    from the dense models'."""
+
+
+@dataclass(frozen=True)
 class MoETarget:
-    """A native MoE architecture, by its `model_type`."""
+    """A native MoE architecture."""
 
     name: str
     routing: Routing
@@ -121,6 +135,9 @@ class MoETarget:
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Its own names for tensors that are not converted, by llama's: of a dense layer's FFN, below
     `model.layers.N.`, and of what belongs to no layer."""
+    model_type: str = ""
+    """Of its config.json, where that is not its name."""
+    whole: Whole | None = None
     min_experts: int = 1
     groups: bool = False
     """Whether a token can be held to the best groups of experts (`n_group`, `topk_group`)."""
@@ -131,6 +148,8 @@ class MoETarget:
     whatever the hub layout."""
     router: str = "mlp.gate.weight"
     """The router's name there."""
+    linear_router: str | None = None
+    """The name there of a module around the router, where that is a linear layer like others."""
     shared_gate: str | None = None
     """The name there of the linear layer whose one row weighs the shared expert."""
 
@@ -158,8 +177,9 @@ class MoETarget:
 
     def _gains(self, gain: float, *, norm_topk_prob: bool, all_on: float = 1.0) -> Gains:
         """This gain where the target has a place for it: classes that take the sigmoid have a
-        factor in their config."""
-        routed, scale = (1.0, gain) if self.routing.score == "sigmoid" else (gain, 1.0)
+        factor in their config, others a tensor."""
+        placed = self.routing.score == "sigmoid" or self.routing.scales
+        routed, scale = (1.0, gain) if placed else (gain, 1.0)
         shared = 1 / (self.routing.shared_gate or 1.0)
         return Gains(routed, shared, norm_topk_prob=norm_topk_prob, scale=scale, all_on=all_on)
 
@@ -179,7 +199,9 @@ class MoETarget:
             gated: whether that is to have a gate with a row of its own.
             experts: as many as are asked for.
         """
-        for trait in sorted(set(arch.traits) - self.accepts - self.requires):
+        if arch.whole and self.whole is None:
+            return f"{self.name} has no place for the other parts of a {arch.whole} model"
+        for trait in sorted(set(arch.traits) - self.accepts - self.requires - EVERYWHERE):
             return (
                 f"the source has {trait} ({arch.traits[trait]}), which {self.name} has no place for"
             )
@@ -209,6 +231,8 @@ class MoETarget:
 
 
 TARGETS: Registry[MoETarget] = Registry("target")
+EVERYWHERE = frozenset({Trait.BIDIRECTIONAL})
+"""What transformers does in any class that a config field asks for it."""
 
 
 def unplaced(arch: Architecture) -> list[str]:
@@ -230,10 +254,12 @@ def moe_range(dense_layers: tuple[int, ...], layers: int) -> range | None:
 def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> dict[str, Any]:
     """The config fields that every target spells as the source does."""
     carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
+    of_encoder = {"is_causal": False, "use_cache": False} if arch.encoder else {}
     return carried | {
-        "model_type": target.name,
+        "model_type": target.model_type or target.name,
         "dtype": str(dtype).removeprefix("torch."),
         "output_router_logits": False,
+        **of_encoder,
     }
 
 

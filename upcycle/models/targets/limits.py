@@ -14,10 +14,26 @@ def unknown(arch: Architecture, spec: MoESpec) -> str:
     return "it does not know the architecture"
 
 
+def text_alone(arch: Architecture, spec: MoESpec) -> str:
+    """The text model is known with the other parts only."""
+    return "" if arch.whole else "it knows only the model of several parts, not the text model"
+
+
+def looks_back(arch: Architecture, spec: MoESpec) -> str:
+    """Tokens see those before them."""
+    return "tokens see only those before them" if arch.encoder else ""
+
+
 def silu_only(arch: Architecture, spec: MoESpec) -> str:
     """Experts compute silu."""
     act = arch.fields["hidden_act"]
     return "" if act in ("silu", "swish") else f"experts compute silu, not {act}"
+
+
+def gelu_only(arch: Architecture, spec: MoESpec) -> str:
+    """Experts compute gelu_pytorch_tanh."""
+    act = arch.fields["hidden_act"]
+    return "" if act == "gelu_pytorch_tanh" else f"experts compute gelu_pytorch_tanh, not {act}"
 
 
 def all_layers_routed(arch: Architecture, spec: MoESpec) -> str:

@@ -1,0 +1,64 @@
+"""Qwen3.5-MoE: softmax of the selected, always renormalised, a gated shared expert, every layer
+sparse; attention, DeltaNet and norms are the dense model's.
+
+On the hub all experts of a layer are one tensor. transformers 5.23 reads that and one tensor for
+each matrix, and writes the latter; so does this.
+"""
+
+from typing import Any
+
+from upcycle.models.targets.base import (
+    TARGETS,
+    MoESpec,
+    MoETarget,
+    Routing,
+    Whole,
+    attention_bias,
+)
+from upcycle.models.targets.limits import no_biases, silu_only, text_alone, unknown, unscaled_rope
+from upcycle.models.targets.qwen2_moe import SILENT, experts
+from upcycle.models.traits import Architecture, Trait
+
+
+def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
+    rope = arch.fields["rope_parameters"]
+    return {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "moe_intermediate_size": spec.geometry.expert_size,
+        "shared_expert_intermediate_size": spec.geometry.shared_size or SILENT,
+        "num_experts": spec.geometry.num_experts,
+        "num_experts_per_tok": spec.geometry.top_k,
+        "attention_bias": attention_bias(arch),
+        "layer_types": arch.fields["layer_types"],
+        # The class's own default for a missing factor is 0.25.
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+    }
+
+
+TARGETS.add(
+    "qwen3_5_moe",
+    MoETarget(
+        "qwen3_5_moe",
+        model_type="qwen3_5_moe_text",
+        routing=Routing("softmax", "always", shared_gate=0.5),
+        dense_layers="none",
+        split_rank=5,
+        copy_rank=6,
+        config=config,
+        experts=experts,
+        runtimes={
+            "llama.cpp": (silu_only, no_biases),
+            "vLLM": (text_alone, silu_only, no_biases),
+            "MLX": (text_alone, silu_only, no_biases, unscaled_rope),
+            "transformers 4": (unknown,),
+        },
+        accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.PARTIAL_ROTARY}),
+        requires=frozenset({Trait.DELTA_NET}),
+        whole=Whole(
+            "qwen3_5_moe",
+            "Qwen3_5MoeForConditionalGeneration",
+            {"vision_config": "qwen3_5_moe_vision"},
+        ),
+        shared_gate="mlp.shared_expert_gate",
+    ),
+)
