@@ -182,7 +182,7 @@ def test_the_plan_says_what_a_backward_pass_holds(dense):
 
 def test_a_gradient_that_overflows_is_refused_by_the_layer(dense, monkeypatch):
     back = HiddenStream.back
-    monkeypatch.setattr(HiddenStream, "back", lambda *args: back(*args) * torch.inf)
+    monkeypatch.setattr(HiddenStream, "back", lambda *args, **kept: back(*args, **kept) * torch.inf)
     with pytest.raises(UpcycleError, match="gradient overflows in layer 2 on the calibration text"):
         put_aside(dense())
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from reference import gap, load
-from tiny import FAMILIES, HEADS, SIZES
+from reference import down_of, ffn_blocks, ffn_of, gap, load
+from tiny import FAMILIES, HEADS
 from torch.nn.functional import cross_entropy
 from transformers.activations import ACT2FN
 
@@ -13,7 +13,6 @@ from upcycle.models.assemble import dense_ffn
 from upcycle.models.source import open_source
 from upcycle.models.stream import HiddenStream
 
-LAYERS = SIZES["num_hidden_layers"]
 TOKENS_BL = torch.randint(0, 256, (7, 40), generator=torch.Generator().manual_seed(3))
 TOLERANCE = 1e-4
 VARIANTS = {
@@ -43,17 +42,21 @@ def stream_back(folder, tokens_BL=TOKENS_BL):
     outer = source.read(source.outer_names())
     there, seen = (HiddenStream(source.config, outer, tokens_BL, torch.device("cpu")) for _ in "ab")
     entering, inputs = [], []
-    for layer in range(LAYERS):
+    layers = source.arch.num_layers
+    for layer in range(layers):
         entering.append(there.entering())
         there.through(layer, source.read_layer(layer), to_return=True)
+        if layer not in source.arch.ffn_layers:
+            seen.through(layer, source.read_layer(layer))
+            continue
         inputs.append(seen.attend(layer, source.read_layer(layer))[0])
         seen.advance(layer)
     there.to_loss(outer)
-    gradients = [
-        there.back(layer, source.read_layer(layer), entering[layer])
-        for layer in reversed(range(LAYERS))
-    ]
-    return gradients[::-1], inputs
+    gradients = []
+    for layer in reversed(range(layers)):
+        bare = layer not in source.arch.ffn_layers
+        gradients.append(there.back(layer, source.read_layer(layer), entering[layer], bare=bare))
+    return [each for each in gradients[::-1] if each is not None], inputs
 
 
 def model_back(folder, tokens_BL=TOKENS_BL):
@@ -64,9 +67,9 @@ def model_back(folder, tokens_BL=TOKENS_BL):
         tensor.retain_grad()
         place.append(tensor)
 
-    for block in model.model.layers:
-        block.mlp.register_forward_hook(lambda module, given, y: keep(outputs, y))
-        block.mlp.down_proj.register_forward_pre_hook(lambda module, given: keep(hidden, given[0]))
+    for block in ffn_blocks(model):
+        ffn_of(block).register_forward_hook(lambda module, given, y: keep(outputs, y))
+        down_of(block).register_forward_pre_hook(lambda module, given: keep(hidden, given[0]))
     logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits.float()
     cross_entropy(
         logits_BLV[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten(), reduction="sum"
@@ -87,14 +90,14 @@ def test_effects_are_h_times_autograds_gradient_of_h(folder):
     source = open_source(str(folder))
     gradients, inputs = stream_back(folder)
     _, expected = model_back(folder)
-    for layer in range(LAYERS):
+    for place, layer in enumerate(source.arch.ffn_layers):
         ffn = dense_ffn(
             source.canonical(source.read_layer(layer)), ACT2FN[source.arch.fields["hidden_act"]]
         )
-        loss = LossGradient(gradients[layer], torch.zeros(TOKENS_BL.numel(), dtype=torch.int64))
-        activations = LayerActivations(ffn, inputs[layer], loss=loss)
+        loss = LossGradient(gradients[place], torch.zeros(TOKENS_BL.numel(), dtype=torch.int64))
+        activations = LayerActivations(ffn, inputs[place], loss=loss)
         effect_TF = torch.cat([effect_tF for _, effect_tF in activations.effects()])
-        assert gap(effect_TF, expected[layer]) < TOLERANCE
+        assert gap(effect_TF, expected[place]) < TOLERANCE
 
 
 def test_sequences_of_unlike_length_go_back_each_as_alone(dense, small_batches):

@@ -43,7 +43,8 @@ def put_gradients_aside(
     for layer in reversed(range(layers)):
         progress("backward pass", 2 * layers - 1 - layer, 2 * layers)
         entering_TD = workspace.kept(_unit(layer))["entering"]
-        gradient_TD = stream.back(layer, source.read_layer(layer), entering_TD)
+        bare = layer not in source.arch.ffn_layers
+        gradient_TD = stream.back(layer, source.read_layer(layer), entering_TD, bare=bare)
         if gradient_TD is not None:
             _check_finite(gradient_TD, layer)
             workspace.keep(_unit(layer), {"gradient": gradient_TD})

@@ -223,20 +223,23 @@ class HiddenStream:
             gradients += torch.autograd.grad(loss, hidden_1tD)
         return torch.cat(gradients, 1).view_as(hidden_bLD)
 
-    def back(self, layer: int, weights: Mapping[str, Tensor], entering_TD: Tensor) -> Tensor | None:
+    def back(
+        self, layer: int, weights: Mapping[str, Tensor], entering_TD: Tensor, *, bare: bool = False
+    ) -> Tensor | None:
         """Move all tokens' gradients back through a whole layer.
 
         Args:
             layer: must be called for the last one, the one before it, …, after `to_loss`.
             weights: as `attend` takes them.
             entering_TD: what `entering` was before the layer.
+            bare: whether the layer has no FFN.
 
         Returns:
             ∂loss/∂y [T, D] of what its FFN puts out, y; None of a layer without an FFN.
         """
         block, heard = self._load(layer, weights), list[Tensor]()
-        ffn = getattr(block, self.blocks.ffn, None)
-        if ffn is not None:
+        if not bare:
+            ffn = getattr(block, self.blocks.ffn)
             ffn.register_forward_hook(lambda module, given, y_bLD: heard.append(y_bLD))
         sizes = [leaving_bLD[..., 0].numel() for leaving_bLD in self.gradients]
         of_output: list[Tensor] = []
