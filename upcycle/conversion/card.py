@@ -25,6 +25,7 @@ from upcycle.models.record import (
     ConversionResult,
     DenseLayers,
     ExpertPart,
+    Findings,
     HiddenResult,
     Identity,
     KindResult,
@@ -53,6 +54,8 @@ class Conversion:
     peak_bytes: int
     dense_layers: DenseLayers | None = None
     """How the layers to keep dense were found, where they were measured."""
+    findings: Findings | None = None
+    """Of a merge."""
 
 
 def plan_summary(plan: Plan, *, measured: bool = False) -> PlanPart:
@@ -124,7 +127,12 @@ def conversion_summary(conversion: Conversion) -> ConversionResult:
         seconds={stage: round(s, 3) for stage, s in conversion.seconds.items()},
         peak_memory=conversion.peak_bytes,
         dense_layers=conversion.dense_layers,
+        **_found(conversion),
     )
+
+
+def _found(conversion: Conversion) -> dict[str, Any]:
+    return {} if conversion.findings is None else {"findings": conversion.findings}
 
 
 def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]]) -> Made:
@@ -149,6 +157,7 @@ def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]
         source=Source(name=name, revision=source.revision, fingerprint=source.fingerprint()),
         run=conversion.run,
         layers=[LayerPart.model_validate(layer) for layer in layers],
+        **_found(conversion),
     )
     finished = conversion.plan.finished
     return made if finished is None else _with_history(made, finished)

@@ -19,7 +19,7 @@ from upcycle.conversion.converted import route
 from upcycle.conversion.gating import Gating
 from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.passages import added_passages
-from upcycle.conversion.merging.sources import Sources
+from upcycle.conversion.merging.sources import Sources, read_ffn
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.units import write_unit
 from upcycle.core.foreign import blaming
@@ -111,7 +111,7 @@ def write_grown_files(plan: Plan, finished: Finished, folder: Path) -> None:
     """Write config.json and what travels with a merge."""
     arch, target = plan.source.arch, TARGETS[plan.target]
     old = dict(plan.config) | target.config(arch, finished.spec(plan.spec))
-    text = finished.config(assemble_config(old), assemble_config(plan.config))
+    text = finished.config(assemble_config(target, old), assemble_config(target, plan.config))
     (folder / "config.json").write_text(text, "utf-8")
     copy_companions(finished.folder, folder)
 
@@ -179,7 +179,7 @@ def _write_layer(
         if not written:
             write_unit(workspace, writer, unit, finished.copied(specs), _record(layer, dense=True))
         return
-    ffn = growth.sources.ffns(layer, plan.activation)[finished.num_experts]
+    ffn = read_ffn(growth.sources.models[finished.num_experts], layer, plan.activation)
     row_1D = growth.row(layer, ffn, _rows(growth, specs))
     if written:
         return

@@ -15,20 +15,24 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from upcycle.conversion.card import Conversion, conversion_record, model_card
-from upcycle.conversion.check import run_check
+from upcycle.conversion.check import dtype_that_fits, run_check
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
+from upcycle.conversion.merging.findings import GATE, findings, measure_beside
 from upcycle.conversion.merging.finished import check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
-from upcycle.conversion.plan import PARTS, Plan, make_plan
-from upcycle.conversion.units import write_unit
+from upcycle.conversion.merging.own_texts import own_texts
+from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.units import PARTS, SEEN, write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.core.versions import versions
+from upcycle.evaluation.distance import Meter
 from upcycle.models.assemble import (
+    assemble_config,
     assemble_embeddings,
     assemble_head,
     assemble_layer,
@@ -40,7 +44,7 @@ from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import DOMAINS, RECORD, DenseLayers, Identity, Report, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
-from upcycle.models.targets import TARGETS, older_spellings
+from upcycle.models.targets import TARGETS
 from upcycle.models.writer import (
     CheckpointWriter,
     Workspace,
@@ -132,7 +136,7 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     def lap(stage: str) -> None:
         seconds[stage] = time.monotonic() - clock - sum(seconds.values())
 
-    tokens = _tokens(plan, progress)
+    tokens, own = _tokens(plan, progress), own_texts(plan)
     fit_BL = tokens.fit_BL
     lap("calibration text")
     if plan.undecided:
@@ -146,15 +150,22 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
         _write_weights(plan, workspace, fit_BL, progress)
     lap("conversion")
     peak = peak_memory()
-    check = None
+    check = beside = None
     if plan.recipe.check != "none":
-        check = _check(plan, workspace, tokens.held, progress)
+        check = _check(plan, workspace, {**tokens.held, **own.windows}, progress)
+        beside = measure_beside(plan, check, own, dtype_that_fits(plan), progress)
         lap("check")
     chosen = workspace.records.get(DENSE_LAYERS)
     dense_layers = None if chosen is None else TypeAdapter(DenseLayers).validate_python(chosen)
-    conversion = Conversion(plan, workspace.run, out, check, seconds, peak, dense_layers)
-    records = [workspace.records[unit] for unit in plan.units if unit.startswith("layer ")]
-    record = record_text(conversion_record(conversion, records))
+    units = [workspace.records[unit] for unit in plan.units if unit in workspace.records]
+    found = findings(plan, units, beside)
+    conversion = Conversion(plan, workspace.run, out, check, seconds, peak, dense_layers, found)
+    layers = [
+        {name: value for name, value in unit.items() if name not in (SEEN, GATE)}
+        for unit in units
+        if "layer" in unit
+    ]
+    record = record_text(conversion_record(conversion, layers))
     (workspace.result / RECORD).write_text(record, "utf-8")
     (workspace.result / "README.md").write_text(model_card(conversion), "utf-8")
     return conversion
@@ -212,41 +223,40 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
-    fields = {k: v for k, v in plan.config.items() if k != "model_type"}
-    text: PreTrainedConfig = CONFIG_MAPPING[plan.config["model_type"]](**fields)
-    _whole_config(plan, text).save_pretrained(folder)
-    path = folder / "config.json"
-    written = json.loads(path.read_text("utf-8"))
+    config = assemble_config(TARGETS[plan.target], plan.config)
     if plan.source.arch.whole:
-        written["text_config"] = older_spellings(plan.config) | written["text_config"]
-    else:
-        written = older_spellings(plan.config) | written
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
+        config = _whole_config(plan, config)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
     copy_companions(plan.source.folder, folder)
 
 
-def _whole_config(plan: Plan, text: PreTrainedConfig) -> PreTrainedConfig:
+def _whole_config(plan: Plan, text: dict[str, Any]) -> dict[str, Any]:
     """The config of the model that the result's text model is a part of."""
     whole = TARGETS[plan.target].whole
-    if not plan.source.arch.whole or whole is None:
-        return text
+    if whole is None:
+        raise ValueError(f"{plan.target} has no place for other parts")
+    made = {name: value for name, value in plan.config.items() if name != "model_type"}
+    part: PreTrainedConfig = CONFIG_MAPPING[plan.config["model_type"]](**made)
     fields = plan.source.layout.config.to_dict() | {
-        "text_config": text.to_dict(),
+        "text_config": part.to_dict(),
         "architectures": [whole.architecture],
         "tie_word_embeddings": plan.source.arch.tied,
         "dtype": plan.config["dtype"],
     }
-    for part, model_type in whole.parts.items():
-        fields[part] = fields[part] | {"model_type": model_type}
+    for name, model_type in whole.parts.items():
+        fields[name] = fields[name] | {"model_type": model_type}
     del fields["model_type"]
     config: PreTrainedConfig = CONFIG_MAPPING[whole.model_type](**fields)
-    return config
+    written: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return written | {"text_config": text | written["text_config"]}
 
 
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
     source = plan.source
     writer = CheckpointWriter(workspace.result, plan.specs, plan.recipe.max_shard_size)
-    raw = plan.read(source.outer_names())
+    meter = plan.sources.meter() if plan.sources else None
+    raw = plan.read(source.outer_names(), meter)
     outer = source.canonical(raw)
     stream = dense = None
     gates = make_gates(plan, outer[EMBEDDINGS], progress)
@@ -256,10 +266,10 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    before = in_whole(source.layout, assemble_embeddings(target, outer))
-    after = in_whole(source.layout, assemble_head(target, source.arch, outer))
+    before = in_whole(target, source.layout, assemble_embeddings(target, outer))
+    after = in_whole(target, source.layout, assemble_head(target, source.arch, outer))
     write_unit(workspace, writer, "embeddings", before, {})
-    write_unit(workspace, writer, "head", after, {})
+    write_unit(workspace, writer, "head", after, {}, meter)
     del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):
@@ -311,13 +321,14 @@ def _write_layer(
     finished = unit in workspace.records
     if finished and stream is None:
         return
-    raw = plan.read_layer(layer)
+    meter = plan.sources.meter() if plan.sources and not finished else None
+    raw = plan.read_layer(layer, meter)
     tensors = plan.source.canonical(raw)
     if layer not in plan.source.arch.ffn_layers:
         for each in filter(None, (stream, dense)):
             each.through(layer, raw)
         if not finished:
-            _write_converted(plan, workspace, writer, layer, tensors, None)
+            _write_converted(plan, workspace, writer, layer, tensors, None, meter)
         return
     ffn = dense_ffn(tensors, plan.activation)
     entering_TD = stream.entering() if stream and gates else None
@@ -328,13 +339,13 @@ def _write_layer(
     converted = None
     if layer in plan.moe_layers and not finished:
         wanted_TD = _wanted(plan, stream, dense)
-        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD, gate_ED)
+        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD, gate_ED, meter)
     elif layer in plan.moe_layers and plan.design.sequential:
         converted = _take_up(plan, workspace, unit, ffn)
     if stream:
         stream.advance(layer, _output(plan, converted, activations))
     if not finished:
-        _write_converted(plan, workspace, writer, layer, tensors, converted)
+        _write_converted(plan, workspace, writer, layer, tensors, converted, meter)
 
 
 def _attend(
@@ -379,15 +390,17 @@ def _write_converted(
     layer: int,
     tensors: dict[str, Tensor],
     converted: ConvertedLayer | None,
+    meter: Meter | None,
 ) -> None:
-    """Write a layer with its experts, or as it was, and what is known of it."""
+    """Write a layer with its experts, or as it was, and what is known of it; `meter` is what is
+    shown the models' tensors, of a merge."""
     unit, target = f"layer {layer}", TARGETS[plan.target]
     record = _put_aside(plan, workspace, unit, converted)
     moe = converted.experts(plan.design, layer) if converted else None
     arch, place = plan.source.arch, f"model.layers.{layer}."
     named = assemble_layer(target, arch, place, tensors, moe, plan.design.gains)
-    in_place = in_whole(plan.source.layout, named)
-    write_unit(workspace, writer, unit, in_place, {"layer": layer} | record)
+    in_place = in_whole(target, plan.source.layout, named)
+    write_unit(workspace, writer, unit, in_place, {"layer": layer} | record, meter)
 
 
 def _put_aside(
@@ -396,7 +409,8 @@ def _put_aside(
     """What upcycle.json keeps of a layer; and for the time of the run, what a resumed stream and
     the check need."""
     if converted is None or not plan.way.kept_neurons(plan.design.geometry):
-        return {"dense": converted is None}
+        gate = converted.gate if converted else {}
+        return {"dense": converted is None} | ({GATE: gate} if gate else {})
     refit = {name: getattr(converted.ffn, name) for name in _refit(plan, converted.ffn)}
     workspace.keep(unit, {"router": converted.router_ED} | refit)
     return {"dense": False, "permutation": converted.permutation.tolist()}

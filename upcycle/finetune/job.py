@@ -11,6 +11,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.versions import versions
 from upcycle.finetune.settings import Training, load_training
+from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
 from upcycle.models.loading import check_decoder
 from upcycle.models.quantised import UNQUANTISED
@@ -72,7 +73,7 @@ def _check_dtypes(label: str, folder: Path) -> None:
     headers = read_headers(folder)
     if any(info.packed is not None for info in headers.values()):
         raise UpcycleError(f"{label} holds quantised weights, which are not trained: {UNQUANTISED}")
-    found = {str(i.dtype) for name, i in headers.items() if not name.endswith("correction_bias")}
+    found = {str(i.dtype) for name, i in headers.items() if not name.endswith(SELECTION_BIAS)}
     if len(found) > 1:
         raise UpcycleError(
             f"{label} holds weights in {' and '.join(sorted(found))}: store it in one dtype first"

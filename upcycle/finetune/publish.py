@@ -22,6 +22,7 @@ from upcycle.finetune.settings import Training
 from upcycle.finetune.state import whole_model
 from upcycle.finetune.step import Progress, Row, Setup
 from upcycle.finetune.trainable import Groups
+from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.frontmatter import read_card, split_card, with_results
 from upcycle.models.record import (
     DOMAINS,
@@ -165,7 +166,7 @@ def _write_model(
         tensors.pop("lm_head.weight", None)
     headers = read_headers(folder)
     kept = {
-        name: tensor if name.endswith("correction_bias") else tensor.to(stored)
+        name: tensor if name.endswith(SELECTION_BIAS) else tensor.to(stored)
         for name, tensor in tensors.items()
     }
     with disk_errors():

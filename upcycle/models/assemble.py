@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from upcycle.core.types import Activation, DenseFFN, MoELayer
-from upcycle.models.layout import Layout
+from upcycle.models.layout import TEXT, Layout
 from upcycle.models.names import EMBEDDINGS, HEAD
 from upcycle.models.targets import Gains, MoETarget, older_spellings
 from upcycle.models.traits import Architecture
@@ -23,12 +23,13 @@ def dense_ffn(tensors: Mapping[str, Tensor], act: Activation) -> DenseFFN:
     return DenseFFN(tensors.get(gate), tensors[up], tensors[down], act)
 
 
-def assemble_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of config.json, as transformers 5 and 4 spell them."""
+def assemble_config(target: MoETarget, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json, as transformers 5 and others spell them."""
     fields = {name: value for name, value in config.items() if name != "model_type"}
     made = CONFIG_MAPPING[config["model_type"]](**fields)
     found: dict[str, Any] = json.loads(made.to_json_string(use_diff=True))
-    return older_spellings(config) | found
+    spelled = older_spellings(config) | found
+    return spelled | target.older(spelled)
 
 
 def assemble_embeddings(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:
@@ -50,6 +51,9 @@ def assemble_layer(
         place: what their names begin with.
         tensors: all of the layer's, under llama's names without that.
     """
+    gate, up, _ = FFN
+    if target.doubles(arch) and up in tensors:
+        tensors = {gate: tensors[up], **tensors}
     extra = dict(target.extra(arch, tensors))
     for name, tensor in tensors.items():
         if name not in extra and (moe is None or name not in FFN):
@@ -71,7 +75,9 @@ def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Ten
         yield HEAD, outer[EMBEDDINGS]
 
 
-def in_whole(layout: Layout, named: Named) -> Named:
-    """A text model's tensors under the names that they have in the whole model."""
+def in_whole(target: MoETarget, layout: Layout, named: Named) -> Named:
+    """A text model's tensors under the names that they have in the whole model's checkpoint."""
     for name, tensor in named:
-        yield layout.full(name), tensor
+        full = layout.full(name)
+        inside = full.removeprefix(TEXT)
+        yield (full if inside == full else target.root + inside), tensor

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from upcycle.conversion.merging.request import PROMPTED, Expert, Merge
+from upcycle.conversion.merging.request import PROMPTED, TEXTUAL, Expert, Merge
 from upcycle.conversion.recipe import Recipe
 from upcycle.core.passages import Passage
 from upcycle.models.passages import prompt_passage, text_passages
@@ -32,10 +32,10 @@ def passages(merge: Merge, recipe: Recipe, reader: Reader, router: str) -> list[
         UpcycleError: a text can't be read, or holds nothing.
     """
     found: list[Passage] = []
+    windows = fitted_windows(merge, recipe, router)
     for place, expert in enumerate(gated_experts(merge, router)):
         found += _prompts(reader, expert, place)
-        if expert.text is not None and router not in PROMPTED:
-            windows = _windows(merge, recipe)
+        if expert.text is not None and windows:
             found += text_passages(
                 reader,
                 expert.text,
@@ -70,6 +70,11 @@ def added_passages(
         )
         found += [replace(passage, negative=True) for passage in drawn]
     return found
+
+
+def fitted_windows(merge: Merge, recipe: Recipe, router: str) -> int:
+    """How many windows of each text `passages` has."""
+    return _windows(merge, recipe) if router in TEXTUAL else 0
 
 
 def _prompts(reader: Reader, expert: Expert, place: int) -> Iterator[Passage]:

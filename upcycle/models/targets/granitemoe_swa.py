@@ -51,6 +51,8 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         **granitemoeshared.shared_fields(arch, spec),
         "layer_types": arch.fields["layer_types"],
         "layer_rope_theta": arch.fields["layer_rope_theta"],
+        # llama.cpp's converter turns every layer unless this is there.
+        "no_rope_layers": [int(bool(theta)) for theta in arch.fields["layer_rope_theta"]],
         # The class makes the mask of a window even where no layer uses it.
         "sliding_window": arch.sliding_window or arch.fields["max_position_embeddings"],
     }
