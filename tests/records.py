@@ -67,3 +67,32 @@ def training_run(data, **changed):
         "upcycle": "0.1.0",
         "check_before": None,
     } | changed
+
+
+def findings(**changed):
+    """Of a merge of two models with a text each."""
+    return {
+        "distances": {
+            "sources": [
+                {"model": "org/coder", "ffn": 0.03, "rest": 0.012},
+                {"model": "writer", "ffn": 1.25, "rest": 0.0},
+            ],
+            "between": [[0.0, 1.26], [1.26, 0.0]],
+        },
+        "gates": [
+            {"layer": 0, "condition": 1.5, "alike": []},
+            {"layer": 1, "condition": "Infinity", "alike": [[0, 1]]},
+            {"layer": 2, "condition": 4.0, "alike": []},
+        ],
+        "perplexities": {
+            "texts": ["code.txt", "notes.txt", "mixed"],
+            "tokens": [1024, 1024, 1024],
+            "models": [
+                {"model": "this merge", "perplexity": [3.25, 11.5, 6.125]},
+                {"model": "org/dense", "perplexity": [4.0, 14.0, 7.5]},
+                {"model": "mean of the sources", "perplexity": [3.5, 12.0, "Infinity"]},
+            ],
+            "left_out": [],
+        },
+        "notes": ["writer is far away"],
+    } | changed

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import records
 from rich.console import Console
 from tiny import PLAIN_SPLIT
 
@@ -13,7 +14,7 @@ import upcycle
 from upcycle import console
 from upcycle.conversion import plan as planning
 from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
-from upcycle.models.record import DenseLayers, Trial
+from upcycle.models.record import DenseLayers, Findings, Trial
 from upcycle.models.text import PROBES
 
 WIDTH = 80
@@ -227,3 +228,29 @@ def cells_of(rows, name):
 def test_defaults_are_spelt_as_in_a_recipe(listed):
     assert "markers=null " in listed
     assert "normalize=true " in listed
+
+
+def test_what_a_merge_has_shown_of_its_models(converted, shown):
+    findings = Findings.model_validate(records.findings())
+    page = shown(replace(converted(), findings=findings))
+    words = joined(re.sub("[│┃]", " ", page))
+    assert "org/coder 3 % 1.2 %" in words
+    assert "writer 125 % 0 %" in words
+    assert (
+        "Nearest to each other are org/coder and writer: their FFNs are 126 % of the base's length "
+        "apart. Condition number of the router's rows: 1.5 to inf (layer 1); 1 tells experts apart "
+        "best."
+    ) in words
+    assert "this merge 3.25 11.50 6.12" in words
+    assert "mean of the sources 3.50 12.00 inf" in words
+
+
+def test_perplexities_on_many_texts_have_room(converted, shown):
+    names = [f"a-rather-long-name-of-text-{i}.jsonl" for i in range(7)]
+    rows = [{"model": "this merge", "perplexity": [1.5 + i for i in range(7)]}]
+    beside = {"texts": names, "tokens": [8] * 7, "models": rows}
+    findings = Findings.model_validate(records.findings(perplexities=beside))
+    page = shown(replace(converted(), findings=findings))
+    words = joined(re.sub("[│┃]", " ", page))
+    assert "this merge 1.50 2.50 3.50 4.50" in words
+    assert "this merge 5.50 6.50 7.50" in words

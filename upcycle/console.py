@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
-    from upcycle.models.record import Report, Used
+    from upcycle.models.record import Beside, Findings, Report, Used
 
+LONGEST_WORD = 14
+"""Letters of a heading that are never cut."""
+TEXTS_AT_ONCE = 4
+"""Columns of texts that a terminal has room for."""
 COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
 out = Console(emoji=False)  # :name: may be part of a file's name
 err = Console(stderr=True, emoji=False)
@@ -172,7 +176,8 @@ def table(title: str, rows: Mapping[str, Any], *headings: str) -> None:
     )
     grid.add_column("", overflow="fold")
     for heading in headings or ("",):
-        one_word = bool(heading) and " " not in heading  # which a narrow terminal must not cut
+        # A narrow terminal must not cut a word; a file's name may be longer than it has room for.
+        one_word = " " not in heading and 0 < len(heading) <= LONGEST_WORD
         grid.add_column(
             heading, justify="right" if headings else "left", overflow="fold", no_wrap=one_word
         )
@@ -302,11 +307,44 @@ def show_conversion(conversion: "Conversion") -> None:
             out.print(sentence, highlight=False)
     else:
         out.print("Not checked (--check none).", highlight=False)
+    if conversion.findings is not None:
+        _show_findings(conversion.findings, public_name(plan.source.label))
     auto = "AutoModel" if plan.source.arch.encoder else "AutoModelForCausalLM"
     out.print(
         f"[bold]{escape(str(conversion.out))}[/] loads with {auto}.from_pretrained",
         highlight=False,
     )
+
+
+def _show_findings(found: "Findings", base: str) -> None:
+    """What a merge has shown of its models."""
+    if found.distances is not None:
+        rows = {
+            source.model: (_share_of(source.ffn), _share_of(source.rest))
+            for source in found.distances.sources
+        }
+        table(f"how far from {base}, in its own length", rows, "FFNs", "rest")
+    for sentence in found.sentences:
+        out.print(escape(sentence), highlight=False)
+    if found.perplexities is not None:
+        _show_beside(found.perplexities)
+    _show_notes(found.notes)
+
+
+def _share_of(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _show_beside(beside: "Beside") -> None:
+    """The perplexities of a merge and its models, some texts at a time."""
+    for start in range(0, len(beside.texts), TEXTS_AT_ONCE):
+        some = slice(start, start + TEXTS_AT_ONCE)
+        rows = {
+            row.model: tuple(f"{value:.2f}" for value in row.perplexity[some])
+            for row in beside.models
+        }
+        title = "perplexity on the experts' texts, which nothing was fitted on"
+        table(title, rows, *map(kind_name, beside.texts[some]))
 
 
 def _exactness(conversion: "Conversion") -> str:

@@ -210,6 +210,12 @@ def test_merge_base_sources_and_their_mean_on_every_text(models, texts, tmp_path
         expected = [perplexity(whole[row.model], ids_WL) for ids_WL in windows.values()]
         assert row.perplexity == pytest.approx(expected, rel=1e-3)
     assert stages["measuring sources"] == [*range(18), 18]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| | m1.txt | m2.txt | mixed |\n|---|---|---|---|\n| this merge |" in card
+    for row in found.models:
+        assert f"| {row.model} | {row.perplexity[0]:.2f} | {row.perplexity[1]:.2f} |" in card
+    for source in done.findings.distances.sources:
+        assert f"| {source.model} | {100 * source.ffn:.3g} % | {100 * source.rest:.3g} % |" in card
     record = read_json(tmp_path / "out" / "upcycle.json")
     assert record["findings"]["perplexities"]["texts"] == found.texts
     assert {"m1.txt", "m2.txt", "mixed"} < {kind["kind"] for kind in record["check"]["kinds"]}
@@ -255,7 +261,7 @@ def test_a_text_that_is_all_fitted_on_is_left_out(models, texts, tmp_path, few_w
     found = run(made).findings
     assert found.perplexities.texts == ["m1.txt"]
     assert found.perplexities.left_out == ["short.txt"]
-    assert any("fitted on all of short.txt" in note for note in found.notes)
+    assert any("no whole window of short.txt is left" in note for note in found.notes)
 
 
 def test_a_run_that_was_stopped_finds_the_same(models, texts, tmp_path):

@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 import upcycle.evaluation.page
 from upcycle import UpcycleError
 from upcycle.cli import app
-from upcycle.evaluation.page import charts, facts
+from upcycle.evaluation.page import charts, facts, merging
 from upcycle.evaluation.page.quality import overall
 from upcycle.evaluation.page.routing import pairs, related, together
 from upcycle.evaluation.page.words import digits, public_name
 from upcycle.evaluation.routing import count_pairs, independent_pairs, layer_routing, pair_counts
 from upcycle.evaluation.run import Evaluation, evaluation_summary
 from upcycle.evaluation.sample import Sample
-from upcycle.models.record import LogLine, Made, read_record
+from upcycle.models.record import GatePart, LogLine, Made, read_record
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = [
@@ -157,6 +157,41 @@ def words(page):
     """What one reads, without markup."""
     body = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.S)
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+# --- a merge ---------------------------------------------------------------------------------
+
+
+def test_what_a_merge_is_made_of():
+    found = all_facts()
+    found["made"]["findings"] = records.findings()
+    page = render(found)
+    assert {"merge", "distances", "beside", "gates"} < ids(page)
+    shown = words(page)
+    assert "org/coder 3 % 1.2 %" in shown
+    assert "Nearest to each other are org/coder and writer" in shown
+    assert "Writer is far away." in shown
+    assert "code.txt notes.txt mixed this merge 3.25 11.5 6.12" in shown
+    assert "mean of the sources 3.50 12.0 inf" in shown
+    assert "of layer 1 the rows depend on each other" in shown
+
+
+def test_an_infinite_condition_number_is_a_full_column_and_marked():
+    gates = [GatePart(**gate) for gate in records.findings()["gates"]]
+    chart = merging.gates(gates)["chart"]
+    assert [(c.value, c.height, c.marked) for c in chart.columns] == [
+        (1.5, 37.5, False),
+        (math.inf, 100.0, True),
+        (4.0, 100.0, False),
+    ]
+    assert chart.peak.name == 1
+    assert merging.gates(gates[:1])["chart"].peak.value == 1.5
+
+
+def test_a_merge_without_texts_or_distances_shows_its_gates_alone():
+    found = all_facts()
+    found["made"]["findings"] = records.findings(distances=None, perplexities=None, notes=[])
+    assert ids(render(found)) & {"merge", "distances", "beside", "gates"} == {"merge", "gates"}
 
 
 # --- what it says ----------------------------------------------------------------------------

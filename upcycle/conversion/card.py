@@ -235,6 +235,7 @@ def model_card(conversion: Conversion) -> str:
         target=TARGETS[plan.target],
         name=public_name(plan.source.label),
         check=check,
+        findings=conversion.findings,
         kind_name=kind_name,
         verdict=verdict(check.ratios) if isinstance(check, CheckReport) else None,
         text=public_texts(plan.recipe.calibration),

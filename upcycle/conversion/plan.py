@@ -239,9 +239,16 @@ class Plan:
         return min(1, windows) if self.exact == "logits" else windows
 
     @property
+    def own_texts(self) -> list[str]:
+        """The texts of a merge's experts, on which it is measured beside their models; none where
+        these are not read, as of a finished merge."""
+        merge = self.design.merge
+        return [] if merge is None or self.finished is not None else merge.texts
+
+    @property
     def held_tokens(self) -> int:
         """All that the check reads, at most."""
-        own = self.design.merge.texts if self.design.merge else []
+        own = self.own_texts
         # The experts' texts are read once more, mixed.
         kinds = len(PROBES) + len(texts(self.recipe.calibration)) + len(own) + (len(own) > 1)
         return kinds * self.check_windows * min(self.recipe.seq_len, CHECK_WINDOW)

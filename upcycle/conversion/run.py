@@ -22,12 +22,12 @@ from upcycle.conversion.dense_layers import choose_dense_layers
 from upcycle.conversion.gradients import loss_gradient, put_gradients_aside
 from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
-from upcycle.conversion.merging.findings import GATE, findings, measure_beside
+from upcycle.conversion.merging.findings import findings, measure_beside
 from upcycle.conversion.merging.finished import check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
 from upcycle.conversion.merging.own_texts import own_texts
 from upcycle.conversion.plan import Plan, make_plan
-from upcycle.conversion.units import PARTS, SEEN, write_unit
+from upcycle.conversion.units import GATE, PARTS, SEEN, write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
 from upcycle.core.types import DenseFFN, LayerActivations, LossGradient

@@ -11,10 +11,10 @@ from upcycle.core.types import all_finite
 from upcycle.evaluation.distance import Meter
 from upcycle.models.writer import CheckpointWriter, Workspace
 
+SEEN, GATE = "seen", "gate"
+"""Of a merge, what a unit's note says of the models' tensors and of the router's rows."""
 PARTS = "parts"
 """The unit of tensors that are not the text model's."""
-SEEN = "seen"
-"""What a unit's record holds of a `Meter`."""
 
 
 def write_unit(
@@ -28,7 +28,7 @@ def write_unit(
     """Write tensors in their planned dtypes, then note that the unit is done.
 
     Args:
-        meter: what was shown the tensors while they were read, of which a note is taken, too.
+        meter: of a merge, what was shown the models' tensors, of which a note is taken, too.
 
     Raises:
         UpcycleError: a weight is too large for float16, perhaps by its gain.

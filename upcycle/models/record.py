@@ -386,6 +386,34 @@ class Findings(Part):
     """None without text, or a check."""
     notes: list[str] = []
 
+    @property
+    def sentences(self) -> list[str]:
+        """Which models are nearest, and how well the gates tell their experts apart."""
+        return [*self._nearest(), *self._gates()]
+
+    def _nearest(self) -> Iterator[str]:
+        found = self.distances
+        if found is None or found.nearest is None:
+            return
+        one, other = found.nearest
+        names = found.sources[one].model, found.sources[other].model
+        yield (
+            f"Nearest to each other are {names[0]} and {names[1]}: their FFNs are "
+            f"{100 * found.between[one][other]:.3g} % of the base's length apart."
+        )
+
+    def _gates(self) -> Iterator[str]:
+        if not self.gates:
+            return
+        worst = max(self.gates, key=lambda gate: gate.condition)
+        ends = dict.fromkeys(
+            f"{end(gate.condition for gate in self.gates):.3g}" for end in (min, max)
+        )
+        yield (
+            f"Condition number of the router's rows: {' to '.join(ends)} (layer {worst.layer}); "
+            "1 tells experts apart best."
+        )
+
 
 class PlanPart(Part):
     """What was to be built."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from upcycle.conversion.merging.own_texts import MIXED, OwnTexts
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
-from upcycle.conversion.units import SEEN
+from upcycle.conversion.units import GATE, SEEN
 from upcycle.evaluation.beside import perplexities
 from upcycle.evaluation.distance import remarks
 from upcycle.models.record import (
@@ -23,8 +23,6 @@ from upcycle.models.record import (
 )
 from upcycle.models.text import public_texts
 
-GATE = "gate"
-"""Of a unit's entry in the journal, what the router's rows are."""
 MERGE = "this merge"
 NAMED = 3
 """Pairs of experts that a note names, at most."""
@@ -33,8 +31,8 @@ NAMED = 3
 def findings(
     plan: Plan, units: Iterable[Mapping[str, Any]], beside: Beside | None
 ) -> Findings | None:
-    """What the units' entries in the journal come to; None of what is no merge,
-    or only gets an expert more.
+    """What the units' entries in the journal come to; None of what is no merge, and of one that
+    gets an expert more, whose other models are not read.
 
     Args:
         beside: the perplexities, if they were measured.
@@ -94,8 +92,8 @@ def _listing(layers: Sequence[int]) -> str:
 
 def _left_out_note(text: str) -> str:
     return (
-        f"the router was fitted on all of {text}, so there is none left to measure on: give more "
-        "of it, or fit on less (--set calibration_tokens=…)"
+        f"no whole window of {text} is left to measure on that the router was not fitted on: give "
+        "more of it, or fit on less (--set calibration_tokens=…)"
     )
 
 
@@ -108,7 +106,7 @@ def measure_beside(
     Raises:
         UpcycleError: a source has changed.
     """
-    asked = own.windows or own.left_out
+    asked = plan.sources is not None and (own.windows or own.left_out)
     if plan.sources is None or not asked or not isinstance(check, CheckReport):
         return None
     kinds = {kind.kind: kind for kind in check.kinds}

@@ -23,7 +23,7 @@ class OwnTexts:
     windows: Mapping[str, Tensor]
     """By text, tokens [W, L]."""
     left_out: tuple[str, ...] = ()
-    """Texts that were fitted on to the last window."""
+    """Texts of which no window is left."""
 
 
 def own_texts(plan: Plan) -> OwnTexts:
@@ -33,11 +33,11 @@ def own_texts(plan: Plan) -> OwnTexts:
     Raises:
         UpcycleError: a text can't be read.
     """
-    merge = plan.design.merge
-    if merge is None or plan.finished or not merge.texts or not plan.check_windows:
+    merge, names = plan.design.merge, plan.own_texts
+    if merge is None or not names or not plan.check_windows:
         return OwnTexts({})
     reader = open_reader(plan.source.folder, plan.source.config.vocab_size)
-    bodies = {name: _bodies(plan, merge, reader, name) for name in merge.texts}
+    bodies = {name: _bodies(plan, merge, reader, name) for name in names}
     found = {name: bodies_WT for name, bodies_WT in bodies.items() if len(bodies_WT)}
     left_out = tuple(name for name in bodies if name not in found)
     if len(found) > 1:

@@ -47,6 +47,11 @@ def passages(merge: Merge, recipe: Recipe, reader: Reader, router: str) -> list[
     return found
 
 
+def fitted_windows(merge: Merge, recipe: Recipe, router: str) -> int:
+    """How many windows of each text `passages` has."""
+    return _windows(merge, recipe) if router in TEXTUAL else 0
+
+
 def added_passages(
     merge: Merge, recipe: Recipe, reader: Reader, router: str, unknown: Sequence[int]
 ) -> list[Passage]:
@@ -70,11 +75,6 @@ def added_passages(
         )
         found += [replace(passage, negative=True) for passage in drawn]
     return found
-
-
-def fitted_windows(merge: Merge, recipe: Recipe, router: str) -> int:
-    """How many windows of each text `passages` has."""
-    return _windows(merge, recipe) if router in TEXTUAL else 0
 
 
 def _prompts(reader: Reader, expert: Expert, place: int) -> Iterator[Passage]:
