@@ -22,7 +22,7 @@ from upcycle.models.runtimes import RUNTIMES, Runtime
 from upcycle.models.targets import TARGETS, MoETarget, unplaced
 from upcycle.models.targets.base import Limit
 from upcycle.models.targets.limits import unknown
-from upcycle.models.unhosted import REASONS
+from upcycle.models.unhosted import REASONS, UNCONVERTED
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"
@@ -36,6 +36,12 @@ OF_KIND = {
     "rest rule": "What becomes of all but the FFNs in a merge: `--set rest=NAME`",
 }
 """Titles; a kind that is not here goes by its own name."""
+
+DENSE = {
+    "granitemoehybrid": {"num_local_experts": 0},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+}
+"""Of classes whose defaults are those of a Mixture-of-Experts, what makes a dense model."""
 
 DEFAULTS = {
     "convert": "Defaults are those of the recipe `default`; another may have its own.",
@@ -166,6 +172,11 @@ def models_page() -> str:
             ("model_type", "why"),
             ((f"`{name}`", f"it {why}") for name, why in sorted(REASONS.items())),
         ),
+        "Others a native class would host, but they are not converted:\n",
+        table(
+            ("model_type", "why"),
+            ((f"`{name}`", f"it {why}") for name, why in sorted(UNCONVERTED.items())),
+        ),
     ]
     return "\n".join(parts)
 
@@ -177,8 +188,8 @@ def what_it_is(family: str) -> str:
 
 
 def hosts(family: str) -> str:
-    """The targets of a config with the defaults of its class."""
-    arch = describe(CONFIG_MAPPING[family]())
+    """The targets of a config with the defaults of its class, but for experts."""
+    arch = describe(CONFIG_MAPPING[family](**DENSE.get(family, {})))
     names = [name for name, target in TARGETS.items() if not target.refusal(arch)]
     found = ", ".join(f"`{name}`" for name in sorted(names))
     return found or f"none with {' or '.join(unplaced(arch))}"

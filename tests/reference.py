@@ -25,8 +25,8 @@ MUTATED = 0.5
 """The least gap of a model with one mistake in it: far beyond every tolerance."""
 
 ALWAYS_RENORMALISES = {
-    "mixtral", "granitemoeshared", "granitemoe_swa", "ernie4_5_moe", "laguna", "qwen3_5_moe",
-    "gemma4",
+    "mixtral", "granitemoeshared", "granitemoe_swa", "granitemoehybrid", "ernie4_5_moe", "laguna",
+    "qwen3_5_moe", "gemma4",
 }  # fmt: skip
 """Their K selected experts share weight 1 whatever K is, so a split's gain is K; elsewhere each
 expert's weight does not depend on K."""
@@ -157,12 +157,38 @@ def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
             (h_BLF,) = args
             return (h_BLF * mask_TF.view_as(h_BLF).to(h_BLF.dtype),)
 
-        mlp = dense.get_decoder().layers[record["layer"]].mlp
-        hooks.append(mlp.down_proj.register_forward_pre_hook(silence))
+        down = down_of(dense.get_decoder().layers[record["layer"]])
+        hooks.append(down.register_forward_pre_hook(silence))
     result = logits(dense, tokens)
     for hook in hooks:
         hook.remove()
     return result
+
+
+FFNS = ("mlp", "feed_forward", "shared_mlp", "mixer")
+DOWNS = ("down_proj", "w2", "output_linear")
+
+
+def ffn_of(block):
+    """The FFN of a dense model's layer."""
+    return next(getattr(block, name) for name in FFNS if hasattr(block, name))
+
+
+def down_of(block):
+    """Its last matrix, as a module."""
+    return next(getattr(ffn_of(block), name) for name in DOWNS if hasattr(ffn_of(block), name))
+
+
+def neurons(ffn, x_TD):
+    """What the neurons of a dense model's FFN put out, h [T, F], and its last matrix [D, F]."""
+    *first, down_DF = (m.weight for m in ffn.modules() if isinstance(m, torch.nn.Linear))
+    before_TH = x_TD @ torch.cat(first).T
+    acts = (getattr(ffn, name, None) for name in ("act_fn", "activation_fn", "activation"))
+    act = next(filter(None, acts), torch.nn.functional.silu)
+    if before_TH.shape[1] == down_DF.shape[1]:
+        return act(before_TH), down_DF
+    gate_TF, up_TF = before_TH.chunk(2, dim=-1)
+    return act(gate_TF) * up_TF, down_DF
 
 
 def naive_hidden(ffn, x_TD):

@@ -58,6 +58,9 @@ TARGET_OF = {
     "deepseek_v3": "youtu",
     "qwen3_5_moe": "qwen3_5_text",
     "gemma4": "gemma4_text",
+    "lfm2_moe": "lfm2",
+    "granitemoehybrid": "granitemoehybrid",
+    "nemotron_h": "nemotron_h",
 }
 
 
@@ -151,6 +154,10 @@ BAD = """
     merge MODEL -o OUT --set rest.densty=1
     merge MODEL -o OUT --text MODEL=none.txt
     merge MODEL -o OUT --text other=NOTES
+    merge MODEL -o OUT --add MODEL
+    merge MODEL MODEL -o OUT --add MODEL
+    merge MODEL -o OUT --prompt rain
+    merge MODEL -o OUT --add MODEL --text NOTES --text NOTES
     finetune ./none -o OUT
     finetune MODEL
     finetune MODEL -o OUT --recipe hael
@@ -267,7 +274,7 @@ FLAGS = {
         -o --overwrite --json
     """,
     "merge": """
-        --base --shared-model --text --rest --router --target --top-k --set
+        --base --shared-model --add --text --prompt --rest --router --target --top-k --set
         --seq-len --check --dtype --device --seed --resume --dry-run
         -o --overwrite --json --push-to-hub --private
     """,
@@ -828,6 +835,13 @@ def test_inspect_a_moe(dense, tmp_path, target):
     shown = run("inspect", tmp_path / "moe")
     assert shown.exit_code == 0
     assert target in shown.stdout
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "nemotron_h"])
+def test_inspect_a_dense_model_of_a_class_that_may_have_experts(dense, family):
+    facts = report("inspect", dense(family))
+    assert (facts["kind"], facts["architecture"]) == ("dense", family)
+    assert facts["intermediate_size"] == 192
 
 
 def test_inspect_a_moe_whose_record_is_spoilt(dense, tmp_path):

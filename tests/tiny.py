@@ -31,6 +31,7 @@ SIZES = {
     "pad_token_id": None,
 }
 FAMILIES = {
+    "arcee": {},
     "llama": {},
     "mistral": {"sliding_window": 16, "head_dim": 16},
     "qwen2": {},
@@ -110,7 +111,38 @@ FAMILIES = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
+    "granitemoehybrid": {
+        "shared_intermediate_size": 192,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 24,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "mlp"],
+        "head_dim": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 24,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+    },
+    "lfm2": {
+        "intermediate_size": 288,  # of which the class makes 192
+        "block_multiple_of": 16,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "tie_word_embeddings": False,
+    },
 }
+FFN_LAYERS = {"nemotron_h": [1, 3, 4]}
+"""Of a tiny model; by default all three."""
 HEADS = {"eurobert": AutoModelForMaskedLM}
 """What loads a family that AutoModelForCausalLM does not."""
 PLAIN_SPLIT = {

@@ -108,20 +108,26 @@ def merge(
     *,
     base: str | None = None,
     shared_model: str | None = None,
-    text: Mapping[str, str] | None = None,
+    text: str | Mapping[str, str] | None = None,
+    add: str | None = None,
+    prompts: Sequence[str] = (),
     overwrite: bool = False,
     resume: bool = False,
     progress: "Progress | None" = None,
     **settings: Any,
 ) -> "Conversion":
-    """Make several fine-tunes of one base the experts of an MoE, and check the result.
+    """Make several fine-tunes of one base the experts of an MoE, and check the result; or, with
+    `add`, one more the last expert of a finished one.
 
     Args:
         models: a mergekit-moe file, or the experts' models, each a folder, a hub id or a .gguf
             file, spelt `model[@revision][+adapter[@revision]]`.
         base: gives all that is no FFN; by default the first of the models.
         shared_model: whose FFN is always on, beside the experts.
-        text: texts to fit the router on, by the names of experts' models.
+        text: texts to fit the router on, by the names of experts' models; with `add`, the new
+            expert's alone.
+        add: a model that becomes an expert more of the merge that `models` names.
+        prompts: of the expert that is added.
         overwrite, resume, progress: as in `convert`.
         settings: fields of the recipe, such as `rest="ties"`, `router="random"` or `top_k=1`.
 
@@ -133,7 +139,15 @@ def merge(
     from upcycle.conversion.run import run
 
     names = [models] if isinstance(models, str | Path) else models
-    request = merge_request(names, settings, base=base, shared_model=shared_model, texts=text)
+    request = merge_request(
+        names,
+        settings,
+        base=base,
+        shared_model=shared_model,
+        texts={"": text} if isinstance(text, str) else text,
+        add=add,
+        prompts=prompts,
+    )
     made = plan_merge(request, settings, Path(out), overwrite=overwrite, resume=resume)
     quiet: Progress = lambda stage, done, total: None  # noqa: E731
     return run(made, overwrite=overwrite, resume=resume, progress=progress or quiet)

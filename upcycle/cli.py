@@ -214,12 +214,14 @@ def merge(
     """Make several fine-tunes of one base the experts of a Mixture-of-Experts.
 
     A file of mergekit-moe is taken as it is. Without one, the experts' models are named here.
+    --add gives a finished merge one expert more.
 
     Examples:
 
     * `upcycle merge config.yml -o out`
     * `upcycle merge ./coder ./writer --base ./base --rest ties -o out`
     * `upcycle merge ./base+lora1 ./base+lora2 --base ./base -o out`
+    * `upcycle merge ./merged --add ./lawyer --text law.txt -o out`
     """
     with _errors(as_json=options["json_"]):
         if options["out"] is None and not dry_run:
@@ -233,7 +235,9 @@ def merge(
             given,
             base=options["base"],
             shared_model=options["shared_model"],
-            texts=dict(_text(word) for word in options["text"] or []),
+            texts=_texts(options["text"] or [], added=options["add"] is not None),
+            add=options["add"],
+            prompts=options["prompt"] or [],
         )
         with _importing():
             from upcycle.conversion.merging.plan import plan_merge
@@ -245,6 +249,22 @@ def merge(
             _print_plan(made, as_json=options["json_"])
         else:
             _carry_out(made, options, push_to_hub, private=private)
+
+
+def _texts(words: list[str], *, added: bool) -> dict[str, str]:
+    """Texts by whose they are; that of an expert that is added may be given alone.
+
+    Raises:
+        UpcycleError: a word is no such pair, or one is given twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        alone = added and ("=" not in word or local_path(word).exists())
+        name, text = ("", word) if alone else _text(word)
+        if name in found:
+            raise UpcycleError(f"--text gives {name or 'the new expert'} two texts: join them by +")
+        found[name] = text
+    return found
 
 
 def _text(word: str) -> tuple[str, str]:
@@ -339,7 +359,10 @@ def finetune(
     model: Annotated[str, typer.Argument(help="An MoE: a folder or a hub id.", metavar="MODEL")],
     recipe: Annotated[
         str | None,
-        option("heal | specialise | lora, or a YAML file. [default: by what MODEL is]", "--recipe"),
+        option(
+            "heal | specialise | routers | btx | lora, or a YAML file. [default: by what MODEL is]",
+            "--recipe",
+        ),
     ] = None,
     set_: Set = None,
     resume: Annotated[
@@ -360,6 +383,7 @@ def finetune(
 
     * `upcycle finetune split --data notes.txt -o healed`
     * `upcycle finetune copies --recipe specialise --data hf:DATASET -o out`
+    * `upcycle finetune merged --recipe routers --data code.txt+law.txt -o out`
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
     with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):

@@ -145,13 +145,38 @@ MERGE: Options = {
         ],
         None,
     ),
+    "add": (
+        Annotated[
+            str | None,
+            option(
+                "Becomes an expert more of MODEL, a finished merge.",
+                "--add",
+                metavar="MODEL",
+                panel=FFNS,
+            ),
+        ],
+        None,
+    ),
     "text": (
         Annotated[
             list[str] | None,
             option(
-                "Text that should be an expert's, to fit the router on. Repeatable.",
+                "Text that should be an expert's, to fit the router on (of --add's, TEXT alone). "
+                "Repeatable.",
                 "--text",
                 metavar="MODEL=TEXT",
+                panel=TEXT,
+            ),
+        ],
+        None,
+    ),
+    "prompt": (
+        Annotated[
+            list[str] | None,
+            option(
+                "Of --add's, where the router is made from prompts.",
+                "--prompt",
+                metavar="TEXT",
                 panel=TEXT,
             ),
         ],

@@ -25,6 +25,9 @@ HOSTS = {
     "ernie4_5_moe": ("ernie4_5", {"shared": 0.25, "experts": 6}),
     "laguna": ("qwen3", {"shared": 0.25, "experts": 6}),
     "deepseek_v3": ("youtu", {"shared": 0.25, "experts": 6}),
+    "lfm2_moe": ("lfm2", {}),
+    "nemotron_h": ("nemotron_h", {"shared": 0.25, "experts": 6}),
+    "granitemoehybrid": ("granitemoehybrid", {"shared": 0.25, "experts": 6}),
 }
 LOAD, LORA, FREEZE = range(3)
 
@@ -109,11 +112,10 @@ def test_saved_again_config_lacks_older_spellings(converted, tmp_path):
     load(converted).save_pretrained(tmp_path)
     config = read_json(converted / "config.json")
     lost = config.keys() - read_json(tmp_path / "config.json").keys()
-    # Laguna's rotary embeddings are by kinds of layers, for which there is no older spelling.
-    by_kind = "full_attention" in config["rope_parameters"]
-    assert lost & {"rope_theta", "rope_scaling"} == (
-        set() if by_kind else {"rope_theta", "rope_scaling"}
-    )
+    # Where rotary embeddings are by kinds of layers, or there are none, there is no older spelling.
+    older = {"rope_theta", "rope_scaling"}
+    assert lost & older == (older if "rope_theta" in config.get("rope_parameters", {}) else set())
+    assert "hybrid_override_pattern" in lost or "hybrid_override_pattern" not in config
 
 
 def test_advice_on_copies_differs(dense, moe):

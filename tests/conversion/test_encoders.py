@@ -6,12 +6,18 @@ import shutil
 import pytest
 import torch
 from reference import TOKENS, TOLERANCE, gap, load_all_on, logits, read_json, weights
+from rich.console import Console
 from tiny import make_dense, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import upcycle
+from upcycle import console
+from upcycle.conversion.inspection import inspect_model
 from upcycle.core.errors import UpcycleError
+from upcycle.evaluation.run import evaluate
+from upcycle.finetune.run import finetune
+from upcycle.models.calibration import calibration
 from upcycle.models.record import EncoderReport, read_record
 from upcycle.models.source import open_source
 from upcycle.models.stream import HiddenStream
@@ -27,14 +33,6 @@ def headless(tmp_path_factory):
     folder = make_dense(tmp_path_factory.mktemp("headless"), "eurobert")
     AutoModel.from_pretrained(folder).save_pretrained(folder)
     assert not any(name.startswith(("model.", "lm_head")) for name in weights(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bidirectional(tmp_path_factory):
-    """A llama with the switch in its config.json that transformers' masks heed."""
-    folder = make_dense(tmp_path_factory.mktemp("bidirectional"), "llama", is_causal=False)
-    assert read_json(folder / "config.json")["is_causal"] is False
     return folder
 
 
@@ -86,10 +84,13 @@ def test_without_a_head_it_is_the_same_encoder(headless, moe, settings):
     assert gap(found, hidden(headless)[0]) < TOLERANCE["mean" if settings is COPY else "sum"]
 
 
-def test_llama_that_sees_both_sides_goes_on_seeing_them(bidirectional, moe):
-    dense_model = AutoModelForCausalLM.from_pretrained(bidirectional)
+@pytest.mark.parametrize(("family", "fields"), [("llama", {}), ("mistral", {"sliding_window": 20})])
+def test_decoder_that_sees_both_sides_goes_on_seeing_them(dense, moe, family, fields):
+    """By the switch in config.json that transformers' masks heed; a window reaches both ways."""
+    source = dense(family, is_causal=False, **fields)
+    dense_model = AutoModelForCausalLM.from_pretrained(source)
     assert sees_what_follows(dense_model)
-    out = moe(bidirectional, target="qwen2_moe", **SPLIT)
+    out = moe(source, target="qwen2_moe", **SPLIT)
     config = read_json(out / "config.json")
     assert (config["is_causal"], config["use_cache"]) == (False, False)
     model = load_all_on(out)
@@ -102,9 +103,10 @@ def test_decoder_says_nothing_of_it(dense, moe):
 
 
 @pytest.mark.parametrize("family", ["eurobert", "llama"])
-def test_calibration_tokens_see_both_sides(dense, bidirectional, family):
+def test_calibration_tokens_see_both_sides(dense, family):
     """The stream's hidden states are those that transformers has after each layer."""
-    source = open_source(str(dense("eurobert") if family == "eurobert" else bidirectional))
+    fields = {} if family == "eurobert" else {"is_causal": False}
+    source = open_source(str(dense(family, **fields)))
     with torch.no_grad():
         model = AutoModel.from_pretrained(source.folder)
         expected = model(input_ids=TOKENS, output_hidden_states=True).hidden_states
@@ -130,26 +132,25 @@ def test_windows_begin_and_end_as_the_tokenizer_has_it(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory, dense, text):
-    """A lossy split by the default recipe, with its check."""
+def converted(tmp_path_factory, headless, text):
+    """A lossy split by the default recipe, with its check, of an encoder without a head."""
     out = tmp_path_factory.mktemp("lossy") / "out"
     settings = {"experts": 8, "top_k": 2, "target": "qwen2_moe", "calibration": str(text)}
     sizes = {"calibration_tokens": 1024, "seq_len": 64}
-    return upcycle.convert(str(dense("eurobert")), out, **settings, **sizes)
+    return upcycle.convert(str(headless), out, **settings, **sizes)
 
 
-def test_check_compares_last_hidden_states(converted, dense):
+def test_check_compares_last_hidden_states(converted, headless):
     """By the numbers of one kind of text, worked out here."""
     check = converted.check
     assert isinstance(check, EncoderReport)
     assert 0 < check.exact_error < check.exact_tolerance
     kind = check.kinds[0]
-    source, out = dense("eurobert"), converted.out
     windows = held_windows(converted.plan, kind.kind)
     with torch.no_grad():
         mine, theirs = (
             AutoModel.from_pretrained(f).eval()(input_ids=windows).last_hidden_state
-            for f in (out, source)
+            for f in (converted.out, headless)
         )
     error = (mine - theirs).square().mean().sqrt() / theirs.std()
     assert kind.error == pytest.approx(float(error), rel=1e-3)
@@ -162,8 +163,6 @@ def test_check_compares_last_hidden_states(converted, dense):
 
 
 def held_windows(plan, kind):
-    from upcycle.models.calibration import calibration
-
     recipe = plan.recipe
     found = calibration(
         plan.source,
@@ -190,6 +189,30 @@ def test_record_and_card_speak_of_hidden_states_alone(converted):
     assert "perplexity" not in card
     assert "text-generation" not in card
     assert "upcycle eval" not in card
+    assert "predicts masked tokens" not in card
+
+
+def test_terminal_speaks_of_hidden_states_alone(converted, capsys, monkeypatch):
+    monkeypatch.setattr(console, "out", Console(width=200))
+    console.show_conversion(converted)
+    console.show_inspection(inspect_model(str(converted.out)))
+    said = capsys.readouterr().out
+    assert "all experts on, refit weights in both: hidden states differ by" in said
+    assert "loads with AutoModel.from_pretrained" in said
+    worst = converted.check.worst
+    assert f"off by up to {worst.error:.2g} σ, with a cosine of {worst.cosine:.3f}" in said
+    assert f"error of hidden states │ {worst.error:.3f}" in said.replace("  ", "")
+    assert "erplexity" not in said
+
+
+def test_copies_with_their_head_are_checked_by_logits(tmp_path, dense):
+    """Which hold the hidden states and the head; the card says what loads it."""
+    made = upcycle.convert(str(dense("eurobert")), tmp_path / "out", target="mixtral", **COPY)
+    assert made.plan.source.arch.output == "logits"
+    assert made.check.exact_error < 1e-5
+    assert all(kind.cosine > 0.9999 and kind.error < 1e-4 for kind in made.check.kinds)
+    card = (made.out / "README.md").read_text()
+    assert "The head that predicts masked tokens is kept: `AutoModelForCausalLM`" in card
 
 
 def test_no_layer_is_kept_dense_unasked(converted):
@@ -221,9 +244,6 @@ def test_merge_is_refused(dense, tmp_path):
 
 
 def test_evaluation_and_training_are_refused(dense, moe, tmp_path):
-    from upcycle.evaluation.run import evaluate
-    from upcycle.finetune.run import finetune
-
     for model in (dense("eurobert"), moe(dense("eurobert"), target="mixtral", **COPY)):
         with pytest.raises(UpcycleError, match="is an encoder, whose tokens see the next one"):
             evaluate(str(model), ["probes"])

@@ -546,6 +546,10 @@ def test_plan_reads_no_weights_and_writes_nothing(dense, tmp_path, monkeypatch):
         ("olmo2", "flex_olmo", "flex_olmo"),
         ("ernie4_5", "ernie4_5_moe", "ernie4_5_moe"),
         ("youtu", "deepseek_v3", "deepseek_v3"),
+        ("lfm2", "lfm2_moe", "lfm2_moe"),
+        ("arcee", "qwen2_moe", "mixtral"),
+        ("granitemoehybrid", "granitemoehybrid", "granitemoehybrid"),
+        ("nemotron_h", "nemotron_h", "nemotron_h"),
     ],
 )
 def test_target_that_auto_chooses(dense, family, split_target, copy_target):

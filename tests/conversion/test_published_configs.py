@@ -26,6 +26,50 @@ SMALLER = {
     "torch_dtype": "float32",
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
+LFM2 = {
+    "model_type": "lfm2",
+    "architectures": ["Lfm2ForCausalLM"],
+    "block_auto_adjust_ff_dim": True,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_mlp_init_scale": 1.0,
+    "block_norm_eps": 1e-05,
+    "block_out_init_scale": 1.0,
+    "block_use_swiglu": True,
+    "block_use_xavier_init": True,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "conv_use_xavier_init": True,
+    "max_position_embeddings": 128000,
+    "norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "use_cache": True,
+    "use_pos_enc": True,
+}
+GRANITE4 = {
+    "model_type": "granitemoehybrid",
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "embedding_multiplier": 12,
+    "hidden_act": "silu",
+    "init_method": "mup",
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 32768,
+    "normalization_function": "rmsnorm",
+    "num_experts_per_tok": 0,
+    "num_local_experts": 0,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+}
 PUBLISHED = {
     "SmolLM3-3B": {
         "model_type": "smollm3",
@@ -259,7 +303,172 @@ PUBLISHED = {
         "use_cache": True,
         "use_sliding_window": False,
     },
+    "LFM2-350M": LFM2,
+    "LFM2-1.2B": LFM2,
+    "granite-4.0-350m": GRANITE4
+    | {
+        "attention_multiplier": 0.015625,
+        "logits_scaling": 4,
+        "position_embedding_type": "rope",
+        "residual_multiplier": 0.246,
+    },
+    "granite-4.0-h-350m": GRANITE4
+    | {
+        "attention_multiplier": 0.015625,
+        "logits_scaling": 4,
+        "position_embedding_type": "nope",
+        "residual_multiplier": 0.246,
+    },
+    "granite-4.0-h-1b": GRANITE4
+    | {
+        "attention_multiplier": 0.0078125,
+        "logits_scaling": 6,
+        "position_embedding_type": "nope",
+        "residual_multiplier": 0.22,
+    },
+    "AFM-4.5B": {
+        "model_type": "arcee",
+        "architectures": ["ArceeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "relu2",
+        "max_position_embeddings": 65536,
+        "mlp_bias": False,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 20.0,
+            "mscale": 1.0,
+            "original_max_position_embeddings": 32,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
+    "NVIDIA-Nemotron-Nano-9B-v2": {
+        "model_type": "nemotron_h",
+        "architectures": ["NemotronHForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "conv_kernel": 4,
+        "expand": 2,
+        "hidden_dropout": 0.0,
+        "layer_norm_epsilon": 1e-05,
+        "mamba_hidden_act": "silu",
+        "mamba_proj_bias": False,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "mlp_hidden_act": "relu2",
+        "num_logits_to_keep": 1,
+        "rescale_prenorm_residual": True,
+        "residual_in_fp32": False,
+        "rms_norm_eps": 1e-05,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "time_step_floor": 0.0001,
+        "time_step_limit": [0.0, float("inf")],
+        "time_step_max": 0.1,
+        "time_step_min": 0.001,
+        "time_step_rank": 256,
+        "use_bias": False,
+        "use_cache": True,
+        "use_conv_bias": True,
+        "use_mamba_kernels": True,
+    },
 }
+OWN_SIZES = {
+    "LFM2-350M": {
+        "block_dim": 32,
+        "block_ff_dim": 280,
+        "block_multiple_of": 16,
+        "conv_dim": 32,
+        "conv_dim_out": 32,
+        "full_attn_idxs": [2],
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+    },
+    "LFM2-1.2B": {
+        "block_dim": 64,
+        "block_ff_dim": 288,
+        "block_multiple_of": 16,
+        "conv_dim": 64,
+        "conv_dim_out": 64,
+        "full_attn_idxs": [1],
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_heads": 8,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+    },
+    "granite-4.0-350m": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "layer_types": ["attention", "attention", "attention"],
+        "mamba_chunk_size": 16,
+        "mamba_d_head": "auto",
+        "mamba_d_state": 16,
+        "mamba_n_heads": 8,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "shared_intermediate_size": 192,
+    },
+    "granite-4.0-h-350m": {
+        "hidden_size": 48,
+        "intermediate_size": 192,
+        "layer_types": ["mamba", "mamba", "attention"],
+        "mamba_chunk_size": 16,
+        "mamba_d_head": 24,
+        "mamba_d_state": 16,
+        "mamba_n_heads": 4,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "shared_intermediate_size": 192,
+    },
+    "granite-4.0-h-1b": {
+        "hidden_size": 48,
+        "intermediate_size": 192,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_chunk_size": 16,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_heads": 6,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "shared_intermediate_size": 192,
+    },
+    "AFM-4.5B": {
+        "head_dim": 16,
+        "hidden_size": 80,
+        "intermediate_size": 192,
+        "num_attention_heads": 5,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+    },
+    "NVIDIA-Nemotron-Nano-9B-v2": {
+        "chunk_size": 128,
+        "head_dim": 16,
+        "hidden_size": 56,
+        "hybrid_override_pattern": "M-*-M-",
+        "intermediate_size": 192,
+        "mamba_head_dim": 10,
+        "mamba_num_heads": 8,
+        "n_groups": 4,
+        "num_attention_heads": 5,
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 1,
+        "ssm_state_size": 16,
+    },
+}
+"""Of models with sizes that others have not; each comes to an FFN of 192 neurons."""
 HOSTED = {
     "EuroBERT-210m": LLAMA_LIKE,
     "ERNIE-4.5-0.3B-PT": {"ernie4_5_moe"},
@@ -271,6 +480,13 @@ HOSTED = {
     "Ministral-8B-Instruct-2410": {"qwen2_moe", "granitemoe_swa"},
     "cwm": {"qwen2_moe", "granitemoe_swa"},
     "helium-1-2b": LLAMA_LIKE,
+    "LFM2-350M": {"lfm2_moe"},
+    "LFM2-1.2B": {"lfm2_moe"},
+    "granite-4.0-350m": {"granitemoehybrid"},
+    "granite-4.0-h-350m": {"granitemoehybrid"},
+    "granite-4.0-h-1b": {"granitemoehybrid"},
+    "AFM-4.5B": LLAMA_LIKE,
+    "NVIDIA-Nemotron-Nano-9B-v2": {"nemotron_h"},
 }
 CHANGED = {
     "Ministral-3-8B": ({"max_position_embeddings": 16384}, "queries scaled", LLAMA_LIKE),
@@ -292,24 +508,27 @@ def small(tmp_path_factory):
     def make(name, **changed):
         key = (name, *changed.items())
         if key not in made:
-            made[key] = write(tmp_path_factory.mktemp("published"), PUBLISHED[name] | changed)
+            made[key] = write(tmp_path_factory.mktemp("published"), name, changed)
         return made[key]
 
     return make
 
 
-def write(folder, published):
-    (folder / "config.json").write_text(json.dumps(published | smaller(published)))
+def write(folder, name, changed):
+    published = PUBLISHED[name] | changed
+    sizes = SMALLER | OWN_SIZES[name] if name in OWN_SIZES else smaller(published)
+    config = json.dumps(published | sizes)
+    (folder / "config.json").write_text(config)
     torch.manual_seed(0)
     auto = HEADS.get(published["model_type"], AutoModelForCausalLM)
     model = auto.from_config(AutoConfig.from_pretrained(folder))
-    for name, parameter in model.named_parameters():
-        if name.endswith(("norm.weight", "bias")):
+    for place, parameter in model.named_parameters():
+        if place.endswith(("norm.weight", "bias")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     # transformers spells the config anew; people have it as it was published.
-    (folder / "config.json").write_text(json.dumps(published | smaller(published)))
+    (folder / "config.json").write_text(config)
     return folder
 
 

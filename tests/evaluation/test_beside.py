@@ -40,10 +40,16 @@ def test_every_model_and_the_mean_of_the_sources_on_every_text(dense, tmp_path, 
     mean = load(base)
     states = [load(folders[name]).state_dict() for name in ("m1", "m2")]
     mean.load_state_dict({key: sum(s[key] for s in states) / 2 for key in states[0]})
-    sources = [open_source(str(folders[name])) for name in ("m1", "m2")]
-    told = []
-    table = list(perplexities(folders, sources, WINDOWS, torch.float32, CPU, told.append))
-    assert [row.model for row in table] == [*folders, MEAN] == told
+    opened = {name: open_source(str(folder)) for name, folder in folders.items()}
+    mine = {name: opened[name] for name in ("m1", "m2")}
+    steps = []
+    table = list(
+        perplexities(
+            opened["base"], mine, list(mine.values()), WINDOWS, torch.float32, CPU, steps.append
+        )
+    )
+    assert [row.model for row in table] == ["m1", "m2", MEAN]
+    assert len(steps) == 3 * sum(map(len, WINDOWS.values()))
     models = {name: load(folder) for name, folder in folders.items()} | {MEAN: mean}
     for row in table:
         for text, tokens_BL in WINDOWS.items():
@@ -52,6 +58,19 @@ def test_every_model_and_the_mean_of_the_sources_on_every_text(dense, tmp_path, 
     assert len({round(p, 2) for row in table for p in row.texts.values()}) == 2 * len(table)
 
 
+def test_a_source_of_another_vocabulary_is_measured_with_the_bases(dense, tmp_path):
+    """It may have appended tokens, or lack those that the base has."""
+    base, more = dense(), fine_tune(dense(), 0, tmp_path / "more")
+    expected = perplexity(load(more), WINDOWS["code"])
+    model = load(more)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(more)
+    opened = {"more": open_source(str(more))}
+    (row,) = perplexities(open_source(str(base)), opened, [], WINDOWS, torch.float32, CPU)
+    # The softmax runs over the base's rows, of which no text holds the last.
+    assert row.texts["code"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_without_sources_there_is_no_mean(dense):
-    table = list(perplexities({"base": dense()}, [], WINDOWS, torch.float32, CPU))
-    assert [row.model for row in table] == ["base"]
+    base = open_source(str(dense()))
+    assert list(perplexities(base, {}, [], WINDOWS, torch.float32, CPU)) == []

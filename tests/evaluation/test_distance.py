@@ -1,5 +1,7 @@
 """Distances of weights against numpy's on all of them at once."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import upcycle.evaluation.distance
 from upcycle.evaluation.distance import Meter, remarks
 
 SHAPES = [(40, 30), (17,), (64, 9)]
+NAMES = ["first", "second", "third", "fourth"]
 
 
 def make_models(offsets=(0.01, 0.0, 0.03), seed=0):
@@ -21,11 +24,17 @@ def make_models(offsets=(0.01, 0.0, 0.03), seed=0):
     return base, models
 
 
-def metered(base, models, part="ffn"):
-    meter = Meter(len(models))
-    for place, tensor in enumerate(base):
-        meter.add(part, tensor, (model[place] for model in models))
-    return meter.distances(part)
+def metered(base, models):
+    meter = Meter(NAMES[: len(models)])
+    for place in range(len(base)):
+        see(meter, "ffn", place, base, models)
+        meter.close()
+    return meter.distances("ffn")
+
+
+def see(meter, part, place, base, models):
+    for name, model in zip(NAMES, models, strict=False):
+        meter.see(part, f"tensor {place}", name, base[place], model[place])
 
 
 def length(tensors):
@@ -60,12 +69,56 @@ def test_large_tensors_are_sampled_for_the_distances_between_models(monkeypatch)
 
 def test_parts_are_added_up_apart():
     base, models = make_models()
-    meter = Meter(len(models))
-    meter.add("ffn", base[0], (model[0] for model in models))
-    meter.add("rest", base[1], (model[1] for model in models))
+    meter = Meter(NAMES[:3])
+    see(meter, "ffn", 0, base, models)
+    see(meter, "rest", 1, base, models)
     ffn, rest = meter.distances("ffn"), meter.distances("rest")
     assert ffn.to_base[2] == pytest.approx(length([models[2][0] - base[0]]) / length(base[:1]))
     assert rest.to_base[2] == pytest.approx(length([models[2][1] - base[1]]) / length(base[1:2]))
+
+
+def test_what_several_meters_saw_is_added_up():
+    """As of the layers of a run that was stopped in between."""
+    base, models = make_models()
+    whole = Meter(NAMES[:3])
+    for place in range(len(base)):
+        meter = Meter(NAMES[:3])
+        see(meter, "ffn", place, base, models)
+        whole.add(json.loads(json.dumps(meter.plain())))
+    assert whole.distances("ffn") == metered(base, models)
+
+
+def test_a_model_counts_once_and_others_not_at_all():
+    base, models = make_models()
+    meter = Meter(NAMES[:2])
+    assert meter.awaits("ffn", "tensor 0", "first")
+    for _ in range(2):
+        see(meter, "ffn", 0, base, models)
+    assert not meter.awaits("ffn", "tensor 0", "first")
+    assert not meter.awaits("ffn", "tensor 1", "base")
+    expected = length([models[0][0] - base[0]]) / length(base[:1])
+    assert meter.distances("ffn").to_base == [pytest.approx(expected, rel=1e-6), 0]
+
+
+def test_a_model_that_was_not_seen_is_the_base():
+    base, models = make_models()
+    meter = Meter(NAMES[:2])
+    meter.see("ffn", "tensor 0", "first", base[0], models[0][0])
+    meter.close()
+    found = meter.distances("ffn")
+    assert found.to_base[1] == 0
+    assert found.between[0][1] == pytest.approx(found.to_base[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [30, 50])
+def test_of_a_vocabulary_that_grew_the_common_rows_count(rows):
+    base, models = make_models()
+    tensor = torch.cat([models[0][0], torch.ones(20, 30)])[:rows]
+    meter = Meter(NAMES[:1])
+    meter.see("rest", "embeddings", "first", base[0], tensor)
+    common = min(rows, 40)
+    expected = length([models[0][0][:common] - base[0][:common]]) / length(base[:1])
+    assert meter.distances("rest").to_base[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_models_and_one_of_other_origin_are_noticed():
@@ -74,7 +127,7 @@ def test_equal_models_and_one_of_other_origin_are_noticed():
     found = metered(base, [base, one, [tensor.clone() for tensor in one], other])
     assert found.to_base[0] == 0
     assert found.between[1][2] == 0
-    said = remarks("base", ["first", "second", "third", "fourth"], found)
+    said = remarks("base", NAMES, found)
     assert said[:2] == ["first has the same FFNs as base", "third has the same FFNs as second"]
     assert "fourth is 1.34 of base's length" in said[2]
     assert len(said) == 3

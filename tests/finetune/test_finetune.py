@@ -296,6 +296,25 @@ def moved_biases(done):
 STEP_OF_BIAS = {"steps": 1, "balance_bias": 0.001, "balance": 0, "keep_best": False}
 
 
+def test_a_selection_bias_that_lies_beside_the_router_moves_too(dense, moe, train):
+    source = moe(dense("lfm2", dtype=torch.bfloat16), experts=8, top_k=2)
+    done = train(source, train="moe", **STEP_OF_BIAS)
+    found = [t for name, t in weights(done.out).items() if name.endswith("expert_bias")]
+    assert len(found) == 3
+    assert all(t.any() and t.dtype == torch.float32 for t in found)
+    assert layout(done.out) == layout(source)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "nemotron_h"])
+def test_low_rank_changes_of_layers_of_all_kinds(dense, moe, train, family):
+    """But for what kernels read past its module."""
+    done = train(moe(dense(family), experts=8, top_k=2), steps=1, train="all", lora=2, merge=True)
+    trained = {group: row["trained"] for group, row in done.groups.items()}
+    assert trained["attention"] > 0
+    assert trained["experts"] > 0
+    assert done.reload_error < 1e-5
+
+
 @pytest.mark.parametrize("made", ["copies", "shards", "split"])
 def test_a_step_moves_the_selection_bias_by_what_was_asked_for(dense, moe, train, made):
     """As DeepSeek-V3's does, of any router that is not tempered."""

@@ -12,7 +12,6 @@ from upcycle.finetune.loop import make_optimizer
 from upcycle.finetune.routers import (
     RouterTap,
     Scale,
-    correction_bias,
     keep_float32,
     measure_scales,
     update_bias,
@@ -238,6 +237,25 @@ def test_dense_router_gradient_of_renormalised_copies(dense, moe, target):
     torch.testing.assert_close(actual_ED, expected_ED, rtol=1e-3, atol=1e-4 * expected_ED.std())
 
 
+def test_dense_router_gradient_of_experts_without_gates(dense, moe):
+    model = load(moe(dense("nemotron_h"), shared=0, router_spread=1e-4))
+    (block, *_), (x_TD, *_) = moe_blocks(model), inputs_of_routers(model)
+    RouterTap([block], dense_gradient=True, score=score_of("nemotron_h"))
+    chosen_TK = selected(block.router(x_TD))
+    weights_TE = 2 * (x_TD @ block.router.weight.T).sigmoid()
+    y_TD = block.experts(x_TD, chosen_TK, weights_TE.gather(1, chosen_TK))
+    grad_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(0))
+    y_TD.backward(grad_TD, retain_graph=True)
+    actual_ED = block.router.weight.grad.clone()
+    model.zero_grad()
+    both = zip(block.experts.up_proj, block.experts.down_proj, strict=True)
+    each_TD = [(x_TD @ up_MD.T).relu() ** 2 @ down_DM.T for up_MD, down_DM in both]
+    sum(w_T[:, None] * y for w_T, y in zip(weights_TE.T, each_TD, strict=True)).backward(grad_TD)
+    expected_ED = block.router.weight.grad
+    assert expected_ED.std() > 0
+    torch.testing.assert_close(actual_ED, expected_ED, rtol=1e-3, atol=1e-4 * expected_ED.std())
+
+
 def test_dense_router_gradient_changes_no_output(dense, moe):
     plain, tapped = (split_model(dense, moe, "qwen2_moe") for _ in range(2))
     RouterTap(moe_blocks(tapped), dense_gradient=True)
@@ -315,9 +333,9 @@ def test_routers_hold_and_select_in_float32(dense, moe, target, how):
 
 def test_bias_moves_towards_the_experts_with_less_than_their_share(dense, moe):
     (block, *_) = moe_blocks(split_model(dense, moe, "glm4_moe"))
-    assert not correction_bias(block).any()
+    assert not block.selection_bias.any()
     update_bias(block, torch.tensor([5, 0, 2, 2, 2, 2, 2, 1]), 0.25)
-    assert correction_bias(block).tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
+    assert block.selection_bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -346,4 +364,4 @@ def test_only_glm_has_a_selection_bias(dense, moe):
     blocks = itertools.chain.from_iterable(
         moe_blocks(split_model(dense, moe, t)) for t in ("qwen2_moe", "mixtral")
     )
-    assert all(correction_bias(block) is None for block in blocks)
+    assert all(block.selection_bias is None for block in blocks)

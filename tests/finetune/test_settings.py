@@ -7,10 +7,12 @@ from upcycle import UpcycleError
 from upcycle.core.settings import shipped_presets
 from upcycle.finetune.settings import DEFAULT_TOKENS, Training, load_training
 
+PRESETS = ["btx", "heal", "lora", "routers", "specialise"]
 
-@pytest.mark.parametrize("name", ["heal", "lora", "specialise"])
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_load_and_say_what_they_are(name):
-    assert set(shipped_presets()) == {"heal", "lora", "specialise"}
+    assert sorted(shipped_presets()) == PRESETS
     preset = load_training(name, {}, "the/dense")
     assert (preset.name, preset.teacher) == (name, "the/dense" if name == "heal" else None)
     assert preset.summary

@@ -3,7 +3,7 @@ transformers adds up, with the dense model's own neurons."""
 
 import pytest
 import torch
-from reference import experts, load, logits, moe_layers, router_weights
+from reference import experts, ffn_of, load, logits, moe_layers, neurons, router_weights
 from tiny import PLAIN_SPLIT
 
 import upcycle
@@ -19,6 +19,9 @@ FAMILY = {
     "deepseek_v3": "youtu",
     "qwen3_5_moe": "qwen3_5_text",
     "gemma4": "gemma4_text",
+    "lfm2_moe": "lfm2",
+    "granitemoehybrid": "granitemoehybrid",
+    "nemotron_h": "nemotron_h",
 }
 """Of a dense model that the target takes; else llama."""
 SPREAD = 0.3
@@ -60,11 +63,6 @@ def seen_by_experts(model):
     return seen
 
 
-def matrices(mlp):
-    """gate, up and down of a dense FFN."""
-    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-
-
 @pytest.mark.parametrize("settings", SPLITS, ids=str)
 @pytest.mark.parametrize("name", sorted(TARGETS))
 @torch.no_grad()
@@ -76,9 +74,7 @@ def test_a_splits_experts_count_what_the_plan_weighs(dense, moe, name, settings)
         logits_TE = x_TD @ router_ED.T
         weight_TE = plan.design.weigh(logits_TE)
         assert ((weight_TE > 0).sum(1) == plan.design.geometry.top_k).all()
-        gate_FD, up_FD, down_DF = matrices(source.model.layers[record["layer"]].mlp)
-        act = source.model.layers[record["layer"]].mlp.act_fn
-        h_TF = act(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
+        h_TF, down_DF = neurons(ffn_of(source.model.layers[record["layer"]]), x_TD)
         members_EM = torch.tensor(record["permutation"]).view(plan.design.geometry.num_experts, -1)
         expected_TD = sum(
             weight_TE[:, e, None] * (h_TF[:, members_M] @ down_DF[:, members_M].T)
@@ -96,14 +92,14 @@ def test_a_splits_experts_count_what_the_plan_weighs(dense, moe, name, settings)
 def test_copies_count_what_the_plan_weighs(dense, moe, name, settings):
     if settings["top_k"] == 1 and TARGETS[name].routing.renormalises == "always":
         settings = settings | {"allow_frozen_router": True}
-    plan, source, model, _ = converted(dense, moe, name, settings)
+    plan, source, model, out = converted(dense, moe, name, settings)
     geometry = plan.design.geometry
-    layers = zip(seen_by_experts(model), router_weights(model), source.model.layers, strict=True)
+    blocks = [source.model.layers[record["layer"]] for record in moe_layers(out)]
+    layers = zip(seen_by_experts(model), router_weights(model), blocks, strict=True)
     for (x_TD, y_TD), router_ED, block in layers:
         weight_TE = plan.design.weigh(x_TD @ router_ED.T)
         shards_TG = weight_TE.view(len(x_TD), geometry.copies, geometry.granularity).sum(1)
-        gate_FD, up_FD, down_DF = matrices(block.mlp)
-        h_TF = block.mlp.act_fn(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
+        h_TF, down_DF = neurons(ffn_of(block), x_TD)
         count_TF = shards_TG.repeat_interleave(geometry.expert_size, dim=1)
         expected_TD = (h_TF * count_TF) @ down_DF.T
         torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5 * y_TD.std().item())

@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
-from reference import gap, load, logits
-from tiny import FAMILIES, SIZES
+from reference import FFNS, ffn_of, gap, load, logits
+from tiny import FAMILIES, FFN_LAYERS, SIZES
 
 import upcycle.models.stream
 from upcycle.core.errors import UpcycleError
@@ -67,11 +67,14 @@ def stream_through(folder, tokens_BL=TOKENS_BL, replaced=None):
     outer = source.read(source.embedding_names())
     stream = HiddenStream(source.config, outer, tokens_BL, CPU)
     inputs, norms = [], []
-    for layer in range(LAYERS):
+    for layer in range(source.arch.num_layers):
+        if layer not in source.arch.ffn_layers:
+            stream.through(layer, source.read_layer(layer))
+            continue
         x_TD, norm_T = stream.attend(layer, source.read_layer(layer))
         inputs.append(x_TD.clone())
         norms.append(norm_T)
-        function = (replaced or {}).get(layer)
+        function = (replaced or {}).get(source.arch.ffn_layers.index(layer))
         stream.advance(layer, None if function is None else function(x_TD))
     return inputs, norms, torch.cat([hidden_bLD.flatten(0, 1) for hidden_bLD in stream.hidden])
 
@@ -84,22 +87,37 @@ def model_through(folder, tokens_BL=TOKENS_BL, replaced=None):
     def keep(place):
         return lambda _, args: place.append(args[0].flatten(0, 1))
 
-    for block in model.model.layers:
-        block.mlp.register_forward_pre_hook(keep(inputs))
-        # OLMo 2 has no norm before its FFN: there, the FFN sees the residual stream itself.
-        post_norm = hasattr(block, "post_feedforward_layernorm")
-        before = block.mlp if post_norm else block.post_attention_layernorm
-        before = getattr(block, "pre_feedforward_layernorm", before)
-        before.register_forward_pre_hook(keep(residuals))
-    model.model.norm.register_forward_pre_hook(keep(last))
+    for block in ffn_blocks(model):
+        ffn_of(block).register_forward_pre_hook(keep(inputs))
+        norm_before_ffn(block).register_forward_pre_hook(keep(residuals))
+    last_norm(model).register_forward_pre_hook(keep(last))
     for layer, function in (replaced or {}).items():
         replace_ffn(model, layer, function)
     model(input_ids=tokens_BL, use_cache=False)
     return inputs, [residual_TD.norm(dim=-1) for residual_TD in residuals], last[0]
 
 
+def norm_before_ffn(block):
+    names = ("ffn_norm", "post_attention_layernorm", "norm")
+    if hasattr(block, "post_feedforward_layernorm"):
+        names = FFNS  # OLMo 2 has none before it: there, the FFN sees the residual stream itself.
+    names = ("pre_feedforward_layernorm", *names)
+    return next(getattr(block, name) for name in names if hasattr(block, name))
+
+
+def last_norm(model):
+    names = ("embedding_norm", "norm", "norm_f")
+    return next(getattr(model.model, name) for name in names if hasattr(model.model, name))
+
+
+def ffn_blocks(model):
+    """The layers that have an FFN."""
+    layers = FFN_LAYERS.get(model.config.model_type, range(LAYERS))
+    return [model.model.layers[layer] for layer in layers]
+
+
 def replace_ffn(model, layer, function):
-    mlp = model.model.layers[layer].mlp
+    mlp = ffn_of(ffn_blocks(model)[layer])
     mlp.forward = lambda x_BLD: function(x_BLD.flatten(0, 1)).view_as(x_BLD)
 
 
@@ -202,7 +220,10 @@ def test_log_probs_are_those_of_the_model_and_of_the_models_with_one_ffn_replace
     source = open_source(str(folder))
     outer = source.read(source.outer_names())
     stream = HiddenStream(source.config, outer, tokens_BL, CPU)
-    for layer in range(LAYERS):
+    for layer in range(source.arch.num_layers):
+        if layer not in source.arch.ffn_layers:
+            stream.through(layer, source.read_layer(layer))
+            continue
         x_TD, _ = stream.attend(layer, source.read_layer(layer))
         stream.branch(layer, another_ffn(x_TD[: tokens_BL.numel()]))
         stream.advance(layer)

@@ -1,6 +1,7 @@
 """The packer: windows as they were where no token begins a text, and with one in front where one
 does; one end of sequence after each document, whoever put it there."""
 
+import itertools
 import json
 import random
 import shutil
@@ -278,3 +279,38 @@ def test_front_of_a_tokenizer_is_what_it_adds_to_any_text():
         single="<s> </s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
     assert front_tokens(tokenizer) == (BOS, EOS)
+
+
+# --- what is held back -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [900, 60_000], ids=["read whole", "read in places"])
+def test_what_is_held_back_is_none_of_what_was_drawn(model, tmp_path, length):
+    """Every body of a text of random letters is found at one place in it."""
+    path, wanted, width = tmp_path / "text.txt", 6, 40
+    path.write_text(letters(length))
+    reader = open_reader(model(), VOCAB)
+    text = "".join(map(chr, reader.first(str(path), length + 1, seed=0)))
+    drawn = reader.drawn(str(path), wanted, width, seed=0).ids.view(-1, width)
+    held = reader.held_back(str(path), wanted, 4, width, seed=0)
+    assert held.shape == (4, width)
+    places = [text.index("".join(map(chr, body))) for body in (*drawn, *held)]
+    assert places[wanted:] == sorted(places[wanted:])
+    assert max(places[wanted:]) - min(places[wanted:]) > length / 2
+    assert min(b - a for a, b in itertools.pairwise(sorted(places))) >= width
+
+
+@pytest.mark.parametrize("length", [100, 240, 250])
+def test_of_a_text_that_is_all_drawn_nothing_is_held_back(model, tmp_path, length):
+    path = tmp_path / "text.txt"
+    path.write_text(letters(length))
+    reader = open_reader(model(), VOCAB)
+    assert reader.held_back(str(path), 6, 4, 40, seed=0).shape == (0, 40)
+    assert len(reader.held_back(str(path), 0, 2, 40, seed=0)) == 2  # where nothing is fitted
+
+
+def test_what_repeats_what_was_drawn_is_not_held_back(model, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text((letters(39) + "\n") * 30)
+    reader = open_reader(model(), VOCAB)
+    assert len(reader.held_back(str(path), 6, 4, 40, seed=0)) <= 1  # the end is another

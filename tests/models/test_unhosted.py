@@ -11,7 +11,6 @@ import upcycle
 from upcycle.core.errors import UpcycleError
 from upcycle.models import unhosted
 from upcycle.models.families import FAMILIES
-from upcycle.models.families.base import unsupported_reason
 
 SUPPORTED = f"supported: {', '.join(sorted(FAMILY_FIELDS))}"
 UNGATED = "ungated FFN"
@@ -37,6 +36,7 @@ REASONS = {
     "gpt_neo": "learned positions",
     "gpt_neox": UNGATED,
     "gptj": "parallel block",
+    "m2m_100": "runs only the first two of its experts",
     "mamba": "has no FFN",
     "mamba2": "has no FFN",
     "modernbert": "LayerNorms and two rotary bases",
@@ -64,7 +64,7 @@ def test_every_reason_has_its_test():
 
 MIXTURES = """
     mixtral qwen2_moe qwen3_moe glm4_moe granitemoe granitemoeshared olmoe flex_olmo gpt_oss
-    deepseek_v2 deepseek_v3 phimoe jamba dbrx
+    deepseek_v2 deepseek_v3 phimoe jamba dbrx switch_transformers
 """.split()
 
 
@@ -98,6 +98,7 @@ def test_architecture_that_no_moe_hosts(refusal, model_type):
 @pytest.mark.parametrize(
     ("model_type", "fields", "why"),
     [
+        ("t5", {}, "whose copies switch_transformers would host"),
         ("t5", {"is_gated_act": True}, "no native MoE of these has gated experts"),
         ("umt5", {}, "no native MoE of these has gated experts"),
         ("bart", {}, "an encoder-decoder of a family that upcycle does not know"),
@@ -108,12 +109,6 @@ def test_encoder_decoder(refusal, model_type, fields, why):
     sentence = refusal(model_type, **fields)
     assert why in sentence
     assert "encoder-decoder" in sentence
-
-
-def test_t5_without_gates_is_not_called_gated():
-    """Of T5, version 1.0 has no gate and 1.1 has one."""
-    sentence = unsupported_reason("t5", encoder_decoder=True, gated=False)
-    assert "gated" not in sentence
 
 
 @pytest.mark.parametrize(("model_type", "nearest"), [("quen2", "qwen2"), ("lama", "llama")])
@@ -132,8 +127,22 @@ def test_mixture_as_source(refusal, model_type):
     )
 
 
+def test_mixture_of_a_class_that_may_be_dense(refusal):
+    sentence = refusal("granitemoehybrid", num_local_experts=4, num_experts_per_tok=2)
+    assert sentence == (
+        "the source is a granitemoehybrid model, which is a Mixture-of-Experts already"
+    )
+
+
+def test_mixture_among_layers_of_other_kinds(refusal):
+    kinds = ["linear_attention", "moe", "full_attention", "mlp"]
+    sentence = refusal("nemotron_h", layers_block_type=kinds)
+    assert sentence == "the source is a nemotron_h model, which is a Mixture-of-Experts already"
+
+
 def test_finished_conversion_as_source(dense, moe):
-    for family, name in (("llama", "mixtral"), ("olmo2", "flex_olmo")):
+    hybrid = "granitemoehybrid"
+    for family, name in (("llama", "mixtral"), ("olmo2", "flex_olmo"), (hybrid, hybrid)):
         out = moe(dense(family), method="copy", experts=2, top_k=2, target=name)
         with pytest.raises(UpcycleError, match="Mixture-of-Experts already"):
             upcycle.plan(str(out))

@@ -11,7 +11,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.passages import Passage
 from upcycle.core.settings import Choice
 from upcycle.router_init.gates import GATES
-from upcycle.router_init.gates.base import LayerTexts
+from upcycle.router_init.gates.base import GateRows, LayerTexts
 from upcycle.router_init.gates.domain import project
 from upcycle.router_init.gates.perplexity import sequence_weights
 
@@ -256,3 +256,65 @@ def test_every_gate_reads_what_it_says_and_makes_float32_rows(name):
     assert rows_ED.shape == (E, D)
     assert rows_ED.dtype == torch.float32
     assert torch.equal(rows_ED, rows(name, whole))
+
+
+def added(name, texts, before, **params):
+    bound = bind(GATES, Choice(name=name, **params))
+    return bound.method.add_row(texts, before, bound.params)
+
+
+@pytest.mark.parametrize("name", ["hidden", "hidden_avg", "hidden_last", "cheap_embed"])
+def test_the_row_of_a_later_expert_is_what_it_would_have_been_from_the_start(name):
+    texts = make_texts()
+    all_ED = rows(name, texts)
+    places = [i for i, passage in enumerate(texts.passages) if passage.expert == E - 1]
+    fields = {name: [getattr(texts, name)[i] for i in places] for name in ("entering", "embedded")}
+    own = LayerTexts(E, [texts.passages[i] for i in places], **fields)
+    found = added(name, own, GateRows(all_ED[:-1]))
+    torch.testing.assert_close(found.rows_ED, all_ED[-1:])
+
+
+@pytest.mark.parametrize("name", ["text", "loss", "perplexity"])
+def test_a_later_experts_fitted_row_takes_from_the_others_what_its_text_gives_it(name):
+    """The ridge's row, as long as fits the other passages best beside rows that stay."""
+    texts, before_ED = make_texts(), normal(E - 1, D, seed=77) * 0.3
+    x, share, counted, first = samples(texts, name)
+    row = weighted_ridge(x, share, counted, 0.1)[-1]
+    tried = weighted_ridge(x[first], share[first], counted[first], 0.1)[-1]
+    others = x[~first] @ before_ED.double().numpy().T
+
+    def cross_entropy(log_factor):
+        logit = np.exp(log_factor) * (x[~first] @ tried)
+        own = log_softmax(np.column_stack([others, logit]), axis=1)[:, -1]
+        rest = np.log1p(-np.exp(own))
+        fit = share[~first, -1] * own + (1 - share[~first, -1]) * rest
+        return -(counted[~first] * fit).sum()
+
+    best = minimize_scalar(cross_entropy, bounds=(0, np.log(30)), options={"xatol": 1e-6})
+    expected_1D = torch.from_numpy(row * np.exp(best.x)).float()[None]
+    found = added(name, texts, GateRows(before_ED), strength=0.1)
+    assert name == "perplexity" or best.x > 0.3
+    torch.testing.assert_close(found.rows_ED, expected_1D, rtol=2e-3, atol=1e-4)
+
+
+def test_a_later_experts_text_may_stand_against_text_that_is_no_ones():
+    owners = [(0, False), (1, False), (0, False), (1, False)]
+    old_ED = rows("text", make_texts(owners, [40] * 4, noise=0.5, num_experts=2))
+    later = make_texts([(2, False), (2, True), (2, False), (2, True)], [40] * 4, noise=0.5)
+    row_1D = added("text", later, GateRows(old_ED)).rows_ED
+    x_TD = 0.5 * normal(100, D, seed=99) + 2 * torch.eye(D)[2]
+    logits_TE = x_TD @ torch.cat([old_ED, row_1D]).T
+    assert (logits_TE.argmax(1) == 2).float().mean() > 0.95
+
+
+def test_a_later_domains_row_is_what_the_kept_projector_makes_of_it():
+    texts = make_texts()
+    made = run("domain", texts)
+    own = LayerTexts(E + 1, [Passage(torch.zeros(4), E, front=FRONT)], [normal(4, D, seed=5)])
+    found = added("domain", own, made)
+    new_D = own.embedded[0][FRONT:].mean(0)
+    expected = (new_D - made.beside["centre"]) @ made.beside["projector"]
+    torch.testing.assert_close(found.rows_ED, expected[None])
+    assert torch.equal(found.beside["projector"], made.beside["projector"])
+    assert torch.equal(found.beside["domains"][:-1], made.beside["domains"])
+    torch.testing.assert_close(found.beside["domains"][-1], new_D)

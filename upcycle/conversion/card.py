@@ -1,5 +1,6 @@
 """What a conversion leaves to read: upcycle.json for machines, a model card for people."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -10,6 +11,8 @@ import jinja2
 import yaml
 
 from upcycle.conversion.memory import peak_bytes
+from upcycle.conversion.merging.addition import merge_part
+from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
 from upcycle.core.paths import local_path, public_name, way_from
@@ -17,10 +20,12 @@ from upcycle.core.versions import versions
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.frontmatter import read_card, with_results
 from upcycle.models.record import (
+    AddedPart,
     CheckReport,
     ConversionResult,
     DenseLayers,
     ExpertPart,
+    Findings,
     HiddenResult,
     Identity,
     KindResult,
@@ -49,6 +54,8 @@ class Conversion:
     peak_bytes: int
     dense_layers: DenseLayers | None = None
     """How the layers to keep dense were found, where they were measured."""
+    findings: Findings | None = None
+    """Of a merge."""
 
 
 def plan_summary(plan: Plan, *, measured: bool = False) -> PlanPart:
@@ -120,7 +127,12 @@ def conversion_summary(conversion: Conversion) -> ConversionResult:
         seconds={stage: round(s, 3) for stage, s in conversion.seconds.items()},
         peak_memory=conversion.peak_bytes,
         dense_layers=conversion.dense_layers,
+        **_found(conversion),
     )
+
+
+def _found(conversion: Conversion) -> dict[str, Any]:
+    return {} if conversion.findings is None else {"findings": conversion.findings}
 
 
 def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]]) -> Made:
@@ -134,7 +146,7 @@ def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]
     public: dict[str, Any] = {"source": public_name(source.label), "recipe": recipe}
     if conversion.plan.sources is not None:
         public["merge"] = _merge_part(conversion.plan.sources, fingerprints=True)
-    return Made(
+    made = Made(
         out=conversion.out.resolve().name,
         plan=result.plan.model_copy(update=public),
         check=conversion.check and _public_check(conversion.check),
@@ -145,7 +157,32 @@ def conversion_record(conversion: Conversion, layers: Iterable[Mapping[str, Any]
         source=Source(name=name, revision=source.revision, fingerprint=source.fingerprint()),
         run=conversion.run,
         layers=[LayerPart.model_validate(layer) for layer in layers],
+        **_found(conversion),
     )
+    finished = conversion.plan.finished
+    return made if finished is None else _with_history(made, finished)
+
+
+def _with_history(made: Made, finished: Finished) -> Made:
+    """The record of a merge with an expert more: what is said of the others, and of what was done
+    to them, is what the merge's own says."""
+    before, new = finished.record, made.plan.merge
+    router = made.plan.recipe.router
+    if new is None or router is None:
+        raise ValueError("the plan is of no merge")
+    old = merge_part(before)
+    merge = MergePart(experts=[*old.experts, new.experts[-1]], shared=old.shared)
+    added = AddedPart(
+        expert=finished.num_experts,
+        router=router,
+        after_training=len(before.training),
+        upcycle=version("upcycle"),
+        check_before=before.check,
+    )
+    recipe = made.plan.recipe.model_copy(update={"router": before.plan.recipe.router})
+    plan = made.plan.model_copy(update={"merge": merge, "recipe": recipe})
+    history = {"training": before.training, "added": [*before.added, added]}
+    return made.model_copy(update={"plan": plan} | history)
 
 
 def _public_check(check: Report) -> Report:
@@ -191,7 +228,7 @@ def model_card(conversion: Conversion) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("card.md.jinja").render(
+    text = environment.get_template("card.md.jinja").render(
         front=yaml.safe_dump(front, sort_keys=False),
         plan=plan,
         target=TARGETS[plan.target],
@@ -203,6 +240,26 @@ def model_card(conversion: Conversion) -> str:
         papers=papers(plan),
         used=plan.way.used(plan.design.methods, plan.design.geometry),
         version=version("upcycle"),
+    )
+    return text if plan.finished is None else text + _history(plan, plan.finished)
+
+
+HISTORY = re.compile(r"^## (Training|Expert \d+, added later)$", re.MULTILINE)
+
+
+def _history(plan: Plan, finished: Finished) -> str:
+    """What the merge's card says of what was done to it since it was made, and the expert more."""
+    card = finished.folder / "README.md"
+    before = card.read_text("utf-8") if card.is_file() else ""
+    start = HISTORY.search(before)
+    router = plan.recipe.router.name if plan.recipe.router else ""
+    trained = " (trained further by now)" if finished.record.training else ""
+    told = f"{before[start.start() :].rstrip()}\n" if start else ""
+    return (
+        f"\n{told}\n## Expert {finished.num_experts}, added later\n\n"
+        f"Added by upcycle {version('upcycle')} to a merge of {finished.num_experts} "
+        f"experts{trained}, whose tensors stay as they\nwere; its rows of the routers are made by "
+        f"`{router}`.\n"
     )
 
 

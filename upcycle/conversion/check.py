@@ -68,7 +68,7 @@ def run_check(
     Raises:
         CheckFailed: the checkpoint does not load whole, or is not exact where it must be.
     """
-    dtype = _dtype_that_fits(plan)
+    dtype = dtype_that_fits(plan)
     step = _steps(progress, 2 * sum(map(len, held.values())))
     exact_L = next(iter(held.values()))[0, :EXACT_TOKENS]
     model = load_model(plan.source.folder, dtype, plan.device)
@@ -154,7 +154,7 @@ def _exact_error(plan: Plan, model: Any, exact_L: Tensor, exact: Tensor) -> floa
     return None
 
 
-def _dtype_that_fits(plan: Plan) -> torch.dtype:
+def dtype_that_fits(plan: Plan) -> torch.dtype:
     """float32 where one model at a time fits in memory, else the checkpoint's own dtype."""
     fits = plan.check_bytes(torch.float32) < free_memory(plan.device)
     return torch.float32 if fits else plan.design.dtype

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -55,11 +55,18 @@ class ConvertedLayer:
         """The dense FFN's neurons, shared first, then expert by expert."""
         return self.origin_F[self.layout.permutation]
 
+    @property
+    def gate(self) -> dict[str, Any]:
+        """How well the router tells experts apart, as plain values, where that is a question."""
+        return {}
+
     def experts(self, design: Design, layer: int) -> MoELayer:
         """What a target writes."""
         shared_S = self.layout.shared_S
         shared = self.ffn.take(shared_S) if len(shared_S) else None
-        return MoELayer(self.router_ED, Experts(design, layer, self.ffn, self.layout), shared)
+        experts = Experts(design, layer, self.ffn, self.layout)
+        granularity = design.geometry.granularity
+        return MoELayer(self.router_ED, experts, shared, granularity=granularity)
 
     def output(self, activations: LayerActivations, weigh: Weigh) -> Tensor:
         """A split's output y [T, D] for the inputs of the dense FFN's activations."""

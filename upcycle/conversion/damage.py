@@ -23,7 +23,7 @@ from upcycle.models.stream import HiddenStream
 def measure_damage(
     plan: Plan, tokens_BL: Tensor, progress: Callable[[str, int, int], None]
 ) -> list[float]:
-    """KL(dense ‖ branch) per layer, in nats per token."""
+    """KL(dense ‖ branch) per layer that has an FFN, in nats per token."""
     source = plan.source
     outer = source.read(source.outer_names())
     stream = HiddenStream(source.config, outer, tokens_BL, plan.device)

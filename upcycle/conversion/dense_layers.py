@@ -65,7 +65,8 @@ def choose_dense_layers(
     dense = _losses(_stream_dense(plan, sample.held_BL), plan, len(sample.held_BL))
     trials: list[Trial] = []
 
-    def attempt(layers: tuple[int, ...]) -> Trial | None:
+    def attempt(places: tuple[int, ...]) -> Trial | None:
+        layers = tuple(plan.source.arch.ffn_layers[place] for place in places)
         known = next((trial for trial in trials if trial.layers == layers), None)
         if known is not None:
             return known
@@ -78,17 +79,25 @@ def choose_dense_layers(
         return trial
 
     if attempt(()) is None:  # the conversion itself will say why
-        return DenseLayers((), damage, trials)
+        return DenseLayers((), _of_all(plan, damage), trials)
     best = (
         _most_worth(plan, damage, attempt)
         if plan.request.top_k is None
         else _few(plan, damage, attempt)
     )
     progress("trying dense layers", len(trials), len(trials))
-    return DenseLayers(best.layers, damage, trials)
+    return DenseLayers(best.layers, _of_all(plan, damage), trials)
 
 
 Attempt = Callable[[tuple[int, ...]], Trial | None]
+"""Of places among the layers that have an FFN."""
+
+
+def _of_all(plan: Plan, damage: list[float]) -> list[float]:
+    """Damage per layer of the model, of which only those with an FFN take any."""
+    arch = plan.source.arch
+    known = dict(zip(arch.ffn_layers, damage, strict=True))
+    return [known.get(layer, 0.0) for layer in range(arch.num_layers)]
 
 
 def _most_worth(plan: Plan, damage: list[float], attempt: Attempt) -> Trial:

@@ -1,6 +1,6 @@
 """A merge's routers: from the experts' passages, layer by layer, by the gate that was chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,17 +33,40 @@ class Gating:
         Raises:
             UpcycleError: an expert has no passage, or none with text.
         """
-        reads = self.gate.method.reads
-        texts = LayerTexts(
+        texts = self._texts(self.gate.method.reads, entering_TD, x_TD)
+        made: GateRows = self.gate.run(texts, self.gate.params, rng)
+        return made
+
+    def added(
+        self, before: GateRows, entering_TD: Tensor | None = None, x_TD: Tensor | None = None
+    ) -> GateRows:
+        """The row [1, D] of the last expert beside those of one layer that there are.
+
+        Args:
+            before: the others', and what was kept beside them.
+            entering_TD, x_TD: as `rows` takes them, if the gate reads them.
+
+        Raises:
+            UpcycleError: the expert has no passage, or none with text.
+        """
+        method = self.gate.method
+        texts = self._texts(method.reads_for_more, entering_TD, x_TD)
+        return method.add_row(texts, before, self.gate.params)
+
+    def _texts(
+        self, reads: Collection[str], entering_TD: Tensor | None, x_TD: Tensor | None
+    ) -> LayerTexts:
+        def of_passages(name: str, rows_TD: Tensor | None) -> Sequence[Tensor]:
+            return self.grouped.ungroup(rows_TD) if name in reads and rows_TD is not None else ()
+
+        return LayerTexts(
             self.num_experts,
             self.grouped.passages,
             embedded=self._embedded() if "embedded" in reads else (),
-            entering=self.grouped.ungroup(entering_TD) if "entering" in reads else (),
-            inputs=self.grouped.ungroup(x_TD) if "inputs" in reads else (),
+            entering=of_passages("entering", entering_TD),
+            inputs=of_passages("inputs", x_TD),
             losses=self.losses,
         )
-        made: GateRows = self.gate.run(texts, self.gate.params, rng)
-        return made
 
     def _embedded(self) -> list[Tensor]:
         if self.embed_VD is None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from upcycle.conversion.converted import ConvertedLayer, Inputs, token_weights
 from upcycle.conversion.plan import Plan
 from upcycle.core.types import DenseFFN, LayerActivations
+from upcycle.evaluation.distance import Meter
 
 
 @torch.no_grad()
@@ -17,6 +18,7 @@ def convert_layer(
     norm_T: Tensor | None = None,
     wanted_TD: Tensor | None = None,
     gate_ED: Tensor | None = None,
+    meter: Meter | None = None,
 ) -> ConvertedLayer:
     """Turn one dense FFN into experts and a router.
 
@@ -28,12 +30,13 @@ def convert_layer(
         wanted_TD: the output that would bring the hidden states back to the dense model's, if the
             plan has feedback.
         gate_ED: the router's rows, where text has made them.
+        meter: of a merge, is shown the models' FFNs as they are read.
     """
     if activations is None:
         activations = LayerActivations(ffn, ffn.up_FD.new_empty(0, ffn.hidden_size))
     weight_T = None
     if plan.design.compensates and norm_T is not None:
         weight_T = token_weights(norm_T)
-    ffns = plan.sources.ffns(layer, ffn.act) if plan.sources else ()
+    ffns = plan.sources.ffns(layer, ffn, meter) if plan.sources else ()
     inputs = Inputs(layer, ffn, activations, weight_T, wanted_TD, ffns, gate_ED)
     return plan.way.make(plan.design, inputs)

@@ -43,8 +43,9 @@ def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
 
 
 def _outside_layers(plan: Plan) -> int:
-    """Embeddings and head are read together."""
-    return sum(plan.source.tensors[name].nbytes for name in plan.source.outer_names())
+    """Embeddings and head are read together; of a merge, one of another model's beside them."""
+    sizes = [plan.source.tensors[name].nbytes for name in plan.source.outer_names()]
+    return sum(sizes) + (max(sizes) if plan.sources else 0)
 
 
 def _embedding(plan: Plan) -> int:
@@ -61,7 +62,8 @@ def _streamed(plan: Plan) -> int:
 
 
 def _sampling(plan: Plan) -> int:
-    """The whole model writes calibration text, with keys and values of all that it has written."""
+    """The whole model writes calibration text, with keys and values of all that it has written;
+    layers without attention keep no more."""
     arch = plan.source.arch
     tokens = 2 * TOGETHER * LENGTH  # an opener may be as long
     cache = tokens * arch.num_layers * arch.cached * plan.source.dtype.itemsize
@@ -136,7 +138,7 @@ def _layer(plan: Plan) -> int:
 
 def _ffn(plan: Plan) -> int:
     """Weights in a dense FFN."""
-    return 3 * plan.source.arch.hidden_size * plan.source.arch.intermediate_size
+    return plan.source.arch.ffn_params
 
 
 def _widened(plan: Plan, stored: int) -> int:

@@ -5,8 +5,10 @@ from collections.abc import Collection, Iterator
 import torch
 
 from upcycle.conversion.design import Design
+from upcycle.conversion.geometry import active_ffn_ratio
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways import Way
+from upcycle.core.flags import setting
 from upcycle.core.words import count
 from upcycle.models.source import DenseSource
 from upcycle.models.targets import TARGETS, MoESpec
@@ -34,14 +36,33 @@ def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
         )
 
 
-def layout_notes(source: DenseSource, arch: Architecture) -> Iterator[str]:
+def layout_notes(
+    source: DenseSource, arch: Architecture, target: str, spec: MoESpec
+) -> Iterator[str]:
     """What is stored otherwise than in the source."""
+    if twice := doubled(arch, target, spec):
+        yield twice
     if source.arch.tied and not arch.tied:
         more = arch.hidden_size * int(arch.fields["vocab_size"])
         yield (
             "the output embeddings, tied in the source, become a tensor of their own: "
             f"{count(more)} parameters more"
         )
+
+
+def doubled(arch: Architecture, target: str, spec: MoESpec) -> str:
+    """What it costs that an FFN's first matrix is stored twice, as a sentence without its point;
+    empty if it is not."""
+    if not TARGETS[target].doubles(arch):
+        return ""
+    active = active_ffn_ratio(spec.geometry, len(arch.ffn_layers), len(spec.dense_layers))
+    work = 1.5 * active
+    return (
+        f"{target} has gates, which {arch.family} has not: the first matrix of an FFN is stored "
+        "twice, and a neuron costs 3/2 in parameters and work, so that "
+        f"{100 * active:.0f} % of the neurons are {100 * work:.0f} % of the dense FFN's work"
+        + (", which saves nothing" if work >= 1 else "")
+    )
 
 
 def warnings(
@@ -60,6 +81,13 @@ def warnings(
         yield (
             f"{geometry.expert_size} neurons per expert is no multiple of 64: GPU kernels pad it, "
             "and tensor parallelism may not divide it"
+        )
+    least = TARGETS[target].routing.least_spread(design.dtype)
+    if recipe.router_spread is not None and recipe.router_spread < least:
+        dtype = str(design.dtype).removeprefix("torch.")
+        yield (
+            f"{setting('router_spread', recipe.router_spread)}: {target} rounds scores to {dtype}, "
+            f"in which many tie unless logits spread by {least:g}"
         )
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:

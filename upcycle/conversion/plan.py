@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from upcycle.conversion.beside import Beside
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import active_ffn_ratio
+from upcycle.conversion.merging.finished import Finished, Weights
 from upcycle.conversion.merging.passages import passage_tokens
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.merging.rest import check_rest, read_merged
 from upcycle.conversion.merging.sources import Sources
-from upcycle.conversion.notes import layout_notes, source_notes, warnings
+from upcycle.conversion.notes import doubled, layout_notes, source_notes, warnings
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.request import (
     check_calibration,
@@ -32,6 +34,7 @@ from upcycle.conversion.runtimes import (
     runtimes_lost,
     takes_dense_layers,
 )
+from upcycle.conversion.units import PARTS
 from upcycle.conversion.ways import WAYS, Room, Way
 from upcycle.conversion.ways.base import Exact
 from upcycle.core.errors import UpcycleError
@@ -40,7 +43,8 @@ from upcycle.core.machine import choose_device, free_memory, total_memory
 from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
 from upcycle.core.settings import Choice
-from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.core.types import Activation, DenseFFN, Geometry, MoELayer
+from upcycle.evaluation.distance import Meter
 from upcycle.models.assemble import (
     Named,
     assemble_embeddings,
@@ -54,6 +58,7 @@ from upcycle.models.targets import (
     TARGETS,
     Combine,
     MoESpec,
+    MoETarget,
     Runtime,
     common_fields,
     unplaced,
@@ -63,8 +68,6 @@ from upcycle.models.tokens import load_tokenizer
 from upcycle.models.traits import Architecture, Trait
 from upcycle.models.writer import TensorSpec, check_out
 
-PARTS = "parts"
-"""The unit of what is written as it is."""
 WRITING = 1.5  # times its weights is what a model takes in memory that writes text
 SPREAD, UNFITTED_SPREAD = 0.1, 0.01
 """Of a router's logits where a refit knows of the uneven weights that they make, and where none
@@ -106,6 +109,8 @@ class Plan:
     empty string."""
     sources: Sources | None = None
     """The experts' models, of a merge; `source` is its base."""
+    finished: Finished | None = None
+    """The merge that gets an expert more, where that is all that is to be done."""
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -126,6 +131,18 @@ class Plan:
         return runtimes_lost(self.recipe, arch, self.target, self.spec, combine)
 
     @property
+    def checkpoints(self) -> list[DenseSource | Weights]:
+        """All that is read, the source first."""
+        others = self.sources.distinct() if self.sources else []
+        return [self.source, *others, *([self.finished.weights] if self.finished else [])]
+
+    @property
+    def activation(self) -> Activation:
+        """Of the source's FFNs."""
+        activation: Activation = ACT2FN[self.source.arch.fields["hidden_act"]]
+        return activation
+
+    @property
     def moe_layers(self) -> list[int]:
         return [i for i in self.source.arch.ffn_layers if i not in self.spec.dense_layers]
 
@@ -136,6 +153,12 @@ class Plan:
         return active_ffn_ratio(self.design.geometry, layers, dense)
 
     @property
+    def doubled(self) -> str:
+        """What it costs that an FFN's first matrix is stored twice, as a sentence without its
+        point; empty if it is not."""
+        return doubled(self.source.arch, self.target, self.spec)
+
+    @property
     def undecided(self) -> bool:
         """Whether the layers to keep dense are yet to be measured; until then there are none, and
         where the target or a runtime that is asked for has none, it stays at that."""
@@ -143,20 +166,24 @@ class Plan:
         auto = self.request.keep_dense == "auto"
         return auto and takes_dense_layers(runtimes, arch, self.target, self.spec)
 
-    def read(self, names: list[str]) -> dict[str, Tensor]:
+    def read(self, names: list[str], meter: Meter | None = None) -> dict[str, Tensor]:
         """These tensors of the source; of a merge, all but FFNs as its rule for the rest has them.
+
+        Args:
+            meter: of a merge, is shown the models' tensors.
 
         Raises:
             UpcycleError: as `DenseSource.read`.
         """
         if self.sources is None:
             return self.source.read(names)
-        return read_merged(self.sources, self.design.methods.rest, names, self.design.seed)
+        return read_merged(self.sources, self.design.methods.rest, names, self.design.seed, meter)
 
-    def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """A layer's tensors by their names below `model.layers.N.`, as the source spells them."""
+    def read_layer(self, layer: int, meter: Meter | None = None) -> dict[str, Tensor]:
+        """A layer's tensors by their names below `model.layers.N.`, as the source spells them;
+        `meter` as `read` takes it."""
         prefix = f"model.layers.{layer}."
-        found = self.read(self.source.layer_names(layer))
+        found = self.read(self.source.layer_names(layer), meter)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def geometries(self) -> list[Geometry]:
@@ -174,6 +201,8 @@ class Plan:
     @property
     def exact(self) -> Exact:
         """What of the dense model the result must have to rounding."""
+        if self.finished is not None:  # It may have been trained since.
+            return "nothing"
         return self.way.exact(self.recipe, self.design)
 
     @property
@@ -205,7 +234,9 @@ class Plan:
     @property
     def held_tokens(self) -> int:
         """All that the check reads, at most."""
-        kinds = len(PROBES) + len(texts(self.recipe.calibration))
+        own = self.design.merge.texts if self.design.merge else []
+        # The experts' texts are read once more, mixed.
+        kinds = len(PROBES) + len(texts(self.recipe.calibration)) + len(own) + (len(own) > 1)
         return kinds * self.check_windows * min(self.recipe.seq_len, CHECK_WINDOW)
 
     @property
@@ -239,6 +270,7 @@ def make_plan(
     out: Path | None = None,
     *,
     sources: Sources | None = None,
+    finished: Finished | None = None,
     notes: tuple[str, ...] = (),
     overwrite: bool = False,
     resume: bool = False,
@@ -247,13 +279,14 @@ def make_plan(
 
     Args:
         sources: of a merge, whose base is `source`.
+        finished: the merge that gets the last of them as an expert more.
         notes: on what was asked for.
 
     Raises:
         UpcycleError: the request can't be carried out, with the nearest one that can.
     """
     way = WAYS[recipe.method.name]
-    methods = _methods(recipe, way, sources)
+    methods = _methods(recipe, way, sources, finished)
     recipe = suited(recipe, source, merges=way.several)
     dense_layers, asked = named_dense_layers(recipe, source), source
     merge = sources.merge if sources else None
@@ -269,6 +302,8 @@ def make_plan(
     beside = Beside.of(source, fitted=_streams(design))
     units = _units(source, target, spec, design.dtype, beside)
     layers = room.layers - len(dense_layers) + len(beside.drafts)
+    said = (*source_notes(source, design.dtype), *layout_notes(asked, arch, target, spec))
+    said += (*beside.notes(), *warnings(recipe, way, spec, target, design, _reached(targets)))
     plan = Plan(
         source=source,
         request=recipe,
@@ -284,17 +319,11 @@ def make_plan(
         beside=beside,
         units=units,
         params_dense=sum(torch.Size(i.shape).numel() for i in source.tensors.values()),
-        params_active=_params_active(units, geometry, arch, layers),
-        warnings=(
-            *source_notes(source, design.dtype),
-            *layout_notes(asked, arch),
-            *beside.notes(),
-            *notes,
-            *warnings(recipe, way, spec, target, design, _reached(targets)),
-            *left_out,
-        ),
+        params_active=_params_active(units, geometry, arch, TARGETS[target], layers),
+        warnings=(*notes, *said, *left_out),
         runtimes=runtime_refusals(recipe, arch, target, spec, combine),
         sources=sources,
+        finished=finished,
     )
     _check(plan, overwrite=overwrite, resume=resume)
     return plan
@@ -315,11 +344,13 @@ def _params_active(
     units: Mapping[str, tuple[TensorSpec, ...]],
     geometry: Geometry,
     arch: Architecture,
+    target: MoETarget,
     layers: int,
 ) -> int:
     """Parameters that a token uses, where so many layers have experts."""
     total = sum(s.numel for unit in units.values() for s in unit)
-    return total - geometry.idle_neurons * arch.ffn_params // arch.intermediate_size * layers
+    matrices = 3 if target.gated else 2
+    return total - geometry.idle_neurons * matrices * arch.hidden_size * layers
 
 
 def _config(arch: Architecture, target: str, spec: MoESpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -352,7 +383,9 @@ def _spec(recipe: Recipe, arch: Architecture, target: str) -> MoESpec:
     return MoESpec(geometry, TARGETS[target].gains(combine, geometry), dense_layers)
 
 
-def _methods(recipe: Recipe, way: Way, sources: Sources | None) -> Methods:
+def _methods(
+    recipe: Recipe, way: Way, sources: Sources | None, finished: Finished | None
+) -> Methods:
     """Those of a recipe that goes with the way, if as many models are there as that takes.
 
     Raises:
@@ -364,7 +397,7 @@ def _methods(recipe: Recipe, way: Way, sources: Sources | None) -> Methods:
     if not way.several and methods.rest.name != "base":
         raise UpcycleError(f"--rest {methods.rest.name} goes with upcycle merge: here is one model")
     way.check(recipe, methods)
-    if sources is not None:
+    if sources is not None and finished is None:
         check_rest(sources, methods.rest)
     return methods
 
@@ -395,18 +428,20 @@ def _design(
     merge: Merge | None,
 ) -> Design:
     compensates = bool(methods.compensate.method.refits)
-    spread = recipe.router_spread or (SPREAD if compensates else UNFITTED_SPREAD)
+    routing = TARGETS[target].routing
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    least = max(SPREAD if compensates else UNFITTED_SPREAD, routing.least_spread(dtype))
     gains = TARGETS[target].gains(combine, geometry)
     return Design(
         methods=methods,
         geometry=geometry,
         combine=combine,
-        routing=TARGETS[target].routing,
+        routing=routing,
         gains=gains.over_three_matrices() if recipe.spread_gain else gains,
-        router_spread=EXACT_SPREAD if way.averages else spread,
+        router_spread=EXACT_SPREAD if way.averages else recipe.router_spread or least,
         sequential=recipe.sequential and way.lossy,
         feedback=_feedback(recipe, way, methods, source.arch, geometry, room),
-        dtype=source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+        dtype=dtype,
         seed=recipe.seed,
         merge=merge,
     )
@@ -610,7 +645,7 @@ def _units(
         place = f"model.layers.{i}."
         named[f"layer {i}"] = layer(place, source.layer_names(i), routed=routed)
     named["head"] = assemble_head(host, source.arch, outer)
-    units = {unit: _specs(in_whole(source.layout, tensors)) for unit, tensors in named.items()}
+    units = {unit: _specs(in_whole(host, source.layout, each)) for unit, each in named.items()}
     for place in beside.drafts:
         names = [name for name in source.draft_names() if name.startswith(place)]
         units[place] = _specs(layer(place, names, routed=True))
@@ -631,18 +666,26 @@ def _meta_layer(spec: MoESpec, arch: Architecture, dtype: torch.dtype) -> MoELay
 
     router_ED = torch.empty(spec.geometry.num_experts, arch.hidden_size, dtype=dtype, device="meta")
     shared = ffn(spec.geometry.shared_size) if spec.geometry.shared_size else None
-    return MoELayer(router_ED, lambda e: ffn(spec.geometry.expert_size), shared)
+    granularity = spec.geometry.granularity
+    expert = ffn(spec.geometry.expert_size)
+    return MoELayer(router_ED, lambda e: expert, shared, granularity=granularity)
 
 
 def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     """What a plan that is whole may still come to grief on."""
     check_own_files(plan.source.folder)
     _check_feedback(plan)
+    _check_ties(plan)
     _check_text(plan)
     _check_memory(plan)
+    if plan.finished is not None:
+        before = plan.finished.spec(plan.spec)
+        units = _units(plan.source, plan.target, before, plan.design.dtype, plan.beside)
+        plan.finished.check_layout([spec for unit in units.values() for spec in unit])
+        check_own_files(plan.finished.folder)
     if plan.out is not None:
         room = plan.bytes + plan.aside_bytes()
-        for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+        for source in plan.checkpoints:
             check_out(plan.out, source.folder, room, overwrite=overwrite, resume=resume)
 
 
@@ -655,6 +698,19 @@ def _check_feedback(plan: Plan) -> None:
         if not plan.way.takes_feedback:
             why = "pruned copies are fitted to the dense FFN's output"
         raise UpcycleError(f"compensate.feedback={asked} has no effect: {why}, so give 0")
+
+
+def _check_ties(plan: Plan) -> None:
+    """Copies of which each must count 1 have hardly different scores, which some targets round."""
+    design = plan.design
+    if not plan.way.averages or design.combine != "sum":
+        return
+    if design.router_spread < design.routing.least_spread(design.dtype):
+        raise UpcycleError(
+            f"--top-k 1: {plan.target} rounds the scores of copies that count 1 each to one and "
+            "the same below float32, so that all tokens would get the same copy: raise --top-k, or "
+            "pass --dtype float32"
+        )
 
 
 def _check_text(plan: Plan) -> None:

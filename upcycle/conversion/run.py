@@ -13,20 +13,26 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.activations import ACT2FN
 
 from upcycle.conversion.card import Conversion, conversion_record, model_card
-from upcycle.conversion.check import run_check
+from upcycle.conversion.check import dtype_that_fits, run_check
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
+from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
+from upcycle.conversion.merging.findings import GATE, findings, measure_beside
+from upcycle.conversion.merging.finished import check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
-from upcycle.conversion.plan import PARTS, Plan, make_plan
+from upcycle.conversion.merging.own_texts import own_texts
+from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.units import PARTS, SEEN, write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
-from upcycle.core.types import Activation, DenseFFN, LayerActivations, all_finite
+from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.core.versions import versions
+from upcycle.evaluation.distance import Meter
 from upcycle.models.assemble import (
+    assemble_config,
     assemble_embeddings,
     assemble_head,
     assemble_layer,
@@ -35,10 +41,10 @@ from upcycle.models.assemble import (
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.names import EMBEDDINGS
-from upcycle.models.record import RECORD, DenseLayers, Identity, Report, record_text
+from upcycle.models.record import DOMAINS, RECORD, DenseLayers, Identity, Report, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
-from upcycle.models.targets import TARGETS, older_spellings
+from upcycle.models.targets import TARGETS
 from upcycle.models.writer import (
     CheckpointWriter,
     Workspace,
@@ -48,7 +54,6 @@ from upcycle.models.writer import (
 )
 
 DENSE_LAYERS = "layers to keep dense"
-BESIDE = "router_domains.safetensors"
 
 
 class Progress(Protocol):
@@ -79,8 +84,10 @@ def run(
     """
     if plan.out is None:
         raise ValueError("the plan has no output folder")
-    for source in (plan.source, *(plan.sources.distinct() if plan.sources else ())):
+    for source in plan.checkpoints:
         source.fetch()
+    if plan.finished is not None:
+        check_base(plan.source, plan.finished)
     begun = None
     if resume:
         # What is there was made by a run with its own number of threads.
@@ -116,6 +123,8 @@ def identity(plan: Plan, threads: int) -> Identity:
             text_fingerprint(plan.source.folder, e.text) for e in merge.experts if e.text
         ]
         ingredients["sources"] = plan.sources.fingerprints()
+    if plan.finished is not None:
+        ingredients["finished"] = plan.finished.weights.fingerprint()
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return Identity(digest, threads)
 
@@ -127,25 +136,36 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     def lap(stage: str) -> None:
         seconds[stage] = time.monotonic() - clock - sum(seconds.values())
 
-    tokens = _tokens(plan, progress)
+    tokens, own = _tokens(plan, progress), own_texts(plan)
     fit_BL = tokens.fit_BL
     lap("calibration text")
     if plan.undecided:
         plan = _decide(plan, workspace, tokens, progress)
         lap(DENSE_LAYERS)
-    _write_small_files(plan, workspace.result)
-    _write_weights(plan, workspace, fit_BL, progress)
+    if plan.finished is not None:
+        write_grown_files(plan, plan.finished, workspace.result)
+        write_grown(plan, plan.finished, workspace, progress)
+    else:
+        _write_small_files(plan, workspace.result)
+        _write_weights(plan, workspace, fit_BL, progress)
     lap("conversion")
     peak = peak_memory()
-    check = None
+    check = beside = None
     if plan.recipe.check != "none":
-        check = _check(plan, workspace, tokens.held, progress)
+        check = _check(plan, workspace, {**tokens.held, **own.windows}, progress)
+        beside = measure_beside(plan, check, own, dtype_that_fits(plan), progress)
         lap("check")
     chosen = workspace.records.get(DENSE_LAYERS)
     dense_layers = None if chosen is None else TypeAdapter(DenseLayers).validate_python(chosen)
-    conversion = Conversion(plan, workspace.run, out, check, seconds, peak, dense_layers)
-    records = [workspace.records[unit] for unit in plan.units if unit.startswith("layer ")]
-    record = record_text(conversion_record(conversion, records))
+    units = [workspace.records[unit] for unit in plan.units if unit in workspace.records]
+    found = findings(plan, units, beside)
+    conversion = Conversion(plan, workspace.run, out, check, seconds, peak, dense_layers, found)
+    layers = [
+        {name: value for name, value in unit.items() if name not in (SEEN, GATE)}
+        for unit in units
+        if "layer" in unit
+    ]
+    record = record_text(conversion_record(conversion, layers))
     (workspace.result / RECORD).write_text(record, "utf-8")
     (workspace.result / "README.md").write_text(model_card(conversion), "utf-8")
     return conversion
@@ -184,7 +204,7 @@ def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
     if plan.exact != "all on" or (plan.partitions and not plan.design.compensates):
         return
     for layer in plan.moe_layers:
-        ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), _activation(plan))
+        ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), plan.activation)
         yield layer, _take_up(plan, workspace, f"layer {layer}", ffn).all_on()
 
 
@@ -203,41 +223,40 @@ def _tokens(plan: Plan, progress: Progress) -> Calibration:
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
-    fields = {k: v for k, v in plan.config.items() if k != "model_type"}
-    text: PreTrainedConfig = CONFIG_MAPPING[plan.config["model_type"]](**fields)
-    _whole_config(plan, text).save_pretrained(folder)
-    path = folder / "config.json"
-    written = json.loads(path.read_text("utf-8"))
+    config = assemble_config(TARGETS[plan.target], plan.config)
     if plan.source.arch.whole:
-        written["text_config"] = older_spellings(plan.config) | written["text_config"]
-    else:
-        written = older_spellings(plan.config) | written
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
+        config = _whole_config(plan, config)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
     copy_companions(plan.source.folder, folder)
 
 
-def _whole_config(plan: Plan, text: PreTrainedConfig) -> PreTrainedConfig:
+def _whole_config(plan: Plan, text: dict[str, Any]) -> dict[str, Any]:
     """The config of the model that the result's text model is a part of."""
     whole = TARGETS[plan.target].whole
-    if not plan.source.arch.whole or whole is None:
-        return text
+    if whole is None:
+        raise ValueError(f"{plan.target} has no place for other parts")
+    made = {name: value for name, value in plan.config.items() if name != "model_type"}
+    part: PreTrainedConfig = CONFIG_MAPPING[plan.config["model_type"]](**made)
     fields = plan.source.layout.config.to_dict() | {
-        "text_config": text.to_dict(),
+        "text_config": part.to_dict(),
         "architectures": [whole.architecture],
         "tie_word_embeddings": plan.source.arch.tied,
         "dtype": plan.config["dtype"],
     }
-    for part, model_type in whole.parts.items():
-        fields[part] = fields[part] | {"model_type": model_type}
+    for name, model_type in whole.parts.items():
+        fields[name] = fields[name] | {"model_type": model_type}
     del fields["model_type"]
     config: PreTrainedConfig = CONFIG_MAPPING[whole.model_type](**fields)
-    return config
+    written: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return written | {"text_config": text | written["text_config"]}
 
 
 def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: Progress) -> None:
     source = plan.source
     writer = CheckpointWriter(workspace.result, plan.specs, plan.recipe.max_shard_size)
-    raw = plan.read(source.outer_names())
+    meter = plan.sources.meter() if plan.sources else None
+    raw = plan.read(source.outer_names(), meter)
     outer = source.canonical(raw)
     stream = dense = None
     gates = make_gates(plan, outer[EMBEDDINGS], progress)
@@ -247,10 +266,10 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     if plan.design.feedback:
         dense = HiddenStream(source.config, raw, fit_BL, plan.device)
     target = TARGETS[plan.target]
-    before = in_whole(source.layout, assemble_embeddings(target, outer))
-    after = in_whole(source.layout, assemble_head(target, source.arch, outer))
-    _write_unit(workspace, writer, "embeddings", before, {})
-    _write_unit(workspace, writer, "head", after, {})
+    before = in_whole(target, source.layout, assemble_embeddings(target, outer))
+    after = in_whole(target, source.layout, assemble_head(target, source.arch, outer))
+    write_unit(workspace, writer, "embeddings", before, {})
+    write_unit(workspace, writer, "head", after, {}, meter)
     del raw, outer
     layers = source.arch.num_layers
     for layer in range(layers):
@@ -261,7 +280,7 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
     _write_beside(plan, workspace, writer)
     progress("converting layers", layers, layers)
     if gates and gates.beside:
-        save_file(gates.beside, workspace.result / BESIDE)
+        save_file(gates.beside, workspace.result / DOMAINS)
 
 
 def _write_beside(plan: Plan, workspace: Workspace, writer: CheckpointWriter) -> None:
@@ -272,13 +291,13 @@ def _write_beside(plan: Plan, workspace: Workspace, writer: CheckpointWriter) ->
             continue
         names = [name for name in source.draft_names() if name.startswith(place)]
         tensors = source.canonical(source.read_place(place, names))
-        converted = convert_layer(plan, number, dense_ffn(tensors, _activation(plan)))
+        converted = convert_layer(plan, number, dense_ffn(tensors, plan.activation))
         moe = converted.experts(plan.design, number)
         named = assemble_layer(target, source.arch, place, tensors, moe, plan.design.gains)
-        _write_unit(workspace, writer, place, named, {})
+        write_unit(workspace, writer, place, named, {})
     if plan.beside.kept and PARTS not in workspace.records:
         kept = ((name, source.read([name])[name]) for name in plan.beside.kept)
-        _write_unit(workspace, writer, PARTS, kept, {})
+        write_unit(workspace, writer, PARTS, kept, {})
 
 
 def _write_layer(
@@ -302,15 +321,16 @@ def _write_layer(
     finished = unit in workspace.records
     if finished and stream is None:
         return
-    raw = plan.read_layer(layer)
+    meter = plan.sources.meter() if plan.sources and not finished else None
+    raw = plan.read_layer(layer, meter)
     tensors = plan.source.canonical(raw)
     if layer not in plan.source.arch.ffn_layers:
         for each in filter(None, (stream, dense)):
             each.through(layer, raw)
         if not finished:
-            _write_converted(plan, workspace, writer, layer, tensors, None)
+            _write_converted(plan, workspace, writer, layer, tensors, None, meter)
         return
-    ffn = dense_ffn(tensors, _activation(plan))
+    ffn = dense_ffn(tensors, plan.activation)
     entering_TD = stream.entering() if stream and gates else None
     activations, norm_T = _attend(layer, raw, ffn, stream, dense)
     gate_ED = None
@@ -319,13 +339,13 @@ def _write_layer(
     converted = None
     if layer in plan.moe_layers and not finished:
         wanted_TD = _wanted(plan, stream, dense)
-        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD, gate_ED)
+        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD, gate_ED, meter)
     elif layer in plan.moe_layers and plan.design.sequential:
         converted = _take_up(plan, workspace, unit, ffn)
     if stream:
         stream.advance(layer, _output(plan, converted, activations))
     if not finished:
-        _write_converted(plan, workspace, writer, layer, tensors, converted)
+        _write_converted(plan, workspace, writer, layer, tensors, converted, meter)
 
 
 def _attend(
@@ -370,15 +390,17 @@ def _write_converted(
     layer: int,
     tensors: dict[str, Tensor],
     converted: ConvertedLayer | None,
+    meter: Meter | None,
 ) -> None:
-    """Write a layer with its experts, or as it was, and what is known of it."""
+    """Write a layer with its experts, or as it was, and what is known of it; `meter` is what is
+    shown the models' tensors, of a merge."""
     unit, target = f"layer {layer}", TARGETS[plan.target]
     record = _put_aside(plan, workspace, unit, converted)
     moe = converted.experts(plan.design, layer) if converted else None
     arch, place = plan.source.arch, f"model.layers.{layer}."
     named = assemble_layer(target, arch, place, tensors, moe, plan.design.gains)
-    in_place = in_whole(plan.source.layout, named)
-    _write_unit(workspace, writer, unit, in_place, {"layer": layer} | record)
+    in_place = in_whole(target, plan.source.layout, named)
+    write_unit(workspace, writer, unit, in_place, {"layer": layer} | record, meter)
 
 
 def _put_aside(
@@ -387,7 +409,8 @@ def _put_aside(
     """What upcycle.json keeps of a layer; and for the time of the run, what a resumed stream and
     the check need."""
     if converted is None or not plan.way.kept_neurons(plan.design.geometry):
-        return {"dense": converted is None}
+        gate = converted.gate if converted else {}
+        return {"dense": converted is None} | ({GATE: gate} if gate else {})
     refit = {name: getattr(converted.ffn, name) for name in _refit(plan, converted.ffn)}
     workspace.keep(unit, {"router": converted.router_ED} | refit)
     return {"dense": False, "permutation": converted.permutation.tolist()}
@@ -405,30 +428,3 @@ def _take_up(plan: Plan, workspace: Workspace, unit: str, ffn: DenseFFN) -> Conv
     permutation = torch.tensor(workspace.records[unit]["permutation"])
     ffn = ffn.to("cpu", plan.design.dtype)
     return plan.way.take_up(plan.design, ffn, permutation, router_ED, refit)
-
-
-def _activation(plan: Plan) -> Activation:
-    activation: Activation = ACT2FN[plan.source.arch.fields["hidden_act"]]
-    return activation
-
-
-def _write_unit(
-    workspace: Workspace,
-    writer: CheckpointWriter,
-    unit: str,
-    named: Iterator[tuple[str, Tensor]],
-    record: dict[str, Any],
-) -> None:
-    """Write tensors in their planned dtypes, then note that the unit is done.
-
-    Raises:
-        UpcycleError: a weight is too large for float16, perhaps by its gain.
-    """
-    for name, tensor in named:
-        stored = tensor.to(writer.places[name].spec.dtype)
-        # What is not converted may have bounds that are infinite.
-        meant = unit == PARTS and not all_finite(tensor)
-        if stored.dtype == torch.float16 and not all_finite(stored) and not meant:
-            raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
-        writer.write(name, stored)
-    workspace.done(unit, record)

@@ -34,12 +34,15 @@ def predictable_profiles(pairs: Pairs, strength: float) -> Tensor:
     return rows_DE.T.float()
 
 
-def sharpness(logits_TE: Tensor, target_TE: Tensor, *, most: float) -> float:
+def sharpness(
+    logits_TE: Tensor, target_TE: Tensor, *, most: float, beside_TE: Tensor | float = 0.0
+) -> float:
     """The factor, from 1 to `most`, by which logits make their softmax most like the target: that
     of the least cross-entropy, whose slope grows with the factor.
 
     Args:
         target_TE: shares; a row's sum is what its token counts.
+        beside_TE: what is added to the logits and not multiplied.
     """
     from scipy.optimize import brentq
 
@@ -47,7 +50,8 @@ def sharpness(logits_TE: Tensor, target_TE: Tensor, *, most: float) -> float:
     weight_T1 = target_TE.sum(1, keepdim=True)
 
     def slope(factor: float) -> float:
-        return float(((factor * logits_TE).softmax(1) * weight_T1 - target_TE).mul(logits_TE).sum())
+        chosen_TE = (factor * logits_TE + beside_TE).softmax(1) * weight_T1
+        return float((chosen_TE - target_TE).mul(logits_TE).sum())
 
     if slope(1.0) >= 0:
         return 1.0

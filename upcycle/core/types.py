@@ -278,6 +278,8 @@ class MoELayer:
     shared: DenseFFN | None
     shared_gate_1D: Tensor | None = None
     """The row by whose logistic sigmoid the shared expert counts; None: it always counts 1."""
+    granularity: int = 1
+    """Experts that follow one another and are the shards of one copy."""
 
     @property
     def num_experts(self) -> int:

@@ -1,4 +1,4 @@
-"""A merge beside what it is made of: the perplexity of every model on every text.
+"""What a merge is made of: the perplexity of each source, and of their mean, on every text.
 
 The protocol is that of `run.py`; one model is in memory at a time. The mean of the sources, as a
 dense model, is what a merge without experts would give: experts that do no better are not worth
@@ -7,12 +7,12 @@ their memory.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from upcycle.evaluation.distance import with_rows_of
 from upcycle.evaluation.run import compare, load_model
 from upcycle.models.source import DenseSource
 
@@ -28,46 +28,59 @@ class ModelPerplexity:
 
 
 def perplexities(
-    folders: Mapping[str, Path],
+    base: DenseSource,
+    sources: Mapping[str, DenseSource],
     averaged: Sequence[DenseSource],
     windows: Mapping[str, Tensor],
     dtype: torch.dtype,
     device: torch.device,
-    progress: Callable[[str], None] = lambda model: None,
+    step: Callable[[int], None] = lambda window: None,
 ) -> Iterator[ModelPerplexity]:
-    """The perplexity of each model on each text, then that of the mean of the sources.
+    """The perplexity of each source on each text, then that of the mean of those averaged.
+
+    A source is measured with the base's config and vocabulary, with which its config was compared;
+    so one with an adapter is a source like others.
 
     Args:
-        folders: checkpoints by the names they go by: the merge, its base, its sources.
-        averaged: the sources whose mean is measured; of none it is not.
+        sources: by the names they go by.
+        averaged: of none there is no mean.
         windows: tokens [W, L] of each text, which all models read alike.
-        progress: told which model comes next.
+        step: told of every window that is read.
     """
-    for name, folder in folders.items():
-        progress(name)
-        yield _measured(name, load_model(folder, dtype, device), windows)
+    model = load_model(base.folder, dtype, device)
+    for name, source in sources.items():
+        become_mean(model, base, [source])
+        yield _measured(name, model, windows, step)
     if averaged:
-        progress(MEAN)
-        model = load_model(averaged[0].folder, dtype, device)
-        become_mean(model, averaged)
-        yield _measured(MEAN, model, windows)
+        become_mean(model, base, averaged)
+        yield _measured(MEAN, model, windows, step)
 
 
-def _measured(name: str, model: Any, windows: Mapping[str, Tensor]) -> ModelPerplexity:
+def _measured(
+    name: str, model: Any, windows: Mapping[str, Tensor], step: Callable[[int], None]
+) -> ModelPerplexity:
     found = {
-        text: compare(model, tokens_BL, None, lambda window: None).perplexity
+        text: compare(model, tokens_BL, None, step).perplexity
         for text, tokens_BL in windows.items()
     }
     return ModelPerplexity(name, found)
 
 
 @torch.no_grad()
-def become_mean(model: Any, sources: Sequence[DenseSource]) -> None:
-    """Give a loaded dense model the mean of the sources' weights, which have its shapes; one tensor
-    of one source is read at a time."""
+def become_mean(model: Any, base: DenseSource, sources: Sequence[DenseSource]) -> None:
+    """Give a loaded dense model the mean of the sources' weights, where one has fewer rows of
+    embeddings or lacks a tensor, with the base's; one tensor of one source is read at a time."""
     weights = model.state_dict()
-    for name in sources[0].tensors:
-        mean = sources[0].read([name])[name].float()
+    for name in base.text_names:
+        ours = base.read([name])[name]
+        mean = _float(ours, sources[0], name)
         for number, source in enumerate(sources[1:], 2):
-            mean += (source.read([name])[name].float() - mean) / number
-        weights[name].copy_(mean)
+            mean += (_float(ours, source, name) - mean) / number
+        full = base.layout.full(name)
+        weights[full if full in weights else name].copy_(mean)
+
+
+def _float(ours: Tensor, source: DenseSource, name: str) -> Tensor:
+    if name not in source.tensors:
+        return ours.float().clone()
+    return with_rows_of(ours, source.read([name])[name]).float().clone()

@@ -4,9 +4,9 @@ A fine-tune lies within a few hundredths of its base's length, copies of one fil
 of another origin at 1 or beyond, where its FFNs mean nothing to the base's attention.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from torch import Tensor
 from upcycle.core.types import evenly
 
 Part = Literal["ffn", "rest"]
+PARTS: tuple[Part, ...] = ("ffn", "rest")
 SAMPLED = 2**16
 """Values of each tensor by which the models are compared with each other, at most."""
+CHUNK = 2**20
+"""Values that are compared at once."""
 UNRELATED = 0.9
 """Of the base's length. Between two models that have only their size in common it is 1 or more."""
 
@@ -30,37 +33,111 @@ class Distances:
     """Of each two models, from a sample of large tensors."""
 
 
+@dataclass
+class _Sums:
+    """Squares of lengths over all tensors of a part."""
+
+    base: float
+    changes_N: Tensor
+    """Of what each model adds to the base."""
+    gram_NN: Tensor
+    """Products of what each two models add."""
+
+
+@dataclass
+class _Seen:
+    """One tensor, of which some models have been seen."""
+
+    numel: int
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    """Of what each model adds to the base."""
+
+
 class Meter:
     """Adds up distances tensor by tensor, so that one tensor of one model is in memory at a time;
-    of each model a sample of the tensor is kept until all have been seen."""
+    of each model a sample is kept until the tensor is closed. A model that was not seen by then has
+    the base's."""
 
-    def __init__(self, models: int) -> None:
-        self._base: dict[Part, float] = dict.fromkeys(("ffn", "rest"), 0.0)
-        self._squares = {part: torch.zeros(models, dtype=torch.float64) for part in self._base}
-        self._gram = {part: torch.zeros(models, models, dtype=torch.float64) for part in self._base}
+    def __init__(self, models: Sequence[str]) -> None:
+        self.models = tuple(models)
+        count = len(self.models)
+        self._sums = {
+            part: _Sums(
+                0.0,
+                torch.zeros(count, dtype=torch.float64),
+                torch.zeros(count, count, dtype=torch.float64),
+            )
+            for part in PARTS
+        }
+        self._open: dict[tuple[Part, str], _Seen] = {}
 
-    def add(self, part: Part, base: Tensor, models: Iterator[Tensor]) -> None:
-        """Take one tensor of the base, and the same of each model, into account."""
-        self._base[part] += _square(base.float())
-        samples = []
-        for place, tensor in enumerate(models):
-            change = tensor.float() - base
-            self._squares[part][place] += _square(change)
-            samples.append(evenly(change.flatten(), SAMPLED).clone())
-            del change
-        sample_NS = torch.stack(samples).double()
-        seen = base.numel() / sample_NS.shape[1]
-        self._gram[part] += seen * (sample_NS @ sample_NS.T)
+    def awaits(self, part: Part, name: str, model: str) -> bool:
+        """Whether a model is one of these, and its tensor of this name has not been seen."""
+        seen = self._open.get((part, name))
+        return model in self.models and (seen is None or model not in seen.samples)
+
+    def see(self, part: Part, name: str, model: str, base: Tensor, tensor: Tensor) -> None:
+        """Take one model's tensor into account, beside the base's."""
+        if not self.awaits(part, name, model):
+            return
+        sums, key = self._sums[part], (part, name)
+        mine, its = base.flatten(), with_rows_of(base, tensor).flatten()
+        if key not in self._open:
+            self._open[key] = _Seen(base.numel())
+            sums.base += sum(_square(piece.float()) for piece in mine.split(CHUNK))
+        sums.changes_N[self.models.index(model)] += sum(
+            _square(one.float() - other.float())
+            for one, other in zip(its.split(CHUNK), mine.split(CHUNK), strict=True)
+        )
+        sample = evenly(its, SAMPLED).float() - evenly(mine, SAMPLED).float()
+        self._open[key].samples[model] = sample
+
+    def close(self) -> None:
+        """All models' tensors that were begun are seen."""
+        for (part, _), seen in self._open.items():
+            none = torch.zeros_like(next(iter(seen.samples.values())))
+            sample_NS = torch.stack([seen.samples.get(model, none) for model in self.models])
+            sample_NS = sample_NS.double()
+            stands_for = seen.numel / sample_NS.shape[1]
+            self._sums[part].gram_NN += stands_for * (sample_NS @ sample_NS.T)
+        self._open.clear()
+
+    def plain(self) -> dict[str, Any]:
+        """What was seen, as plain values, all of it closed."""
+        self.close()
+        return {
+            part: {
+                "base": sums.base,
+                "changes": sums.changes_N.tolist(),
+                "gram": sums.gram_NN.tolist(),
+            }
+            for part, sums in self._sums.items()
+        }
+
+    def add(self, seen: Mapping[str, Any]) -> None:
+        """Take into account what another meter of these models saw, as `plain` has it."""
+        for part, sums in self._sums.items():
+            sums.base += seen[part]["base"]
+            sums.changes_N += torch.tensor(seen[part]["changes"], dtype=torch.float64)
+            sums.gram_NN += torch.tensor(seen[part]["gram"], dtype=torch.float64)
 
     def distances(self, part: Part) -> Distances:
         """Of what has been seen of a part; 0 where that is nothing."""
-        length = max(self._base[part], torch.finfo(torch.float64).tiny) ** 0.5
-        gram_NN = self._gram[part]
-        square_N = gram_NN.diagonal()
-        between_NN = (square_N[:, None] + square_N - 2 * gram_NN).clamp(min=0).sqrt() / length
+        sums = self._sums[part]
+        length = max(sums.base, torch.finfo(torch.float64).tiny) ** 0.5
+        square_N = sums.gram_NN.diagonal()
+        between_NN = (square_N[:, None] + square_N - 2 * sums.gram_NN).clamp(min=0).sqrt() / length
         # What is left of equal models is rounding.
         between_NN[between_NN < 1e-7 * (square_N.sqrt() / length).max()] = 0
-        return Distances((self._squares[part].sqrt() / length).tolist(), between_NN.tolist())
+        return Distances((sums.changes_N.sqrt() / length).tolist(), between_NN.tolist())
+
+
+def with_rows_of(base: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with as many rows as the base's: of a vocabulary that grew, what both have, and
+    the base's where a model has none."""
+    if tensor.shape == base.shape:
+        return tensor
+    return torch.cat([tensor[: len(base)].to(base.dtype), base[len(tensor) :]])
 
 
 def remarks(base: str, names: Sequence[str], ffn: Distances) -> list[str]:
@@ -81,4 +158,4 @@ def remarks(base: str, names: Sequence[str], ffn: Distances) -> list[str]:
 
 
 def _square(values: Tensor) -> float:
-    return float(values.flatten().double().square().sum())
+    return float(values.double().square().sum())

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.hosted import target_of
 from upcycle.models.record import RECORD, Made, check_summary, read_record
 from upcycle.models.source import Checkpoint, DenseSource, open_located, read_config
@@ -93,5 +94,5 @@ def _origin(path: Path) -> dict[str, Any]:
 def is_routed(name: str) -> bool:
     """Whether a tensor of a target's hub layout belongs to the routed experts."""
     fused = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
-    stacked = ".experts." in name and not name.endswith("correction_bias")
+    stacked = ".experts." in name and not name.endswith(SELECTION_BIAS)
     return stacked or any(part in name for part in fused)

@@ -73,7 +73,7 @@ def expert_similarity(block: MoEBlock) -> float:
     # For unit vectors u, the sum over pairs e ≠ f of u_e · u_f is |Σ u|² − Σ |u|².
     total, lengths = torch.zeros(()), 0.0
     for expert in range(number):
-        weights = [block.experts.gate_up_proj[expert], block.experts.down_proj[expert]]
+        weights = [block.first[expert], block.experts.down_proj[expert]]
         flat = torch.cat([part.flatten() for part in weights]).float()
         unit = nn.functional.normalize(flat, dim=0)  # all 0 stays 0
         total = total.to(unit.device) + unit

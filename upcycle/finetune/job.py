@@ -11,6 +11,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.versions import versions
 from upcycle.finetune.settings import Training, load_training
+from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
 from upcycle.models.loading import check_decoder
 from upcycle.models.quantised import UNQUANTISED
@@ -47,7 +48,7 @@ def open_job(
     check_own_files(folder)
     path = folder / RECORD
     record = read_record(path) if path.is_file() else Trained()
-    origin = record.source.model(folder) if isinstance(record, Made) else None
+    origin = _origin(record, folder)
     request = load_training(preset or _default_preset(record), settings, origin)
     for text in texts(request.data):
         check_text(text, "--data")
@@ -59,12 +60,20 @@ def open_job(
     return Job(model, folder, record, request, teacher, out)
 
 
+def _origin(record: Record, folder: Path) -> str | None:
+    """The dense model that a model was made from, whose predictions it may learn; of a merge there
+    are several, and the base does not know what its experts do."""
+    if not isinstance(record, Made) or record.plan.merge is not None:
+        return None
+    return record.source.model(folder)
+
+
 def _check_dtypes(label: str, folder: Path) -> None:
     """The result is written in one dtype, as `convert` writes it."""
     headers = read_headers(folder)
     if any(info.packed is not None for info in headers.values()):
         raise UpcycleError(f"{label} holds quantised weights, which are not trained: {UNQUANTISED}")
-    found = {str(i.dtype) for name, i in headers.items() if not name.endswith("correction_bias")}
+    found = {str(i.dtype) for name, i in headers.items() if not name.endswith(SELECTION_BIAS)}
     if len(found) > 1:
         raise UpcycleError(
             f"{label} holds weights in {' and '.join(sorted(found))}: store it in one dtype first"

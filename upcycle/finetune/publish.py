@@ -22,8 +22,10 @@ from upcycle.finetune.settings import Training
 from upcycle.finetune.state import whole_model
 from upcycle.finetune.step import Progress, Row, Setup
 from upcycle.finetune.trainable import Groups
+from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.frontmatter import read_card, split_card, with_results
 from upcycle.models.record import (
+    DOMAINS,
     RECORD,
     TRAIN_LOG,
     Made,
@@ -126,6 +128,9 @@ def publish(setup: Setup, progress: Progress, groups: Groups, job: Job) -> Finet
     )
     if not setup.accelerator.is_main_process:
         return done
+    if settings.train == "experts" and (folder / DOMAINS).is_file():
+        # It makes the rows that there are no longer, once routers have trained.
+        shutil.copyfile(folder / DOMAINS, result_folder(job.out) / DOMAINS)
     place = result_folder(job.out)
     stored = next(iter(read_headers(folder).values())).dtype
     if settings.lora:
@@ -161,7 +166,7 @@ def _write_model(
         tensors.pop("lm_head.weight", None)
     headers = read_headers(folder)
     kept = {
-        name: tensor if name.endswith("correction_bias") else tensor.to(stored)
+        name: tensor if name.endswith(SELECTION_BIAS) else tensor.to(stored)
         for name, tensor in tensors.items()
     }
     with disk_errors():

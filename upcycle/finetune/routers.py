@@ -21,7 +21,6 @@ from upcycle.models.blocks import MoEBlock, watch_selections
 TEMPERED = 3e-3
 """Logits that spread by less belong to a tempered router: well below the 0.01 of a split whose
 experts are not refit, so that no text makes it one in some layers only."""
-BIAS = "e_score_correction_bias"
 UNSCALED_BIAS = 0.05
 """Logits that spread by this or more are an ordinary router's, as far as selection biases go."""
 
@@ -107,7 +106,7 @@ class RouterTap:
             nothing_TD: Tensor = DenseRouterGradient.apply(  # type: ignore[no-untyped-call]
                 all_weights(scores_TE, chosen_TK, weights_TK, _renormalises(router)),
                 x_TD,
-                experts.gate_up_proj,
+                self.blocks[place].first,
                 experts.down_proj,
                 experts.act_fn,
             )
@@ -158,20 +157,21 @@ class DenseRouterGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores_TE: Tensor, x_TD: Tensor, gate_up: Tensor, down: Tensor, act: Any
+        ctx: Any, scores_TE: Tensor, x_TD: Tensor, first: Tensor, down: Tensor, act: Any
     ) -> Tensor:
-        ctx.save_for_backward(x_TD, gate_up, down)
+        ctx.save_for_backward(x_TD, first, down)
         ctx.act, ctx.dtype = act, scores_TE.dtype
         return torch.zeros_like(x_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad_TD,) = grads
-        x_TD, gate_up_EFD, down_EDM = ctx.saved_tensors
+        x_TD, first_EFD, down_EDM = ctx.saved_tensors
         columns = []
-        for gate_up_FD, down_DM in zip(gate_up_EFD, down_EDM, strict=True):
-            gate_TM, up_TM = (x_TD @ gate_up_FD.T.to(x_TD.dtype)).chunk(2, dim=-1)
-            h_TM = ctx.act(gate_TM) * up_TM
+        for first_FD, down_DM in zip(first_EFD, down_EDM, strict=True):
+            gated = len(first_FD) > down_DM.shape[1]
+            gate_TM, *up = (x_TD @ first_FD.T.to(x_TD.dtype)).chunk(2 if gated else 1, dim=-1)
+            h_TM = ctx.act(gate_TM) * up[0] if gated else ctx.act(gate_TM)
             # ⟨g, W h⟩ = ⟨Wᵀ g, h⟩
             columns.append((grad_TD @ down_DM.to(grad_TD.dtype) * h_TM).sum(-1))
         return torch.stack(columns, dim=-1).to(ctx.dtype), None, None, None, None
@@ -184,19 +184,19 @@ def keep_float32(blocks: list[MoEBlock]) -> None:
     parameters: nothing that trains, shards or counts parameters is to take them for one.
     """
     for block in blocks:
-        holder = _holds_bias(block)
-        if BIAS in dict(holder.named_parameters(recurse=False)):
-            bias = getattr(holder, BIAS).data
-            delattr(holder, BIAS)
-            holder.register_buffer(BIAS, bias)
+        if block.bias_place is not None:
+            holder, name = block.bias_place
+            bias = getattr(holder, name).data
+            delattr(holder, name)
+            holder.register_buffer(name, bias)
         block.router.float()
         block.router.forward = _in_float32(block.router.forward)
 
 
-def _in_float32(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    def wrapped(x: Tensor) -> Any:
+def _in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(x: Tensor, *beside: Tensor) -> Any:
         with torch.autocast(x.device.type, enabled=False):
-            return forward(x.float())
+            return forward(x.float(), *beside)
 
     return wrapped
 
@@ -226,18 +226,6 @@ def measure_scales(model: nn.Module, blocks: list[MoEBlock], tokens_BL: Tensor) 
     ]
 
 
-def correction_bias(block: MoEBlock) -> Tensor | None:
-    """The bias [E] that a target adds to scores for selection alone, where it has one; the router's
-    own memory."""
-    bias: Tensor | None = getattr(_holds_bias(block), BIAS, None)
-    return None if bias is None else bias.view(-1)
-
-
-def _holds_bias(block: MoEBlock) -> Any:
-    """ERNIE's routers keep it in a module of its own."""
-    return getattr(block.router, "moe_statics", block.router)
-
-
 @torch.no_grad()
 def update_bias(block: MoEBlock, count_E: Tensor, rate: float) -> None:
     """Balance without a loss (arXiv:2408.15664): experts that had less than their share of the
@@ -246,7 +234,7 @@ def update_bias(block: MoEBlock, count_E: Tensor, rate: float) -> None:
     Args:
         rate: by which each expert's bias moves.
     """
-    bias_E = correction_bias(block)
+    bias_E = block.selection_bias
     assert bias_E is not None
     count_E = count_E.float()
     bias_E += rate * (count_E.mean() - count_E).sign().to(bias_E)

@@ -24,7 +24,7 @@ from upcycle.finetune.job import Job, job_identity, open_job
 from upcycle.finetune.loop import make_optimizer, restore_best, train
 from upcycle.finetune.processes import accelerator_for
 from upcycle.finetune.publish import Finetuning, publish
-from upcycle.finetune.routers import RouterTap, correction_bias, keep_float32, measure_scales
+from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import read_notes, torch_dtype
 from upcycle.finetune.step import Progress, Row, Setup, score_of
@@ -80,8 +80,8 @@ def finetune(
         model: a folder or hub id, such as what `convert` wrote.
         out: the folder for the result: a checkpoint of the same layout, or with `lora` and
             without `merge` an adapter.
-        preset: `heal`, `specialise`, `lora` or a YAML file; by default `heal` for a split,
-            `specialise` for copies.
+        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or a YAML file; by default `heal`
+            for a split, `specialise` for copies and merges.
         overwrite: replace a former result.
         resume: go on from the saved state of a run that was stopped. The result has the same
             bytes as that of an uninterrupted run, on a CPU.
@@ -210,7 +210,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         raise UpcycleError(
             f"{job.label} has no experts: it is dense, so `upcycle convert` it first"
         )
-    if settings.balance_bias and any(correction_bias(block) is None for block in blocks):
+    if settings.balance_bias and any(b.selection_bias is None for b in blocks):
         raise UpcycleError(
             f"{setting('balance_bias', settings.balance_bias)} has no effect on "
             f"{model.config.model_type}, which has no selection bias: use --balance"

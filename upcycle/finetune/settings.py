@@ -99,8 +99,8 @@ class Training(BaseModel):
     """Weight of the router z-loss."""
     balance_bias: NonNegativeFloat = 0.0
     """What a step moves the selection bias by, where the target has one (glm4_moe, deepseek_v3,
-    laguna, ernie4_5_moe): balance without a loss. DeepSeek-V3 has 0.001 (arXiv:2412.19437). Scaled
-    down for a tempered router."""
+    laguna, ernie4_5_moe, lfm2_moe, nemotron_h): balance without a loss. DeepSeek-V3 has 0.001
+    (arXiv:2412.19437). Scaled down for a tempered router."""
     dense_router_gradient: bool = False
     """Let routers learn from experts not selected, too."""
 

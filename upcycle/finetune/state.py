@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from upcycle.core.foreign import blaming
 from upcycle.core.json_text import json_text
 from upcycle.core.paths import whole_file
+from upcycle.models.blocks import SELECTION_BIAS
 
 STATE = "state.safetensors"
 
@@ -41,7 +42,7 @@ def put_back(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    yield from ((name, b) for name, b in model.named_buffers() if name.endswith("correction_bias"))
+    yield from ((name, b) for name, b in model.named_buffers() if name.endswith(SELECTION_BIAS))
 
 
 def whole_model(model: nn.Module) -> dict[str, Tensor]:

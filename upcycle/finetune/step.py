@@ -268,11 +268,13 @@ def _shares(setup: Setup, logits_TE: Tensor) -> Tensor:
 
 
 def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
-    """A router loss that moves nothing is a mistake, whoever made it."""
+    """A router loss that moves nothing is a mistake, whoever made it; but where all experts are
+    on for every token, as in a merge of two, there is nothing to balance."""
     # The last block's alone: from the others, the way leads through the blocks after them.
-    logits_TE = setup.tap.routed[-1].logits_TE
+    routed = setup.tap.routed[-1]
+    logits_TE, all_on = routed.logits_TE, routed.weights_TK.shape[1] == routed.logits_TE.shape[1]
     for name in ("balance", "z_loss"):
-        if name not in terms:
+        if name not in terms or (name == "balance" and all_on):
             continue
         grad_TE = None
         if logits_TE.requires_grad:

@@ -11,6 +11,11 @@ from upcycle.finetune.settings import Train
 from upcycle.models.blocks import MoEBlock
 
 GROUPS = ("router", "experts", "shared experts", "attention", "dense FFNs", "norms, embeddings")
+FFNS = (".mlp.", ".feed_forward.", ".mixer.up_proj.", ".mixer.down_proj.")
+MIXERS = (".self_attn.", ".conv.", ".mamba.", ".mixer.")
+"""Attention, and what some layers have in its place."""
+PAST_MODULES = (".mamba.out_proj.weight", ".mixer.out_proj.weight")
+"""What Mamba's kernels read past its module, where a change of low rank would have no effect."""
 TRAINS: dict[Train, tuple[str, ...]] = {
     "router": ("router",),
     "experts": ("experts", "shared experts"),
@@ -54,18 +59,21 @@ def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Me
         parts |= {id(p): ("experts", 1.0) for p in block.experts.parameters()}
         parts[id(block.experts.down_proj)] = ("experts", scale.down_proj)
     return {
-        id(p): Member(name, *parts.get(id(p), (_group(name), 1.0)), p.numel(), p.dim())
+        id(p): Member(name, *parts.get(id(p), (_group(name, p), 1.0)), p.numel(), p.dim())
         for name, p in model.named_parameters()
         if p.numel()
     }
 
 
-def _group(name: str) -> str:
+def _group(name: str, parameter: nn.Parameter) -> str:
     if "shared_expert" in name or "shared_mlp" in name:
         return "shared experts"
-    if ".self_attn." in name:
+    if any(part in name for part in FFNS):
+        return "dense FFNs"
+    # A convolution has a few weights per channel, which nothing of low rank can change.
+    if any(part in name for part in MIXERS) and parameter.dim() < 3:
         return "attention"
-    return "dense FFNs" if ".mlp." in name else "norms, embeddings"
+    return "norms, embeddings"
 
 
 def freeze_all_but(model: nn.Module, known: Members, train: Train) -> None:
@@ -96,7 +104,11 @@ def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: i
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UpcycleError("--lora needs `pip install upcycle[lora]`") from error
-    asked = [m for m in known.values() if m.group in TRAINS[train] and m.dimensions > 1]
+    asked = [
+        m
+        for m in known.values()
+        if m.group in TRAINS[train] and m.dimensions > 1 and not m.name.endswith(PAST_MODULES)
+    ]
     attention = {m.name.removesuffix(".weight") for m in asked if m.group == "attention"}
     parameters = {m.name for m in asked if m.group in GROUPS[:3] + GROUPS[4:5]}
     if not attention | parameters:

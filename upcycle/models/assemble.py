@@ -1,13 +1,16 @@
 """From a layer's tensors to the target's: names, gains, and nothing lost."""
 
+import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from upcycle.core.types import Activation, DenseFFN, MoELayer
-from upcycle.models.layout import Layout
+from upcycle.models.layout import TEXT, Layout
 from upcycle.models.names import EMBEDDINGS, HEAD
-from upcycle.models.targets import Gains, MoETarget
+from upcycle.models.targets import Gains, MoETarget, older_spellings
 from upcycle.models.traits import Architecture
 
 Named = Iterator[tuple[str, Tensor]]
@@ -18,6 +21,15 @@ def dense_ffn(tensors: Mapping[str, Tensor], act: Activation) -> DenseFFN:
     """The FFN among a layer's tensors (under llama's names, without prefix)."""
     gate, up, down = FFN
     return DenseFFN(tensors.get(gate), tensors[up], tensors[down], act)
+
+
+def assemble_config(target: MoETarget, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json, as transformers 5 and others spell them."""
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    made = CONFIG_MAPPING[config["model_type"]](**fields)
+    found: dict[str, Any] = json.loads(made.to_json_string(use_diff=True))
+    spelled = older_spellings(config) | found
+    return spelled | target.older(spelled)
 
 
 def assemble_embeddings(target: MoETarget, outer: Mapping[str, Tensor]) -> Named:
@@ -39,6 +51,9 @@ def assemble_layer(
         place: what their names begin with.
         tensors: all of the layer's, under llama's names without that.
     """
+    gate, up, _ = FFN
+    if target.doubles(arch) and up in tensors:
+        tensors = {gate: tensors[up], **tensors}
     extra = dict(target.extra(arch, tensors))
     for name, tensor in tensors.items():
         if name not in extra and (moe is None or name not in FFN):
@@ -60,7 +75,9 @@ def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Ten
         yield HEAD, outer[EMBEDDINGS]
 
 
-def in_whole(layout: Layout, named: Named) -> Named:
-    """A text model's tensors under the names that they have in the whole model."""
+def in_whole(target: MoETarget, layout: Layout, named: Named) -> Named:
+    """A text model's tensors under the names that they have in the whole model's checkpoint."""
     for name, tensor in named:
-        yield layout.full(name), tensor
+        full = layout.full(name)
+        inside = full.removeprefix(TEXT)
+        yield (full if inside == full else target.root + inside), tensor

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from upcycle.core.errors import UpcycleError
 
+SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
+"""Names of the tensor [E] that some architectures add to scores for selection alone."""
+
 
 @dataclass(frozen=True)
 class MoEBlock:
@@ -18,18 +21,47 @@ class MoEBlock:
     router: Any
     """With `weight` [E, D], called with what it makes logits of."""
     experts: Any
-    """With `gate_up_proj` [E, 2 M, D], `down_proj` [E, D, M] and `act_fn`. Called with tokens
-    [T, D], the selected experts [T, K] and their weights [T, K]."""
+    """With `gate_up_proj` [E, 2 M, D] or, without gates, `up_proj` [E, M, D]; `down_proj` [E, D, M]
+    and `act_fn`. Called with tokens [T, D], the selected experts [T, K] and their weights
+    [T, K]."""
+    around: Any
+    """The module that holds the experts."""
     chooser: Any
     """Where `top_k` is, by the name of `top_k_field`."""
     top_k_field: str = "top_k"
-    factor: float = 1.0
-    """What the block multiplies by what the experts put out together; most classes have it in the
-    weights."""
 
     @property
     def num_experts(self) -> int:
         return len(self.experts.down_proj)
+
+    @property
+    def first(self) -> Any:
+        """The experts' stacked matrices that tokens meet first."""
+        gated = hasattr(self.experts, "gate_up_proj")
+        return self.experts.gate_up_proj if gated else self.experts.up_proj
+
+    @property
+    def factor(self) -> float:
+        """What the block multiplies by what the experts put out together; most classes have it in
+        the weights."""
+        return float(getattr(self.around, "routed_scaling_factor", 1.0))
+
+    @property
+    def bias_place(self) -> tuple[Any, str] | None:
+        """The module that holds the selection bias, where there is one, and its name there."""
+        # ERNIE's routers keep it in a module of its own, LFM2's layers beside the router.
+        modules = (self.router, getattr(self.router, "moe_statics", None), self.around)
+        places = ((module, name) for module in modules for name in SELECTION_BIAS)
+        return next((place for place in places if getattr(*place, None) is not None), None)
+
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """The bias [E] that is added to scores for selection alone, where there is one; the model's
+        own memory."""
+        if self.bias_place is None:
+            return None
+        bias_E: Tensor = getattr(*self.bias_place).view(-1)
+        return bias_E
 
     @property
     def top_k(self) -> int:
@@ -46,7 +78,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     Raises:
         UpcycleError: a layer has experts, but no router that looks like one of transformers' own.
     """
-    routers, experts, factors = {}, {}, {}
+    routers, experts, around = {}, {}, {}
     for name, module in model.named_modules():
         layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         if layer is None:
@@ -58,14 +90,13 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
             routers[layer] = (module.proj, module.config, "top_k_experts")
         elif _is_stacked(module):
             experts[layer] = module
-            parent = model.get_submodule(name.rpartition(".")[0])
-            factors[layer] = float(getattr(parent, "routed_scaling_factor", 1.0))
+            around[layer] = model.get_submodule(name.rpartition(".")[0])
     for layer in sorted(experts.keys() - routers.keys()):
         raise UpcycleError(
             f"layer {layer} of {type(model).__name__} has experts, but no router that upcycle knows"
         )
     return [
-        MoEBlock(layer, router, experts[layer], chooser, top_k, factors[layer])
+        MoEBlock(layer, router, experts[layer], around[layer], chooser, top_k)
         for layer, (router, chooser, top_k) in routers.items()
     ]
 

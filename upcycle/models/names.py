@@ -1,7 +1,7 @@
 """What tensors are called in checkpoints, and what transformers calls them."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from upcycle.core.errors import UpcycleError
 
@@ -12,7 +12,9 @@ model's, which are gone from what its own `save_pretrained` writes, but not from
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def plain_names(stored: Iterable[str], expected: Collection[str], base: str) -> dict[str, str]:
+def plain_names(
+    stored: Iterable[str], expected: Collection[str], base: str, begun: Mapping[str, str]
+) -> dict[str, str]:
     """The names in a checkpoint by the names that the model has for them; those that it has none
     for stay as they are.
 
@@ -20,6 +22,7 @@ def plain_names(stored: Iterable[str], expected: Collection[str], base: str) -> 
         expected: the model's names.
         base: what they begin with outside the head. A checkpoint of the model without its head
             leaves it out.
+        begun: what names begin with in checkpoints, with what the model puts in its place.
 
     Raises:
         UpcycleError: two names are one tensor's.
@@ -27,6 +30,8 @@ def plain_names(stored: Iterable[str], expected: Collection[str], base: str) -> 
     found: dict[str, str] = {}
     for name in stored:
         plain = re.sub(WRAPPER, r"\1", name)
+        for old, new in begun.items():
+            plain = re.sub(rf"^{re.escape(old)}", new, plain)
         if plain not in expected and f"{base}.{plain}" in expected:
             plain = f"{base}.{plain}"
         if plain in found:

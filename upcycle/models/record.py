@@ -30,6 +30,8 @@ from upcycle.core.settings import Choice
 
 RECORD = "upcycle.json"
 TRAIN_LOG = "train_log.jsonl"
+DOMAINS = "router_domains.safetensors"
+"""By which gate `domain` of a merge makes the rows of experts that come later."""
 OURS = "what upcycle writes"
 LARGEST = 1e300
 
@@ -295,11 +297,94 @@ class ExpertPart(Part):
     fingerprint: str | None = None
 
 
+class AddedPart(Part):
+    """An expert that came to a finished merge."""
+
+    expert: int
+    """Its number; those before it stayed as they were."""
+    router: Choice
+    """What made its rows."""
+    after_training: int
+    """How many of the runs of `training` had been before."""
+    upcycle: str
+    """The version."""
+    check_before: Check | None = None
+    """What the check of the merge before had measured."""
+
+
 class MergePart(Part):
     """Which models a merge put together; its base is the source."""
 
     experts: list[ExpertPart]
     shared: ExpertPart | None = None
+
+
+class SourceDistance(Part):
+    """How far a model of a merge is from the base: the length of the difference of their weights,
+    over the length of the base's."""
+
+    model: str
+    ffn: FiniteFloat
+    rest: FiniteFloat
+    """Of all weights that are no FFN's."""
+
+
+class Distances(Part):
+    """How far the models of a merge are from the base, and from each other."""
+
+    sources: list[SourceDistance]
+    """Every model once, but the base."""
+    between: list[list[FiniteFloat]]
+    """Of the FFNs of each two, over the length of the base's."""
+
+    @property
+    def nearest(self) -> tuple[int, int] | None:
+        """The two models that are least far from each other; None of fewer than two."""
+        pairs = [(i, j) for j in range(len(self.sources)) for i in range(j)]
+        return min(pairs, key=lambda pair: self.between[pair[0]][pair[1]], default=None)
+
+
+class GatePart(Part):
+    """How well the router's rows of a layer tell its experts apart."""
+
+    layer: int
+    condition: Measured
+    """The rows' largest over their smallest singular value: 1 is best."""
+    alike: list[tuple[int, int]] = []
+    """Experts whose rows point the same way."""
+
+
+class ModelPerplexities(Part):
+    """One model beside a merge."""
+
+    model: str
+    perplexity: list[Positive]
+    """On each text."""
+
+
+class Beside(Part):
+    """The perplexities of a merge and of what it is made of, on windows of the experts' texts that
+    nothing was fitted on."""
+
+    texts: list[str]
+    """The experts' own, then one in which all of them alternate, if there are several."""
+    tokens: list[int]
+    """Of each."""
+    models: list[ModelPerplexities]
+    """The merge, the base, every source and their mean as a dense model."""
+    left_out: list[str] = []
+    """Texts of which nothing was left to measure on."""
+
+
+class Findings(Part):
+    """What putting the models together has shown of them."""
+
+    distances: Distances | None = None
+    """None where all models are the base."""
+    gates: list[GatePart] = []
+    perplexities: Beside | None = None
+    """None without text, or a check."""
+    notes: list[str] = []
 
 
 class PlanPart(Part):
@@ -361,6 +446,8 @@ class ConversionResult(Part):
     """Bytes."""
     dense_layers: DenseLayers | None = None
     """How the layers to keep dense were found, where they were measured."""
+    findings: Findings | None = None
+    """Of a merge."""
 
 
 class TrainingSettings(Part):
@@ -424,6 +511,8 @@ class Made(ConversionResult):
     """The last one."""
     layers: list[LayerPart] = []
     training: list[TrainingRun] = []
+    added: list[AddedPart] = []
+    """Experts that came later, in their order."""
 
 
 Record = Made | Trained

@@ -501,12 +501,15 @@ def _open_folder(
     folder, remote = checkpoint.folder, checkpoint.remote
     whole = read_config(folder)
     config, arch = whole.get_text_config(), describe(whole)
+    family = FAMILIES[arch.family]
     headers = checkpoint.headers()
     check_layers(arch.num_layers, len(headers), folder)
     layout = Layout.of(whole)
-    stored = plain_names(headers, {layout.full(n) for n in layout.expected}, layout.base)
+    expected = {layout.full(name) for name in layout.expected}
+    stored = plain_names(headers, expected, layout.base, family.stored)
     found = {layout.short(n): headers[old] for n, old in stored.items() if not BUFFER.search(n)}
     config.tie_word_embeddings |= whole.tie_word_embeddings
+    config.tie_word_embeddings &= family.ties
     if remote is not None and config.tie_word_embeddings and {HEAD, EMBEDDINGS} <= found.keys():
         # Whether they are one is not in the headers.
         remote.fetch({found[HEAD].file, found[EMBEDDINGS].file})

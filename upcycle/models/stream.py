@@ -56,7 +56,7 @@ class HiddenStream:
         self.layers, self.norm = decoder.layers, getattr(decoder, self.blocks.norm)
         self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
         self.device = device
-        self.recorders = [_Recorder() for _ in self.layers]
+        self.recorders = [_Recorder(layer) for layer in self.layers]
         decoder.layers = nn.ModuleList(self.recorders)
         setattr(decoder, self.blocks.norm, nn.Identity())
         if getattr(decoder, "rotary_emb", None) is not None:
@@ -214,7 +214,7 @@ class HiddenStream:
         weights.setdefault(HEAD, weights[f"model.{self.blocks.embeddings[0]}.weight"])
         self.model.load_state_dict(weights, assign=True, strict=False)
         for hidden_bLD in self.hidden:
-            self.decoder.layers = nn.ModuleList([_Constant(hidden_bLD)])
+            self.decoder.layers = nn.ModuleList([_Constant(self.recorders[0], hidden_bLD)])
             # Which tokens they were no longer matters.
             ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
             yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
@@ -242,13 +242,23 @@ class HiddenStream:
         return arguments
 
 
-class _Recorder(nn.Module):
+class _StandIn(nn.Module):
+    """Of the same kind as a decoder layer, by which some models choose what they call it with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():
+            if isinstance(value, str):
+                setattr(self, name, value)
+
+
+class _Recorder(_StandIn):
     """Stands in for a decoder layer: keeps what it was called with, passes the input on."""
 
     hidden: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
         self.arguments: dict[int, dict[str, Any]] = {}
         """By the sequences' length."""
         self.beside: list[tuple[Any, ...]] = []
@@ -308,11 +318,11 @@ class _Replay(nn.Module):
         return y_bLD.to(x_bLD.dtype)
 
 
-class _Constant(nn.Module):
+class _Constant(_StandIn):
     """Stands in for all layers: what they put out."""
 
-    def __init__(self, hidden_bLD: Tensor) -> None:
-        super().__init__()
+    def __init__(self, layer: nn.Module, hidden_bLD: Tensor) -> None:
+        super().__init__(layer)
         self.hidden_bLD = hidden_bLD
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:

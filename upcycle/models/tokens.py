@@ -137,9 +137,30 @@ class Reader:
         total = len(ids) if local or len(ids) < most else None
         if len(ids) < wanted:
             return Drawn(ids, total)
-        ids_BT = ids[: len(ids) // length * length].view(-1, length)
-        rows = torch.linspace(0, len(ids_BT) - 1, count).round().long()
-        return Drawn(ids_BT[rows].flatten(), total)
+        ids_BT = _rows(ids, length)
+        return Drawn(ids_BT[_spread(len(ids_BT), count)].flatten(), total)
+
+    def held_back(self, text: str, fitted: int, count: int, length: int, *, seed: int) -> Tensor:
+        """Bodies from all over a text that `drawn` does not give if it is asked for so many fitted
+        ones: at most `count`, [count, length], none of a text that holds no more."""
+        drawn = self.drawn(text, fitted or count, length, seed=seed)
+        if not fitted:
+            return _rows(drawn.ids, length)
+        if drawn.characters is not None:
+            # Halfway between two fitted ones: they are many times their length apart.
+            spaced = self._spaced(text, drawn.characters, fitted, length, seed, shift=0.5)
+            whole = [body for body in spaced if len(body) == length]
+            left_BT = torch.tensor(whole, dtype=torch.int64).view(-1, length)
+        else:
+            most = sys.maxsize if parse(text).local else SPREAD * fitted * length
+            all_BT = _rows(self.first(text, most, seed=seed), length)
+            left_B = torch.ones(len(all_BT), dtype=torch.bool)
+            left_B[_spread(len(all_BT), fitted) if len(all_BT) > fitted else slice(None)] = False
+            left_BT = all_BT[left_B]
+        # A text may repeat itself; and a chat is read from its beginning, wherever it is met.
+        seen = set(map(tuple, _rows(drawn.ids, length).tolist()))
+        new = [place for place, body in enumerate(left_BT.tolist()) if tuple(body) not in seen]
+        return left_BT[new][_spread(len(new), min(count, len(new)))]
 
     def total(self, text: str, drawn: Drawn, *, seed: int) -> int | None:
         """How many tokens a text holds, roughly if it was read in places: by what some documents
@@ -151,7 +172,7 @@ class Reader:
         return round(drawn.characters * tokens / max(1, sum(map(len, pieces))))
 
     def _spaced(
-        self, text: str, characters: int, count: int, length: int, seed: int
+        self, text: str, characters: int, count: int, length: int, seed: int, shift: float = 0.0
     ) -> list[list[int]]:
         """Tokens that begin at evenly spaced characters of all documents put together, so that no
         more of a long text is tokenised than is wanted.
@@ -161,8 +182,9 @@ class Reader:
 
         Args:
             characters: of the text, as `_length` counts.
+            shift: how far after the even places they begin, of the way from one to the next.
         """
-        starts = [place * characters // count for place in range(count)]
+        starts = [int((place + shift) * characters) // count for place in range(count)]
         found: list[list[int]] = []
         begin = 0
         for document in documents(text, seed):
@@ -291,6 +313,16 @@ def _added(tokenizer: Any, step: int) -> tuple[int, ...]:
         found = tokenizer("a", return_special_tokens_mask=True)
     tokens = list(zip(found["input_ids"], found["special_tokens_mask"], strict=True))
     return tuple(token for token, _ in takewhile(lambda token: token[1], tokens[::step]))
+
+
+def _rows(ids: Tensor, length: int) -> Tensor:
+    """Tokens as whole bodies [B, length]; what is left at the end is dropped."""
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def _spread(rows: int, count: int) -> Tensor:
+    """So many places, evenly spread over all."""
+    return torch.linspace(0, rows - 1, count).round().long()
 
 
 def _word_start(text: str, start: int) -> int:

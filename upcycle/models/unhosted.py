@@ -28,6 +28,10 @@ REASONS = {
     "gpt_neo": "has an ungated FFN with biases and learned positions, which no native MoE has",
     "gpt_neox": "has an ungated FFN with biases, which no native MoE decoder has",
     "gptj": "has an ungated FFN with biases in a parallel block, which no native MoE has",
+    # Compared in transformers 5.23: the mask of the chosen experts is made one-hot twice, so that
+    # expert_0 and expert_1 stand for "not chosen" and "chosen".
+    "m2m_100": "is an encoder-decoder, and transformers' class of its kind, nllb_moe, runs only "
+    "the first two of its experts, whichever its router selects",
     "mamba": "has no FFN, so there is nothing to make experts of",
     "mamba2": "has no FFN, so there is nothing to make experts of",
     "modernbert": "is an encoder with LayerNorms and two rotary bases, which no native MoE is",
@@ -51,6 +55,13 @@ REASONS = {
     "which no native MoE does",
 }
 
+UNCONVERTED = {
+    "t5": "is an encoder-decoder, whose copies switch_transformers would host where FFNs have no "
+    "gate, but upcycle writes one stack of layers",
+}
+"""Families that a native MoE hosts, each with what upcycle lacks."""
+
 MOE_BY_ANOTHER_NAME = set(
-    "mixtral dbrx flex_olmo gpt_oss deepseek_v2 deepseek_v3 jamba qwen3_next llama4_text".split()
+    "mixtral dbrx flex_olmo gpt_oss deepseek_v2 deepseek_v3 jamba qwen3_next llama4_text "
+    "switch_transformers".split()
 )

@@ -1,8 +1,9 @@
 """What a merge's experts are told apart by, as tokens: their prompts and windows of their texts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from upcycle.conversion.merging.request import PROMPTED, Expert, Merge
+from upcycle.conversion.merging.request import PROMPTED, TEXTUAL, Expert, Merge
 from upcycle.conversion.recipe import Recipe
 from upcycle.core.passages import Passage
 from upcycle.models.passages import prompt_passage, text_passages
@@ -31,10 +32,10 @@ def passages(merge: Merge, recipe: Recipe, reader: Reader, router: str) -> list[
         UpcycleError: a text can't be read, or holds nothing.
     """
     found: list[Passage] = []
+    windows = fitted_windows(merge, recipe, router)
     for place, expert in enumerate(gated_experts(merge, router)):
         found += _prompts(reader, expert, place)
-        if expert.text is not None and router not in PROMPTED:
-            windows = _windows(merge, recipe)
+        if expert.text is not None and windows:
             found += text_passages(
                 reader,
                 expert.text,
@@ -44,6 +45,36 @@ def passages(merge: Merge, recipe: Recipe, reader: Reader, router: str) -> list[
                 seed=recipe.seed,
             )
     return found
+
+
+def added_passages(
+    merge: Merge, recipe: Recipe, reader: Reader, router: str, unknown: Sequence[int]
+) -> list[Passage]:
+    """What the last expert is told from the others by: its own passages, and those of the others
+    if the gate looks at them.
+
+    Args:
+        unknown: the others of which there are none, for whom builtin text stands.
+
+    Raises:
+        UpcycleError: a text can't be read, or holds nothing.
+    """
+    new = len(merge.experts) - 1
+    found = passages(replace(merge, shared=None), recipe, reader, router)
+    if router in PROMPTED or router == "domain":
+        return [passage for passage in found if passage.expert == new]
+    if unknown:
+        windows = _windows(merge, recipe)
+        drawn = text_passages(
+            reader, "builtin", new, windows=windows, length=recipe.seq_len, seed=recipe.seed
+        )
+        found += [replace(passage, negative=True) for passage in drawn]
+    return found
+
+
+def fitted_windows(merge: Merge, recipe: Recipe, router: str) -> int:
+    """How many windows of each text `passages` has."""
+    return _windows(merge, recipe) if router in TEXTUAL else 0
 
 
 def _prompts(reader: Reader, expert: Expert, place: int) -> Iterator[Passage]:

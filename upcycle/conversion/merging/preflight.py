@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.conversion.catalogue import check_names
+from upcycle.conversion.merging.addition import Addition, addition_request
 from upcycle.conversion.merging.mergekit_file import read_file
 from upcycle.conversion.merging.request import (
     Expert,
@@ -28,19 +29,40 @@ def merge_request(
     base: str | None = None,
     shared_model: str | None = None,
     texts: Mapping[str, str] | None = None,
-) -> Request:
+    add: str | None = None,
+    prompts: Sequence[str] = (),
+) -> Request | Addition:
     """What a command line or a call asks for.
 
     Args:
-        models: the experts', or the path of a mergekit-moe file alone.
+        models: the experts', or the path of a mergekit-moe file alone; with `add`, a finished
+            merge.
         given: fields of the recipe.
         base, shared_model: of experts that are named.
-        texts: files of text, by the names of experts' models.
+        texts: files of text, by the names of experts' models; that of the one that is added by no
+            name, too.
+        add: a model that becomes an expert more of a finished merge.
+        prompts: of that.
 
     Raises:
         UpcycleError: a name, a field or a setting is wrong.
     """
     names = [str(model) for model in models]
+    if add is not None:
+        return addition_request(
+            names,
+            add,
+            given,
+            base=base,
+            shared_model=shared_model,
+            texts=texts,
+            prompts=tuple(prompts),
+        )
+    if prompts:
+        raise UpcycleError(
+            f"--prompt {prompts[0]!r} is of an expert that --add adds: name the prompts of all "
+            "experts in a mergekit-moe file"
+        )
     file = place_of_file(names)
     if file is None:
         request = named_request(names, base=base, shared_model=shared_model)
@@ -70,6 +92,8 @@ def _with_texts(request: Request, texts: Mapping[str, str]) -> Request:
     """
     experts = list(request.merge.experts)
     for name, text in texts.items():
+        if not name:
+            raise UpcycleError(f"--text {text}: say whose it is, MODEL={text}")
         if text in ("probes", *PROBES):
             raise UpcycleError(f"--text {name}={text}: nothing is ever fitted on probes")
         check_text(text, "--text")

@@ -64,6 +64,11 @@ class Merge:
         return (*self.experts, *([self.shared] if self.shared else []))
 
     @property
+    def texts(self) -> list[str]:
+        """The names of the experts' texts, each once."""
+        return list(dict.fromkeys(expert.text for expert in self.experts if expert.text))
+
+    @property
     def copies_base(self) -> bool:
         """Whether every expert is the base's own FFN, so that any mean of them is, too."""
         return self.shared is None and all(

@@ -1,6 +1,7 @@
 """All but the FFNs of a merge, read a tensor of one model at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,30 +12,59 @@ from upcycle.conversion.rest.registry import Run
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Method
 from upcycle.core.rng import generator
+from upcycle.evaluation.distance import Meter
 from upcycle.models.source import DenseSource
 
 Rest = Bound[Method[Run]]
 
 
-def read_merged(sources: Sources, rest: Rest, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+def read_merged(
+    sources: Sources, rest: Rest, names: Sequence[str], seed: int, meter: Meter | None = None
+) -> dict[str, Tensor]:
     """The base's tensors of these names, those that are no FFN's merged with the experts' models'.
+
+    Args:
+        meter: is shown every model's tensors but FFNs', those that no rule asks for, too.
 
     Raises:
         UpcycleError: a tensor can't be read, or the rule can't take the models.
     """
     found = sources.base.read(list(names))
-    if rest.name == "base":
-        return found
-    models = sources.routed
-    for name, tensor in found.items():
-        if not _is_ffn(sources, name):
+    for name, base in found.items():
+        if (rest.name == "base" and meter is None) or _is_ffn(sources, name):
+            continue
+        seen = _Seeing(name, base, meter)
+        if rest.name != "base":
             rng = generator(seed, f"rest {name}", 0)
-            found[name] = rest.run(tensor, _read(models, name), rest.params, rng)
+            found[name] = rest.run(base, seen.read(sources.routed), rest.params, rng)
+        seen.read_others(sources.apart.values())
     return found
 
 
-def _read(models: Sequence[DenseSource], name: str) -> Iterator[Tensor]:
-    return (model.read([name])[name] for model in models)
+@dataclass(frozen=True)
+class _Seeing:
+    """Reads one tensor of each model, and shows it to a meter."""
+
+    name: str
+    base: Tensor
+    meter: Meter | None
+
+    def read(self, models: Iterable[DenseSource]) -> Iterator[Tensor]:
+        for model in models:
+            tensor = model.read([self.name])[self.name]
+            if self.meter is not None:
+                self.meter.see("rest", self.name, model.label, self.base, tensor)
+            yield tensor
+
+    def read_others(self, models: Iterable[DenseSource]) -> None:
+        """Those that the meter has not seen; a model that lacks the tensor counts as the base."""
+        if self.meter is None:
+            return
+        for model in models:
+            if self.name in model.tensors and self.meter.awaits("rest", self.name, model.label):
+                for _ in self.read([model]):
+                    pass
+        self.meter.close()
 
 
 def _is_ffn(sources: Sources, name: str) -> bool:

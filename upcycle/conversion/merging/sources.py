@@ -12,6 +12,7 @@ from upcycle.conversion.merging.request import Expert, Merge
 from upcycle.core.errors import UpcycleError
 from upcycle.core.paths import local_path
 from upcycle.core.types import Activation, DenseFFN
+from upcycle.evaluation.distance import Meter
 from upcycle.models.assemble import FFN, dense_ffn
 from upcycle.models.lora import Adapter, open_adapter
 from upcycle.models.model_name import ModelName, Place
@@ -65,7 +66,10 @@ class LayerFFNs(Sequence[DenseFFN]):
 
     models: tuple[DenseSource, ...]
     layer: int
-    act: Activation
+    base: DenseFFN
+    """The base's, in its dtype."""
+    meter: Meter | None = None
+    """Sees every FFN that is read."""
 
     def __len__(self) -> int:
         return len(self.models)
@@ -77,7 +81,12 @@ class LayerFFNs(Sequence[DenseFFN]):
     def __getitem__(self, place: int | slice) -> "DenseFFN | LayerFFNs":
         if isinstance(place, slice):
             return replace(self, models=self.models[place])
-        return read_ffn(self.models[place], self.layer, self.act)
+        model, base = self.models[place], self.base
+        ffn = read_ffn(model, self.layer, base.act)
+        if self.meter is not None:
+            for name in base.matrices:
+                self.meter.see("ffn", name, model.label, getattr(base, name), getattr(ffn, name))
+        return ffn
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,24 @@ class Sources:
         """Of the experts that the router chooses from."""
         return self.models[: len(self.merge.experts)]
 
-    def ffns(self, layer: int, act: Activation) -> LayerFFNs:
-        return LayerFFNs(self.models, layer, act)
+    def ffns(self, layer: int, base: DenseFFN, meter: Meter | None = None) -> LayerFFNs:
+        return LayerFFNs(self.models, layer, base, meter)
+
+    @property
+    def apart(self) -> dict[str, DenseSource]:
+        """Every model once, an adapted one too, but the base; by their names here."""
+        found = {model.label: model for model in self.models}
+        found.pop(self.base.label, None)
+        return found
+
+    def public(self, label: str) -> str:
+        """The name by which a model may be published."""
+        named = zip(self.models, self.merge.all, strict=True)
+        return next(expert.model.public for model, expert in named if model.label == label)
+
+    def meter(self) -> Meter | None:
+        """What measures how far the models are from the base; None where all are the base."""
+        return Meter(list(self.apart)) if self.apart else None
 
     def distinct(self) -> list[DenseSource]:
         """Every checkpoint once, but the base."""

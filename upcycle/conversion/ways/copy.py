@@ -114,12 +114,13 @@ def _ties(target: MoETarget, hosts: Collection[str], dtype: torch.dtype) -> Iter
     fine = target.routing.score == "softmax"
     if fine and dtype == torch.float32:
         return
-    grouped = [name for name in hosts if TARGETS[name].groups]
-    best, *others = [f"--target {name}" for name in grouped] + ["--dtype float32"] * fine
+    keeping = [f"--target {name}" for name in hosts if TARGETS[name].groups]
+    keeping += ["--dtype float32"] * fine
+    first = "".join(f": {best} keeps copies whole" for best in keeping[:1])
+    others = "".join(f", and so does {other}" for other in keeping[1:])
     yield (
         f"{'below float32, ' if fine else ''}two copies score the same on some tokens, which then "
-        f"get shards of both: {best} keeps copies whole"
-        + "".join(f", and so does {other}" for other in others)
+        f"get shards of both{first}{others}"
     )
 
 

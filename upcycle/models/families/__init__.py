@@ -1,5 +1,6 @@
 """One file, one dense family; one line here registers it."""
 
+import upcycle.models.families.arcee
 import upcycle.models.families.cwm
 import upcycle.models.families.ernie4_5
 import upcycle.models.families.eurobert
@@ -8,12 +9,15 @@ import upcycle.models.families.gemma4_text
 import upcycle.models.families.glm
 import upcycle.models.families.granite
 import upcycle.models.families.granite_swa
+import upcycle.models.families.granitemoehybrid
 import upcycle.models.families.helium
 import upcycle.models.families.hyperclovax
+import upcycle.models.families.lfm2
 import upcycle.models.families.llama
 import upcycle.models.families.ministral
 import upcycle.models.families.ministral3
 import upcycle.models.families.mistral
+import upcycle.models.families.nemotron_h
 import upcycle.models.families.olmo2
 import upcycle.models.families.phi3
 import upcycle.models.families.qwen2

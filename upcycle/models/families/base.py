@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
 from upcycle.models.traits import Architecture, Trait
-from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS
+from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS, UNCONVERTED
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
 
@@ -67,11 +67,13 @@ class DenseFamily:
     """Config fields of its own that do not change the forward pass at the given value; with
     ANY they never do."""
     understood: frozenset[str] = frozenset()
-    """Config fields of its own that `extra` and `traits` read."""
+    """Config fields of its own that the functions here read."""
     extra: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """Config fields in the common vocabulary that the source spells differently."""
     traits: Callable[[PreTrainedConfig], dict[Trait, str]] = lambda config: {}
     """Traits that config fields of its own switch, each with the field and value that does."""
+    width: Callable[[PreTrainedConfig], int] = lambda config: int(config.intermediate_size)
+    """Neurons of its FFN."""
     partial_rotary: bool = False
     """Whether its class reads `partial_rotary_factor`; the others rotate whole heads whatever it
     says."""
@@ -83,6 +85,10 @@ class DenseFamily:
     blocks: Blocks = Blocks()
     bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
     """Layers without an FFN."""
+    ties: bool = True
+    """Whether its class ties embeddings where config.json says so."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """What names begin with in its checkpoints, with what transformers puts in its place."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
     auto: Any = AutoModelForCausalLM
@@ -141,7 +147,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
     alike = _alike(config)
     fields = {name: getattr(alike, name, None) for name in CARRIED}
     fields["head_dim"] = head_dim(alike)
-    fields["rope_parameters"] = rope = dict(config.rope_parameters)
+    fields["rope_parameters"] = rope = dict(getattr(config, "rope_parameters", None) or {})
     fields["attention_multiplier"] = getattr(config, "attention_multiplier", None)
     fields |= {name: getattr(config, name, 1.0) for name in MULTIPLIERS}
     fields |= {
@@ -155,7 +161,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
         family=family.name,
         fields=fields,
         traits=dict(family.always) | family.traits(config) | _traits(config, family, fields),
-        intermediate_size=config.intermediate_size,
+        intermediate_size=family.width(config),
         bare_layers=family.bare_layers(config),
         whole="" if whole is config else whole.model_type,
     )
@@ -171,6 +177,7 @@ def _alike(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def is_encoder(config: PreTrainedConfig) -> bool:
     """Whether tokens of a model, dense or not, see those after them too."""
+    config = config.get_text_config()
     kind = config.model_type
     always = kind in FAMILIES and Trait.BIDIRECTIONAL in FAMILIES[kind].always
     return always or not getattr(config, "is_causal", True)
@@ -206,6 +213,8 @@ def _traits(
         traits[Trait.BIDIRECTIONAL] = "is_causal=false"
     if getattr(config, "attention_bias", False):
         traits |= dict.fromkeys(family.attention_bias, "attention_bias=true")
+    if Trait.UNGATED in family.always and fields["hidden_act"] != "relu2":
+        traits[Trait.UNSQUARED] = f"hidden_act={fields['hidden_act']}"
     if getattr(config, "mlp_bias", False):
         traits[Trait.MLP_BIAS] = "mlp_bias=true"
     kinds = set(fields["layer_types"])
@@ -241,9 +250,9 @@ def _traits(
 
 def _refuse_unknown_fields(config: PreTrainedConfig, family: DenseFamily) -> None:
     defaults = type(config)()
+    read = {*UNDERSTOOD, *CARRIED, *family.carried, *family.understood}
     for name in type(config).__annotations__:
-        known = (*CARRIED, *family.carried, *family.understood)
-        if name in UNDERSTOOD or name in known:
+        if name in read:
             continue
         value, default = getattr(config, name, None), getattr(defaults, name, None)
         if name in family.inert:
@@ -273,6 +282,8 @@ def unsupported_reason(
             f"{model_type} with gated FFNs can't become a native MoE: it is an encoder-decoder, "
             f"and no native MoE of these has gated experts {known}"
         )
+    if model_type in UNCONVERTED:
+        return f"{model_type} is not converted: it {UNCONVERTED[model_type]} {known}"
     if encoder_decoder:
         return f"{model_type} is an encoder-decoder of a family that upcycle does not know {known}"
     nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)

@@ -6,9 +6,12 @@ import upcycle.models.targets.flex_olmo
 import upcycle.models.targets.gemma4
 import upcycle.models.targets.glm4_moe
 import upcycle.models.targets.granitemoe_swa
+import upcycle.models.targets.granitemoehybrid
 import upcycle.models.targets.granitemoeshared
 import upcycle.models.targets.laguna
+import upcycle.models.targets.lfm2_moe
 import upcycle.models.targets.mixtral
+import upcycle.models.targets.nemotron_h
 import upcycle.models.targets.qwen2_moe
 import upcycle.models.targets.qwen3_5_moe
 import upcycle.models.targets.qwen3_moe

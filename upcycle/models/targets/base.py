@@ -28,6 +28,8 @@ from upcycle.models.traits import Architecture, Trait
 
 Named = Iterator[tuple[str, Tensor]]
 Combine = Literal["sum", "mean", "plain"]
+LEVELS = 8
+"""Of scores that are rounded, how many the spread of a router's logits must span."""
 SharedWidth = Literal["any", "multiple", "none"]
 """Which widths a shared expert may have: any, multiples of a routed expert's, or only zero."""
 
@@ -42,7 +44,7 @@ class Gains:
     """Folded into down_proj of the shared expert."""
     norm_topk_prob: bool
     scale: float
-    """`routed_scaling_factor`, or what is stored in its place, where the target has it."""
+    """`routed_scaling_factor`, or what is stored in its place, where the target has one for it."""
     all_on: float
     """Further factor on the routed experts once top_k is set to E (for the check)."""
     spread: bool = False
@@ -64,7 +66,15 @@ class Routing:
     shared_gate: float | None = 1.0
     """Weight of the shared expert when its gate is near zero; None where there is none."""
     scales: bool = False
-    """Whether weights are multiplied by a number that is stored, which then is the gain."""
+    """Whether weights are multiplied by a number that is stored, which then is the gain: a factor
+    in the config, or a tensor."""
+    in_model_dtype: bool = False
+    """Whether scores are rounded to the model's dtype before experts are selected."""
+
+    def least_spread(self, dtype: torch.dtype) -> float:
+        """The least spread of logits of which scores in this dtype show enough."""
+        # Sigmoid scores near a half are eps / 2 apart, and change a quarter as fast as logits.
+        return 2 * LEVELS * torch.finfo(dtype).eps if self.in_model_dtype else 0.0
 
     def weights(self, logits_TE: Tensor, top_k: int, gains: Gains) -> Tensor:
         """What each expert counts for a token in the end, [T, E], its gains included: nothing where
@@ -138,20 +148,37 @@ class MoETarget:
     model_type: str = ""
     """Of its config.json, where that is not its name."""
     whole: Whole | None = None
+    root: str = "model."
+    """What names begin with in its hub layout, outside the head."""
+    older: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    """Fields of a config.json as transformers 4 and other runtimes spell them, where they are to
+    stand in place of transformers 5's spelling, which reads both."""
     min_experts: int = 1
     groups: bool = False
-    """Whether a token can be held to the best groups of experts (`n_group`, `topk_group`)."""
+    """Whether a token gets copies whole where two score the same: because it can be held to the
+    best groups of experts (`n_group`, `topk_group`), or in another way."""
     shared_in_experts: bool = False
     """Whether the shared expert's width is given as a number of routed experts'."""
     lora: tuple[str, ...] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     """Names of the experts' parameters below a layer of the loaded model, where they are stacked
     whatever the hub layout."""
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names there of attention's linear layers."""
     router: str = "mlp.gate.weight"
     """The router's name there."""
     linear_router: str | None = None
     """The name there of a module around the router, where that is a linear layer like others."""
     shared_gate: str | None = None
     """The name there of the linear layer whose one row weighs the shared expert."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether its FFNs have gates; up stands for one where the source has none."""
+        return Trait.UNGATED not in self.requires
+
+    def doubles(self, arch: Architecture) -> bool:
+        """Whether an FFN's first matrix is stored twice."""
+        return self.gated and Trait.UNGATED in arch.traits
 
     @property
     def shared_width(self) -> SharedWidth:
@@ -176,10 +203,8 @@ class MoETarget:
         return self._gains(top_k, norm_topk_prob=True, all_on=num_experts / top_k)
 
     def _gains(self, gain: float, *, norm_topk_prob: bool, all_on: float = 1.0) -> Gains:
-        """This gain where the target has a place for it: classes that take the sigmoid have a
-        factor in their config, others a tensor."""
-        placed = self.routing.score == "sigmoid" or self.routing.scales
-        routed, scale = (1.0, gain) if placed else (gain, 1.0)
+        """This gain where the target has a place for it, else in the experts."""
+        routed, scale = (1.0, gain) if self.routing.scales else (gain, 1.0)
         shared = 1 / (self.routing.shared_gate or 1.0)
         return Gains(routed, shared, norm_topk_prob=norm_topk_prob, scale=scale, all_on=all_on)
 
@@ -254,6 +279,10 @@ def moe_range(dense_layers: tuple[int, ...], layers: int) -> range | None:
 def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> dict[str, Any]:
     """The config fields that every target spells as the source does."""
     carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
+    if not carried["rope_parameters"]:
+        del carried["rope_parameters"]
+    if target.doubles(arch):
+        carried["hidden_act"] = "relu"  # times what it was of, relu²
     of_encoder = {"is_causal": False, "use_cache": False} if arch.encoder else {}
     return carried | {
         "model_type": target.model_type or target.name,
@@ -270,9 +299,9 @@ def older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     `rope_parameters`, where others do not look and silently take a default; and some fields have
     new names.
     """
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters", {})
     if "rope_theta" not in rope:
-        return dict(config)  # by the kinds of layers, for which there is no older spelling
+        return dict(config)  # none, or by the kinds of layers, which has no older spelling
     kind = rope.get("rope_type", "default")
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     older = {

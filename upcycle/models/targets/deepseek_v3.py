@@ -62,7 +62,7 @@ TARGETS.add(
     "deepseek_v3",
     MoETarget(
         "deepseek_v3",
-        routing=Routing("sigmoid", "optional", shared_gate=1.0),
+        routing=Routing("sigmoid", "optional", shared_gate=1.0, scales=True),
         dense_layers="prefix",
         split_rank=7,
         copy_rank=7,

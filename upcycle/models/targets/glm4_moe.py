@@ -82,7 +82,7 @@ TARGETS.add(
     "glm4_moe",
     MoETarget(
         "glm4_moe",
-        routing=Routing("sigmoid", "optional", shared_gate=1.0),
+        routing=Routing("sigmoid", "optional", shared_gate=1.0, scales=True),
         dense_layers="prefix",
         split_rank=2,
         copy_rank=4,
@@ -99,7 +99,7 @@ TARGETS.add(
             "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
             "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
-        accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY}),
+        accepts=frozenset({Trait.QKV_BIAS, Trait.QK_NORM, Trait.PARTIAL_ROTARY, Trait.UNGATED}),
         groups=True,
         shared_in_experts=True,
         min_experts=2,  # it scores groups of experts by their best two

@@ -110,7 +110,7 @@ TARGETS.add(
             "vLLM": Run("0.32.0", "2026-11-26", "splits and copies of random models"),
             "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
-        accepts=MULTIPLIERS | {Trait.QKV_BIAS, Trait.O_BIAS},
+        accepts=MULTIPLIERS | {Trait.QKV_BIAS, Trait.O_BIAS, Trait.UNGATED},
         extra=extra,
         lora=("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
         router="block_sparse_moe.router.weight",

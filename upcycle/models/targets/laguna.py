@@ -89,7 +89,7 @@ TARGETS.add(
     "laguna",
     MoETarget(
         "laguna",
-        routing=Routing("sigmoid", "always", shared_gate=1.0),
+        routing=Routing("sigmoid", "always", shared_gate=1.0, scales=True),
         dense_layers="any",
         split_rank=8,
         copy_rank=8,

@@ -53,6 +53,6 @@ TARGETS.add(
             "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
             "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
-        accepts=frozenset({Trait.SLIDING_WINDOW}),
+        accepts=frozenset({Trait.SLIDING_WINDOW, Trait.UNGATED}),
     ),
 )

@@ -116,7 +116,9 @@ TARGETS.add(
             "MLX": Run("mlx-lm 0.32.2", "2026-11-26", "splits and copies of random models"),
             "transformers 4": Run("4.57.6", "2026-11-26", "splits and copies of random models"),
         },
-        accepts=frozenset({Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
+        accepts=frozenset(
+            {Trait.QKV_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW, Trait.UNGATED}
+        ),
         extra=extra,
         shared_gate="mlp.shared_expert_gate",
     ),

@@ -5,8 +5,8 @@ A gate sees what one layer of the base makes of each expert's passages, and give
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar, Unpack
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -51,6 +51,16 @@ class LayerTexts:
             )
         return found
 
+    def only(self, expert: int) -> "LayerTexts":
+        """What is seen of one expert's passages, as if there were no other expert."""
+        own = [i for i, passage in enumerate(self.passages) if passage.expert == expert]
+        seen = {name: getattr(self, name) for name in ("embedded", "entering", "inputs")}
+        return LayerTexts(
+            1,
+            [replace(self.passages[i], expert=0) for i in own],
+            **{name: [each[i] for i in own] for name, each in seen.items() if each},
+        )
+
 
 @dataclass(frozen=True)
 class GateRows:
@@ -65,6 +75,10 @@ class MakeRows(Protocol[P]):
     def __call__(self, texts: LayerTexts, params: P, rng: torch.Generator) -> GateRows: ...
 
 
+class AddRow(Protocol[P]):
+    def __call__(self, texts: LayerTexts, before: GateRows, params: P) -> GateRows: ...
+
+
 Run = Callable[[LayerTexts, Params, torch.Generator], GateRows]
 
 
@@ -74,14 +88,42 @@ class Gate(Method[Run]):
     """The fields of `LayerTexts` that it looks at."""
     note: str = ""
     """What its users should know, if anything."""
+    add: Callable[[LayerTexts, GateRows, Any], GateRows] | None = None
+    """Makes the row [1, D] of an expert that comes later, the last of the texts', beside the rows
+    that there are before; None: as `run` does, of the expert's own passages."""
+    add_reads: tuple[Reads, ...] | None = None
+    """The fields of `LayerTexts` that it looks at then, if they are others."""
+
+    @property
+    def reads_for_more(self) -> tuple[Reads, ...]:
+        """The fields of `LayerTexts` that a later expert's row is made from."""
+        return self.reads if self.add_reads is None else self.add_reads
+
+    def add_row(self, texts: LayerTexts, before: GateRows, params: Params) -> GateRows:
+        """The row [1, D] of an expert that comes later, and all that is then kept beside.
+
+        Args:
+            texts: the new expert is the last of them; of the others there may be no passages.
+            before: the layer's router, and what was kept beside it.
+        """
+        if self.add is not None:
+            return self.add(texts, before, params)
+        return self.run(texts.only(texts.num_experts - 1), params, torch.Generator())
 
 
 GATES: Registry[Gate] = Registry("gate")
 
 
 def gate(
-    name: str, *, reads: tuple[Reads, ...], note: str = "", **about: Unpack[About]
+    name: str,
+    *,
+    reads: tuple[Reads, ...],
+    note: str = "",
+    add: AddRow[Any] | None = None,
+    add_reads: tuple[Reads, ...] | None = None,
+    **about: Unpack[About],
 ) -> Callable[[MakeRows[P]], MakeRows[P]]:
     """Register a gate."""
     fields = {"needs_activations": True, "reads": reads, "note": note}
-    return registering(GATES, Gate, name=name, **fields, **about)
+    later = {"add": add, "add_reads": add_reads}
+    return registering(GATES, Gate, name=name, **fields, **later, **about)

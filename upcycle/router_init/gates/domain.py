@@ -21,12 +21,21 @@ SMALLEST = 1e-6
 """Singular values below this share of the largest are rounding."""
 
 
+def one_more(texts: LayerTexts, before: GateRows, params: FitParams) -> GateRows:
+    new_1V = domain(texts, texts.num_experts - 1)[None]
+    kept = dict(before.beside)
+    domains_EV = torch.cat([kept["domains"], new_1V.to(kept["domains"])])
+    return GateRows(project(kept, domains_EV[-1:]), kept | {"domains": domains_EV})
+
+
 @gate(
     "domain",
     summary="rows projected from the mean embedding of each expert's text, for experts to come",
     paper="arXiv:2408.15901",
     params=FitParams,
     reads=("embedded", "inputs"),
+    add=one_more,
+    add_reads=("embedded",),
 )
 def by_domain(texts: LayerTexts, params: FitParams, rng: torch.Generator) -> GateRows:
     rows_ED = fitted_rows(texts, list(memberships(texts)), params.strength)

@@ -9,17 +9,33 @@ memberships, so that a linear router gives something like them token by token. W
 how the models do on each other's text, and where all do well they are nearly even.
 """
 
+from collections.abc import Iterator
+
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from upcycle.router_init.gates.base import GateRows, LayerTexts, gate
-from upcycle.router_init.gates.text import FitParams, fitted_rows
+from upcycle.router_init.gates.text import FitParams, Sample, added_row, fitted_rows
 
 
 class PerplexityParams(FitParams):
     experts: PositiveInt = 2
     """K, how many experts get any weight of a passage."""
+
+
+def samples(texts: LayerTexts, experts: int) -> Iterator[Sample]:
+    """The tokens of each passage that another follows, and what the rule gives each expert."""
+    for passage, x_LD, loss_lE in zip(texts.passages, texts.inputs, texts.losses, strict=True):
+        x_tD = x_LD[passage.front : -1].float()
+        # Of a passage without text the mean is no number, and counts for no token.
+        weight_E = sequence_weights(loss_lE[passage.front :].mean(0), experts).to(x_tD)
+        yield x_tD, weight_E.expand(len(x_tD), -1)
+
+
+def one_more(texts: LayerTexts, before: GateRows, params: PerplexityParams) -> GateRows:
+    found = list(samples(texts, params.experts))
+    return GateRows(added_row(texts, before.rows_ED, found, params.strength))
 
 
 @gate(
@@ -28,15 +44,11 @@ class PerplexityParams(FitParams):
     paper="arXiv:2502.00997",
     params=PerplexityParams,
     reads=("inputs", "losses"),
+    add=one_more,
 )
 def by_perplexity(texts: LayerTexts, params: PerplexityParams, rng: torch.Generator) -> GateRows:
-    samples = []
-    for passage, x_LD, loss_lE in zip(texts.passages, texts.inputs, texts.losses, strict=True):
-        x_tD = x_LD[passage.front : -1].float()
-        # Of a passage without text the mean is no number, and counts for no token.
-        weight_E = sequence_weights(loss_lE[passage.front :].mean(0), params.experts).to(x_tD)
-        samples.append((x_tD, weight_E.expand(len(x_tD), -1)))
-    return GateRows(fitted_rows(texts, samples, params.strength))
+    found = list(samples(texts, params.experts))
+    return GateRows(fitted_rows(texts, found, params.strength))
 
 
 def sequence_weights(loss_E: Tensor, experts: int) -> Tensor:

@@ -9,7 +9,7 @@ would mix the experts nearly evenly.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from pydantic import PositiveFloat
@@ -32,30 +32,40 @@ class FitParams(Params):
     """λ over the mean second moment of x."""
 
 
+def one_more(texts: LayerTexts, before: GateRows, params: FitParams) -> GateRows:
+    samples = list(memberships(texts, of=[texts.num_experts - 1]))
+    return GateRows(added_row(texts, before.rows_ED, samples, params.strength))
+
+
 @gate(
     "text",
     summary="ridge regression, on what the router reads, of whose text a token belongs to",
     paper="ours",
     params=FitParams,
     reads=("inputs",),
+    add=one_more,
 )
 def by_text(texts: LayerTexts, params: FitParams, rng: torch.Generator) -> GateRows:
     return GateRows(fitted_rows(texts, list(memberships(texts)), params.strength))
 
 
-def memberships(texts: LayerTexts) -> Iterator[Sample]:
+def memberships(texts: LayerTexts, of: Iterable[int] | None = None) -> Iterator[Sample]:
     """The tokens of each passage, and whose they are.
 
+    Args:
+        of: the experts that must have some; by default all.
+
     Raises:
-        UpcycleError: an expert has none.
+        UpcycleError: one of them has none.
     """
     experts = texts.num_experts
-    for expert in range(experts):
+    needed = list(range(experts) if of is None else of)
+    for expert in needed:
         texts.of(expert, negative=False)
     tokens: Counter[tuple[int, bool]] = Counter()
     for passage in texts.passages:
         tokens[passage.expert, passage.negative] += len(passage.ids_L) - passage.front
-    if bare := [expert for expert in range(experts) if not tokens[expert, False]]:
+    if bare := [expert for expert in needed if not tokens[expert, False]]:
         raise UpcycleError(
             f"expert {bare[0]}'s prompts hold no text, on which its row of the router could be "
             "fitted: give it some, or a random router"
@@ -85,6 +95,36 @@ def fitted_rows(texts: LayerTexts, samples: Sequence[Sample], strength: float) -
     logits_TE = torch.cat([x_tD @ tried_ED.T for x_tD, _ in tried])
     share_TE = torch.cat([share_tE for _, share_tE in tried])
     return rows_ED * sharpness(logits_TE, share_TE, most=LONGEST)
+
+
+def added_row(
+    texts: LayerTexts, rows_ED: Tensor, samples: Sequence[Sample], strength: float
+) -> Tensor:
+    """The row [1, D] of one expert more, the last of the shares: fitted to them like all others,
+    and then made longer until it takes as much from the rows that there are, which stay, as the
+    shares give it.
+
+    Args:
+        rows_ED: of the other experts.
+        samples: of each passage.
+    """
+    row_1D = ridge(_pairs(samples), strength)[-1:]
+    fitted, tried = _parts(texts, samples)
+    if not any(len(x_tD) for x_tD, _ in tried):
+        return row_1D
+    tried_1D = ridge(_pairs(fitted), strength)[-1:]
+    x_TD = torch.cat([x_tD for x_tD, _ in tried])
+    share_TE = torch.cat([share_tE for _, share_tE in tried])
+    own_T, counts_T = share_TE[:, -1], share_TE.sum(1)
+    logit_T = (x_TD @ tried_1D.T)[:, 0]
+    others_T = (x_TD @ rows_ED.to(x_TD).T).logsumexp(1)
+    zero_T = torch.zeros_like(logit_T)
+    return row_1D * sharpness(
+        torch.stack([zero_T, logit_T], 1),
+        torch.stack([counts_T - own_T, own_T], 1),
+        most=LONGEST,
+        beside_TE=torch.stack([others_T, zero_T], 1),
+    )
 
 
 def _parts(texts: LayerTexts, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
