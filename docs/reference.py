@@ -101,12 +101,18 @@ def methods_table(methods: Iterable[dict[str, Any]]) -> str:
                 f"`{method['name']}`",
                 method["summary"],
                 ", ".join(f"`{name}={value}`" for name, value in method["parameters"].items()),
-                "yes" if method["needs_text"] else "",
+                reads(method),
                 paper(method["paper"]),
             )
             for method in methods
         ),
     )
+
+
+def reads(method: dict[str, Any]) -> str:
+    """Whether a method reads text, and whether that takes a backward pass."""
+    backwards = ", with a backward pass" if method["needs_gradients"] else ""
+    return f"yes{backwards}" if method["needs_text"] else ""
 
 
 def cli_page() -> str:

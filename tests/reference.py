@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load_file
-from tiny import HEADS
+from tiny import FFN_LAYERS, HEADS
 from transformers import AutoModelForCausalLM
 
 TOLERANCE = {"mean": 2e-5, "sum": 5e-3}
@@ -167,6 +167,12 @@ def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
 
 FFNS = ("mlp", "feed_forward", "shared_mlp", "mixer")
 DOWNS = ("down_proj", "w2", "output_linear")
+
+
+def ffn_blocks(model):
+    """The layers of a dense model that have an FFN."""
+    layers = FFN_LAYERS.get(model.config.model_type, range(len(model.model.layers)))
+    return [model.model.layers[layer] for layer in layers]
 
 
 def ffn_of(block):

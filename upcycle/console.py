@@ -208,6 +208,7 @@ def show_plan(plan: "Plan") -> None:
             "calibration": f"{plan.fit_tokens:,} tokens of {recipe.calibration}"
             if plan.streams
             else "not needed",
+            **_backward_pass(plan),
             "memory": f"about {size(peak_bytes(plan))}"
             + (f", the check {size(plan.check_bytes())}" if recipe.check != "none" else ""),
         },
@@ -234,6 +235,16 @@ def _method(plan: "Plan") -> str:
     refit = f", compensation {design.methods.compensate.name}" if design.compensates else ""
     order = ", layer by layer" if design.sequential else ""
     return f"{plan.way.made(design)}{refit}{order}"
+
+
+def _backward_pass(plan: "Plan") -> dict[str, str]:
+    if not plan.needs_gradients:
+        return {}
+    aside = size(plan.gradient_bytes)
+    return {
+        "backward pass": "through the dense model, one layer's weights in memory at a time, "
+        f"{aside} put aside on the disk"
+    }
 
 
 def _experts(plan: "Plan") -> str:

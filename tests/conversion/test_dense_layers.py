@@ -129,6 +129,10 @@ def numbered(rows, texts, seq_len):
     return torch.tensor([[row % texts * 1000 + row // texts] * seq_len for row in range(rows)])
 
 
+def no_gradients(layer, rows):
+    return None
+
+
 @pytest.mark.parametrize(
     ("rows", "texts", "seq_len", "fit", "held"),
     [
@@ -143,7 +147,7 @@ def numbered(rows, texts, seq_len):
 def test_a_sample_takes_of_every_text_from_all_over_it(rows, texts, seq_len, fit, held):
     names = [f"text {i}" for i in range(texts)]
     fit_BL = numbered(rows, texts, seq_len)
-    sample = dense_layers._sample(fit_BL, names)
+    sample = dense_layers._sample(fit_BL, names, no_gradients)
     assert sample.names == tuple(name for name in names for _ in range(held))
     for place in range(texts):
         fitted, kept = (
@@ -159,9 +163,16 @@ def test_a_sample_takes_of_every_text_from_all_over_it(rows, texts, seq_len, fit
         ]
 
 
+def test_a_sample_looks_at_the_gradients_of_its_own_sequences():
+    fit_BL, asked = numbered(64, 2, 512), []
+    sample = dense_layers._sample(fit_BL, ["a", "b"], lambda layer, rows: asked.append(rows))
+    sample.loss(0)
+    assert torch.equal(fit_BL[asked[0]], sample.fit_BL)
+
+
 def test_a_sample_of_few_sequences_leaves_none_out():
     for rows in (1, 2, 3):
-        sample = dense_layers._sample(numbered(rows, 2, 512), ["a", "b"])
+        sample = dense_layers._sample(numbered(rows, 2, 512), ["a", "b"], no_gradients)
         held = sample.held_BL[:, 0].tolist()
         assert held == [0, 1000][:rows]
         assert sample.names == ("a", "b")[:rows]
@@ -298,7 +309,7 @@ def test_all_trials_are_reported_and_none_is_made_twice(
     monkeypatch.setattr(dense_layers, "measure_damage", lambda *_: [0.1, 9.0, 0.1])
     plan = upcycle.plan(str(dense()), **PLAIN | {"calibration": str(text)} | settings)
     fit_BL = conversion._tokens(plan, quiet).fit_BL
-    chosen = choose_dense_layers(plan, fit_BL, (), lambda *step: steps.append(step))
+    chosen = choose_dense_layers(plan, fit_BL, (), no_gradients, lambda *step: steps.append(step))
     assert chosen.layers == proposed
     assert chosen.damage == [0.1, 9.0, 0.1]
     assert [trial.layers for trial in chosen.trials] == [(), proposed]

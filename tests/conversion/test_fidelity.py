@@ -14,7 +14,7 @@ import upcycle
 from upcycle.conversion.layer import convert_layer
 from upcycle.core.clustering import balanced_kmeans
 from upcycle.core.rng import generator
-from upcycle.core.types import DenseFFN, LayerActivations
+from upcycle.core.types import DenseFFN, LayerActivations, LossGradient
 
 D, F, T = 48, 512, 400
 WIDE = {"intermediate_size": F, "num_hidden_layers": 1}
@@ -33,7 +33,8 @@ def activations():
     gate_FD *= torch.linspace(0.5, 2, F)[:, None]
     down_DF = normal(D, F, seed=3) * torch.linspace(2, 0.5, F)
     ffn = DenseFFN(gate_FD, normal(F, D, seed=2) / D**0.5, down_DF, silu)
-    return LayerActivations(ffn, kinds[kind_T] + 0.5 * normal(T, D, seed=4))
+    loss = LossGradient(kinds[kind_T] @ normal(D, D, seed=5) + normal(T, D, seed=6), kind_T)
+    return LayerActivations(ffn, kinds[kind_T] + 0.5 * normal(T, D, seed=4), loss=loss)
 
 
 @pytest.fixture
@@ -189,14 +190,20 @@ def test_llama_moe_counts_selected_experts_as_the_released_scale_does_at_first(
     torch.testing.assert_close(ours_TK, theirs_TK, rtol=0, atol=0.08)
 
 
+def taylor(activations):
+    """|h ∂loss/∂h| [T, F]."""
+    of_output = activations.loss.y_TD.double() @ activations.ffn.down_DF.double()
+    return np.abs(hidden(activations) * of_output.numpy())
+
+
 def naive_importance(activations, clusters):
-    """Per cluster, the mean of |h| |down| over the tokens that its centroid has the largest dot
+    """Per cluster, the mean of |h ∂loss/∂h| over the tokens that its centroid has the largest dot
     product with; and the centroids."""
     whole = T // clusters * clusters
     rng = generator(0, "split", 0)
     _, centroids_CD = balanced_kmeans(activations.x_TD[:whole], clusters, rng)
     seen = [[] for _ in range(clusters)]
-    for x_D, strength_F in zip(activations.x_TD, strength(activations), strict=True):
+    for x_D, strength_F in zip(activations.x_TD, taylor(activations), strict=True):
         nearest = max(range(clusters), key=lambda c, x_D=x_D: float(centroids_CD[c] @ x_D))
         seen[nearest].append(strength_F)
     return [np.mean(rows, axis=0) for rows in seen], centroids_CD
@@ -264,21 +271,30 @@ def greedy(importance, neurons, size):
     return experts
 
 
-def kept(importance, experts):
-    return sum(row[members].sum() for row, members in zip(importance, experts, strict=True))
-
-
-def test_llama_moe_v2_keeps_no_less_importance_than_the_greedy_split(converted, activations):
-    """Expert by expert on its own cluster."""
+def test_llama_moe_v2_deals_the_others_out_greedily(converted, activations):
     _, layer = converted("llama-moe-v2")
     importance, _ = naive_importance(activations, 7)
-    routed = neurons_of(experts_of(layer))
-    assert sorted(routed + layer.layout.shared_S.tolist()) == list(range(F))
-    theirs = greedy(importance, routed, F // 8)
-    assert kept(importance, experts_of(layer)) >= kept(importance, theirs)
-    assert kept(importance, experts_of(layer)[1:] + experts_of(layer)[:1]) < kept(
-        importance, theirs
-    )
+    routed = sorted(set(range(F)) - set(layer.layout.shared_S.tolist()))
+    expected = [sorted(members) for members in greedy(importance, routed, F // 8)]
+    assert experts_of(layer) == expected
+
+
+# --- MoEBERT -----------------------------------------------------------------------------------
+
+
+def test_moebert_has_two_thirds_of_each_expert_in_all_and_deals_the_others_out(
+    converted, activations
+):
+    """By |Σ h ∂loss/∂h| of a text, here the tokens of a kind."""
+    _, layer = converted("moebert")
+    of_output = activations.loss.y_TD.double() @ activations.ffn.down_DF.double()
+    effect = hidden(activations) * of_output.numpy()
+    text = activations.loss.text_T.numpy()
+    importance = sum(np.abs(effect[text == kind].sum(0)) for kind in range(8))
+    ranked = np.argsort(-importance).tolist()
+    common, size = ranked[: round(512 / 768 * F / 4)], F // 4
+    expected = [(common + ranked[len(common) :][e::4])[:size] for e in range(4)]
+    assert experts_of(layer) == [sorted(members) for members in expected]
 
 
 # --- CMoE --------------------------------------------------------------------------------------

@@ -28,6 +28,19 @@ PHASES = {
         {"intermediate_size": 3072, "num_hidden_layers": 2},
         {"calibration_tokens": 3072},
     ),
+    "gradients of predictions": (
+        {"vocab_size": 60000, "hidden_size": 32},
+        {"keep_dense": "none", "shared_by": "taylor"},
+    ),
+    "gradients in a layer": (
+        {"intermediate_size": 5120, "num_hidden_layers": 1, "hidden_size": 256},
+        {
+            "recipe": "moebert",
+            "keep_dense": "none",
+            "calibration_tokens": 4096,
+            "router": "normal",
+        },
+    ),
     "refit": ({"intermediate_size": 5120, "num_hidden_layers": 1}, {"keep_dense": "none"}),
     "pruned copies": (
         {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 1},

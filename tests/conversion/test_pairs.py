@@ -394,6 +394,14 @@ class TestPositions:
         assert found == pytest.approx(rotary.attention_scaling)
 
 
+def test_experts_of_qwen3_5_are_one_tensor_which_mlx_wants(dense, moe):
+    written = weights(moe(dense("qwen3_5_text"), **TWO_OF_FOUR))
+    hidden, size = SIZES["hidden_size"], SIZES["intermediate_size"]
+    assert written["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 2 * size, hidden)
+    assert written["model.layers.1.mlp.experts.down_proj"].shape == (4, hidden, size)
+    assert not any(".experts.0." in name for name in written)
+
+
 def test_layers_without_rotary_embedding_are_listed_as_llama_cpp_reads_them(dense, moe):
     config = read_json(moe(dense("smollm3"), **TWO_OF_FOUR) / "config.json")
     assert config["layer_rope_theta"][1] == 0

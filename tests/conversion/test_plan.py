@@ -465,6 +465,7 @@ ASIDE = {
     "both": {"sequential": True, "compensate": "least_squares", "keep_dense": [1]},
     "all matrices refit": {"compensate": "descent"},
     "repeated neurons": {"split": "sharing_inner"},
+    "gradients": {"shared_by": "taylor"},
     "both in bfloat16": {
         "sequential": True, "compensate": "least_squares", "dtype": "bfloat16",
     },

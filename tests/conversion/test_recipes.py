@@ -214,6 +214,7 @@ PAPERS = {
     "llama-moe-sharing-inner": (8, 2, 64, 0),
     "llama-moe-sharing-inter": (7, 1, 64, 64),
     "llama-moe-v2": (7, 1, 64, 64),
+    "moebert": (4, 1, 128, 0),
     "moefication": (16, 8, 32, 0),
 }
 

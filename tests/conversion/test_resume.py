@@ -21,6 +21,7 @@ from upcycle.cli import app
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.core.machine import torch_threads
+from upcycle.models.stream import HiddenStream
 from upcycle.models.writer import CheckpointWriter, Workspace, partial_folder
 
 SETTINGS = PLAIN_SPLIT | {
@@ -155,12 +156,18 @@ MOMENTS_BY_DEFAULT = {
     "before layer 2": kill_at_step("converting layers", 2),
     "in the check": kill_at_step("checking", 1),
 }
+MOMENTS_BY_TAYLOR = {
+    "on the way there": kill_at_step("backward pass", 1),
+    "on the way back": kill_at_step("backward pass", 5),
+    "while layers are measured": kill_at_step("measuring layers", 1),
+    "before layer 2": kill_at_step("converting layers", 2),
+}
 
 
 def start_and_kill(dense, out, moment, *, base=SETTINGS, **settings) -> None:
     def act():
         with pytest.MonkeyPatch.context() as patch:
-            progress = (MOMENTS | MOMENTS_BY_DEFAULT)[moment](patch)
+            progress = (MOMENTS | MOMENTS_BY_DEFAULT | MOMENTS_BY_TAYLOR)[moment](patch)
             upcycle.convert(str(dense()), out, progress=progress, **base | settings)
 
     dense()
@@ -199,6 +206,35 @@ def test_the_default_recipe_resumed_after_a_kill_gives_the_same_bytes(
         upcycle.convert(str(dense()), place, resume=True, **DEFAULT)
     assert content(out) == content(other)
     assert list(out.parent.iterdir()) == [out]
+
+
+TAYLOR = SETTINGS | {"shared_by": "taylor", "keep_dense": "auto"}
+"""With a backward pass, and layers to keep dense that are measured by its gradients."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_by_taylor(dense, tmp_path_factory):
+    out = tmp_path_factory.mktemp("taylor") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(planning.CHECK_TOKENS, "fast", 64)
+        upcycle.convert(str(dense()), out, **TAYLOR)
+    return content(out)
+
+
+@pytest.mark.parametrize("moment", MOMENTS_BY_TAYLOR)
+def test_a_run_with_a_backward_pass_resumed_after_a_kill_gives_the_same_bytes(
+    dense, out, uninterrupted_by_taylor, moment
+):
+    start_and_kill(dense, out, moment, base=TAYLOR)
+    upcycle.convert(str(dense()), out, resume=True, **TAYLOR)
+    assert content(out) == uninterrupted_by_taylor
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_finished_backward_pass_is_not_repeated(dense, out, monkeypatch):
+    start_and_kill(dense, out, "before layer 2", base=TAYLOR)
+    monkeypatch.setattr(HiddenStream, "to_loss", lambda *_: pytest.fail("went back again"))
+    upcycle.convert(str(dense()), out, resume=True, **TAYLOR)
 
 
 def test_resuming_does_not_repeat_finished_layers(dense, out, monkeypatch):

@@ -11,6 +11,7 @@ from sklearn.cluster import KMeans
 from upcycle.core.clustering import (
     balanced_assignment,
     balanced_kmeans,
+    greedy_assignment,
     importance_by_cluster,
     kmeans,
     spread_rows,
@@ -346,3 +347,16 @@ def test_squared_distance_differs_from_the_true_one_by_a_constant_per_row():
 def test_items_that_do_not_fill_the_bins_are_refused():
     with pytest.raises(ValueError, match="10 items do not fill 3 bins equally"):
         balanced_assignment(torch.rand(10, 3))
+
+
+@pytest.mark.parametrize(("bins", "items"), [(1, 5), (3, 12), (7, 56), (8, 8)])
+def test_greedy_takes_the_pair_that_is_worth_most(bins, items):
+    """Of those whose item is free and whose bin has room, again and again."""
+    worth_EF = torch.rand(bins, items, generator=torch.Generator().manual_seed(items))
+    owner, room = {}, [items // bins] * bins
+    while len(owner) < items:
+        free = [(b, i) for b in range(bins) for i in range(items) if room[b] and i not in owner]
+        b, i = max(free, key=lambda pair: float(worth_EF[pair]))
+        owner[i] = b
+        room[b] -= 1
+    assert greedy_assignment(worth_EF).tolist() == [owner[i] for i in range(items)]

@@ -1,12 +1,14 @@
 """Innovations: what neurons add to others is what ordinary regression leaves of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import naive_hidden
 from torch.nn.functional import silu
 
 from upcycle.core.innovation import STRENGTH, innovations
-from upcycle.core.types import DenseFFN, LayerActivations
+from upcycle.core.types import DenseFFN, LayerActivations, LossGradient
 
 D, F, T = 10, 24, 200
 NEURONS, OTHERS = torch.tensor([20, 3, 4, 5, 11, 17]), torch.tensor([0, 7, 8, 23, 12])
@@ -72,6 +74,23 @@ def test_some_of_them_on_some_tokens_are_the_same_numbers():
     torch.testing.assert_close(values(found.sample(T // 4)), values(found)[::4])
     power_R = values(found).square().sum(0) * found.ffn.down_DF.square().sum(0)
     torch.testing.assert_close(found.energy(), power_R)
+
+
+def test_their_effects_are_what_the_rest_of_h_does_to_the_loss():
+    activations, gradient_TD = make_activations(), normal(T, D, seed=40)
+    loss = LossGradient(gradient_TD, torch.arange(T) // 10)
+    differentiated = replace(activations, loss=loss)
+    found = innovations(differentiated, NEURONS, OTHERS, make_weights())
+    down_DR = activations.ffn.down_DF[:, NEURONS]
+    expected_TR = values(found) * (gradient_TD @ down_DR)
+    parts = [
+        (found, expected_TR),
+        (found.take(torch.tensor([4, 1])), expected_TR[:, [4, 1]]),
+        (found.sample(T // 4), expected_TR[::4]),
+    ]
+    for part, expected in parts:
+        effects = torch.cat([effect_tR for _, effect_tR in part.effects()])
+        torch.testing.assert_close(effects, expected)
 
 
 @pytest.mark.parametrize("silent", [True, False])

@@ -1,6 +1,7 @@
 """The values of a conversion against naive loops over numpy float64."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from upcycle.core.types import (
     ExpertLayout,
     Geometry,
     LayerActivations,
+    LossGradient,
     MoELayer,
     all_finite,
 )
@@ -334,6 +336,41 @@ def test_energy_is_the_sum_over_tokens_of_what_a_neuron_adds(
     expected = [sum(np.sum((h[i] * down_DF[:, i]) ** 2) for h in hidden) for i in NEURONS[part]]
     energy_F = PARTS[part](LayerActivations(ffn, x_TD)).energy()
     torch.testing.assert_close(energy_F, torch.tensor(expected, dtype=torch.float32))
+
+
+def make_differentiated(ffn):
+    """Activations with the gradient of a loss of the FFN's output, the sum of y³; and by autograd,
+    h ∂loss/∂h [T, F]."""
+    x_TD = make_inputs()
+    h_TF = ffn.hidden(x_TD).requires_grad_()
+    y_TD = h_TF @ ffn.down_DF.T
+    gradients = torch.autograd.grad((y_TD**3).sum(), [y_TD, h_TF])
+    loss = LossGradient(gradients[0], torch.arange(T) // 5)
+    return LayerActivations(ffn, x_TD, loss=loss), (h_TF * gradients[1]).detach()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("held", HELD)
+def test_effects_are_h_times_autograds_gradient(monkeypatch, held, gated):
+    monkeypatch.setattr("upcycle.core.types.HELD_ELEMENTS", HELD[held])
+    monkeypatch.setattr("upcycle.core.types.CHUNK_ELEMENTS", 3 * F)
+    ffn = make_ffn(0) if gated else replace(make_ffn(0), gate_FD=None)
+    activations, expected_TF = make_differentiated(ffn)
+    for part in PARTS:
+        some = PARTS[part](activations)
+        _, effects, places = zip(*some.effects(some.gradient.text_T), strict=True)
+        stride = -(-T // 5) if "sample" in part else 1
+        columns = list(NEURONS.get(part, [30, 2]))
+        expected = expected_TF[::stride, columns]
+        torch.testing.assert_close(torch.cat(effects), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(torch.cat(places), (torch.arange(T) // 5)[::stride])
+
+
+def test_without_a_backward_pass_there_are_no_effects():
+    activations = LayerActivations(make_ffn(0), make_inputs())
+    with pytest.raises(ValueError, match="needs_gradients"):
+        next(activations.effects())
+    assert activations.take(torch.tensor([1])).loss is activations.sample(3).loss is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
-from reference import FFNS, ffn_of, gap, load, logits
-from tiny import FAMILIES, FFN_LAYERS, SIZES
+from reference import FFNS, ffn_blocks, ffn_of, gap, load, logits
+from tiny import FAMILIES, SIZES
 
 import upcycle.models.stream
 from upcycle.core.errors import UpcycleError
@@ -108,12 +108,6 @@ def norm_before_ffn(block):
 def last_norm(model):
     names = ("embedding_norm", "norm", "norm_f")
     return next(getattr(model.model, name) for name in names if hasattr(model.model, name))
-
-
-def ffn_blocks(model):
-    """The layers that have an FFN."""
-    layers = FFN_LAYERS.get(model.config.model_type, range(LAYERS))
-    return [model.model.layers[layer] for layer in layers]
 
 
 def replace_ffn(model, layer, function):

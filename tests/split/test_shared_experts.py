@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from reference import naive_hidden
@@ -10,13 +11,14 @@ from upcycle.conversion.design import bind
 from upcycle.core.clustering import balanced_kmeans
 from upcycle.core.errors import UpcycleError
 from upcycle.core.settings import Choice
-from upcycle.core.types import DenseFFN, Geometry, LayerActivations
+from upcycle.core.types import DenseFFN, Geometry, LayerActivations, LossGradient
 from upcycle.split.shared import SHARED
 from upcycle.split.shared.consensus import seniority
 
 D, F, T = 24, 40, 19
 GEOMETRY = Geometry(F, num_experts=3, top_k=1, expert_size=10, shared_size=10)
 SEED = 5
+TEXT = 4  # tokens of a sequence; the last is shorter
 
 
 @pytest.fixture
@@ -25,7 +27,9 @@ def activations():
     gate_FD, up_FD = torch.randn(2, F, D, generator=rng) / D**0.5
     down_DF = torch.randn(D, F, generator=rng) * torch.linspace(0.3, 3, F)
     ffn = DenseFFN(gate_FD, up_FD, down_DF, torch.nn.functional.silu)
-    return LayerActivations(ffn, torch.randn(T, D, generator=rng))
+    x_TD = torch.randn(T, D, generator=rng)
+    loss = LossGradient(torch.randn(T, D, generator=rng), torch.arange(T) // TEXT)
+    return LayerActivations(ffn, x_TD, loss=loss)
 
 
 def score(name, activations, **params):
@@ -77,7 +81,8 @@ def test_every_rule_ranks_a_loud_neuron_first_and_a_dead_one_last(name, activati
     gate_FD[17], up_FD[17] = 50 * gate_FD[17], 50 * up_FD[17]
     up_FD[0] = 0
     ffn = DenseFFN(gate_FD, up_FD, activations.ffn.down_DF, torch.nn.functional.silu)
-    score_F = score(name, LayerActivations(ffn, activations.x_TD), **shallow(name))
+    changed = LayerActivations(ffn, activations.x_TD, loss=activations.loss)
+    score_F = score(name, changed, **shallow(name))
     assert score_F[17] == score_F.max()
     assert score_F[0] == score_F.min()
 
@@ -126,18 +131,77 @@ def test_energy_sees_down_proj_and_rate_does_not(activations):
     assert float(ratio) == pytest.approx(100)
 
 
-def naive_importance(activations, tokens):
-    """Per cluster and neuron, the mean of |h| |down| over the tokens that are nearest to the
-    cluster by dot product."""
-    x_TD, clusters = activations.x_TD[:: max(1, -(-T // tokens))], GEOMETRY.num_experts
+def naive_effects(activations):
+    """h ∂loss/∂h, by token and neuron."""
+    h_TF, gradient_TD = naive_hidden(activations.ffn, activations.x_TD), activations.loss.y_TD
+    columns = activations.ffn.down_DF.double().T.tolist()
+    return [
+        [
+            h * sum(g * w for g, w in zip(gradient_D, column_D, strict=True))
+            for h, column_D in zip(h_F, columns, strict=True)
+        ]
+        for h_F, gradient_D in zip(h_TF.tolist(), gradient_TD.double().tolist(), strict=True)
+    ]
+
+
+def test_taylor_adds_up_absolute_values_token_by_token(activations):
+    expected_F = [sum(map(abs, column)) for column in zip(*naive_effects(activations), strict=True)]
+    score_F = score("taylor", activations)
+    torch.testing.assert_close(score_F.float(), torch.tensor(expected_F))
+    assert ranking(score_F) == ranking(expected_F)
+
+
+def test_taylor_adds_up_absolute_values_text_by_text(activations):
+    effects, expected_F = naive_effects(activations), [0.0] * F
+    for start in range(0, T, TEXT):
+        for neuron in range(F):
+            expected_F[neuron] += abs(sum(row[neuron] for row in effects[start : start + TEXT]))
+    score_F = score("taylor", activations, per="text")
+    torch.testing.assert_close(score_F.float(), torch.tensor(expected_F), rtol=1e-4, atol=1e-4)
+    assert ranking(score_F) != ranking(score("taylor", activations))
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), [("taylor", {}), ("consensus", {"importance": "taylor"})]
+)
+def test_gradients_are_asked_for(activations, name, params):
+    assert bind(SHARED, Choice(name=name, **params)).params.needs_gradients
+    with pytest.raises(ValueError, match="needs_gradients"):
+        score(name, LayerActivations(activations.ffn, activations.x_TD), **params)
+
+
+@pytest.mark.parametrize("name", [name for name in SHARED if name != "taylor"])
+def test_no_other_rule_looks_at_gradients(activations, name):
+    assert not bind(SHARED, Choice(name=name)).params.needs_gradients
+    without = LayerActivations(activations.ffn, activations.x_TD)
+    assert torch.equal(score(name, without), score(name, activations))
+
+
+def test_consensus_by_taylor_is_what_most_experts_want(activations):
+    importance = naive_importance(activations, 8192, np.abs(naive_effects(activations)))
+    expected = naive_residual(importance, size=10, room=10)
+    assert ranking(score("consensus", activations, importance="taylor"))[:10] == expected
+    assert ranking(score("consensus", activations))[:10] != expected
+
+
+def output_strength(activations):
+    """|h| |down|, by token and neuron."""
+    norm_F = activations.ffn.down_DF.double().norm(dim=0)
+    return (naive_hidden(activations.ffn, activations.x_TD).abs() * norm_F).numpy()
+
+
+def naive_importance(activations, tokens, strength_TF):
+    """Per cluster and neuron, the mean strength on the tokens that are nearest to the cluster by
+    dot product."""
+    every, clusters = max(1, -(-T // tokens)), GEOMETRY.num_experts
+    x_TD, strength_TF = activations.x_TD[::every], strength_TF[::every]
     whole = len(x_TD) // clusters * clusters
     rng = torch.Generator().manual_seed(SEED)
     _, centroids_CD = balanced_kmeans(x_TD[:whole], clusters, rng)
-    norm_F = [float(column_D.norm()) for column_D in activations.ffn.down_DF.T]
     seen = [[] for _ in range(clusters)]
-    for x_D, h_F in zip(x_TD, naive_hidden(activations.ffn, x_TD).tolist(), strict=True):
+    for x_D, strength_F in zip(x_TD, strength_TF.tolist(), strict=True):
         nearest = max(range(clusters), key=lambda c, x_D=x_D: float(centroids_CD[c] @ x_D))
-        seen[nearest].append([abs(h) * norm for h, norm in zip(h_F, norm_F, strict=True)])
+        seen[nearest].append(strength_F)
     return [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in seen]
 
 
@@ -156,7 +220,8 @@ def naive_residual(importance_EF, size, room):
 
 @pytest.mark.parametrize("tokens", [8192, 10])
 def test_consensus_is_what_most_experts_want_round_by_round(activations, tokens):
-    expected = naive_residual(naive_importance(activations, tokens), size=10, room=10)
+    importance = naive_importance(activations, tokens, output_strength(activations))
+    expected = naive_residual(importance, size=10, room=10)
     assert len(set(expected)) == 10
     assert ranking(score("consensus", activations, tokens=tokens))[:10] == expected
 

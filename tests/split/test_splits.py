@@ -6,13 +6,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from reference import naive_hidden
 from torch.nn.functional import silu
 
 from upcycle.conversion.design import bind
+from upcycle.core.clustering import greedy_assignment
 from upcycle.core.errors import UpcycleError
 from upcycle.core.rng import generator
 from upcycle.core.settings import Choice
-from upcycle.core.types import DenseFFN, LayerActivations
+from upcycle.core.types import DenseFFN, LayerActivations, LossGradient
 from upcycle.split import SPLITS
 from upcycle.split.coactivation_graph import (
     coactivation_counts,
@@ -23,6 +25,7 @@ from upcycle.split.coactivation_graph import (
 from upcycle.split.spectral import embedding, strengthened
 
 D, F, E, T = 24, 64, 4, 192
+TEXT = 32  # tokens of a sequence
 PURITY = 0.9
 PLANTED = {
     "parameter_clustering": {},
@@ -40,7 +43,9 @@ def make_activations(seed=0, dtype=torch.float32):
     rng = torch.Generator().manual_seed(seed)
     gate_FD, up_FD = torch.randn(2, F, D, generator=rng) / D**0.5
     ffn = DenseFFN(gate_FD, up_FD, torch.randn(D, F, generator=rng), silu)
-    return LayerActivations(ffn.to("cpu", dtype), torch.randn(T, D, generator=rng).to(dtype))
+    x_TD = torch.randn(T, D, generator=rng).to(dtype)
+    loss = LossGradient(torch.randn(T, D, generator=rng).to(dtype), torch.arange(T) // TEXT)
+    return LayerActivations(ffn.to("cpu", dtype), x_TD, loss=loss)
 
 
 def make_planted(seed):
@@ -53,7 +58,9 @@ def make_planted(seed):
     gate_FD, up_FD = directions_ED[group_F] + noise_2FD
     ffn = DenseFFN(2 * gate_FD, up_FD, torch.randn(D, F, generator=rng), silu)
     topic_TD = 3 * directions_ED.repeat_interleave(T // E, dim=0)
-    return LayerActivations(ffn, topic_TD + 0.3 * torch.randn(T, D, generator=rng)), group_F
+    x_TD = topic_TD + 0.3 * torch.randn(T, D, generator=rng)
+    loss = LossGradient(torch.randn(T, D, generator=rng), torch.arange(T) // TEXT)
+    return LayerActivations(ffn, x_TD, loss=loss), group_F
 
 
 def split(name, activations, *, num_experts=E, rng=None, **params):
@@ -167,6 +174,9 @@ def test_an_unknown_parameter_is_met_with_the_nearest_known(name):
         ("spectral", {"fire_fraction": 0}),
         ("parameter_clustering", {"rows": "down"}),
         ("token_clusters", {"tokens": 0}),
+        ("token_clusters", {"importance": "energy"}),
+        ("token_clusters", {"assignment": "best"}),
+        ("common_neurons", {"common": 1}),
     ],
 )
 def test_values_out_of_range_are_rejected(name, params):
@@ -597,3 +607,95 @@ def test_sharing_inner_looks_at_as_many_tokens_as_asked(tokens):
     more = split("sharing_inner", LayerActivations(activations.ffn, x_TD), tokens=tokens)
     few = split("sharing_inner", LayerActivations(activations.ffn, x_TD[::2]))
     assert torch.equal(more, few)
+
+
+# --- Taylor importance -------------------------------------------------------------------------
+
+
+def naive_effects(activations):
+    """h ∂loss/∂h [T, F], token by token and neuron by neuron, in float64."""
+    h_TF = naive_hidden(activations.ffn, activations.x_TD).tolist()
+    gradient_TD = activations.loss.y_TD.double()
+    columns = [column_D.double() for column_D in activations.ffn.down_DF.T]
+    return [
+        [h * float(gradient_D @ column_D) for h, column_D in zip(h_F, columns, strict=True)]
+        for h_F, gradient_D in zip(h_TF, gradient_TD, strict=True)
+    ]
+
+
+def by_text(activations):
+    """|Σ h ∂loss/∂h| over each text's tokens, added up, of each neuron."""
+    effects = np.array(naive_effects(activations))
+    return sum(np.abs(effects[start : start + TEXT].sum(0)) for start in range(0, T, TEXT))
+
+
+@pytest.mark.parametrize(("common", "size"), [(0.5, 8), (0, 0), (0.667, 11), (0.97, 16)])
+def test_common_neurons_are_moeberts_experts(common, size):
+    """As its released code makes them of a list of neurons, the most important first."""
+    activations = make_activations(2)
+    ranked = sorted(range(F), key=lambda neuron: -by_text(activations)[neuron])
+    top, remain = ranked[:size], ranked[size:]
+    expected = [(top + remain[expert::E])[: F // E] for expert in range(E)]
+    found = split("common_neurons", activations, common=common)
+    assert found.tolist() == [sorted(members) for members in expected]
+
+
+def test_common_neurons_leave_out_the_least_important():
+    activations = make_activations(2)
+    activations.ffn.down_DF[:, 5] = 0
+    held = split("common_neurons", activations).flatten().bincount(minlength=F)
+    assert held[5] == 0
+    assert (held == E).sum() == 11
+    assert (held == 1).sum() == E * (F // E - 11)
+
+
+def test_taylor_puts_neurons_where_the_loss_needs_them():
+    """In one half of the text the loss looks at some neurons' outputs, in the other at others'."""
+    ffn = make_activations().ffn
+    ffn.down_DF.zero_()
+    ffn.down_DF[0, ::2], ffn.down_DF[1, 1::2] = 1, 1
+    rng = torch.Generator().manual_seed(3)
+    topic_TD = torch.zeros(T, D)
+    topic_TD[: T // 2, 2], topic_TD[T // 2 :, 3] = 9, 9
+    gradient_TD = torch.zeros(T, D)
+    gradient_TD[: T // 2, 0], gradient_TD[T // 2 :, 1] = 1, -1
+    loss = LossGradient(gradient_TD, torch.arange(T) // TEXT)
+    x_TD = topic_TD + torch.randn(T, D, generator=rng)
+    activations = LayerActivations(ffn, x_TD, loss=loss)
+    for name, params in {
+        "sharing_inner": {},
+        "token_clusters": {},
+        "token_clusters ": {"assignment": "greedy"},
+    }.items():
+        taylor_EM = split(name.strip(), activations, num_experts=2, importance="taylor", **params)
+        assert sorted(taylor_EM.tolist()) == [list(range(0, F, 2)), list(range(1, F, 2))]
+        output_EM = split(name.strip(), activations, num_experts=2, **params)
+        assert sorted(output_EM.tolist()) != sorted(taylor_EM.tolist())
+
+
+def test_a_greedy_assignment_is_asked_for(monkeypatch):
+    importance_EF = torch.rand(E, F, generator=torch.Generator().manual_seed(7))
+    monkeypatch.setattr(
+        "upcycle.split.token_clusters.importance_by_cluster", lambda *_: importance_EF
+    )
+    rows = split("token_clusters", make_activations(), assignment="greedy").tolist()
+    owner_F = greedy_assignment(importance_EF).tolist()
+    assert rows == [[i for i in range(F) if owner_F[i] == e] for e in range(E)]
+    assert rows != split("token_clusters", make_activations()).tolist()
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_only_gradients_that_are_asked_for_are_looked_at(name):
+    """By its parameters a split says whether it needs a backward pass."""
+    activations, checked = make_activations(), bind(SPLITS, Choice(name=name)).params
+    without = LayerActivations(activations.ffn, activations.x_TD)
+    if checked.needs_gradients:
+        with pytest.raises(ValueError, match="needs_gradients"):
+            split(name, without)
+    else:
+        assert torch.equal(split(name, without), split(name, activations))
+
+
+@pytest.mark.parametrize("name", ["token_clusters", "sharing_inner"])
+def test_taylor_importance_is_what_asks_for_gradients(name):
+    assert bind(SPLITS, Choice(name=name, importance="taylor")).params.needs_gradients

@@ -86,6 +86,7 @@ def plan_summary(plan: Plan, *, measured: bool = False) -> PlanPart:
         device=str(plan.device),
         peak_memory_estimate=peak_bytes(plan, measured=measured),
         check_memory_estimate=plan.check_bytes(),
+        gradient_bytes=plan.gradient_bytes,
         calibration_tokens=plan.fit_tokens,
         check_tokens=plan.held_tokens,
         feedback=plan.design.feedback,

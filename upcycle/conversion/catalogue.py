@@ -27,8 +27,8 @@ KINDS = {
 
 
 def methods() -> list[dict[str, Any]]:
-    """Every method: kind, name, summary, paper, parameters with their defaults, and whether it
-    needs text."""
+    """Every method: kind, name, summary, paper, parameters with their defaults, and whether with
+    these it needs text, and a backward pass."""
     listed: list[dict[str, Any]] = _catalogue()["methods"]
     return listed
 

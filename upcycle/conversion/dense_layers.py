@@ -8,7 +8,9 @@ the request, on a few of the calibration tokens, and measured on others.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import exp
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from upcycle.conversion.geometry import moe_share
 from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.plan import Plan, make_plan
 from upcycle.core.errors import UpcycleError
-from upcycle.core.types import LayerActivations
+from upcycle.core.types import LayerActivations, LossGradient
 from upcycle.models.assemble import dense_ffn
 from upcycle.models.record import DenseLayers, Trial
 from upcycle.models.stream import PREDICTED_TOKENS, HiddenStream
@@ -40,6 +42,13 @@ FEW, ONE_IN = 2, 10
 Progress = Callable[[str, int, int], None]
 
 
+class Gradients(Protocol):
+    """The loss's, of a layer and some of the calibration sequences; nothing where no method looks
+    at it."""
+
+    def __call__(self, layer: int, rows: Tensor) -> LossGradient | None: ...
+
+
 @dataclass(frozen=True)
 class Sample:
     """Calibration sequences to try choices on."""
@@ -48,10 +57,16 @@ class Sample:
     held_BL: Tensor
     names: tuple[str, ...]
     """The text of each row that is held."""
+    loss: Callable[[int], LossGradient | None] = lambda layer: None
+    """The loss's gradient in a layer, of the sequences to fit on."""
 
 
 def choose_dense_layers(
-    plan: Plan, fit_BL: Tensor, front: tuple[int, ...], progress: Progress
+    plan: Plan,
+    fit_BL: Tensor,
+    front: tuple[int, ...],
+    gradients: Gradients,
+    progress: Progress,
 ) -> DenseLayers:
     """The best of a few choices.
 
@@ -60,7 +75,7 @@ def choose_dense_layers(
         fit_BL: calibration tokens, of whose texts each gives a sequence in turn.
         front: what begins each sequence.
     """
-    sample = _sample(fit_BL, texts(plan.recipe.calibration))
+    sample = _sample(fit_BL, texts(plan.recipe.calibration), gradients)
     damage = measure_damage(plan, _cut(sample.held_BL, len(front)), progress)
     dense = _losses(_stream_dense(plan, sample.held_BL), plan, len(sample.held_BL))
     trials: list[Trial] = []
@@ -207,21 +222,22 @@ def try_layers(
     return Trial(layers, ratios)
 
 
-def _sample(fit_BL: Tensor, names: list[str]) -> Sample:
+def _sample(fit_BL: Tensor, names: list[str], gradients: Gradients) -> Sample:
     """Sequences of every text, from all over it: to fit on, and in between others to measure on."""
     seq_len, count = fit_BL.shape[1], min(len(names), len(fit_BL))
     fit, held = (max(1, tokens // seq_len // count) for tokens in (FIT_TOKENS, HELD_TOKENS))
-    rows: dict[bool, list[Tensor]] = {True: [], False: []}
+    rows: dict[bool, list[int]] = {True: [], False: []}
     named = []
     for place in range(count):
-        own_BL = fit_BL[place::count]
-        chosen = torch.linspace(0, len(own_BL) - 1, min(fit + held, len(own_BL))).round().long()
+        own = range(place, len(fit_BL), count)
+        chosen = torch.linspace(0, len(own) - 1, min(fit + held, len(own))).round().long()
         kept = set(torch.linspace(0, len(chosen) - 1, min(held, len(chosen))).round().tolist())
         for number, row in enumerate(chosen):
-            rows[number in kept].append(own_BL[row])
+            rows[number in kept].append(own[row])
         named += [names[place]] * len(kept)
-    fitted = rows[False] or rows[True]  # of very little text
-    return Sample(torch.stack(fitted), torch.stack(rows[True]), tuple(named))
+    fitted = torch.tensor(rows[False] or rows[True])  # the same, of very little text
+    loss = partial(gradients, rows=fitted)
+    return Sample(fit_BL[fitted], fit_BL[rows[True]], tuple(named), loss)
 
 
 def _cut(tokens_BL: Tensor, front: int) -> Tensor:
@@ -263,9 +279,8 @@ def _stream_converted(plan: Plan, sample: Sample) -> HiddenStream:
         ffn = dense_ffn(source.canonical(raw), act)
         wide = ffn.to(x_TD.device, torch.float32)
         x_TD = x_TD.float()
-        converted = convert_layer(
-            plan, layer, ffn, LayerActivations(wide, x_TD[:fitted]), norm_T[:fitted]
-        )
+        activations = LayerActivations(wide, x_TD[:fitted], loss=sample.loss(layer))
+        converted = convert_layer(plan, layer, ffn, activations, norm_T[:fitted])
         stream.advance(layer, converted.output(LayerActivations(wide, x_TD), plan.design.weigh))
     return stream
 

@@ -56,6 +56,7 @@ def registered() -> dict[str, Any]:
             "paper": method.paper,
             "parameters": method.params().model_dump(),
             "needs_text": method.needs_activations,
+            "needs_gradients": method.params().needs_gradients,
         }
         for registry in registries
         for method in registry.values()

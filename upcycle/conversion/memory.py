@@ -9,7 +9,7 @@ from upcycle.conversion.dense_layers import DAMAGE_TOKENS
 from upcycle.conversion.plan import Plan
 from upcycle.core.types import CHUNK_ELEMENTS, HELD_ELEMENTS
 from upcycle.models.own_text import LENGTH, TOGETHER
-from upcycle.models.stream import BATCH_TOKENS
+from upcycle.models.stream import BATCH_TOKENS, PREDICTED_TOKENS
 from upcycle.models.text import texts
 
 FLOAT, DOUBLE = 4, 8
@@ -31,6 +31,8 @@ def peak_bytes(plan: Plan, *, measured: bool = False) -> int:
     phases = [WORKING + _outside_layers(plan), _layer(plan) + _writing(plan)]
     if plan.streams or plan.passage_tokens:
         phases += [WORKING + _embedding(plan), WORKING + _fitting(plan)]
+    if plan.needs_gradients:
+        phases.append(WORKING + _going_back(plan))
     if plan.undecided or measured:
         phases.append(WORKING + _measuring(plan))
     if "self" in texts(plan.recipe.calibration) and plan.fit_tokens + plan.held_tokens:
@@ -59,6 +61,22 @@ def _embedding(plan: Plan) -> int:
 def _streamed(plan: Plan) -> int:
     """Tokens that go through the layers, of calibration or of a merge's prompts and texts."""
     return plan.fit_tokens or plan.passage_tokens
+
+
+def _going_back(plan: Plan) -> int:
+    """The gradients of hidden states beside predictions at the end; in a layer, beside the hidden
+    states that enter it and the gradients of what its FFN puts out, all that a batch's gradients
+    are made from. What is put aside passes through memory once more."""
+    arch, tokens = plan.source.arch, plan.fit_tokens
+    batch, seq_len = min(tokens, BATCH_TOKENS), plan.recipe.seq_len
+    hidden = tokens * arch.hidden_size * FLOAT
+    outer = _outside_layers(plan)
+    at_the_end = outer + _widened(plan, outer) + 2 * hidden
+    at_the_end += 4 * min(tokens, PREDICTED_TOKENS) * _vocab(plan) * FLOAT
+    attention = 3 * int(arch.fields["num_attention_heads"]) * seq_len
+    saved = batch * (16 * arch.hidden_size + 6 * arch.intermediate_size + attention) * FLOAT
+    in_a_layer = _layer(plan) + _widened(plan, _layer(plan)) + 5 * hidden + saved
+    return max(at_the_end, in_a_layer)
 
 
 def _sampling(plan: Plan) -> int:

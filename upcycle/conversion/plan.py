@@ -217,6 +217,13 @@ class Plan:
         return _streams(self.design)
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether a method looks at the loss's gradients, so that the calibration tokens first go
+        through the dense model and back."""
+        used = self.way.used(self.design.methods, self.design.geometry)
+        return self.streams and any(each.params.needs_gradients for each in used.values())
+
+    @property
     def passage_tokens(self) -> int:
         """Tokens of the text that a merge's router is made from, of prompts roughly."""
         if self.design.merge is None or self.design.methods.gate is None:
@@ -252,7 +259,20 @@ class Plan:
         return sequences * self.recipe.seq_len if self.streams else 0
 
     def aside_bytes(self) -> int:
-        """Disk that only the run itself needs: what a resumed stream and the check read again."""
+        """Disk that only the run itself needs: what a resumed stream and the check read again, and
+        gradients."""
+        return self._refit_bytes() + self.gradient_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Disk for hidden states on the way through the dense model, then gradients, at most."""
+        if not self.needs_gradients:
+            return 0
+        arch = self.source.arch
+        return arch.num_layers * self.fit_tokens * arch.hidden_size * torch.float32.itemsize
+
+    def _refit_bytes(self) -> int:
+        """Disk for routers and refit weights."""
         geometry = self.design.geometry
         neurons = self.way.kept_neurons(geometry)
         if not neurons:
@@ -684,6 +704,7 @@ def _check(plan: Plan, *, overwrite: bool, resume: bool) -> None:
     _check_feedback(plan)
     _check_ties(plan)
     _check_text(plan)
+    _check_gradients(plan)
     _check_memory(plan)
     if plan.finished is not None:
         before = plan.finished.spec(plan.spec)
@@ -729,6 +750,23 @@ def _check_text(plan: Plan) -> None:
     if plan.fit_tokens + plan.held_tokens + plan.passage_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
         load_tokenizer(plan.source.folder)
+
+
+def _check_gradients(plan: Plan) -> None:
+    if not plan.needs_gradients:
+        return
+    arch, why = plan.source.arch, ""
+    if arch.encoder:
+        why = "is an encoder, which has no loss of the next token"
+    elif arch.fields.get("num_kv_shared_layers"):
+        why = "has layers that share keys and values, through which no gradients are taken back"
+    if why:
+        used = plan.way.used(plan.design.methods, plan.design.geometry).items()
+        asking = next(field for field, bound in used if bound.params.needs_gradients)
+        raise UpcycleError(
+            f"{setting(asking, getattr(plan.recipe, asking))} needs a backward pass, but "
+            f"{plan.source.label} {why}: choose another, or importance=output"
+        )
 
 
 def _check_memory(plan: Plan) -> None:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from upcycle.conversion.card import Conversion, conversion_record, model_card
 from upcycle.conversion.check import dtype_that_fits, run_check
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
+from upcycle.conversion.gradients import loss_gradient, put_gradients_aside
 from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.merging.findings import findings, measure_beside
@@ -28,7 +30,7 @@ from upcycle.conversion.plan import Plan, make_plan
 from upcycle.conversion.units import GATE, PARTS, SEEN, write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
-from upcycle.core.types import DenseFFN, LayerActivations
+from upcycle.core.types import DenseFFN, LayerActivations, LossGradient
 from upcycle.core.versions import versions
 from upcycle.evaluation.distance import Meter
 from upcycle.models.assemble import (
@@ -139,6 +141,9 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     tokens, own = _tokens(plan, progress), own_texts(plan)
     fit_BL = tokens.fit_BL
     lap("calibration text")
+    if plan.needs_gradients:
+        put_gradients_aside(plan, fit_BL, workspace, progress)
+        lap("backward pass")
     if plan.undecided:
         plan = _decide(plan, workspace, tokens, progress)
         lap(DENSE_LAYERS)
@@ -191,7 +196,8 @@ def _check(
 def _decide(plan: Plan, workspace: Workspace, tokens: Calibration, progress: Progress) -> Plan:
     """The plan with the layers that are to stay dense, by measurement."""
     if DENSE_LAYERS not in workspace.records:
-        chosen = choose_dense_layers(plan, tokens.fit_BL, tokens.front, progress)
+        gradients = partial(loss_gradient, plan, workspace)
+        chosen = choose_dense_layers(plan, tokens.fit_BL, tokens.front, gradients, progress)
         workspace.done(DENSE_LAYERS, asdict(chosen))
     layers = tuple(workspace.records[DENSE_LAYERS]["layers"])
     decided = {"keep_dense": layers, "target": plan.target, "calibration": plan.recipe.calibration}
@@ -332,12 +338,14 @@ def _write_layer(
         return
     ffn = dense_ffn(tensors, plan.activation)
     entering_TD = stream.entering() if stream and gates else None
-    activations, norm_T = _attend(layer, raw, ffn, stream, dense)
+    converts = layer in plan.moe_layers and not finished
+    loss = loss_gradient(plan, workspace, layer) if converts else None
+    activations, norm_T = _attend(layer, raw, ffn, stream, dense, loss)
     gate_ED = None
     if gates and activations is not None and entering_TD is not None:
         gate_ED = gates.rows(layer, entering_TD, activations.x_TD)
     converted = None
-    if layer in plan.moe_layers and not finished:
+    if converts:
         wanted_TD = _wanted(plan, stream, dense)
         converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD, gate_ED, meter)
     elif layer in plan.moe_layers and plan.design.sequential:
@@ -354,6 +362,7 @@ def _attend(
     ffn: DenseFFN,
     stream: HiddenStream | None,
     dense: HiddenStream | None,
+    loss: LossGradient | None,
 ) -> tuple[LayerActivations | None, Tensor | None]:
     """Move the stream up to a layer's FFN, and the dense one past it; what the FFN sees, and the
     norms [T] of what its output is added to."""
@@ -362,7 +371,8 @@ def _attend(
     if stream is None:
         return None, None
     x_TD, norm_T = stream.attend(layer, raw)
-    return LayerActivations(ffn.to(x_TD.device, torch.float32), x_TD.float()), norm_T
+    wide = ffn.to(x_TD.device, torch.float32)
+    return LayerActivations(wide, x_TD.float(), loss=loss), norm_T
 
 
 def _wanted(plan: Plan, stream: HiddenStream | None, dense: HiddenStream | None) -> Tensor | None:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upcycle.core.importance import Importance, importances
 from upcycle.core.types import LayerActivations
 
 
@@ -57,6 +58,21 @@ def _fill(cost_FE: Tensor, capacity: int) -> Tensor:
             if len(proposals) >= room:
                 open_cost_FE[:, e] = torch.inf
     return owner_F
+
+
+def greedy_assignment(worth_EF: Tensor) -> Tensor:
+    """Put each of F items into one of E bins of F / E items, the pair that is worth most first.
+
+    Returns the bin of each item, [F] int64.
+    """
+    num_bins, num_items = worth_EF.shape
+    owners, room = [-1] * num_items, [num_items // num_bins] * num_bins
+    for pair in worth_EF.flatten().argsort(descending=True, stable=True).tolist():
+        place, item = divmod(pair, num_items)
+        if owners[item] < 0 and room[place]:
+            owners[item] = place
+            room[place] -= 1
+    return torch.tensor(owners)
 
 
 CANDIDATES = 16
@@ -143,9 +159,13 @@ def kmeans(rows_FC: Tensor, num_clusters: int, rng: torch.Generator) -> tuple[li
 
 
 def importance_by_cluster(
-    sample: LayerActivations, num_clusters: int, rng: torch.Generator, balanced: bool = True
+    sample: LayerActivations,
+    num_clusters: int,
+    rng: torch.Generator,
+    balanced: bool = True,
+    by: Importance = "output",
 ) -> Tensor:
-    """How much each neuron puts out, |h| |down|, in each of C regions of hidden states [C, F].
+    """How much each neuron matters on average in each of C regions of hidden states [C, F].
 
     The regions are those of k-means; a token counts where the dot product with the centroid is
     largest.
@@ -155,11 +175,11 @@ def importance_by_cluster(
     """
     x_TD = sample.x_TD[: len(sample.x_TD) // num_clusters * num_clusters]
     _, centroids_CD = (balanced_kmeans if balanced else kmeans)(x_TD, num_clusters, rng)
-    norm_F = sample.ffn.down_DF.norm(dim=0)
-    importance_CF, tokens_C = torch.zeros(num_clusters, len(norm_F)), torch.zeros(num_clusters)
-    for x_tD, h_tF in sample.chunks():
+    num_neurons = sample.ffn.num_neurons
+    importance_CF, tokens_C = torch.zeros(num_clusters, num_neurons), torch.zeros(num_clusters)
+    for x_tD, importance_tF in importances(sample, by):
         cluster_t = (x_tD @ centroids_CD.to(x_tD).T).argmax(1)
-        importance_CF.index_add_(0, cluster_t.cpu(), (h_tF.abs() * norm_F).cpu().float())
+        importance_CF.index_add_(0, cluster_t.cpu(), importance_tF.cpu().float())
         tokens_C += cluster_t.cpu().bincount(minlength=num_clusters)
     return importance_CF / tokens_C.clamp_min(1)[:, None]
 

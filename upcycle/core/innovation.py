@@ -41,7 +41,7 @@ class Innovations(LayerActivations):
 
     def sample(self, tokens: int) -> "Innovations":
         sample = self.everything.sample(tokens)
-        return replace(self, x_TD=sample.x_TD, everything=sample)
+        return replace(self, x_TD=sample.x_TD, loss=sample.loss, everything=sample)
 
 
 def innovations(
@@ -68,6 +68,7 @@ def innovations(
     return Innovations(
         ffn=activations.ffn.take(neurons_R),
         x_TD=activations.x_TD,
+        loss=activations.loss,
         everything=activations,
         neurons_R=neurons_R,
         others_S=others_S,

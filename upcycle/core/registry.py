@@ -19,6 +19,11 @@ class Params(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the method, with these, looks at the loss's gradients."""
+        return False
+
 
 @dataclass(frozen=True)
 class Method(Generic[F]):

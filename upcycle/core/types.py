@@ -97,6 +97,21 @@ class DenseFFN:
         return self.changed(lambda matrix: matrix.to(device, dtype))
 
 
+@dataclass(frozen=True, slots=True)
+class LossGradient:
+    """What a backward pass through the dense model says of one FFN's output y. The loss is that of
+    the calibration tokens, in nats, summed over them."""
+
+    y_TD: Tensor
+    """∂loss/∂y, token by token."""
+    text_T: Tensor
+    """Which sequence each token is of."""
+
+    def take(self, tokens: slice | Tensor) -> "LossGradient":
+        """Of these tokens only, in this order."""
+        return LossGradient(self.y_TD[tokens], self.text_T[tokens])
+
+
 @dataclass(frozen=True)
 class LayerActivations:
     """What one FFN sees and does on the calibration tokens.
@@ -109,6 +124,8 @@ class LayerActivations:
     x_TD: Tensor
     whole: "tuple[LayerActivations, Tensor] | None" = None
     """The activations of which these are some neurons', and which neurons."""
+    loss: LossGradient | None = None
+    """Of the same tokens, if a method looks at it: always the dense model's."""
 
     def chunks(self, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Tuples (x [t, D], h [t, F]) that together cover the tokens in order, each with the same
@@ -122,6 +139,27 @@ class LayerActivations:
         else:
             for x_tD, *rows in zip(*self._split(self.x_TD, *beside), strict=True):
                 yield x_tD, self.ffn.hidden(x_tD), *rows
+
+    @property
+    def gradient(self) -> LossGradient:
+        """The loss's.
+
+        Raises:
+            ValueError: there was no backward pass, as no method's parameters say that it needs one.
+        """
+        if self.loss is None:
+            raise ValueError("the loss's gradient is there if a method's `needs_gradients` is true")
+        return self.loss
+
+    def effects(self, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """`chunks` with h ∂loss/∂h [t, F] in place of h: to first order, by how much the loss falls
+        when a neuron puts out nothing on a token.
+
+        Raises:
+            ValueError: as `gradient`.
+        """
+        for x_tD, h_tF, gradient_tD, *rows in self.chunks(self.gradient.y_TD, *beside):
+            yield x_tD, h_tF * (gradient_tD @ self.ffn.down_DF), *rows
 
     @property
     def _fits(self) -> bool:
@@ -152,11 +190,16 @@ class LayerActivations:
 
     def take(self, neurons: Tensor) -> "LayerActivations":
         """Of these neurons [M] only, in this order."""
-        return LayerActivations(self.ffn.take(neurons), self.x_TD, whole=(self, neurons))
+        return LayerActivations(self.ffn.take(neurons), self.x_TD, (self, neurons), self.loss)
 
     def sample(self, tokens: int) -> "LayerActivations":
         """At most this many tokens, evenly spread."""
-        return LayerActivations(self.ffn, evenly(self.x_TD, tokens))
+        return LayerActivations(self.ffn, evenly(self.x_TD, tokens), loss=self._loss_of(tokens))
+
+    def _loss_of(self, tokens: int) -> LossGradient | None:
+        """The loss's gradient for a sample."""
+        every = slice(None, None, _stride(len(self.x_TD), tokens))
+        return None if self.loss is None else self.loss.take(every)
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -445,6 +445,8 @@ class PlanPart(Part):
     device: str
     peak_memory_estimate: int
     check_memory_estimate: int
+    gradient_bytes: int = 0
+    """Disk for what a backward pass puts aside while the conversion runs; without one, 0."""
     calibration_tokens: int
     check_tokens: int
     feedback: float = 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
@@ -16,6 +17,8 @@ from upcycle.models.names import HEAD
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
 PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
+UNTOLD = -100
+"""In place of the token after a sequence's last one."""
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -34,6 +37,9 @@ class HiddenStream:
     layer is called with. A layer is passed in two halves, so that another FFN can take the place
     of the dense one: `attend` up to what the FFN sees, `advance` from what it puts out.
 
+    Tokens that went `through` all layers can turn round: `to_loss` begins the way back, which
+    `back` goes on, one layer in memory at a time again.
+
     Args:
         config: of the dense model.
         outer: the tensors that belong to no layer, under their names in the source; of these, the
@@ -51,7 +57,7 @@ class HiddenStream:
         device: torch.device,
     ) -> None:
         self.blocks = FAMILIES[config.model_type].blocks
-        self.model = model = skeleton(config)
+        self.model = model = skeleton(config).requires_grad_(False)
         self.decoder = decoder = model.model
         self.layers, self.norm = decoder.layers, getattr(decoder, self.blocks.norm)
         self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
@@ -69,17 +75,19 @@ class HiddenStream:
         # By the place in `hidden`: what its layers leave for later ones, and whose batch it is of.
         self.left: list[dict[str, MutableMapping[str, Any]]] = []
         with torch.no_grad():
-            for ids_BL in self.groups:
-                for ids_bL in ids_BL.to(device).split(max(1, BATCH_TOKENS // ids_BL.shape[1])):
-                    decoder(input_ids=ids_bL, use_cache=False)
-                    self.hidden.append(self.recorders[0].hidden)
-                    self.left.append(self.recorders[0].left(ids_BL.shape[1]))
+            for ids_bL in self._batches():
+                decoder(input_ids=ids_bL, use_cache=False)
+                self.hidden.append(self.recorders[0].hidden)
+                self.left.append(self.recorders[0].left(ids_bL.shape[1]))
         self.batches = list(range(len(self.hidden)))
         # They are not needed again before the end: a large vocabulary's may be gigabytes.
         for name in self._embeddings:
-            module = getattr(decoder, name)
-            gone = {n: weight.to("meta") for n, weight in module.state_dict().items()}
-            module.load_state_dict(gone, assign=True)
+            _unload(getattr(decoder, name))
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Token ids [b, L] as they go through a layer together."""
+        for ids_BL in self.groups:
+            yield from ids_BL.to(self.device).split(max(1, BATCH_TOKENS // ids_BL.shape[1]))
 
     @property
     def _embeddings(self) -> list[str]:
@@ -171,12 +179,81 @@ class HiddenStream:
         self.ffn = self._finish(layer)
 
     @torch.no_grad()
-    def through(self, layer: int, weights: Mapping[str, Tensor]) -> None:
-        """Move all tokens through a whole layer, in place of `attend` and `advance`."""
-        self._load(layer, weights)
+    def through(
+        self, layer: int, weights: Mapping[str, Tensor], *, to_return: bool = False
+    ) -> None:
+        """Move all tokens through a whole layer, in place of `attend` and `advance`; if they are to
+        return, `back` through it."""
+        block = self._load(layer, weights)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD, i)
+        if to_return:
+            _unload(block)
+        else:
+            self._finish(layer)
+
+    def to_loss(self, outer: Mapping[str, Tensor]) -> None:
+        """After `through` of the last layer: turn round, at the loss of every token but a
+        sequence's first, in nats, summed over them.
+
+        Args:
+            outer: as `log_probs` takes it.
+        """
+        self._load_head(outer)
+        batches = zip(self.hidden, self._batches(), strict=True)
+        self.gradients = [self._loss_gradient(hidden_bLD, ids) for hidden_bLD, ids in batches]
+        self.hidden = []
+        _unload(self.model)
+
+    def _loss_gradient(self, hidden_bLD: Tensor, ids_bL: Tensor) -> Tensor:
+        """∂loss/∂hidden [b, L, D] after the last layer, PREDICTED_TOKENS at a time."""
+        next_bL = ids_bL.roll(-1, 1)
+        next_bL[:, -1] = UNTOLD
+        pieces = zip(
+            hidden_bLD.flatten(0, 1).split(PREDICTED_TOKENS),
+            next_bL.flatten().split(PREDICTED_TOKENS),
+            strict=True,
+        )
+        gradients = []
+        for hidden_tD, next_t in pieces:
+            with torch.enable_grad():
+                hidden_1tD = hidden_tD[None].requires_grad_()
+                logits_tV = self._logits(hidden_1tD)[0]
+                loss = cross_entropy(logits_tV, next_t, ignore_index=UNTOLD, reduction="sum")
+            gradients += torch.autograd.grad(loss, hidden_1tD)
+        return torch.cat(gradients, 1).view_as(hidden_bLD)
+
+    def back(
+        self, layer: int, weights: Mapping[str, Tensor], entering_TD: Tensor, *, bare: bool = False
+    ) -> Tensor | None:
+        """Move all tokens' gradients back through a whole layer.
+
+        Args:
+            layer: must be called for the last one, the one before it, …, after `to_loss`.
+            weights: as `attend` takes them.
+            entering_TD: what `entering` was before the layer.
+            bare: whether the layer has no FFN.
+
+        Returns:
+            ∂loss/∂y [T, D] of what its FFN puts out, y; None of a layer without an FFN.
+        """
+        block, heard = self._load(layer, weights), list[Tensor]()
+        if not bare:
+            ffn = getattr(block, self.blocks.ffn)
+            ffn.register_forward_hook(lambda module, given, y_bLD: heard.append(y_bLD))
+        sizes = [leaving_bLD[..., 0].numel() for leaving_bLD in self.gradients]
+        of_output: list[Tensor] = []
+        for i, entering_tD in enumerate(entering_TD.to(self.device).split(sizes)):
+            with torch.enable_grad():
+                entering_bLD = entering_tD.view_as(self.gradients[i]).requires_grad_()
+                leaving_bLD = self._run(layer, entering_bLD, i)
+            self.gradients[i], *of_y = torch.autograd.grad(
+                leaving_bLD, [entering_bLD, *heard], self.gradients[i]
+            )
+            of_output += [each.flatten(0, 1) for each in of_y]
+            heard.clear()
         self._finish(layer)
+        return torch.cat(of_output) if of_output else None
 
     def _finish(self, layer: int) -> nn.Module:
         """Free what only this layer needed."""
@@ -209,15 +286,23 @@ class HiddenStream:
         Args:
             outer: the tensors that belong to no layer, under their names in the source.
         """
+        self._load_head(outer)
+        for hidden_bLD in self.hidden:
+            yield self._logits(hidden_bLD).log_softmax(-1)
+
+    def _load_head(self, outer: Mapping[str, Tensor]) -> None:
         setattr(self.decoder, self.blocks.norm, self.norm)
         weights = {k: v.to(self.device, self.dtype) for k, v in outer.items()}
         weights.setdefault(HEAD, weights[f"model.{self.blocks.embeddings[0]}.weight"])
         self.model.load_state_dict(weights, assign=True, strict=False)
-        for hidden_bLD in self.hidden:
-            self.decoder.layers = nn.ModuleList([_Constant(self.recorders[0], hidden_bLD)])
-            # Which tokens they were no longer matters.
-            ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
-            yield self.model(input_ids=ids_bL, use_cache=False).logits.float().log_softmax(-1)
+
+    def _logits(self, hidden_bLD: Tensor) -> Tensor:
+        """Of hidden states after the last layer, in float32."""
+        self.decoder.layers = nn.ModuleList([_Constant(self.recorders[0], hidden_bLD)])
+        # Which tokens they were no longer matters.
+        ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
+        logits_bLV: Tensor = self.model(input_ids=ids_bL, use_cache=False).logits.float()
+        return logits_bLV
 
     def _run(self, layer: int, hidden_bLD: Tensor, place: int) -> Tensor:
         beside = self.recorders[layer].beside[self.batches[place]]
@@ -240,6 +325,12 @@ class HiddenStream:
         if isinstance(arguments.get("position_ids"), Tensor):
             arguments["position_ids"] = arguments["position_ids"][:1]
         return arguments
+
+
+def _unload(module: nn.Module) -> None:
+    """Let go of a module's weights."""
+    gone = {name: weight.to("meta") for name, weight in module.state_dict().items()}
+    module.load_state_dict(gone, assign=True)
 
 
 class _StandIn(nn.Module):

@@ -2,6 +2,7 @@
 
 import upcycle.split.coactivation
 import upcycle.split.coactivation_graph
+import upcycle.split.common_neurons
 import upcycle.split.contiguous
 import upcycle.split.parameter_clustering
 import upcycle.split.predictability

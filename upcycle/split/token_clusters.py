@@ -2,25 +2,37 @@
 
 LLaMA-MoE v2's split, arXiv:2411.15708: k-means of the FFN's inputs; a neuron's importance to a
 cluster is averaged over the tokens that the cluster's centroid has the largest dot product with;
-neurons go where they are most important, equally many to each cluster. The paper's importance is
-|h ∂loss/∂h|; without a backward pass, it is what the neuron puts out, |h| |down|.
+neurons go where they are most important, equally many to each cluster.
+
+Departures, unless asked for: the paper's importance is |h ∂loss/∂h| (`importance=taylor`), and it
+deals neurons out greedily (`assignment=greedy`). By default a neuron matters by what it puts out,
+|h| |down|, which takes no backward pass, and the assignment is near-optimal.
 """
 
+from typing import Literal
+
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
-from upcycle.core.clustering import balanced_assignment, importance_by_cluster
-from upcycle.core.registry import Params
+from upcycle.core.clustering import (
+    balanced_assignment,
+    greedy_assignment,
+    importance_by_cluster,
+)
+from upcycle.core.importance import ClusterImportanceParams
 from upcycle.core.types import LayerActivations
 from upcycle.split.base import split_from_activations
 
 
-class TokenClustersParams(Params):
-    tokens: PositiveInt = 8192
-    """Hidden states that are clustered, and over which importance is averaged."""
+class HiddenClustersParams(ClusterImportanceParams):
     balanced: bool = True
     """Whether clusters hold equally many hidden states, or as many as lie nearest."""
+
+
+class TokenClustersParams(HiddenClustersParams):
+    assignment: Literal["optimal", "greedy"] = "optimal"
+    """Neurons go to clusters so that as much importance as can be is kept, or nearly; or the pair
+    of neuron and cluster of the largest importance first, and so on."""
 
 
 @split_from_activations(
@@ -36,6 +48,11 @@ def split(
     rng: torch.Generator,
 ) -> Tensor:
     sample = activations.sample(params.tokens)
-    importance_CF = importance_by_cluster(sample, num_experts, rng, params.balanced)
-    owner_F = balanced_assignment(-importance_CF.T.contiguous())
+    importance_CF = importance_by_cluster(
+        sample, num_experts, rng, params.balanced, params.importance
+    )
+    if params.assignment == "greedy":
+        owner_F = greedy_assignment(importance_CF)
+    else:
+        owner_F = balanced_assignment(-importance_CF.T.contiguous())
     return owner_F.argsort(stable=True).view(num_experts, -1)

@@ -388,6 +388,13 @@ def separate(prefix: str, ffn: DenseFFN, names: tuple[str, str, str]) -> Named:
 LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
+def fused(layer: MoELayer, gains: Gains, prefix: str) -> Named:
+    """Two tensors for all experts, [E, 2F, D] of gates and ups and [E, D, F]."""
+    ffns = [with_routed_gain(layer.expert(e), gains) for e in range(layer.num_experts)]
+    yield f"{prefix}gate_up_proj", torch.stack([torch.cat([f.rows_FD, f.up_FD]) for f in ffns])
+    yield f"{prefix}down_proj", torch.stack([f.down_DF for f in ffns])
+
+
 def per_expert(
     layer: MoELayer,
     gains: Gains,

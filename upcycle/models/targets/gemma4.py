@@ -28,9 +28,9 @@ from upcycle.models.targets.base import (
     Routing,
     Whole,
     attention_bias,
+    fused,
     separate,
     shared_or_silent,
-    with_routed_gain,
 )
 from upcycle.models.targets.limits import gelu_only, no_biases, unknown
 from upcycle.models.traits import Architecture, Trait
@@ -58,10 +58,7 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 def experts(layer: MoELayer, gains: Gains) -> Named:
     yield "router.proj.weight", layer.router_ED
     yield "router.per_expert_scale", torch.full_like(layer.router_ED[:, 0], gains.scale)
-    ffns = [with_routed_gain(layer.expert(e), gains) for e in range(layer.num_experts)]
-    fused = [torch.cat([ffn.rows_FD, ffn.up_FD]) for ffn in ffns]
-    yield "experts.gate_up_proj", torch.stack(fused)
-    yield "experts.down_proj", torch.stack([ffn.down_DF for ffn in ffns])
+    yield from fused(layer, gains, "experts.")
     yield from separate("mlp.", shared_or_silent(layer, SILENT), LLAMA_NAMES)
 
 

@@ -17,7 +17,6 @@ its first version turns every layer; mlx-lm and transformers 4 do not have it.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from upcycle.core.types import MoELayer
@@ -29,7 +28,7 @@ from upcycle.models.targets.base import (
     MoETarget,
     Named,
     Routing,
-    with_routed_gain,
+    fused,
 )
 from upcycle.models.targets.limits import (
     heads_fill_hidden,
@@ -59,11 +58,8 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 
 
 def experts(layer: MoELayer, gains: Gains) -> Named:
-    ffns = [with_routed_gain(layer.expert(e), gains) for e in range(layer.num_experts)]
-    fused = [torch.cat([ffn.rows_FD, ffn.up_FD]) for ffn in ffns]
     yield "block_sparse_moe.router.weight", layer.router_ED
-    yield "block_sparse_moe.experts.gate_up_proj", torch.stack(fused)
-    yield "block_sparse_moe.experts.down_proj", torch.stack([ffn.down_DF for ffn in ffns])
+    yield from fused(layer, gains, "block_sparse_moe.experts.")
     yield from granitemoeshared.shared_mlp(layer, gains)
 
 

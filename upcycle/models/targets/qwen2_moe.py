@@ -68,6 +68,11 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
 
 def experts(layer: MoELayer, gains: Gains) -> Named:
     yield from per_expert(layer, gains, router="mlp.gate.weight", prefix="mlp.experts.")
+    yield from shared_expert(layer, gains)
+
+
+def shared_expert(layer: MoELayer, gains: Gains) -> Named:
+    """With its gate; a few silent neurons where there is none."""
     shared, gate_1D = shared_or_silent(layer, SILENT), layer.shared_gate_1D
     if gate_1D is None:
         shared = with_gain(shared, gains.shared)

@@ -1,22 +1,26 @@
 """Qwen3.5-MoE: softmax of the selected, always renormalised, a gated shared expert, every layer
 sparse; attention, DeltaNet and norms are the dense model's.
 
-On the hub all experts of a layer are one tensor. transformers 5.23 reads that and one tensor for
-each matrix, and writes the latter; so does this.
+All experts of a layer are one tensor, as on the hub. transformers 5.23 reads that and one tensor
+for each matrix, and writes the latter, which mlx-lm 0.32 does not load.
 """
 
 from typing import Any
 
+from upcycle.core.types import MoELayer
 from upcycle.models.targets.base import (
     TARGETS,
+    Gains,
     MoESpec,
     MoETarget,
+    Named,
     Routing,
     Whole,
     attention_bias,
+    fused,
 )
 from upcycle.models.targets.limits import no_biases, silu_only, text_alone, unknown, unscaled_rope
-from upcycle.models.targets.qwen2_moe import SILENT, experts
+from upcycle.models.targets.qwen2_moe import SILENT, shared_expert
 from upcycle.models.traits import Architecture, Trait
 
 
@@ -33,6 +37,12 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         # The class's own default for a missing factor is 0.25.
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
     }
+
+
+def experts(layer: MoELayer, gains: Gains) -> Named:
+    yield "mlp.gate.weight", layer.router_ED
+    yield from fused(layer, gains, "mlp.experts.")
+    yield from shared_expert(layer, gains)
 
 
 TARGETS.add(

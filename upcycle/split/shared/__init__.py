@@ -3,6 +3,7 @@
 import upcycle.split.shared.consensus
 import upcycle.split.shared.energy
 import upcycle.split.shared.rate
+import upcycle.split.shared.taylor
 from upcycle.split.shared.base import SHARED
 
 __all__ = ["SHARED"]

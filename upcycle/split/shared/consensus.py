@@ -4,39 +4,33 @@ LLaMA-MoE's Sharing-Inter, arXiv:2406.16554, as released: an expert is made for 
 and wants the M neurons that matter most there. Those that most experts want are shared, the
 experts want others in their place, and so on until the shared expert is full.
 
-Departures: clusters are of hidden states, layer by layer, and a neuron matters by what it puts
-out, |h| |down|, where the paper takes |h ∂loss/∂h|.
+Departures: clusters are of hidden states, layer by layer. Unless `importance` is `taylor`, the
+paper's |h ∂loss/∂h|, a neuron matters by what it puts out, |h| |down|.
 """
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from upcycle.core.clustering import importance_by_cluster
-from upcycle.core.registry import Params
+from upcycle.core.importance import ClusterImportanceParams
 from upcycle.core.types import Geometry, LayerActivations
 from upcycle.split.shared.base import shared_by_experts
-
-
-class ConsensusParams(Params):
-    tokens: PositiveInt = 8192
-    """Hidden states that are clustered, and over which importance is averaged."""
 
 
 @shared_by_experts(
     "consensus",
     summary="wanted by most experts, each made for a cluster of hidden states",
     paper="arXiv:2406.16554",
-    params=ConsensusParams,
+    params=ClusterImportanceParams,
 )
 def score(
     activations: LayerActivations,
     geometry: Geometry,
-    params: ConsensusParams,
+    params: ClusterImportanceParams,
     rng: torch.Generator,
 ) -> Tensor:
     sample = activations.sample(params.tokens)
-    importance_EF = importance_by_cluster(sample, geometry.num_experts, rng)
+    importance_EF = importance_by_cluster(sample, geometry.num_experts, rng, by=params.importance)
     return seniority(importance_EF, geometry.expert_size, geometry.shared_size)
 
 
