@@ -402,6 +402,12 @@ def test_experts_of_qwen3_5_are_one_tensor_which_mlx_wants(dense, moe):
     assert not any(".experts.0." in name for name in written)
 
 
+def test_the_activation_of_nemotrons_ffns_is_not_taken_for_that_of_its_mamba_layers(dense, moe):
+    config = read_json(moe(dense("nemotron_h"), **TWO_OF_FOUR) / "config.json")
+    assert config["mlp_hidden_act"] == "relu2"
+    assert config["hidden_act"] is None
+
+
 def test_layers_without_rotary_embedding_are_listed_as_llama_cpp_reads_them(dense, moe):
     config = read_json(moe(dense("smollm3"), **TWO_OF_FOUR) / "config.json")
     assert config["layer_rope_theta"][1] == 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     LLAMA_NAMES,
     TARGETS,
@@ -79,6 +80,9 @@ TARGETS.add(
             "vLLM": (silu_only,),
             "MLX": (silu_only, unscaled_rope),
             "transformers 4": (),
+        },
+        ran={
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
         },
         requires=frozenset({Trait.INTERLEAVED_ROTARY}),
         shared_in_experts=True,

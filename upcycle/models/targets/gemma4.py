@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     LLAMA_NAMES,
     TARGETS,
@@ -87,6 +88,10 @@ TARGETS.add(
             "vLLM": (gelu_only, no_biases),
             "MLX": (gelu_only, no_biases),
             "transformers 4": (unknown,),
+        },
+        ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "a split of a random text model"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),
         requires=frozenset({Trait.GEMMA4, Trait.POST_NORM}),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     LLAMA_NAMES,
     TARGETS,
@@ -100,6 +101,9 @@ TARGETS.add(
             "vLLM": (silu_only,),
             "MLX": (silu_only, no_biases, no_window, no_dynamic_rope),
             "transformers 4": (unknown,),
+        },
+        ran={
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
         },
         accepts=frozenset(
             {

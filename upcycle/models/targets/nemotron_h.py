@@ -47,6 +47,8 @@ def config(arch: Architecture, spec: MoESpec) -> dict[str, Any]:
         "norm_topk_prob": spec.gains.norm_topk_prob,
         "routed_scaling_factor": spec.gains.scale,
         "num_nextn_predict_layers": 0,
+        # llama.cpp's converter takes it for that of Mamba layers; the FFNs' is mlp_hidden_act.
+        "hidden_act": None,
         **copy_groups(spec.geometry),
     }
 

@@ -8,6 +8,7 @@ for each matrix, and writes the latter, which mlx-lm 0.32 does not load.
 from typing import Any
 
 from upcycle.core.types import MoELayer
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     TARGETS,
     Gains,
@@ -61,6 +62,9 @@ TARGETS.add(
             "vLLM": (text_alone, silu_only, no_biases),
             "MLX": (text_alone, silu_only, no_biases, unscaled_rope),
             "transformers 4": (unknown,),
+        },
+        ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.PARTIAL_ROTARY}),
         requires=frozenset({Trait.DELTA_NET}),
