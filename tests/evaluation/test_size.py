@@ -22,6 +22,9 @@ FAMILIES = {
     "deepseek_v3": "youtu",
     "qwen3_5_moe": "qwen3_5_text",
     "gemma4": "gemma4_text",
+    "granitemoehybrid": "granitemoehybrid",
+    "lfm2_moe": "lfm2",
+    "nemotron_h": "nemotron_h",
 }
 
 
