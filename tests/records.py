@@ -28,6 +28,7 @@ def plan(**changed):
         "device": "cpu",
         "peak_memory_estimate": 10000,
         "check_memory_estimate": 8000,
+        "gradient_bytes": 0,
         "calibration_tokens": 512,
         "check_tokens": 1024,
         "feedback": 0.0,

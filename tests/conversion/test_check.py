@@ -342,7 +342,7 @@ def test_split_equals_the_dense_model_with_all_experts_alike(dense, out, spread)
 )
 def test_models_that_fit_below_float32_only_pass_too(dense, out, monkeypatch, family, target):
     """Their routers' logits are rounded, which changes what some tokens select."""
-    monkeypatch.setattr(check, "_dtype_that_fits", lambda plan: torch.bfloat16)
+    monkeypatch.setattr(check, "dtype_that_fits", lambda plan: torch.bfloat16)
     settings = SETTINGS | {"experts": 12, "top_k": 4, "target": target, "shared": None}
     report = upcycle.convert(str(dense(family)), out, **settings).check
     assert report.exact_error < report.exact_tolerance == 0.1
@@ -415,7 +415,7 @@ def test_models_are_compared_in_what_fits(dense, monkeypatch, spare, dtype):
     plan = upcycle.plan(str(dense(dtype=torch.bfloat16)), dtype="bfloat16")
     free = SimpleNamespace(available=plan.check_bytes(torch.float32) + spare)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert check._dtype_that_fits(plan) == dtype
+    assert check.dtype_that_fits(plan) == dtype
 
 
 def test_a_ratio_that_is_no_number_is_the_worst():

@@ -4,7 +4,9 @@ import pytest
 import torch
 from reference import (
     dense_logits,
+    down_of,
     experts,
+    ffn_blocks,
     gap,
     load,
     logits,
@@ -187,7 +189,7 @@ def test_the_gain_counts_the_dense_ffn_once_at_even_weights(dense, moe, target):
     the T / G copies count 1 together."""
     out = moe(dense(SOURCES[target]), target=target, top_k=2 * SHARDS, spread_gain=True, **PER_COPY)
     model, source = load(out), load(dense(SOURCES[target]))
-    down_DF = source.model.layers[0].mlp.down_proj.weight
+    down_DF = down_of(ffn_blocks(source)[0]).weight
     root = float(experts(model)[0].down_proj[0].norm() / down_DF[:, : 192 // SHARDS].norm())
     seen = []
     for router in routers(model):

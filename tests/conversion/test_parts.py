@@ -174,9 +174,9 @@ def test_what_drafts_becomes_copies_like_the_layers(published, moe):
     for name in dense.keys() & drafts:
         assert torch.equal(routed[name], dense[name])
     for expert in range(COPY["experts"]):
-        for matrix in ("gate_proj", "up_proj"):
-            copied = routed[f"mtp.layers.0.mlp.experts.{expert}.{matrix}.weight"]
-            assert torch.equal(copied, dense[f"mtp.layers.0.mlp.{matrix}.weight"])
+        copied = routed["mtp.layers.0.mlp.experts.gate_up_proj"][expert]
+        rows = [dense[f"mtp.layers.0.mlp.{name}.weight"] for name in ("gate_proj", "up_proj")]
+        assert torch.equal(copied, torch.cat(rows))
     assert read_json(out / "config.json")["text_config"]["mtp_num_hidden_layers"] == 1
 
 

@@ -240,7 +240,7 @@ def test_dense_router_gradient_of_renormalised_copies(dense, moe, target):
 def test_dense_router_gradient_of_experts_without_gates(dense, moe):
     model = load(moe(dense("nemotron_h"), shared=0, router_spread=1e-4))
     (block, *_), (x_TD, *_) = moe_blocks(model), inputs_of_routers(model)
-    RouterTap([block], dense_gradient=True, score=score_of("nemotron_h"))
+    RouterTap([block], dense_gradient=True, score=score_of(model.config))
     chosen_TK = selected(block.router(x_TD))
     weights_TE = 2 * (x_TD @ block.router.weight.T).sigmoid()
     y_TD = block.experts(x_TD, chosen_TK, weights_TE.gather(1, chosen_TK))

@@ -83,7 +83,7 @@ def selection_bias(layer: MoELayer) -> Tensor:
 
 def no_conv_bias(arch: Architecture, spec: MoESpec) -> str:
     """Convolutions have no biases."""
-    return "convolutions have no biases" if arch.fields["conv_bias"] else ""
+    return "convolutions have no biases" if arch.fields.get("conv_bias") else ""
 
 
 def tied(arch: Architecture, spec: MoESpec) -> str:
