@@ -73,7 +73,10 @@ TARGETS.add(
             "MLX": (silu_only, heads_fill_hidden, unscaled_rope),
             "transformers 4": (heads_fill_hidden,),
         },
-        ran={"MLX": Run("mlx-lm 0.32", "2026-11-29", "splits and copies of random models")},
+        ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "a split of a random model"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
+        },
         accepts=granitemoeshared.MULTIPLIERS | {Trait.QKV_BIAS, Trait.O_BIAS},
         requires=frozenset({Trait.MAMBA}),
         lora=("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),

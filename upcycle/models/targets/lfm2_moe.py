@@ -108,7 +108,10 @@ TARGETS.add(
             "MLX": (heads_fill_hidden, tied, unscaled_rope),
             "transformers 4": (unknown,),
         },
-        ran={"MLX": Run("mlx-lm 0.32", "2026-11-29", "splits and copies of random models")},
+        ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "a split of a random model"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
+        },
         requires=frozenset({Trait.CONVOLUTIONS, Trait.QK_NORM}),
         spelled=SPELLED,
         groups=True,
