@@ -82,6 +82,7 @@ TARGETS.add(
             "transformers 4": (),
         },
         ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
             "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
         },
         requires=frozenset({Trait.INTERLEAVED_ROTARY}),

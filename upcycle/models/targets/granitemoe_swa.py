@@ -9,9 +9,9 @@ the square of the text, and refuses attn_implementation="sdpa"; flex_attention t
 attention from version 3 on generates with it. So what has none of the traits that it is made for is
 better off elsewhere.
 
-Of other runtimes nothing was run, only read: llama.cpp has the class since b10514 as granite-swa,
-with layers without a rotary embedding, but one base for the others; vLLM has it without biases, and
-its first version turns every layer; mlx-lm and transformers 4 do not have it.
+llama.cpp has the class since b10514 as granite-swa, with layers without a rotary embedding, but one
+base for the others; it was seen to abort where no layer has a window. vLLM's was only read: it has
+no biases, and its first version turns every layer; mlx-lm and transformers 4 do not have it.
 """
 
 from collections.abc import Mapping
@@ -38,6 +38,7 @@ from upcycle.models.targets.limits import (
     silu_only,
     unknown,
     usual_yarn,
+    window_needed,
 )
 from upcycle.models.traits import Architecture, Trait
 
@@ -84,7 +85,7 @@ TARGETS.add(
         config=config,
         experts=experts,
         runtimes={
-            "llama.cpp": (silu_only, heads_fill_hidden, one_rotary_base, usual_yarn),
+            "llama.cpp": (silu_only, window_needed, heads_fill_hidden, one_rotary_base, usual_yarn),
             "vLLM": (silu_only, no_biases, one_rotary, usual_yarn),
             "MLX": (unknown,),
             "transformers 4": (unknown,),

@@ -103,6 +103,7 @@ TARGETS.add(
             "transformers 4": (unknown,),
         },
         ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
             "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
         },
         accepts=frozenset(

@@ -109,7 +109,7 @@ TARGETS.add(
             "transformers 4": (unknown,),
         },
         ran={
-            "llama.cpp": Run("0.5.0", "2026-11-29", "a split of a random model"),
+            "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
             "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
         },
         requires=frozenset({Trait.CONVOLUTIONS, Trait.QK_NORM}),

@@ -91,6 +91,11 @@ def no_window(arch: Architecture, spec: MoESpec) -> str:
     return f"attention sees further than {window:,} tokens" if window else ""
 
 
+def window_needed(arch: Architecture, spec: MoESpec) -> str:
+    """Some layer has a sliding window."""
+    return "" if arch.sliding_window else "some layer must have a sliding window"
+
+
 def one_window(arch: Architecture, spec: MoESpec) -> str:
     """All layers have the same sliding window, or none."""
     mixed = Trait.MIXED_WINDOW in arch.traits

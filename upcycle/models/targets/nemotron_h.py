@@ -101,7 +101,10 @@ TARGETS.add(
             "MLX": (squared_relu_only,),
             "transformers 4": (unknown,),
         },
-        ran={"MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models")},
+        ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
+        },
         accepts=frozenset({Trait.UNSQUARED}),
         requires=frozenset({Trait.LONE_BLOCKS, Trait.UNGATED}),
         root="backbone.",
