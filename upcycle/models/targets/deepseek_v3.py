@@ -7,6 +7,7 @@ no selection bias where these are missing; transformers' class knows no other wa
 
 from typing import Any
 
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     TARGETS,
     MoESpec,
@@ -73,6 +74,10 @@ TARGETS.add(
             "vLLM": (silu_only, shared_needed, no_biases, interleaved),
             "MLX": (silu_only, shared_needed, untied, interleaved),
             "transformers 4": (),
+        },
+        ran={
+            "llama.cpp": Run("0.5.0", "2026-11-29", "a split of a random model"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "a split of a random model"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS}),
         requires=frozenset({Trait.LATENT_ATTENTION}),

@@ -65,6 +65,7 @@ TARGETS.add(
         },
         ran={
             "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
+            "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.PARTIAL_ROTARY}),
         requires=frozenset({Trait.DELTA_NET}),
