@@ -89,7 +89,7 @@ def test_what_is_chosen_runs_there(dense, asked, family, fields, settings, targe
             "--for llama.cpp: no target of this model runs there: laguna: llama.cpp does not run "
             "it: only the first layers can be dense (--keep-dense 0,1,…); qwen3_moe: llama.cpp "
             "does not run it: every layer must have experts (--keep-dense none); --keep-dense none "
-            "gives laguna or qwen3_moe, --for vLLM gives laguna or qwen3_moe, --for MLX gives "
+            "gives laguna or qwen3_moe, --for vLLM gives qwen3_moe, --for MLX gives "
             "laguna or qwen3_moe, --for transformers-4 gives qwen3_moe",
         ),
         (

@@ -91,6 +91,7 @@ TARGETS.add(
         },
         ran={
             "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
+            "vLLM": Run("0.32.0", "2026-11-29", "a split of a random text model"),
             "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "a split of a random text model"),
         },
         accepts=frozenset({Trait.QKV_BIAS, Trait.O_BIAS, Trait.SLIDING_WINDOW, Trait.MIXED_WINDOW}),

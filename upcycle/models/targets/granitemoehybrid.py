@@ -75,6 +75,7 @@ TARGETS.add(
         },
         ran={
             "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
+            "vLLM": Run("0.32.0", "2026-11-29", "a split of a random model"),
             "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
         },
         accepts=granitemoeshared.MULTIPLIERS | {Trait.QKV_BIAS, Trait.O_BIAS},

@@ -4,6 +4,9 @@ Its attention has a gate, softplus(g x) for each head. A gate of zeros lets ln 2
 o_proj makes good. (In bfloat16 the class rounds ln 2 by a quarter of a percent, as it may round any
 weight.)
 
+A window of 0, as a source without windows has here, is none to transformers and llama.cpp; vLLM
+0.32 makes it null, which transformers' config refuses.
+
 Sigmoid scores are always renormalised, and what the experts put out together is multiplied by
 `moe_routed_scaling_factor`: to use another top_k, change it too.
 """
@@ -39,6 +42,7 @@ from upcycle.models.targets.limits import (
     no_window,
     silu_only,
     unknown,
+    window_needed,
 )
 from upcycle.models.traits import Architecture, Trait
 
@@ -98,7 +102,7 @@ TARGETS.add(
         experts=experts,
         runtimes={
             "llama.cpp": (silu_only, first_dense_only, no_output_bias, no_window),
-            "vLLM": (silu_only,),
+            "vLLM": (silu_only, window_needed),
             "MLX": (silu_only, no_biases, no_window, no_dynamic_rope),
             "transformers 4": (unknown,),
         },
