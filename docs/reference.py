@@ -220,7 +220,7 @@ def runtimes_page() -> str:
         "## With what, and what is not possible\n",
         "A model beyond a limit is refused by the runtime, or computed otherwise without a word. "
         "Of encoders all these are: whatever the target, in these runtimes tokens see only those "
-        "before them, by their sources.\n",
+        "before them, as far as their sources were read.\n",
         table(
             ("target", "runtime", "run with", "limits"),
             (
