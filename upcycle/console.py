@@ -84,12 +84,24 @@ def watching_training(*, quiet: bool) -> Iterator["Watch"]:
 
         def row(row: dict[str, Any], done: int, total: int) -> None:
             if "validation" in row:
-                measured = ", ".join(f"{k} {v:.4g}" for k, v in row["validation"].items())
-                err.print(f"step {row['step']} of {total}: validation {measured}", highlight=False)
+                err.print(f"step {row['step']} of {total}: {_validated(row)}", highlight=False)
             else:
                 bars.update(task, completed=done, total=total, description=_training_line(row))
+            for alarm in row.get("alarms", ()):
+                err.print(_alarm(alarm["step"], alarm["says"]), highlight=False)
 
         yield Watch(begin=show_groups, row=row)
+
+
+def _validated(row: Mapping[str, Any]) -> str:
+    """What a validation has shown; each text's perplexity where there are several."""
+    measured = ", ".join(f"{k} {v:.4g}" for k, v in row["validation"].items())
+    each = ", ".join(f"{escape(name)} {value:.4g}" for name, value in row["texts"].items())
+    return f"validation {measured}" + (f" ({each})" if len(row["texts"]) > 1 else "")
+
+
+def _alarm(step: int, says: str) -> str:
+    return f"[bold yellow]alarm[/] after step {step}: {escape(says)}."
 
 
 def _training_line(row: Mapping[str, Any]) -> str:
@@ -133,13 +145,21 @@ def show_finetuning(done: "Finetuning") -> None:
         for name, value in done.before.items()
     }
     total = done.settings.total_steps
+    if len(done.texts) > 1:
+        rows |= {
+            f"perplexity of {name}": (f"{before:.4f}", f"{after:.4f}")
+            for name, (before, after) in done.texts.items()
+        }
     rows |= {
         "kept": ("", f"the state after step {done.result_step} of {total}"),
         "tokens": ("", f"{done.tokens:,}"),
         "time": ("", f"{done.seconds:.0f} s, {done.tokens / done.seconds:.0f} tokens/s"),
         "dead experts": ("", f"{done.last['dead']} in the last step"),
+        "alarms": ("", ", ".join(alarm.about for alarm in done.alarms) or "none"),
     }
     table(f"{done.model}, on held-out text of {done.settings.data}", rows, "before", "after")
+    for alarm in done.alarms:
+        out.print(_alarm(alarm.step, alarm.says), highlight=False)
     if done.after["loss"] >= done.before["loss"] and not done.settings.distill:
         out.print(
             "[bold yellow]Training made it no better[/]: lower --lr, or give more --tokens.",

@@ -93,6 +93,7 @@ def _take_up(setup: Setup, progress: Progress) -> None:
     # A kill may have cut the last line short.
     rows = [LogLine(**json.loads(line)).plain() for line in lines if line.endswith("\n")]
     progress.log = [row for row in rows if row["step"] <= progress.step]
+    progress.alarmed = {a["about"] for row in progress.log for a in row.get("alarms", ())}
     if setup.accelerator.is_main_process:
         setup.log_file.write_text("".join(map(log_text, progress.log)))
 

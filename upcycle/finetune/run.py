@@ -19,7 +19,7 @@ from upcycle.core.flags import setting
 from upcycle.core.machine import torch_threads
 from upcycle.core.paths import local_path
 from upcycle.evaluation.run import load_model
-from upcycle.finetune.data import Data, training_data
+from upcycle.finetune.data import Data, training_data, with_texts
 from upcycle.finetune.job import Job, job_identity, open_job
 from upcycle.finetune.loop import make_optimizer, restore_best, train
 from upcycle.finetune.processes import accelerator_for
@@ -252,10 +252,10 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
 
 
 def _data(job: Job) -> tuple[Data, Data]:
-    settings = job.settings
-    return training_data(
+    settings, vocab_size = job.settings, read_text_config(job.folder).vocab_size
+    train_data, held = training_data(
         job.folder,
-        read_text_config(job.folder).vocab_size,
+        vocab_size,
         settings.data,
         seq_len=settings.seq_len,
         train_tokens=settings.total_steps * settings.step_tokens,
@@ -263,6 +263,17 @@ def _data(job: Job) -> tuple[Data, Data]:
         seed=settings.seed,
         assistant_only=settings.assistant_only_loss,
     )
+    if settings.validate_also is not None:
+        held = with_texts(
+            held,
+            job.folder,
+            vocab_size,
+            settings.validate_also,
+            seq_len=settings.seq_len,
+            tokens=settings.validation_tokens,
+            seed=settings.seed,
+        )
+    return train_data, held
 
 
 def _dtype(job: Job) -> torch.dtype:
