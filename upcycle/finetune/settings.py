@@ -165,6 +165,11 @@ class Training(BaseModel):
         return max(1, (self.tokens or DEFAULT_TOKENS) // self.step_tokens)
 
     @property
+    def validation_steps(self) -> int:
+        """Steps from one validation to the next."""
+        return self.validate_every or max(1, self.total_steps // 10)
+
+    @property
     def alpha(self) -> int:
         return self.lora_alpha or 2 * (self.lora or 1)
 

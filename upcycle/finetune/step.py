@@ -17,6 +17,7 @@ from upcycle.core.flags import setting
 from upcycle.core.rng import draw_seed, generator
 from upcycle.finetune import losses
 from upcycle.finetune.alarms import new_alarms
+from upcycle.finetune.budget import Budget
 from upcycle.finetune.data import Data, batch_rows
 from upcycle.finetune.routers import RouterTap, Scale, untempered, update_bias
 from upcycle.finetune.settings import Training
@@ -47,6 +48,8 @@ class Setup:
     log_file: Path
     watch: Callable[[Row, int, int], None]
     """Told of every line of the log, the steps done and all steps."""
+    say_budget: Callable[[Budget], None]
+    """Told what the run takes, once that is known."""
 
     @property
     def plain(self) -> Any:
