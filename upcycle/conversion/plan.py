@@ -240,10 +240,9 @@ class Plan:
 
     @property
     def own_texts(self) -> list[str]:
-        """The texts of a merge's experts, on which it is measured beside their models; none where
-        these are not read, as of a finished merge."""
-        merge = self.design.merge
-        return [] if merge is None or self.finished is not None else merge.texts
+        """The texts of a merge's experts, on which it is measured beside their models; of a
+        finished merge, those that are known."""
+        return [] if self.design.merge is None else self.design.merge.texts
 
     @property
     def held_tokens(self) -> int:

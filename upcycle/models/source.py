@@ -168,6 +168,12 @@ class DenseSource:
         """These tensors by their names below `place`, which they all begin with."""
         return {name.removeprefix(place): tensor for name, tensor in self.read(names).items()}
 
+    def place(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with; layers that draft tokens are counted on
+        after the others."""
+        drafted = layer - self.arch.num_layers
+        return f"model.layers.{layer}." if drafted < 0 else self.drafts[drafted]
+
     def layer_names(self, layer: int) -> list[str]:
         return [n for n in self.text_names if n.startswith(f"model.layers.{layer}.")]
 

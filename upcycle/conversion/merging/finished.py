@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from upcycle.conversion.merging.request import Expert, Merge
 from upcycle.conversion.merging.sources import Sources
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import all_finite
-from upcycle.models.assemble import FFN
+from upcycle.models.assemble import FFN, name_in_whole
 from upcycle.models.download import Remote
 from upcycle.models.model_name import ModelName, Place, parse_model
 from upcycle.models.record import DOMAINS, RECORD, ExpertPart, Made
@@ -46,6 +46,8 @@ class Weights:
     tensors: Mapping[str, TensorInfo]
     remote: Remote | None = field(default=None, repr=False)
     """Those of a hub id that are not in `folder` before `fetch`."""
+    unbounded: Collection[str] = ()
+    """Names of those that may hold infinity."""
     digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Of their bytes, once `fingerprint` has looked at them."""
 
@@ -63,7 +65,7 @@ class Weights:
         ((_, tensor, digest),) = read_tensors(self.folder, {name: self.tensors[name]})
         if self.digests.get(name, digest) != digest:
             raise UpcycleError(f"{name} in {self.label} changed while it was read: start anew")
-        if not all_finite(tensor):
+        if name not in self.unbounded and not all_finite(tensor):
             raise UpcycleError(f"{name} in {self.label} holds NaN or infinity")
         return tensor
 
@@ -183,7 +185,7 @@ class Finished:
         if set(short) & set(FFN) or not torch.equal(joined, tensor):
             return None
         places = [
-            base.layout.full(part.removesuffix(s) + target.spelled.get(s, s))
+            name_in_whole(target, base.layout, part.removesuffix(s) + target.spelled.get(s, s))
             for part, s in zip(parts, short, strict=True)
         ]
         if not self.weights.tensors.keys() >= set(places):
@@ -259,10 +261,11 @@ def _expert(part: ExpertPart, text: str | None) -> Expert:
     )
 
 
-def weights_of(request: Addition, found: Checkpoint) -> Weights:
-    """The tensors of a merge; reads headers now."""
+def weights_of(request: Addition, found: Checkpoint, base: DenseSource) -> Weights:
+    """The tensors of a merge; reads headers now. Of the base's parts beside its text model some
+    have bounds that are infinite."""
     read_config(found.folder)
-    return Weights(request.merge, found.folder, found.headers(), found.remote)
+    return Weights(request.merge, found.folder, found.headers(), found.remote, base.parts)
 
 
 def check_domains(finished: Finished) -> None:

@@ -63,7 +63,7 @@ def _plan_addition(
     recipe = addition_recipe(request, record, given)
     base = base_of(request, record, found.folder)
     added = open_sources(Merge(base, (request.expert,)))
-    finished = Finished(request, record, weights_of(request, found))
+    finished = Finished(request, record, weights_of(request, found, added.base))
     router = recipe.router.name if recipe.router else ""
     if router == "domain":
         check_domains(finished)
