@@ -18,4 +18,4 @@ def check_finetuning(model: str, preset: str | None, settings: dict[str, Any]) -
     loaded = load_training(preset or "heal", settings, origin=model)
     check_model(model)
     for text in texts(loaded.data):
-        check_text(text, "--data")
+        check_text(text, "data")
