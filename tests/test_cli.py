@@ -284,7 +284,7 @@ FLAGS = {
         --train --lora --merge --lr
         --data --assistant-only-loss --tokens --steps --seq-len --batch-size
         --teacher --distill --balance
-        --precision --device --seed --resume
+        --precision --device --seed --resume --dry-run
         -o --overwrite --json --push-to-hub --private
     """,
     "eval": """

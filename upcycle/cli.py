@@ -33,6 +33,7 @@ from upcycle.options import (
     Partition,
     Private,
     PushToHub,
+    Rehearse,
     Revision,
     Set,
     as_set,
@@ -368,6 +369,7 @@ def finetune(
     resume: Annotated[
         bool, option("Go on from the state of a run that was stopped.", "--resume", panel=RUN)
     ] = False,
+    dry_run: Rehearse = False,
     out: Out = None,
     overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
@@ -391,10 +393,13 @@ def finetune(
 
         settings = {name: value for name, value in options.items() if value is not None}
         settings |= dict(_assignment(text) for text in set_ or [])
-        if out is None:
+        if out is None and not dry_run:
             raise UpcycleError("name the folder for the result: -o OUT")
         check_repo(push_to_hub, private=private)
         check_finetuning(model, recipe, settings)
+        if out is None or dry_run:
+            _rehearse(model, recipe, settings, as_json=json_)
+            return
         from upcycle import console
         from upcycle.finetune.publish import finetuning_summary
         from upcycle.finetune.run import finetune as train
@@ -418,6 +423,22 @@ def finetune(
             console.show_finetuning(done)
         if push_to_hub is not None:
             console.show_push(push(done.out, push_to_hub, private=private), quiet=json_)
+
+
+def _rehearse(model: str, recipe: str | None, settings: Options, *, as_json: bool) -> None:
+    """Show what a run of `finetune` would take here, and may bring."""
+    from upcycle import console
+    from upcycle.finetune.run import rehearse
+
+    _quiet_model_loading()
+    with console.watching_training(quiet=as_json or not _first_process()) as watch:
+        made = rehearse(model, preset=recipe, watch=watch, **settings)
+    if not _first_process():
+        return
+    if as_json:
+        _print_json(made.plain())
+    else:
+        console.show_proposal(made)
 
 
 @app.command("eval")

@@ -33,7 +33,7 @@ def test_presets_load_and_say_what_they_are(name):
         ({"train": "experts", "balance": 0.5}, "`balance=0.5` has no effect with `train=experts`"),
         ({"train": "experts", "z_loss": 0.5}, "`z_loss=0.5` has no effect"),
         ({"train": "experts", "router_warmup": 0.5}, "`router_warmup=0.5` has no effect"),
-        ({"train": "experts", "dense_router_gradient": True}, "dense_router_gradient=True` has no "),
+        ({"train": "experts", "dense_router_gradient": True}, "dense_router_gradient=True`"),
         ({"leraning_rate": 1}, "unknown setting 'leraning_rate'"),
         ({"lr": 0}, "lr=0"),
         ({"lr": -1.0}, "lr=-1.0"),

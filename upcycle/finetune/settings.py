@@ -65,6 +65,9 @@ class Training(BaseModel):
     """Sequences that a process holds activations of at a time."""
     validation_tokens: PositiveInt = 8192
     """Held back from the end of the text, to validate on."""
+    validate_also: str | None = None
+    """Texts, joined by +, that are validated on, too, and never decide which state is kept, such
+    as `probe:code+probe:news`: whether training costs what it is not about."""
     validate_every: PositiveInt | None = None
     """Steps between validations. By default a tenth of them."""
     keep_best: bool = True
@@ -160,6 +163,11 @@ class Training(BaseModel):
         if self.steps is not None:
             return self.steps
         return max(1, (self.tokens or DEFAULT_TOKENS) // self.step_tokens)
+
+    @property
+    def validation_steps(self) -> int:
+        """Steps from one validation to the next."""
+        return self.validate_every or max(1, self.total_steps // 10)
 
     @property
     def alpha(self) -> int:
