@@ -29,7 +29,8 @@ class AdaptedSource(DenseSource):
     def of(cls, source: DenseSource, adapter: Adapter) -> "AdaptedSource":
         """The source with the adapter; both share what was read for the fingerprint."""
         own = {each.name: getattr(source, each.name) for each in fields(source)}
-        return cls(**own | {"label": f"{source.label}+{adapter.label}"}, adapter=adapter)
+        own["label"] = f"{source.label}+{adapter.label}"
+        return cls(**own, adapter=adapter.known_as(source.known))
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         return {
@@ -197,7 +198,7 @@ def check_adapter(source: DenseSource, adapter: Adapter) -> None:
         if info is not None:
             adapter.check(module, info.shape)
     for name in adapter.others:
-        if ".mlp." in name:
+        if ".mlp." in name or (name in source.tensors and is_ffn(source, name)):
             raise UpcycleError(
                 f"the adapter {adapter.label} holds {name}, which is no low-rank factor: merge it "
                 "into its model first"
