@@ -122,7 +122,7 @@ def test_equal_files_and_a_model_of_another_origin_are_noticed(models, tmp_path)
     twins, far = done.findings.notes
     assert twins == "twin has the same FFNs as m1"
     assert far.startswith("other is 1.5")
-    assert done.findings.distances.nearest == (0, 1)
+    assert done.findings.distances.nearest == (0, 1, 0.0)
 
 
 def test_copies_of_the_base_have_no_distances(models, tmp_path):
