@@ -771,12 +771,13 @@ def _open_gguf(label: str, path: Path) -> DenseSource:
         raise UpcycleError(f"{label}: reading GGUF needs `pip install gguf`") from error
     temporary = tempfile.TemporaryDirectory(prefix="upcycle-gguf-")
     try:
-        prepare(label, path, Path(temporary.name), accept=describe)
+        notes = prepare(label, path, Path(temporary.name), accept=describe)
     except UpcycleError:
         raise
     except Exception as error:  # readers of corrupt files raise anything
         raise blamed(error, f"{label} is not a whole GGUF file") from error
-    return _open_folder(label, Checkpoint(Path(temporary.name)), temporary=temporary)
+    source = _open_folder(label, Checkpoint(Path(temporary.name)), temporary=temporary)
+    return replace(source, notes=(*source.notes, *notes))
 
 
 def own_file(path: Path, folder: Path) -> Path:
