@@ -80,4 +80,4 @@ def in_whole(target: MoETarget, layout: Layout, named: Named) -> Named:
     for name, tensor in named:
         full = layout.full(name)
         inside = full.removeprefix(TEXT)
-        yield (full if inside == full else target.root + inside), tensor
+        yield layout.stored(full if inside == full else target.root + inside), tensor

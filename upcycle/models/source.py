@@ -28,6 +28,7 @@ from upcycle.models.config_fields import check_fields, check_layers
 from upcycle.models.download import LEGAL, Remote, download, remote_weights
 from upcycle.models.families import FAMILIES, describe, is_encoder
 from upcycle.models.families.base import unsupported_reason
+from upcycle.models.holders import HOLDERS
 from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
 from upcycle.models.quantised import LINK, Packed, Part, dequantised, packing, quantization_of
@@ -506,7 +507,8 @@ def _open_folder(
     check_layers(arch.num_layers, len(headers), folder)
     layout = Layout.of(whole)
     expected = {layout.full(name) for name in layout.expected}
-    stored = plain_names(headers, expected, layout.base, family.stored)
+    begun = {**family.stored, **HOLDERS.get(whole.model_type, {})}
+    stored = plain_names(headers, expected, layout.base, begun)
     found = {layout.short(n): headers[old] for n, old in stored.items() if not BUFFER.search(n)}
     config.tie_word_embeddings |= whole.tie_word_embeddings
     config.tie_word_embeddings &= family.ties
