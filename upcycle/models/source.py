@@ -32,6 +32,7 @@ from upcycle.models.holders import HOLDERS
 from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
 from upcycle.models.quantised import LINK, Packed, Part, dequantised, packing, quantization_of
+from upcycle.models.sentences import sentence_files
 from upcycle.models.traits import Architecture
 
 INDEX = "model.safetensors.index.json"
@@ -836,15 +837,17 @@ def _drop_places(path: Path) -> None:
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """Files that travel with a checkpoint as they are: tokenizer, generation config, licence.
+    """Files that travel with a checkpoint as they are: tokenizer, generation config, licence, and
+    what sentence-transformers puts behind an encoder.
 
     Raises:
-        UpcycleError: as `own_file`.
+        UpcycleError: as `own_file` and `sentence_files`.
     """
     patterns = (
         "tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
         "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
         "generation_config.json", "*processor_config.json", *LEGAL,
     )  # fmt: skip
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    found = {path for path in (*found, *sentence_files(folder)) if path.is_file()}
     yield from (own_file(path, folder) for path in sorted(found))
