@@ -680,7 +680,8 @@ def _units(
         names = [name for name in source.draft_names() if name.startswith(place)]
         units[place] = _specs(layer(place, names, routed=True))
     if beside.kept:
-        units[PARTS] = _specs(meta(beside.kept).items())
+        kept = {source.layout.stored(name): tensor for name, tensor in meta(beside.kept).items()}
+        units[PARTS] = _specs(kept.items())
     return units
 
 

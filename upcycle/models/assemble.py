@@ -85,4 +85,4 @@ def name_in_whole(target: MoETarget, layout: Layout, name: str) -> str:
     """What a text model's tensor, under the target's name, is called in the result."""
     full = layout.full(name)
     inside = full.removeprefix(TEXT)
-    return full if inside == full else target.root + inside
+    return layout.stored(full if inside == full else target.root + inside)

@@ -16,7 +16,11 @@ LEGAL = tuple(
     for name in ("*license*", "*licence*", "*notice*", "*use_policy*", "copying*")
 )
 """Names of what a model's terms are in, in any case."""
-SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *LEGAL]
+SMALL = [
+    *("*.json", "*.model", "*.txt", "*.jinja", "README.md"),
+    *LEGAL,
+    "[0-9]*_*/*.safetensors",  # of what sentence-transformers puts behind an encoder
+]
 """What is downloaded of a model beside its weights."""
 
 
