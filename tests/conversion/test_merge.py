@@ -371,7 +371,7 @@ def test_the_command_tells_people_what_was_made(models, tmp_path, monkeypatch):
     assert "A token uses 2 of 2 models' FFNs in each layer." in words
     assert "Exactness: not expected: its experts are other models' FFNs." in words
     notes = " ".join(shown.stderr.split())
-    assert "the first model: `base` names another" in notes
+    assert "the first model: --base names another" in notes
 
 
 # --- what is said ----------------------------------------------------------------------------
