@@ -309,9 +309,9 @@ def show_conversion(conversion: "Conversion") -> None:
         out.print("Not checked (--check none).", highlight=False)
     if conversion.findings is not None:
         _show_findings(conversion.findings, public_name(plan.source.label))
-    auto = "AutoModel" if plan.source.arch.encoder else "AutoModelForCausalLM"
+    loader = plan.source.arch.loader
     out.print(
-        f"[bold]{escape(str(conversion.out))}[/] loads with {auto}.from_pretrained",
+        f"[bold]{escape(str(conversion.out))}[/] loads with {loader}.from_pretrained",
         highlight=False,
     )
 
