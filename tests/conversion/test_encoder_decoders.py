@@ -110,7 +110,9 @@ class TestCopies:
 
     def test_below_float32_are_refused(self, dense):
         source = str(dense("t5", dtype=torch.bfloat16))
-        with pytest.raises(UpcycleError, match="all tokens would get the same copy: pass --dtype"):
+        with pytest.raises(
+            UpcycleError, match="all tokens would get the same copy: pass `dtype=float32`"
+        ):
             upcycle.plan(source, **COPY)
 
 
@@ -160,10 +162,10 @@ class TestSplits:
 
 
 REFUSED = [
-    ({"top_k": 2}, r"gives a token at most 1 of its experts \(--top-k 2\)$"),
+    ({"top_k": 2}, r"gives a token at most 1 of its experts \(`top_k=2`\)$"),
     ({"method": "copy", "top_k": 2}, "at most 1 of its experts"),
-    ({"active": 0.5, "experts": 8}, "--active 0.5 takes 4 of 8 experts, but"),
-    ({"active": 0.01}, "--active 0.01 leaves less than 8 of 192 neurons"),
+    ({"active": 0.5, "experts": 8}, "active=0.5` takes 4 of 8 experts, but"),
+    ({"active": 0.01}, "active=0.01` leaves less than 8 of 192 neurons"),
     ({"method": "copy", "granularity": 2}, "granularity.* less than a copy"),
     ({"shared": 0.25}, "switch_transformers has no shared expert"),
     ({"keep_dense": "1"}, "switch_transformers can't keep layers dense"),
@@ -184,7 +186,7 @@ class TestRefusals:
 
     def test_tied_embeddings_whose_logits_are_not_divided(self, dense):
         source = str(dense("t5", tie_word_embeddings=False))
-        with pytest.raises(UpcycleError, match=r"divides logits of tied embeddings.*--untied"):
+        with pytest.raises(UpcycleError, match=r"divides logits of tied embeddings.*`untied=True`"):
             upcycle.plan(source, **COPY)
 
     def test_a_decoder_that_begins_with_nothing(self, dense, tmp_path):
@@ -204,7 +206,7 @@ class TestRefusals:
         out = str(moe(dense("t5"), **COPY))
         with pytest.raises(UpcycleError, match=r"encoder-decoder, whose data.*Seq2SeqTrainer"):
             finetune(out, tmp_path / "out", data="builtin")
-        with pytest.raises(UpcycleError, match=r"--speed.*encoder-decoder"):
+        with pytest.raises(UpcycleError, match=r"`speed`: .*encoder-decoder"):
             evaluate(out, ["probes"], speed=True)
         with pytest.raises(UpcycleError, match="at most 1 of its experts"):
             evaluate(out, ["probes"], tokens=64, seq_len=64, top_ks=[2])

@@ -33,7 +33,7 @@ def check_asked(label: str, folder: Path, *, speed: bool, tasks: bool) -> None:
     Raises:
         UpcycleError: the model in the folder is an encoder-decoder, and it is asked for.
     """
-    asked = [flag for flag, on in (("--speed", speed), ("--tasks", tasks)) if on]
+    asked = [flag for flag, on in (("`speed`", speed), ("`tasks`", tasks)) if on]
     if asked and read_config(folder).is_encoder_decoder:
         raise UpcycleError(
             f"{asked[0]}: {label} is an encoder-decoder, of which upcycle measures perplexity "

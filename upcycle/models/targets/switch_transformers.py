@@ -62,7 +62,7 @@ def limit(arch: Architecture) -> str:
         return ""
     return (
         "switch_transformers divides logits of tied embeddings by the root of d_model, which the "
-        "source does not (--untied)"
+        "source does not (`untied=True`)"
     )
 
 
