@@ -329,6 +329,13 @@ def test_a_split_that_lost_quality_is_to_be_healed():
     assert advised(found) == command.replace("--data", "--teacher org/dense --data")
 
 
+def test_what_upcycle_does_not_train_is_to_be_loaded():
+    found = all_facts()
+    found["inspection"]["architecture"] = "switch_transformers"
+    found["made"]["plan"]["runtimes"] = {"vLLM": "it does not know the architecture"}
+    assert "AutoModelForSeq2SeqLM.from_pretrained('org/moe')" in advised(found)
+
+
 def test_copies_are_to_be_specialised_once():
     found = all_facts()
     found["made"]["plan"]["recipe"]["method"]["name"] = "drop"

@@ -616,8 +616,8 @@ def _unhosted(arch: Architecture, targets: Mapping[str, str]) -> str:
     nowhere = unplaced(arch)
     if nowhere:
         return f"the source has {' and '.join(nowhere)}, which none has a place for"
-    near = [why for name, why in targets.items() if not TARGETS[name].misfit(arch)]
-    return "; ".join(near or (f"{name}: {why}" for name, why in targets.items()))
+    near = [name for name in targets if not TARGETS[name].misfit(arch)]
+    return "; ".join(f"{name}: {targets[name]}" for name in near or targets)
 
 
 def _router_needs_plain_weights(recipe: Recipe, way: Way) -> bool:
@@ -752,7 +752,9 @@ def _check_text(plan: Plan) -> None:
     check_calibration(plan.recipe, methods, streams=plan.streams)
     if plan.streams:
         used = plan.way.used(methods, plan.design.geometry)
-        check_tokens(plan.recipe, used, plan.fit_tokens, plan.most_routed)
+        # Each half of a sequence goes through one of an encoder-decoder's stacks.
+        tokens = plan.fit_tokens // (2 if plan.source.arch.encoder_layers else 1)
+        check_tokens(plan.recipe, used, tokens, plan.most_routed)
     if plan.fit_tokens + plan.held_tokens + plan.passage_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
         load_tokenizer(plan.source.folder)

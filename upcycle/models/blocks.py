@@ -14,7 +14,7 @@ from upcycle.core.errors import UpcycleError
 
 SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 """Names of the tensor [E] that some architectures add to scores for selection alone."""
-LAYER = re.compile(r"(?P<stack>.+?)\.(?P<number>\d+)(\.|$)")
+LAYER = re.compile(r"(?:(?P<stack>.+?)\.)?(?P<number>\d+)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ class LoneBlock(MoEBlock):
 
     def selection(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         mask_TE, weight_T1 = arguments[1][:, 0], arguments[2]
-        return mask_TE.argmax(-1, keepdim=True), weight_T1 * mask_TE.amax(-1, keepdim=True)
+        kept_T = mask_TE.any(-1)  # the others are beyond the expert's capacity
+        return mask_TE[kept_T].argmax(-1, keepdim=True), weight_T1[kept_T]
 
     @property
     def top_k(self) -> int:
@@ -165,7 +166,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for name, module in model.named_modules():
         if match := LAYER.match(name):
-            layer = (match["stack"], int(match["number"]))
+            layer = (match["stack"] or "", int(match["number"]))
             if parts := _parts(model, name, module):
                 found[layer] = found.get(layer, {}) | parts
     stacks = {stack: len(list(model.get_submodule(stack).children())) for stack, _ in found}

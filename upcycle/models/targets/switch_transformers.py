@@ -15,6 +15,7 @@ from torch import Tensor
 
 from upcycle.core.types import MoELayer
 from upcycle.models.names import EMBEDDINGS, HEAD
+from upcycle.models.runtimes import Run
 from upcycle.models.targets.base import (
     TARGETS,
     Gains,
@@ -102,6 +103,9 @@ TARGETS.add(
             "vLLM": (unknown,),
             "MLX": (unknown,),
             "transformers 4": (),
+        },
+        ran={
+            "transformers 4": Run("4.57.6", "2026-11-29", "splits and copies of random models"),
         },
         accepts=frozenset({Trait.UNSQUARED, Trait.LOGITS_SCALING}),
         requires=frozenset({Trait.ENCODER, Trait.RELATIVE_POSITIONS, Trait.UNGATED}),
