@@ -307,6 +307,22 @@ def converted(tmp_path_factory, dense, text):
     return upcycle.convert(str(dense("t5")), out, experts=4, **sizes)
 
 
+def test_resumed_in_the_decoder_it_has_the_same_bytes(dense, text, tmp_path):
+    def stop(stage, done, total):
+        if (stage, done) == ("converting layers", 4):
+            raise KeyboardInterrupt
+
+    sizes = {"calibration": str(text), "calibration_tokens": 512, "seq_len": 64, "experts": 4}
+    one, other = tmp_path / "one", tmp_path / "other"
+    upcycle.convert(str(dense("t5")), one, check="none", **sizes)
+    settings = sizes | {"check": "none", "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        upcycle.convert(str(dense("t5")), other, progress=stop, **settings)
+    upcycle.convert(str(dense("t5")), other, **settings)
+    found, expected = (f / "model.safetensors" for f in (other, one))
+    assert found.read_bytes() == expected.read_bytes()
+
+
 class TestResult:
     def test_check_is_of_the_second_half_of_each_window(self, converted, dense):
         check = converted.check
