@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -349,6 +350,18 @@ class TestResult:
         assert "the encoder sees the first half" in card
         for words in ("AutoModelForCausalLM", "rope_theta", "--speed", "target_parameters"):
             assert words not in card
+
+    def test_low_rank_changes_reach_experts_and_routers_as_the_card_has_it(self, converted):
+        load_it, change_it = re.findall(
+            r"```python\n(.*?)```", (converted.out / "README.md").read_text(), re.DOTALL
+        )[:2]
+        names = {}
+        exec(load_it.replace("path/to/this/folder", str(converted.out)), names)
+        exec(change_it.replace('"wo"]', '"wo", "mlp.router.classifier"]'), names)
+        names["model"](input_ids=READ, labels=WRITTEN).loss.backward()
+        reached = [n for n, p in names["model"].named_parameters() if p.grad is not None]
+        assert sum(".experts.expert_" in n and "wo.lora_B" in n for n in reached) > 5 * 2
+        assert sum("classifier.lora_B" in n for n in reached) == 5
 
     def test_evaluation_counts_layers_of_both_stacks(self, converted, dense):
         found = evaluate(

@@ -138,6 +138,7 @@ def render(found):
         facts.Inspection(**found["inspection"]),
         made,
         [LogLine(**line) for line in found["log"]],
+        **{key: value for key, value in found.items() if key == "loader"},
     )
     samples = [Sample(**values) for values in found["samples"]]
     return upcycle.evaluation.page.render(
@@ -331,7 +332,7 @@ def test_a_split_that_lost_quality_is_to_be_healed():
 
 def test_what_upcycle_does_not_train_is_to_be_loaded():
     found = all_facts()
-    found["inspection"]["architecture"] = "switch_transformers"
+    found["loader"] = "AutoModelForSeq2SeqLM"
     found["made"]["plan"]["runtimes"] = {"vLLM": "it does not know the architecture"}
     assert "AutoModelForSeq2SeqLM.from_pretrained('org/moe')" in advised(found)
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from upcycle.core.foreign import blaming
 from upcycle.models.families import FAMILIES
 from upcycle.models.families.base import Stack
+from upcycle.models.holders import stored_name
 from upcycle.models.names import EMBEDDINGS, HEAD
 from upcycle.models.stream import skeleton
 
@@ -67,6 +68,10 @@ class Layout:
         """What a tensor of the text model, or one in its place, is called in the whole one."""
         apart = name in self.expected and name not in self.text
         return name if apart or not name.startswith(TEXT) else self.place + name.removeprefix(TEXT)
+
+    def stored(self, name: str) -> str:
+        """What a tensor of the whole model, by its full name there, is called in checkpoints."""
+        return stored_name(self.config.model_type, name)
 
     def parts(self, names: Iterable[str]) -> frozenset[str]:
         """The tensors among these that are not the text model's: all that nothing is done to."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from upcycle.models.holders import HOLDERS
+
 
 class Trait(StrEnum):
     """What a forward pass may do besides plain llama; a target accepts a trait or refuses it."""
@@ -72,10 +74,12 @@ class Architecture:
 
     @property
     def loader(self) -> str:
-        """transformers' name for the class that loads it, or its host."""
+        """The class of transformers that loads it by its folder, or its host."""
         if self.encoder:
             return "AutoModel"
-        return "AutoModelForSeq2SeqLM" if self.encoder_layers else "AutoModelForCausalLM"
+        if self.encoder_layers:
+            return "AutoModelForSeq2SeqLM"
+        return "AutoModelForImageTextToText" if self.whole in HOLDERS else "AutoModelForCausalLM"
 
     @property
     def task(self) -> str:

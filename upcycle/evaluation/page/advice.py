@@ -11,11 +11,10 @@ from upcycle.evaluation.page.words import digits, public_name
 from upcycle.evaluation.run import Evaluation
 from upcycle.evaluation.verdict import FINE
 from upcycle.models.record import CheckReport, Made
-from upcycle.models.targets import TARGETS
 from upcycle.models.text import texts
-from upcycle.models.traits import Trait
 
 NO_TRAINING_TEXT = ("self", "none")
+SEQ2SEQ = "AutoModelForSeq2SeqLM"
 LOADING = """\
 from transformers import {1}, AutoTokenizer
 
@@ -53,7 +52,7 @@ def _ratio(made: Made | None, evaluation: Evaluation) -> float | None:
 
 
 def _training(facts: Facts, evaluation: Evaluation, preset: str, suffix: str) -> str:
-    if _has_encoder(facts):  # which others train
+    if facts.loader == SEQ2SEQ:  # which others train
         return _use(facts)
     out = shlex.quote(f"{PurePath(public_name(facts.model)).name}-{suffix}")
     # upcycle.json names the dense model; beside an MoE of other origin only the page does.
@@ -75,14 +74,7 @@ def _data(made: Made | None) -> str:
 def _use(facts: Facts) -> str:
     if facts.made and facts.made.plan.runtimes.get("vLLM") == "ok":
         return f"vllm serve {_shell(facts)}"
-    auto = "AutoModelForSeq2SeqLM" if _has_encoder(facts) else "AutoModelForCausalLM"
-    return LOADING.format(public_name(facts.model), auto)
-
-
-def _has_encoder(facts: Facts) -> bool:
-    """Whether it is an encoder-decoder."""
-    name = facts.inspection.architecture
-    return name in TARGETS and Trait.ENCODER in TARGETS[name].requires
+    return LOADING.format(public_name(facts.model), facts.loader)
 
 
 def _why_use(made: Made | None, ratio: float | None) -> str:
