@@ -23,7 +23,7 @@ from upcycle.models.runtimes import RUNTIMES, Runtime
 from upcycle.models.targets import TARGETS, MoETarget, unplaced
 from upcycle.models.targets.base import Limit
 from upcycle.models.targets.limits import unknown
-from upcycle.models.unhosted import REASONS, UNCONVERTED
+from upcycle.models.unhosted import REASONS
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"
@@ -183,11 +183,6 @@ def models_page() -> str:
         table(
             ("model_type", "why"),
             ((f"`{name}`", f"it {why}") for name, why in sorted(REASONS.items())),
-        ),
-        "Others a native class would host, but they are not converted:\n",
-        table(
-            ("model_type", "why"),
-            ((f"`{name}`", f"it {why}") for name, why in sorted(UNCONVERTED.items())),
         ),
     ]
     return "\n".join(parts)

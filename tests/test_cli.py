@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer
 import yaml
+from hosting import DECODER_TARGETS as TARGETS
 from reference import load
 from tiny import PLAIN_SPLIT
 from typer.testing import CliRunner
@@ -33,7 +34,6 @@ from upcycle.core.flags import as_flags
 from upcycle.core.settings import shipped_recipes
 from upcycle.finetune.settings import Training
 from upcycle.models.source import copy_companions
-from upcycle.models.targets import TARGETS
 from upcycle.models.text import PROBES, kind_name
 from upcycle.options import as_set
 from upcycle.router_init import ROUTERS

@@ -515,10 +515,12 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
         return
     dose = f"about {found.tokens:,} tokens" if found.tokens else "millions of tokens"
     more = "--active" if plan.request.top_k is None else "--top-k"
+    how = f"upcycle finetune {escape(str(conversion.out))} --data …"
+    if not plan.source.arch.goes_on:
+        how = "Train it as its card says,"
     word = "Broken" if found.grade == "broken" else "Heal it"
     yield (
-        f"[{colour}]{word}[/]: perplexity is {where} ({name}). "
-        f"upcycle finetune {escape(str(conversion.out))} --data … with {dose}, or raise {more}."
+        f"[{colour}]{word}[/]: perplexity is {where} ({name}). {how} with {dose}, or raise {more}."
     )
     if found.add:
         yield (

@@ -208,7 +208,7 @@ def papers(plan: Plan) -> list[str]:
 def model_card(conversion: Conversion) -> str:
     """README.md of the output, with front matter for the hub."""
     plan, check = conversion.plan, conversion.check
-    task = "feature-extraction" if plan.source.arch.encoder else "text-generation"
+    task = plan.source.arch.task
     front = read_card(plan.source.folder)
     on_hub = [source for source in _sources(plan) if source.revision is not None]
     if on_hub:

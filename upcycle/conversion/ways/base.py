@@ -38,6 +38,8 @@ class Room:
     """How many of the layers stay dense; the others make up for it in the active share."""
     shared_width: SharedWidth = "none"
     min_experts: int = 1
+    most_top_k: int | None = None
+    """Experts that the target gives a token at most, where it has such a limit."""
 
 
 @dataclass(frozen=True)

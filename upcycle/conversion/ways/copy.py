@@ -45,7 +45,7 @@ class Copy(Way):
             raise UpcycleError("`keep_dense=auto` goes with a split: copies do no damage")
 
     def geometry(self, recipe: Recipe, room: Room) -> Geometry:
-        return copied_geometry(recipe, room.num_neurons)
+        return copied_geometry(recipe, room.num_neurons, room.most_top_k)
 
     def make(self, design: Design, inputs: Inputs) -> ConvertedLayer:
         """N copies of G shards; a copy's shards share a router row, so they are chosen together

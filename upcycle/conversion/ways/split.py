@@ -42,6 +42,7 @@ class Split(Way):
             room.num_dense,
             shared_width=room.shared_width,
             min_experts=room.min_experts,
+            most_top_k=room.most_top_k,
         )
 
     def make(self, design: Design, inputs: Inputs) -> ConvertedLayer:
