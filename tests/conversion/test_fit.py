@@ -497,7 +497,7 @@ def test_what_layers_learn_is_in_the_model_and_its_record(dense, tmp_path, setti
 
 @pytest.mark.parametrize("method", ["copy", "prune", "drop"])
 def test_a_fit_goes_with_a_split(dense, method):
-    with pytest.raises(UpcycleError, match="--set fit=transport goes with a split"):
+    with pytest.raises(UpcycleError, match="`fit=transport` goes with a split"):
         upcycle.plan(str(dense()), method=method, fit="transport")
 
 

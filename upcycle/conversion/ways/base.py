@@ -176,7 +176,7 @@ def check_no_copies(recipe: Recipe) -> None:
     if recipe.granularity != 1:
         raise UpcycleError(
             f"{setting('granularity', recipe.granularity)} goes with copies: for a split, raise "
-            "--experts"
+            "`experts`"
         )
 
 
@@ -188,7 +188,7 @@ def check_no_fit(recipe: Recipe) -> None:
     """
     if recipe.fit.name != "none":
         raise UpcycleError(
-            f"{setting('fit', recipe.fit)} goes with a split: give --set fit=none, and train the "
+            f"{setting('fit', recipe.fit)} goes with a split: give `fit=none`, and train the "
             "result by upcycle finetune"
         )
 
@@ -206,4 +206,4 @@ def check_alike(recipe: Recipe, methods: Methods) -> None:
             f"{fitting}"
         )
     if recipe.shared:
-        raise UpcycleError(f"--shared {recipe.shared:g} goes with a split: copies have none")
+        raise UpcycleError(f"`shared={recipe.shared:g}` goes with a split: copies have none")
