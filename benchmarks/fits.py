@@ -36,6 +36,7 @@ FITS: dict[str, dict[str, Any]] = {
     "prior_approximate on default": CLOSED | {"fit": "prior_approximate"},
     "dot-moe": {"split": "random", "router": "normal", "fit": "transport"},
     "dot-moe, refit": {"split": "random", "router": "normal", "fit": "transport"} | REFIT,
+    "random split, ridge": {"split": "random", "router": "ridge"},
     "ladimo": CLOSED | {"fit": "distillation"},
     "ladimo, refit": CLOSED | {"fit": "distillation"} | REFIT,
     "descent": CLOSED | {"compensate": "descent"},
@@ -58,7 +59,8 @@ def measure(
     weight_T = token_weights(held_T)
     error = weight_T @ wrong_TD.square().sum(1) / (weight_T @ wanted_TD.square().sum(1))
     kept = split.kept(scores_TE, split.energies(held_TD))
-    return {"kept": kept, "error": float(error), "seconds": seconds}
+    tried = converted.fit.error_after if converted.fit else None
+    return {"kept": kept, "error": float(error), "seconds": seconds, "tried": tried}
 
 
 def main() -> None:

@@ -167,6 +167,7 @@ def test_what_does_not_help_is_not_kept_unless_it_aims_at_something_else():
     aimed, part = taught("prior_approximate", seed=1, epochs=8)
     assert part.kept
     assert not torch.equal(aimed.router_ED, make_experts(make_activations(1), 1).router_ED)
+    assert not taught("prior_approximate", rate=1e40)[1].kept
     learned, part = taught("distillation", rate=1e4)
     start = make_experts(make_activations())
     assert not part.kept
