@@ -31,6 +31,7 @@ OF_KIND = {
     "split": "Which neurons share an expert: `--set split=NAME`",
     "shared-expert rule": "Which neurons are always on: `--set shared_by=NAME`",
     "router": "Who chooses the experts: `--set router=NAME`",
+    "fit": "What layers learn by gradient descent, one by one: `--set fit=NAME`",
     "compensation": "What makes up for the others: `--set compensate=NAME`",
     "method": "What becomes of copies: `--method NAME`",
     "gate": "Who chooses among merged models: `--set router=NAME`",

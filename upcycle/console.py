@@ -369,6 +369,8 @@ def show_conversion(conversion: "Conversion") -> None:
     table(f"{plan.source.label} → {plan.target}", rows, "dense", "MoE")
     took = ", ".join(f"{name} {s:.0f} s" for name, s in conversion.seconds.items())
     out.print(f"Made: {_method(plan)}. Took: {took}.", highlight=False)
+    if conversion.learned:
+        out.print(f"Fit: {conversion.learned}", highlight=False)
     _show_trials(conversion)
     if check is not None:
         out.print(f"Exactness: {_exactness(conversion)}.", highlight=False)
@@ -433,7 +435,7 @@ def _exactness(conversion: "Conversion") -> str:
         what = "copies"
     elif not plan.partitions:
         what += ", repeated neurons in both"
-    if plan.design.compensates:
+    if plan.design.refits:
         what += ", refit weights in both"
     return f"ok, {what}: {plan.source.arch.output} differ by {check.exact_error:.1g} σ"
 

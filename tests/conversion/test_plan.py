@@ -463,6 +463,7 @@ ASIDE = {
     "refit": {"compensate": "least_squares"},
     "both": {"sequential": True, "compensate": "least_squares", "keep_dense": [1]},
     "all matrices refit": {"compensate": "descent"},
+    "all matrices learned": {"fit": "distillation", "compensate": "least_squares"},
     "repeated neurons": {"split": "sharing_inner"},
     "gradients": {"shared_by": "taylor"},
     "both in bfloat16": {

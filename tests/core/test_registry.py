@@ -11,6 +11,7 @@ import pytest
 import upcycle
 from upcycle.conversion.catalogue import CATALOGUE, check_names
 from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.fit import FITS
 from upcycle.conversion.inspection import registered
 from upcycle.conversion.recipe import load_recipe
 from upcycle.conversion.rest import RESTS
@@ -31,6 +32,7 @@ FOLDERS = {
     "split/shared": SHARED,
     "router_init": ROUTERS,
     "router_init/gates": GATES,
+    "conversion/fit": FITS,
     "conversion/compensate": COMPENSATIONS,
     "conversion/rest": RESTS,
     "split/copies": PERTURBS,
@@ -44,6 +46,7 @@ METHODS = [
     for method in registry.values()
 ]
 NO_PLUG_INS = {
+    "conversion/fit": {"__init__", "base", "loop", "learn"},
     "models/targets": {"__init__", "base", "limits"},
     "conversion/rest": {"__init__", "registry"},
 }
@@ -85,6 +88,7 @@ def test_catalogue_holds_what_is_registered():
         {"split": "rendom"},
         {"shared_by": "x"},
         {"router": "rigde"},
+        {"fit": "transpart"},
         {"compensate": "x"},
         {"target": "mixtrel"},
         {"split": {"name": "random", "tokens": 4}},

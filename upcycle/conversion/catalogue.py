@@ -20,6 +20,7 @@ KINDS = {
     "split": "split",
     "shared_by": "shared-expert rule",
     "router": "router",
+    "fit": "fit",
     "compensate": "compensation",
     "rest": "rest rule",
 }

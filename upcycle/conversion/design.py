@@ -10,6 +10,8 @@ from torch import Tensor
 
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.compensate.base import Compensation
+from upcycle.conversion.fit import FITS
+from upcycle.conversion.fit.base import Fit
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.rest import RESTS
@@ -73,6 +75,7 @@ class Methods:
     split: Bound[Split]
     shared_by: Bound[Method[Any]]
     router: Bound[Router]
+    fit: Bound[Fit]
     compensate: Bound[Compensation]
     perturb: Bound[Method[Any]] | None
     """What makes copies differ, if anything does."""
@@ -98,6 +101,7 @@ class Methods:
             shared_by=bind(SHARED, recipe.shared_by),
             router=bind(ROUTERS, Choice(name=default_router) if gated else chosen),
             gate=bind(GATES, chosen) if gated else None,
+            fit=bind(FITS, recipe.fit),
             compensate=bind(COMPENSATIONS, recipe.compensate),
             perturb=bind(PERTURBS, recipe.method) if recipe.method.name in PERTURBS else None,
             rest=bind(RESTS, recipe.rest),
@@ -132,9 +136,16 @@ class Design:
 
     @property
     def refits(self) -> tuple[str, ...]:
-        """The matrices of a `DenseFFN` that are refit to make up for what is off."""
-        return self.methods.compensate.method.refits
+        """The matrices of a `DenseFFN` that do not stay the dense model's."""
+        methods = self.methods
+        return tuple(dict.fromkeys(methods.fit.method.refits + methods.compensate.method.refits))
+
+    @property
+    def fits(self) -> bool:
+        """Whether layers learn by gradient descent."""
+        return bool(self.methods.fit.method.learns)
 
     @property
     def compensates(self) -> bool:
-        return bool(self.refits)
+        """Whether weights are refit to make up for what is off."""
+        return bool(self.methods.compensate.method.refits)

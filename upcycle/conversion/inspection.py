@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.fit import FITS
 from upcycle.conversion.geometry import legal_parts
 from upcycle.conversion.plan import refusals
 from upcycle.conversion.recipe import Recipe
@@ -47,7 +48,7 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 def registered() -> dict[str, Any]:
     """Every registered method with its parameters and their defaults, every way and every target:
     what catalogue.json holds."""
-    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS, GATES, RESTS)
+    registries = (SPLITS, SHARED, ROUTERS, FITS, COMPENSATIONS, PERTURBS, GATES, RESTS)
     methods = [
         {
             "kind": registry.kind,

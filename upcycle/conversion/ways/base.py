@@ -182,6 +182,19 @@ def check_no_copies(recipe: Recipe) -> None:
         )
 
 
+def check_no_fit(recipe: Recipe) -> None:
+    """Nothing is asked to be learned layer by layer.
+
+    Raises:
+        UpcycleError: it is.
+    """
+    if recipe.fit.name != "none":
+        raise UpcycleError(
+            f"{setting('fit', recipe.fit)} goes with a split: give `fit=none`, and train the "
+            "result by upcycle finetune"
+        )
+
+
 def check_alike(recipe: Recipe, methods: Methods) -> None:
     """Of experts that are all the same when the router is made.
 

@@ -13,7 +13,7 @@ from upcycle.conversion.converted import ConvertedLayer, Inputs, route, stored
 from upcycle.conversion.design import Bound, Design, Methods
 from upcycle.conversion.geometry import copied_geometry
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_alike
+from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_alike, check_no_fit
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.rng import generator
@@ -33,6 +33,7 @@ class Copy(Way):
 
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_alike(recipe, methods)
+        check_no_fit(recipe)
         if recipe.compensate.name != "none":
             raise UpcycleError(
                 f"{setting('compensate', recipe.compensate)} goes with a split: copies lose nothing"
