@@ -27,6 +27,8 @@ class Data:
     tokens_BL: Tensor
     mask_BL: Tensor
     scored_BL: Tensor
+    text_B: Tensor
+    """Which of the texts each sequence is of."""
     used: tuple[Used, ...] = ()
     """Of each text, where this is all of what is trained on."""
 
@@ -34,7 +36,9 @@ class Data:
         return len(self.tokens_BL)
 
     def take(self, rows: Tensor) -> "Data":
-        return Data(self.tokens_BL[rows], self.mask_BL[rows], self.scored_BL[rows])
+        return Data(
+            self.tokens_BL[rows], self.mask_BL[rows], self.scored_BL[rows], self.text_B[rows]
+        )
 
     @property
     def foretelling_BL(self) -> Tensor:
@@ -80,7 +84,7 @@ def training_data(
     names = texts(text)
     reader = open_reader(folder, vocab_size)
     parts, used = [], []
-    for name in names:
+    for number, name in enumerate(names):
         wanted = -(-(train_tokens + validation_tokens) // len(names))
         rows, spread = -(-wanted // seq_len), SPREAD if parse(name).local else 1
         if assistant_only:
@@ -88,9 +92,8 @@ def training_data(
         else:
             drawn = reader.drawn(name, rows, reader.body(seq_len), seed=seed, spread=spread)
             scored = torch.ones_like(drawn.ids, dtype=torch.bool)
-        train, held = _pack(
-            name, reader, drawn.ids, scored, seq_len, validation_tokens // len(names)
-        )
+        held_tokens = validation_tokens // len(names)
+        train, held = _pack(name, reader, drawn.ids, scored, seq_len, held_tokens, number)
         parts.append((train, held))
         used.append(_used(name, reader.total(name, drawn, seed=seed), train, held))
     trains, helds = zip(*parts, strict=True)
@@ -133,6 +136,7 @@ def _pack(
     scored: Tensor,
     seq_len: int,
     validation_tokens: int,
+    number: int,
 ) -> tuple[Data, Data]:
     length = reader.body(seq_len)
     if len(ids) < length + 2:
@@ -153,7 +157,8 @@ def _pack(
     scored_BT = torch.zeros(rows * length, dtype=torch.bool)
     scored_BT[: len(ids)] = scored[: len(ids)]
     unscored_BF = mask_BL[:, : len(reader.front)] & False  # what begins every window is not learnt
-    whole = Data(tokens_BL, mask_BL, torch.cat([unscored_BF, scored_BT.view(rows, length)], 1))
+    scored_BL = torch.cat([unscored_BF, scored_BT.view(rows, length)], 1)
+    whole = Data(tokens_BL, mask_BL, scored_BL, torch.full((rows,), number))
     return whole.take(torch.arange(rows - held)), whole.take(torch.arange(rows - held, rows))
 
 
@@ -162,6 +167,7 @@ def _join(parts: tuple[Data, ...]) -> Data:
         torch.cat([p.tokens_BL for p in parts]),
         torch.cat([p.mask_BL for p in parts]),
         torch.cat([p.scored_BL for p in parts]),
+        torch.cat([p.text_B for p in parts]),
     )
 
 

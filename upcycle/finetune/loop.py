@@ -89,6 +89,7 @@ def _take_up(setup: Setup, progress: Progress) -> None:
         load_state(setup.folder, setup.plain, setup.optimizer)
         progress.step, progress.seconds = notes["step"], notes["seconds"]
         progress.best, progress.best_step = float(notes["best"]), notes["best_step"]
+        setup.router_terms.coefficients = notes["coefficients"]
     lines = setup.log_file.read_text().splitlines(True) if notes and setup.log_file.exists() else []
     # A kill may have cut the last line short.
     rows = [LogLine(**json.loads(line)).plain() for line in lines if line.endswith("\n")]
@@ -103,6 +104,7 @@ def _save(setup: Setup, progress: Progress) -> None:
         "seconds": progress.seconds,
         "best": progress.best,
         "best_step": progress.best_step,
+        "coefficients": setup.router_terms.coefficients,
     }
     main = setup.accelerator.is_main_process
     save_state(setup.folder, setup.plain, setup.optimizer, notes, write=main)

@@ -22,6 +22,7 @@ from upcycle.evaluation.run import load_model
 from upcycle.finetune.data import Data, training_data
 from upcycle.finetune.job import Job, job_identity, open_job
 from upcycle.finetune.loop import make_optimizer, restore_best, train
+from upcycle.finetune.plugins import facts_of, gater_for, router_terms
 from upcycle.finetune.processes import accelerator_for
 from upcycle.finetune.publish import Finetuning, publish
 from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
@@ -227,7 +228,11 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = trained(model, known)
-    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config))
+    score = score_of(model.config)
+    facts = facts_of(model.config, blocks, train_data, accelerator)
+    terms = router_terms(settings, facts, blocks, scales, score)
+    gater = gater_for(settings, facts, blocks, scales, score)
+    tap = RouterTap(blocks, settings.dense_router_gradient, score, gater)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
     model.train()
     if settings.tracker is not None:
@@ -242,6 +247,8 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         blocks=blocks,
         scales=scales,
         tap=tap,
+        gater=gater,
+        router_terms=terms,
         train=train_data,
         validation=validation,
         folder=workspace / ASIDE,
