@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
-from upcycle.core.flags import MERGE_FLAGS
+from upcycle.core.flags import MERGE_FLAGS, as_flags
 from upcycle.core.json_text import json_text
 from upcycle.core.paths import check_model, local_path, write_whole
 from upcycle.models.hub import check_repo, push
@@ -33,6 +33,7 @@ from upcycle.options import (
     Partition,
     Private,
     PushToHub,
+    Rehearse,
     Revision,
     Set,
     as_set,
@@ -360,7 +361,8 @@ def finetune(
     recipe: Annotated[
         str | None,
         option(
-            "heal | specialise | routers | btx | lora, or a YAML file. [default: by what MODEL is]",
+            "heal | specialise | routers | btx | lora, another preset of `upcycle recipes`, or a "
+            "YAML file. [default: by what MODEL is]",
             "--recipe",
         ),
     ] = None,
@@ -368,6 +370,7 @@ def finetune(
     resume: Annotated[
         bool, option("Go on from the state of a run that was stopped.", "--resume", panel=RUN)
     ] = False,
+    dry_run: Rehearse = False,
     out: Out = None,
     overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
@@ -391,10 +394,13 @@ def finetune(
 
         settings = {name: value for name, value in options.items() if value is not None}
         settings |= dict(_assignment(text) for text in set_ or [])
-        if out is None:
+        if out is None and not dry_run:
             raise UpcycleError("name the folder for the result: -o OUT")
         check_repo(push_to_hub, private=private)
         check_finetuning(model, recipe, settings)
+        if out is None or dry_run:
+            _rehearse(model, recipe, settings, as_json=json_)
+            return
         from upcycle import console
         from upcycle.finetune.publish import finetuning_summary
         from upcycle.finetune.run import finetune as train
@@ -418,6 +424,22 @@ def finetune(
             console.show_finetuning(done)
         if push_to_hub is not None:
             console.show_push(push(done.out, push_to_hub, private=private), quiet=json_)
+
+
+def _rehearse(model: str, recipe: str | None, settings: Options, *, as_json: bool) -> None:
+    """Show what a run of `finetune` would take here, and may bring."""
+    from upcycle import console
+    from upcycle.finetune.run import rehearse
+
+    _quiet_model_loading()
+    with console.watching_training(quiet=as_json or not _first_process()) as watch:
+        made = rehearse(model, preset=recipe, watch=watch, **settings)
+    if not _first_process():
+        return
+    if as_json:
+        _print_json(made.plain())
+    else:
+        console.show_proposal(made)
 
 
 @app.command("eval")
@@ -685,7 +707,7 @@ def _errors(
     except AlreadyFinished as finished:
         _show_finished(finished, as_json=as_json)
     except UpcycleError as error:
-        _fail(str(error), 2)
+        _fail(as_flags(str(error)), 2)
     except CheckFailed as error:
         _fail(f"{error}; please report this", 1)
     except KeyboardInterrupt:
@@ -698,7 +720,7 @@ def _errors(
 
         if not out_of_memory(error):
             raise
-        _fail(OUT_OF_MEMORY, 2)
+        _fail(as_flags(OUT_OF_MEMORY), 2)
 
 
 BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP)

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from upcycle.core.flags import as_flags
 from upcycle.core.paths import public_name
-from upcycle.core.words import count, size
-from upcycle.evaluation.verdict import verdict
+from upcycle.core.words import count, duration, size
+from upcycle.evaluation.verdict import LAW_MODEL, LAW_TOKENS, verdict
 from upcycle.models.record import EncoderReport
 from upcycle.models.text import kind_name
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from upcycle.conversion.run import Progress as OnProgress
     from upcycle.evaluation.run import Evaluation, TextResult
     from upcycle.evaluation.tasks import TaskScores
+    from upcycle.finetune.budget import Budget, Proposal
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
@@ -34,6 +36,8 @@ LONGEST_WORD = 14
 """Letters of a heading that are never cut."""
 TEXTS_AT_ONCE = 4
 """Columns of texts that a terminal has room for."""
+AGAIN = 1.1
+"""Times that a text is read from which on that is worth a word."""
 COLOURS = {"fine": "bold green", "heal": "bold yellow", "broken": "bold red"}
 out = Console(emoji=False)  # :name: may be part of a file's name
 err = Console(stderr=True, emoji=False)
@@ -84,12 +88,74 @@ def watching_training(*, quiet: bool) -> Iterator["Watch"]:
 
         def row(row: dict[str, Any], done: int, total: int) -> None:
             if "validation" in row:
-                measured = ", ".join(f"{k} {v:.4g}" for k, v in row["validation"].items())
-                err.print(f"step {row['step']} of {total}: validation {measured}", highlight=False)
+                err.print(f"step {row['step']} of {total}: {_validated(row)}", highlight=False)
             else:
                 bars.update(task, completed=done, total=total, description=_training_line(row))
+            for alarm in row.get("alarms", ()):
+                err.print(_alarm(alarm["step"], alarm["says"]), highlight=False)
 
-        yield Watch(begin=show_groups, row=row)
+        yield Watch(begin=show_groups, row=row, budget=_say_budget)
+
+
+def _say_budget(budget: "Budget") -> None:
+    """What a run takes and may bring, once its first step is done."""
+    rate = budget.tokens / budget.steps / budget.step_seconds
+    err.print(
+        f"budget: {budget.tokens:,} tokens in about {duration(budget.seconds)} here, by the first "
+        f"step ({rate:.0f} tokens/s) and {budget.validations + 1} validations.",
+        highlight=False,
+    )
+    err.print(f"expected: {_expected(budget)}", highlight=False)
+
+
+def _expected(budget: "Budget") -> str:
+    """What a run may bring, and how that is known."""
+    if budget.expected is None:
+        return (
+            f"nobody knows: only runs of heal on {LAW_TOKENS:,} tokens and more, where everything "
+            "trains and the dense model teaches, were measured."
+        )
+    return (
+        f"perplexity on the held-out text from {budget.ratio:.2f} to about {budget.expected:.2f} × "
+        f"the dense model's. This is an estimate from {LAW_MODEL} alone."
+    )
+
+
+def show_proposal(proposal: "Proposal") -> None:
+    """What the run that was asked for would take and may bring, and longer and shorter ones."""
+    asked = proposal.asked
+
+    def row(budget: "Budget") -> tuple[str, ...]:
+        expected = "–" if budget.expected is None else f"{budget.expected:.2f} ×"
+        mark = "asked for" if budget is asked else ""
+        return f"{budget.steps:,}", duration(budget.seconds), expected, mark
+
+    each = sorted((asked, *proposal.others), key=lambda budget: budget.tokens)
+    rows = {f"{budget.tokens:,}": row(budget) for budget in each}
+    table("tokens, and what they take here", rows, "steps", "time", "perplexity", "")
+    again = ""
+    if asked.tokens > AGAIN * proposal.held:
+        times = asked.tokens / proposal.held
+        again = (
+            f" The text holds {proposal.held:,} to train on, which would be read {times:.1f} times."
+        )
+    out.print(
+        f"Timed by a step of {asked.step_seconds:.2g} s and a validation of "
+        f"{asked.validation_seconds:.2g} s; loading and writing come on top.{again}",
+        highlight=False,
+    )
+    out.print(f"Expected: {_expected(asked)}", highlight=False)
+
+
+def _validated(row: Mapping[str, Any]) -> str:
+    """What a validation has shown; each text's perplexity where there are several."""
+    measured = ", ".join(f"{k} {v:.4g}" for k, v in row["validation"].items())
+    each = ", ".join(f"{escape(name)} {value:.4g}" for name, value in row["texts"].items())
+    return f"validation {measured}" + (f" ({each})" if len(row["texts"]) > 1 else "")
+
+
+def _alarm(step: int, says: str) -> str:
+    return f"[bold yellow]alarm[/] after step {step}: {escape(says)}."
 
 
 def _training_line(row: Mapping[str, Any]) -> str:
@@ -133,13 +199,21 @@ def show_finetuning(done: "Finetuning") -> None:
         for name, value in done.before.items()
     }
     total = done.settings.total_steps
+    if len(done.texts) > 1:
+        rows |= {
+            f"perplexity of {name}": (f"{before:.4f}", f"{after:.4f}")
+            for name, (before, after) in done.texts.items()
+        }
     rows |= {
         "kept": ("", f"the state after step {done.result_step} of {total}"),
         "tokens": ("", f"{done.tokens:,}"),
         "time": ("", f"{done.seconds:.0f} s, {done.tokens / done.seconds:.0f} tokens/s"),
         "dead experts": ("", f"{done.last['dead']} in the last step"),
+        "alarms": ("", ", ".join(alarm.about for alarm in done.alarms) or "none"),
     }
     table(f"{done.model}, on held-out text of {done.settings.data}", rows, "before", "after")
+    for alarm in done.alarms:
+        out.print(_alarm(alarm.step, alarm.says), highlight=False)
     if done.after["loss"] >= done.before["loss"] and not done.settings.distill:
         out.print(
             "[bold yellow]Training made it no better[/]: lower --lr, or give more --tokens.",
@@ -183,8 +257,8 @@ def table(title: str, rows: Mapping[str, Any], *headings: str) -> None:
         )
     for name, values in rows.items():
         cells = values if isinstance(values, tuple) else (values,)
-        plain = (cell if isinstance(cell, Text) else Text(str(cell)) for cell in (name, *cells))
-        grid.add_row(*plain)
+        texts = (c if isinstance(c, Text) else Text(as_flags(str(c))) for c in (name, *cells))
+        grid.add_row(*texts)
     out.print(grid)
 
 
@@ -227,7 +301,7 @@ def show_warnings(plan: "Plan") -> None:
 
 def _show_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        err.print(f"[yellow]note[/]: {escape(note)}", highlight=False)
+        err.print(f"[yellow]note[/]: {escape(as_flags(note))}", highlight=False)
 
 
 def _method(plan: "Plan") -> str:
@@ -325,7 +399,7 @@ def _show_findings(found: "Findings", base: str) -> None:
         }
         table(f"how far from {base}, in its own length", rows, "FFNs", "rest")
     for sentence in found.sentences:
-        out.print(escape(sentence), highlight=False)
+        out.print(escape(as_flags(sentence)), highlight=False)
     if found.perplexities is not None:
         _show_beside(found.perplexities)
     _show_notes(found.notes)

@@ -46,6 +46,10 @@ Resume = Annotated[
     option("Keep finished layers if stopped; go on from them.", "--resume", panel=RUN),
 ]
 DryRun = Annotated[bool, option("The same as `plan`.", "--dry-run", panel=RUN)]
+Rehearse = Annotated[
+    bool,
+    option("Only say what it takes and may bring.", "--dry-run", panel=RUN),
+]
 PushToHub = Annotated[
     str | None,
     option("Upload the result there, too.", "--push-to-hub", metavar="REPO", panel=RESULT),
@@ -210,7 +214,7 @@ TRAINING = (
         (
             "data",
             str,
-            "Text or chats: a file, a folder, hf:DATASET or builtin; several joined by +.",
+            "Text or chats: a file, a folder, hf:DATASET, builtin; joined by +.",
         ),
         ("assistant_only_loss", bool, "Of chats, learn the assistant's turns."),
         ("tokens", int, "To train on, from all over a text."),

@@ -23,7 +23,7 @@ MASK_T = torch.ones(T, dtype=torch.bool)
 MASK_T[-4:] = False
 TEXT_T = torch.arange(T) % 3
 COUNTED = MASK_T.nonzero().flatten().tolist()
-WEIGHTS = {"texts": {"experts": ((0, 1), (), (5,))}}
+WEIGHTS = {"labels": {"experts": ((0, 1), (), (5,))}}
 """Parameters that are not the default ones."""
 
 
@@ -127,10 +127,10 @@ def naive_separation(z_TE):
     return sum(terms) / len(terms)
 
 
-def naive_texts(z_TE):
+def naive_labels(z_TE):
     terms = [0.0]
     for t in COUNTED:
-        own = WEIGHTS["texts"]["experts"][TEXT_T[t]]
+        own = WEIGHTS["labels"]["experts"][TEXT_T[t]]
         if own:
             scores = [sigmoid(z) for z in z_TE[t]]
             terms.append(-(sum(scores[e] for e in own) / sum(scores)).log())
@@ -144,7 +144,7 @@ NAIVE = {
     "cv2": naive_cv2,
     "entropy": naive_entropy,
     "separation": naive_separation,
-    "texts": naive_texts,
+    "labels": naive_labels,
 }
 
 
@@ -334,11 +334,11 @@ FACTS = Facts(score="softmax", experts=8, top_k=2, texts=2, sharded=True)
         ("separation", {}, {}, "its scores are a softmax"),
         ("separation", {}, {"score": "sigmoid"}, ""),
         ("erc", {}, {}, "with FSDP"),
-        ("texts", {}, {"texts": 1}, "there is one text alone"),
-        ("texts", {}, {"texts": 3}, "3 texts get no equal parts of 8 experts"),
-        ("texts", {}, {}, ""),
-        ("texts", {"experts": [[0], [1], [2]]}, {}, "is of 3 texts, but --data of 2"),
-        ("texts", {"experts": [[0], [8]]}, {}, "there is no expert 8 among 8"),
+        ("labels", {}, {"texts": 1}, "there is one text alone"),
+        ("labels", {}, {"texts": 3}, "3 texts get no equal parts of 8 experts"),
+        ("labels", {}, {}, ""),
+        ("labels", {"experts": [[0], [1], [2]]}, {}, "is of 3 texts, but `data` of 2"),
+        ("labels", {"experts": [[0], [8]]}, {}, "there is no expert 8 among 8"),
         ("cv2", {}, {}, ""),
     ],
 )

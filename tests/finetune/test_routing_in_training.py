@@ -14,7 +14,7 @@ QUICK = {
     "preset": "specialise", "steps": 3, "seq_len": 32, "batch_size": 4, "micro_batch": 2,
     "validation_tokens": 64, "router_lr": 3e-3, "balance": 0.0, "z_loss": 0.0, "keep_best": False,
 }  # fmt: skip
-LOSSES = ["cv2", "entropy", "separation", "erc", "adaptive_balance", "texts"]
+LOSSES = ["cv2", "entropy", "separation", "erc", "adaptive_balance", "labels"]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def test_a_loss_changes_the_routers_and_the_class_not(model, without, train, nam
 def test_texts_come_to_their_own_experts(dense, moe, train):
     """−log of half of all scores is what experts alike in number get by chance."""
     source = moe(dense(), target="qwen2_moe", shared=0.25, router_spread=0.05)
-    done = train(source, **ROUTERS_ALONE, router_losses={"texts": 10})
-    assert done.log[1]["texts"] == pytest.approx(math.log(2), abs=0.1)
-    assert done.last["texts"] < 0.3
+    done = train(source, **ROUTERS_ALONE, router_losses={"labels": 10})
+    assert done.log[1]["labels"] == pytest.approx(math.log(2), abs=0.1)
+    assert done.last["labels"] < 0.3
 
 
 @pytest.mark.parametrize("spread", [1e-4, 0.05])
@@ -89,7 +89,7 @@ def test_a_loss_weighs_the_same_whatever_the_routers_temperature(dense, moe, tra
     assert first["grad_norm"] < 50
 
 
-ALL = {"cv2": 0.1, "entropy": 0.1, "erc": 0.01, "adaptive_balance": 1, "texts": 0.1}
+ALL = {"cv2": 0.1, "entropy": 0.1, "erc": 0.01, "adaptive_balance": 1, "labels": 0.1}
 
 
 def test_micro_batches_change_no_loss_and_no_draw(model, train):
@@ -127,24 +127,27 @@ def test_interrupted_and_resumed_is_the_same_as_never_stopped(model, train, tmp_
     ("settings", "message"),
     [
         ({"router_losses": {"cv3": 1}}, "unknown router loss 'cv3', did you mean 'cv2'"),
-        ({"router_losses": {"balance": 1}}, "router_losses.balance is --balance 1"),
+        ({"router_losses": {"balance": 1}}, "`router_losses.balance` is `balance=1`"),
         ({"router_losses": {"erc": {"weight": 1, "beta": 1}}}, "'erc' has no parameter 'beta'"),
         ({"router_losses": {"erc": {"alpha": 1}}}, "router_losses.erc.weight="),
         ({"router_losses": {"erc": {"weight": 1, "alpha": -1}}}, "'erc': alpha=-1"),
         ({"router_losses": {"cv2": -1}}, "router_losses.cv2.weight=-1"),
-        ({"router_losses": {"cv2": 1}, "train": "experts"}, "has no effect with --train experts"),
+        ({"router_losses": {"cv2": 1}, "train": "experts"}, "has no effect with `train=experts`"),
         (
-            {"router_losses": {"texts": {"weight": 1, "experts": [[0]]}}},
-            "--set router_losses.texts=1 has no effect: experts is of 1 texts, but --data of 2",
+            {"router_losses": {"labels": {"weight": 1, "experts": [[0]]}}},
+            "`router_losses.labels=1` has no effect: experts is of 1 texts, but `data` of 2",
         ),
-        ({"router_losses": {"erc": 1}, "lora": 2}, "router_losses.erc=1 has no effect on this mod"),
+        (
+            {"router_losses": {"erc": 1}, "lora": 2},
+            "`router_losses.erc=1` has no effect on this model's",
+        ),
         ({"gating": "noise"}, "unknown gating 'noise'"),
         ({"gating": {"name": "noisy_top_k", "noise": 0}}, "'noisy_top_k': noise=0"),
         ({"gating.noise": 1}, "name the gating itself first"),
         ({"lr.x": 1}, "'lr' has no parameters"),
         (
             {"gating": "sparse_mixer", "dense_router_gradient": True},
-            "gating=sparse_mixer has a gradient of its own",
+            "`gating=sparse_mixer` has a gradient of its own: give `dense_router_gradient=False`",
         ),
     ],
 )
@@ -157,7 +160,7 @@ def test_what_can_not_work_is_refused_in_one_sentence(model, train, tmp_path, se
 
 
 def test_softmax_scores_are_not_separated_from_a_threshold(dense, moe, train):
-    with pytest.raises(UpcycleError, match="separation=1 has no effect: its scores are a softmax"):
+    with pytest.raises(UpcycleError, match="separation=1` has no effect: its scores are a softmax"):
         train(moe(dense(), target="qwen2_moe", shared=0.25), router_losses={"separation": 1})
 
 
@@ -174,3 +177,30 @@ def test_parameters_are_set_one_by_one(model, train):
         "cv2": {"weight": 2.0},
     }
     assert settings["gating"] == {"name": "noisy_top_k", "noise": 0.5}
+
+
+# --- published systems ----------------------------------------------------------------------------
+
+
+PRESETS = {
+    "llama-moe": ("qwen2_moe", {"cv2"}),
+    "sigma-moe": ("glm4_moe", {"entropy"}),
+    "lte": ("glm4_moe", {"separation"}),
+    "skywork": ("mixtral", {"adaptive_balance"}),
+    "grin": ("mixtral", {"balance"}),
+    "erc": ("mixtral", {"erc", "balance"}),
+    "tomoe-routers": ("qwen2_moe", {"distill", "balance"}),
+    "domains": ("mixtral", {"labels"}),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_train_what_they_are_for(dense, moe, two_texts, tmp_path, preset):
+    target, logged = PRESETS[preset]
+    copies = {"method": "copy", "experts": 4, "top_k": 2}
+    made = copies if target == "mixtral" else {"shared": 0.25, "router_spread": 0.05}
+    source = moe(dense(), target=target, **made)
+    short = {"steps": 1, "seq_len": 32, "batch_size": 2, "validation_tokens": 64}
+    done = finetune(str(source), tmp_path / "out", preset=preset, data=two_texts, **short)
+    assert logged <= done.last.keys()
+    assert layout(done.out) == layout(source)

@@ -18,3 +18,10 @@ def count(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.4g} {letter}"
     return str(number)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

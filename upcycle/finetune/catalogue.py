@@ -64,7 +64,7 @@ def check_names(gating: Choice | None, router_losses: RouterLosses | None) -> No
     for name, choice in (router_losses or {}).items():
         if name in OF_FLAGS:
             raise UpcycleError(
-                f"router_losses.{name} is {setting(name, choice.weight)}: give that instead"
+                f"`router_losses.{name}` is {setting(name, choice.weight)}: give that instead"
             )
         _check("router loss", name, choice.params)
 
@@ -88,8 +88,8 @@ def override(fields: dict[str, Any], key: str, value: Any) -> None:
         fields[name] = value
     elif name == "gating":
         current = as_choice(fields.get(name))
-        if current is None:
-            raise UpcycleError(f"--set {key}: name the gating itself first, by --set gating=NAME")
+        if not isinstance(current, dict):
+            raise UpcycleError(f"`{key}`: name the gating itself first, by `gating=NAME`")
         fields[name] = current | {path[0]: value}
     elif name == "router_losses" and len(path) < 3:
         losses = dict(fields.get(name) or {})
@@ -98,5 +98,5 @@ def override(fields: dict[str, Any], key: str, value: Any) -> None:
         fields[name] = losses
     else:
         raise UpcycleError(
-            f"--set {key}: {name!r} has no parameters{suggest(name, ['gating', 'router_losses'])}"
+            f"`{key}`: {name!r} has no parameters{suggest(name, ['gating', 'router_losses'])}"
         )

@@ -1,13 +1,15 @@
 """Training text: packed sequences from all over it, its end held out."""
 
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.paths import public_name
 from upcycle.core.rng import generator
 from upcycle.finetune.assistant import chat_stream
@@ -30,7 +32,7 @@ class Data:
     text_B: Tensor
     """Which of the texts each sequence is of."""
     used: tuple[Used, ...] = ()
-    """Of each text, where this is all of what is trained on."""
+    """Of each text, where this is all of what is trained or validated on."""
 
     def __len__(self) -> int:
         return len(self.tokens_BL)
@@ -92,12 +94,14 @@ def training_data(
         else:
             drawn = reader.drawn(name, rows, reader.body(seq_len), seed=seed, spread=spread)
             scored = torch.ones_like(drawn.ids, dtype=torch.bool)
-        held_tokens = validation_tokens // len(names)
-        train, held = _pack(name, reader, drawn.ids, scored, seq_len, held_tokens, number)
+        whole = _pack(name, reader, drawn.ids, scored, seq_len, number)
+        rows = len(whole)
+        last = max(1, min(validation_tokens // len(names) // seq_len, rows // 10))
+        train, held = (whole.take(part) for part in torch.arange(rows).split([rows - last, last]))
         parts.append((train, held))
         used.append(_used(name, reader.total(name, drawn, seed=seed), train, held))
     trains, helds = zip(*parts, strict=True)
-    return replace(_join(trains), used=tuple(used)), _join(helds)
+    return _join(trains, used), _join(helds, used)
 
 
 def _used(name: str, total: int | None, train: Data, held: Data) -> Used:
@@ -119,8 +123,8 @@ def _chats(reader: Reader, name: str, rows: int, seq_len: int, seed: int) -> tup
     kept = scored[:whole].view(-1, length)[:, first:].any(1).nonzero()[:, 0]
     if len(kept) < 2:
         raise UpcycleError(
-            f"--data {name!r} holds {len(kept)} sequences of {seq_len} with words of the "
-            "assistant, but two are the least to train and validate on: lower --seq-len, or give "
+            f"`data={name!r}` holds {len(kept)} sequences of {seq_len} with words of the "
+            "assistant, but two are the least to train and validate on: lower `seq_len`, or give "
             "more chats"
         )
     if len(kept) > rows:
@@ -135,14 +139,14 @@ def _pack(
     ids: Tensor,
     scored: Tensor,
     seq_len: int,
-    validation_tokens: int,
     number: int,
-) -> tuple[Data, Data]:
+) -> Data:
+    """Whole sequences of the tokens of a text, and of its end."""
     length = reader.body(seq_len)
     if len(ids) < length + 2:
         raise UpcycleError(
-            f"--data {name!r} holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
-            "least to train and validate on: lower --seq-len, or give more text"
+            f"`data={name!r}` holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
+            "least to train and validate on: lower `seq_len`, or give more text"
         )
     if not reader.front and len(ids) % length == 1:
         ids = ids[:-1]  # a sequence of one token predicts nothing
@@ -153,21 +157,44 @@ def _pack(
     padded = rows * length - len(ids)
     mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
     mask_BL[-1, seq_len - padded :] = False
-    held = max(1, min(validation_tokens // seq_len, rows // 10))
     scored_BT = torch.zeros(rows * length, dtype=torch.bool)
     scored_BT[: len(ids)] = scored[: len(ids)]
     unscored_BF = mask_BL[:, : len(reader.front)] & False  # what begins every window is not learnt
     scored_BL = torch.cat([unscored_BF, scored_BT.view(rows, length)], 1)
-    whole = Data(tokens_BL, mask_BL, scored_BL, torch.full((rows,), number))
-    return whole.take(torch.arange(rows - held)), whole.take(torch.arange(rows - held, rows))
+    return Data(tokens_BL, mask_BL, scored_BL, torch.full((rows,), number))
 
 
-def _join(parts: tuple[Data, ...]) -> Data:
+def with_texts(
+    held: Data, folder: Path, vocab_size: int, text: str, *, seq_len: int, tokens: int, seed: int
+) -> Data:
+    """What is validated on, with windows from all over texts that nothing is trained on.
+
+    Args:
+        tokens: of all of them together, at least one window each.
+
+    Raises:
+        UpcycleError: a text can't be read, or holds too few tokens.
+    """
+    reader, names = open_reader(folder, vocab_size), texts(text)
+    count, parts, used = max(1, tokens // len(names) // seq_len), [held], [*held.used]
+    for number, name in enumerate(names, len(held.used)):
+        remedy = f"({setting('validation_tokens')} of {setting('validate_also', text)})"
+        tokens_BL = reader.windows(name, count, seq_len, seed=seed, remedy=remedy)
+        mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+        scored_BL = mask_BL.clone()
+        scored_BL[:, : len(reader.front)] = False
+        parts.append(Data(tokens_BL, mask_BL, scored_BL, torch.full((count,), number)))
+        used.append(Used(public_name(name), 0, tokens_BL.numel(), None))
+    return _join(parts, used)
+
+
+def _join(parts: Sequence[Data], used: Sequence[Used]) -> Data:
     return Data(
         torch.cat([p.tokens_BL for p in parts]),
         torch.cat([p.mask_BL for p in parts]),
         torch.cat([p.scored_BL for p in parts]),
         torch.cat([p.text_B for p in parts]),
+        tuple(used),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.versions import versions
+from upcycle.finetune.preflight import check_texts
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
@@ -24,7 +25,6 @@ from upcycle.models.source import (
     read_headers,
     read_text_config,
 )
-from upcycle.models.text import check_text, texts
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ def open_job(
     record = read_record(path) if path.is_file() else Trained()
     origin = _origin(record, folder)
     request = load_training(preset or _default_preset(record), settings, origin)
-    for text in texts(request.data):
-        check_text(text, "--data")
+    check_texts(request)
     check_seq_len(request.seq_len, read_text_config(folder))
     _check_dtypes(model, folder)
     teacher = _teacher_folder(request, folder, stack)
@@ -85,7 +84,7 @@ def _check_origin(origin: Source, teacher: Path, folder: Path) -> None:
     if origin.fingerprint not in (None, open_source(str(teacher)).fingerprint()):
         raise UpcycleError(
             f"{folder / RECORD} says that the model was made from {origin.name}, but what "
-            "has that name now is another: name the dense model by --teacher, or give --distill 0"
+            "has that name now is another: name the dense model by `teacher`, or give `distill=0`"
         )
 
 
@@ -100,19 +99,19 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
     try:
         teacher = stack.enter_context(checkpoint_folder(request.teacher))
     except UpcycleError as error:
-        raise UpcycleError(f"--teacher: {error}") from error
+        raise UpcycleError(f"`teacher`: {error}") from error
     theirs, ours = (read_text_config(each).vocab_size for each in (teacher, folder))
     if theirs != ours:
         raise UpcycleError(
-            f"--teacher {request.teacher} has a vocabulary of {theirs:,}, but the model of "
+            f"`teacher={request.teacher}` has a vocabulary of {theirs:,}, but the model of "
             f"{ours:,}: name the dense model that it was made from"
         )
     if request.match_layers and _depth_and_width(teacher) != _depth_and_width(folder):
         raise UpcycleError(
             f"{setting('match_layers', request.match_layers)} compares layer by layer, but "
-            f"--teacher {request.teacher} has "
+            f"`teacher={request.teacher}` has "
             f"{' layers of '.join(map(str, _depth_and_width(teacher)))} and "
-            f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use --distill"
+            f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use `distill`"
         )
     return teacher
 
@@ -125,9 +124,10 @@ def _depth_and_width(folder: Path) -> tuple[int, int]:
 def job_identity(job: Job, processes: int, threads: int) -> Identity:
     """Of a run by so many processes of so many threads: everything that the result depends on."""
     models = [folder for folder in (job.folder, job.teacher) if folder is not None]
+    read = (job.settings.data, job.settings.validate_also)
     ingredients = {
         "models": [fingerprint(folder) for folder in models],
-        "data": text_fingerprint(job.folder, job.settings.data),
+        "data": [text_fingerprint(job.folder, text) for text in read if text is not None],
         "request": job.settings.settings(),
         "processes": processes,
         "versions": versions(),

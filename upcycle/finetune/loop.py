@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from upcycle.finetune.budget import Budget, budget
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import load_state, put_back, read_notes, save_state
 from upcycle.finetune.step import Progress, Setup, note, take_step
@@ -48,9 +49,12 @@ def train(setup: Setup, progress: Progress) -> None:
     """
     _take_up(setup, progress)
     total = setup.settings.total_steps
-    every = setup.settings.validate_every or max(1, total // 10)
+    every = setup.settings.validation_steps
+    validated = None
     if progress.step == 0:
+        start = time.monotonic()
         validate(setup, progress)
+        validated = time.monotonic() - start
     while progress.step < total:
         start = time.monotonic()
         row = take_step(setup, progress.step)
@@ -59,6 +63,8 @@ def train(setup: Setup, progress: Progress) -> None:
         progress.seconds += seconds
         tokens = row.pop("tokens")
         note(setup, progress, row | {"tokens_per_second": round(tokens / seconds, 1)})
+        if progress.step == 1 and validated is not None:
+            setup.say_budget(_budget(setup, progress, seconds, validated))
         due = progress.step % every == 0 or progress.step == total
         if due:
             validate(setup, progress)
@@ -67,6 +73,12 @@ def train(setup: Setup, progress: Progress) -> None:
             _save(setup, progress)
         if stop and progress.step < total:
             raise KeyboardInterrupt
+
+
+def _budget(setup: Setup, progress: Progress, step: float, validation: float) -> Budget:
+    """By the seconds of the first step, and of the validation before it."""
+    ratio = progress.log[0]["validation"].get("perplexity_ratio")
+    return budget(setup.settings, step, validation, ratio)
 
 
 def restore_best(setup: Setup, progress: Progress) -> None:
@@ -94,6 +106,7 @@ def _take_up(setup: Setup, progress: Progress) -> None:
     # A kill may have cut the last line short.
     rows = [LogLine(**json.loads(line)).plain() for line in lines if line.endswith("\n")]
     progress.log = [row for row in rows if row["step"] <= progress.step]
+    progress.alarmed = {a["about"] for row in progress.log for a in row.get("alarms", ())}
     if setup.accelerator.is_main_process:
         setup.log_file.write_text("".join(map(log_text, progress.log)))
 

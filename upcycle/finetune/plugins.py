@@ -85,6 +85,8 @@ def gater_for(
             f"{facts.experts}: leave it out"
         )
     if settings.dense_router_gradient and not bound.method.runs_own:
-        raise UpcycleError(f"{given} has a gradient of its own: set dense_router_gradient=false")
+        raise UpcycleError(
+            f"{given} has a gradient of its own: give {setting('dense_router_gradient', False)}"
+        )
     spreads = [scale.spread or 1.0 for scale in scales]
     return Gater(bound, blocks, spreads, score)

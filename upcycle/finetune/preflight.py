@@ -4,7 +4,7 @@ its settings, and the names of what it reads."""
 from typing import Any
 
 from upcycle.core.paths import check_model
-from upcycle.finetune.settings import load_training
+from upcycle.finetune.settings import Training, load_training
 from upcycle.models.text import check_text, texts
 
 
@@ -17,5 +17,16 @@ def check_finetuning(model: str, preset: str | None, settings: dict[str, Any]) -
     # Which preset is the default, and which model the teacher, the model's record says later.
     loaded = load_training(preset or "heal", settings, origin=model)
     check_model(model)
-    for text in texts(loaded.data):
-        check_text(text, "--data")
+    check_texts(loaded)
+
+
+def check_texts(request: Training) -> None:
+    """Of what is trained and validated on, by their names.
+
+    Raises:
+        UpcycleError: a text is none, or is not for that.
+    """
+    for text in texts(request.data):
+        check_text(text, "data")
+    for text in texts(request.validate_also or "probes"):
+        check_text(text, "text")

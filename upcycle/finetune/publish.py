@@ -28,6 +28,7 @@ from upcycle.models.record import (
     DOMAINS,
     RECORD,
     TRAIN_LOG,
+    Alarm,
     Made,
     Record,
     TrainingResult,
@@ -74,14 +75,26 @@ class Finetuning:
         return self._validation(self.result_step)
 
     @property
+    def texts(self) -> dict[str, tuple[float, float]]:
+        """Perplexity of the held-out part of each text, before and after."""
+        before, after = (self._validated(step)["texts"] for step in (0, self.result_step))
+        return {name: (perplexity, after[name]) for name, perplexity in before.items()}
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        return tuple(Alarm(**alarm) for row in self.log for alarm in row.get("alarms", ()))
+
+    @property
     def last(self) -> Row:
         """The line of the last step."""
         return [row for row in self.log if "validation" not in row][-1]
 
     def _validation(self, step: int) -> dict[str, float]:
-        rows = [row for row in self.log if "validation" in row and row["step"] == step]
-        measured: dict[str, float] = rows[-1]["validation"]
+        measured: dict[str, float] = self._validated(step)["validation"]
         return measured
+
+    def _validated(self, step: int) -> Row:
+        return [row for row in self.log if "validation" in row and row["step"] == step][-1]
 
 
 def finetuning_summary(done: Finetuning) -> TrainingResult:
@@ -99,6 +112,8 @@ def finetuning_summary(done: Finetuning) -> TrainingResult:
         tokens=done.tokens,
         seconds=round(done.seconds, 3),
         processes=done.processes,
+        texts=done.texts,
+        alarms=done.alarms,
         reload_error=done.reload_error,
     )
 

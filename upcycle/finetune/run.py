@@ -19,12 +19,14 @@ from upcycle.core.flags import setting
 from upcycle.core.machine import torch_threads
 from upcycle.core.paths import local_path
 from upcycle.evaluation.run import load_model
-from upcycle.finetune.data import Data, training_data
+from upcycle.finetune.budget import Budget, Proposal
+from upcycle.finetune.data import Data, training_data, with_texts
 from upcycle.finetune.job import Job, job_identity, open_job
 from upcycle.finetune.loop import make_optimizer, restore_best, train
 from upcycle.finetune.plugins import facts_of, gater_for, router_terms
 from upcycle.finetune.processes import accelerator_for
 from upcycle.finetune.publish import Finetuning, publish
+from upcycle.finetune.rehearsal import propose
 from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import read_notes, torch_dtype
@@ -63,6 +65,8 @@ class Watch:
     """Once, before the first step: what trains, and on how much of each text."""
     row: Callable[[Row, int, int], None] = lambda row, done, total: None
     """Every line of the log, with the steps done and all steps."""
+    budget: Callable[[Budget], None] = lambda budget: None
+    """After the first step of a run that is not resumed."""
 
 
 def finetune(
@@ -81,8 +85,9 @@ def finetune(
         model: a folder or hub id, such as what `convert` wrote.
         out: the folder for the result: a checkpoint of the same layout, or with `lora` and
             without `merge` an adapter.
-        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or a YAML file; by default `heal`
-            for a split, `specialise` for copies and merges.
+        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or another that `upcycle recipes`
+            lists, or a YAML file; by default `heal` for a split, `specialise` for copies and
+            merges.
         overwrite: replace a former result.
         resume: go on from the saved state of a run that was stopped. The result has the same
             bytes as that of an uninterrupted run, on a CPU.
@@ -96,7 +101,6 @@ def finetune(
         CheckFailed: what was written is not what was trained.
         KeyboardInterrupt: stopped; the state is kept beside `out`.
     """
-    watch = watch or Watch()
     with ExitStack() as stack:
         job = open_job(model, local_path(out).resolve(), preset, settings, stack)
         check_out(job.out, job.folder, _room(job), overwrite=overwrite, resume=resume)
@@ -106,6 +110,7 @@ def finetune(
         stack.enter_context(
             _workspace(job, identity, accelerator, overwrite=overwrite, resume=resume)
         )
+        watch = watch if watch is not None and accelerator.is_main_process else Watch()
         setup, groups = _prepare(job, accelerator, watch)
         progress = Progress()
         if job_identity(job, accelerator.num_processes, identity.threads) != identity:
@@ -113,8 +118,7 @@ def finetune(
                 f"{job.label} or its text changed while it was read: leave it as it is, and start "
                 "anew"
             )
-        if accelerator.is_main_process:
-            watch.begin(job.settings, groups, setup.train.used)
+        watch.begin(job.settings, groups, setup.train.used)
         stopped = _train(setup, progress)
         restore_best(setup, progress)
         done = publish(setup, progress, groups, job)
@@ -123,6 +127,25 @@ def finetune(
             f"{stopped}; {job.out} holds the state after step {done.result_step}, the best before"
         )
     return done
+
+
+def rehearse(
+    model: str, *, preset: str | Path | None = None, watch: Watch | None = None, **settings: Any
+) -> Proposal:
+    """What `finetune` with these arguments would train, how long it would take here, and what it
+    may bring; nothing is written.
+
+    Raises:
+        UpcycleError: as `finetune`.
+        Diverged: a loss or a gradient is no number.
+    """
+    with ExitStack() as stack:
+        job = open_job(model, Path.cwd(), preset, settings | {"tracker": None}, stack)
+        accelerator = stack.enter_context(accelerator_for(job.settings))
+        watch = watch if watch is not None and accelerator.is_main_process else Watch()
+        setup, groups = _prepare(job, accelerator, watch)
+        watch.begin(job.settings, groups, setup.train.used)
+        return propose(setup)
 
 
 def _train(setup: Setup, progress: Progress) -> Diverged | None:
@@ -197,7 +220,7 @@ def _workspace(
 
 def _no_room(out: Path, error: OSError, saved: dict[str, Any] | None) -> UpcycleError:
     """What to do about a full disk, by the notes of the state that was saved before."""
-    after = "start anew" if saved is None else f"--resume goes on from step {saved['step']}"
+    after = "start anew" if saved is None else f"`resume` goes on from step {saved['step']}"
     return UpcycleError(f"can't write beside {out}: {error.strerror}; make room, then {after}")
 
 
@@ -214,7 +237,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     if settings.balance_bias and any(b.selection_bias is None for b in blocks):
         raise UpcycleError(
             f"{setting('balance_bias', settings.balance_bias)} has no effect on "
-            f"{model.config.model_type}, which has no selection bias: use --balance"
+            f"{model.config.model_type}, which has no selection bias: use `balance`"
         )
     keep_float32(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)
@@ -253,16 +276,17 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         validation=validation,
         folder=workspace / ASIDE,
         log_file=workspace / TRAIN_LOG,
-        watch=watch.row if accelerator.is_main_process else lambda row, done, total: None,
+        watch=watch.row,
+        say_budget=watch.budget,
     )
     return setup, summary(known, training)
 
 
 def _data(job: Job) -> tuple[Data, Data]:
-    settings = job.settings
-    return training_data(
+    settings, vocab_size = job.settings, read_text_config(job.folder).vocab_size
+    train_data, held = training_data(
         job.folder,
-        read_text_config(job.folder).vocab_size,
+        vocab_size,
         settings.data,
         seq_len=settings.seq_len,
         train_tokens=settings.total_steps * settings.step_tokens,
@@ -270,6 +294,17 @@ def _data(job: Job) -> tuple[Data, Data]:
         seed=settings.seed,
         assistant_only=settings.assistant_only_loss,
     )
+    if settings.validate_also is not None:
+        held = with_texts(
+            held,
+            job.folder,
+            vocab_size,
+            settings.validate_also,
+            seq_len=settings.seq_len,
+            tokens=settings.validation_tokens,
+            seed=settings.seed,
+        )
+    return train_data, held
 
 
 def _dtype(job: Job) -> torch.dtype:

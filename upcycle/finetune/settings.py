@@ -68,6 +68,9 @@ class Training(BaseModel):
     """Sequences that a process holds activations of at a time."""
     validation_tokens: PositiveInt = 8192
     """Held back from the end of the text, to validate on."""
+    validate_also: str | None = None
+    """Texts, joined by +, that are validated on, too, and never decide which state is kept, such
+    as `probe:code+probe:news`: whether training costs what it is not about."""
     validate_every: PositiveInt | None = None
     """Steps between validations. By default a tenth of them."""
     keep_best: bool = True
@@ -132,31 +135,31 @@ class Training(BaseModel):
     def _consistent(self) -> "Training":
         check_names(self.gating, self.router_losses)
         if self.tokens is not None and self.steps is not None:
-            raise UpcycleError("--tokens and --steps both say how long to train: give one of them")
+            raise UpcycleError("`tokens` and `steps` both say how long to train: give one of them")
         for name in ("distill", "match_layers"):
             if getattr(self, name) and self.teacher is None:
                 raise UpcycleError(
                     f"{setting(name, getattr(self, name))} compares with a dense model: name it "
-                    "by --teacher DENSE"
+                    "by `teacher=DENSE`"
                 )
         if not (self.next_token or self.distill or self.match_layers):
             raise UpcycleError(
-                f"{setting('next_token', 0)} leaves no loss: give --distill 1 or "
+                f"{setting('next_token', 0)} leaves no loss: give `distill=1` or "
                 f"{setting('match_layers', 1)}"
             )
         if self.merge and self.lora is None:
-            raise UpcycleError("--merge merges low-rank changes: give --lora RANK too")
+            raise UpcycleError("`merge` merges low-rank changes: give `lora=RANK` too")
         if self.lora and self.balance_bias:
             raise UpcycleError(
                 f"{setting('balance_bias', self.balance_bias)} changes the checkpoint itself, "
-                "which --lora leaves as it is: give --balance, or drop --lora"
+                "which `lora` leaves as it is: give `balance`, or drop `lora`"
             )
         if self.train == "experts":
             for name in OF_ROUTERS:
                 if getattr(self, name):
                     raise UpcycleError(
                         f"{setting(name, getattr(self, name))} has no effect with "
-                        "--train experts, which leaves the routers as they are: set it to 0, or "
+                        "`train=experts`, which leaves the routers as they are: set it to 0, or "
                         "train moe"
                     )
         return self
@@ -187,6 +190,11 @@ class Training(BaseModel):
     def field_of(self, router_loss: str) -> str:
         """The setting of a router loss's weight."""
         return router_loss if router_loss in OF_FLAGS else f"router_losses.{router_loss}"
+
+    @property
+    def validation_steps(self) -> int:
+        """Steps from one validation to the next."""
+        return self.validate_every or max(1, self.total_steps // 10)
 
     @property
     def alpha(self) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.rng import draw_seed, generator
 from upcycle.finetune import losses
+from upcycle.finetune.alarms import new_alarms
+from upcycle.finetune.budget import Budget
 from upcycle.finetune.data import Data, batch_rows
 from upcycle.finetune.gating.base import Gater, Pass
 from upcycle.finetune.router_terms import Means, RouterTerms
@@ -50,6 +52,8 @@ class Setup:
     log_file: Path
     watch: Callable[[Row, int, int], None]
     """Told of every line of the log, the steps done and all steps."""
+    say_budget: Callable[[Budget], None]
+    """Told what the run takes, once that is known."""
 
     @property
     def plain(self) -> Any:
@@ -69,13 +73,19 @@ class Progress:
     """The lowest objective of a validation so far; infinite before the first."""
     best_step: int = 0
     log: list[Row] = field(default_factory=list)
+    alarmed: set[str] = field(default_factory=set)
+    """What alarms were given about."""
     stop: bool = False
     """Set from outside: save after this step and leave."""
 
 
 def note(setup: Setup, progress: Progress, row: Row) -> None:
-    """Add a line to the log."""
+    """Add a line to the log, with the alarms that it gives cause for."""
     progress.log.append(row)
+    alarms = new_alarms(progress.log, progress.alarmed)
+    if alarms:
+        row["alarms"] = [asdict(alarm) for alarm in alarms]
+        progress.alarmed |= {alarm.about for alarm in alarms}
     if setup.accelerator.is_main_process:
         with setup.log_file.open("a") as file:
             file.write(log_text(row))
@@ -196,7 +206,7 @@ def _means_of_step(setup: Setup, step: int, mine: list[Data], scored: int) -> Me
     }
 
 
-def _count(setup: Setup, mask_T: Tensor, counts: list[Tensor]) -> None:
+def count(setup: Setup, mask_T: Tensor, counts: list[Tensor]) -> None:
     """Add what the last pass selected to the counts."""
     for count_E, routed in zip(counts, setup.tap.routed, strict=True):
         count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
@@ -222,8 +232,8 @@ def check_finite(setup: Setup, measured: dict[str, float], step: int) -> None:
         rate = setup.settings.lr * learning_rate(setup.settings, step - 1, "other")
         raise Diverged(
             f"training stopped at step {step}: the {name.replace('_', ' ')} is {value:g} "
-            f"(learning rate {rate:.3g} of --lr {setup.settings.lr:g}, precision "
-            f"{setup.accelerator.mixed_precision}): lower --lr, or train in another --precision"
+            f"(learning rate {rate:.3g} of `lr={setup.settings.lr:g}`, precision "
+            f"{setup.accelerator.mixed_precision}): lower `lr`, or train in another `precision`"
         )
 
 
@@ -258,7 +268,7 @@ def _terms(
     # Of itself, accelerate rounds in all models but sharded ones.
     with setup.tap.recording(), setup.accelerator.autocast():
         out = setup.model(**arguments)
-    _count(setup, mask_T, counts)
+    count(setup, mask_T, counts)
     if settings.next_token:
         yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
     if settings.distill and expected is not None:
@@ -294,7 +304,7 @@ def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
         if not any(grad is not None and bool(grad.any()) for grad in grads):
             raise UpcycleError(
                 f"{setting(setup.settings.field_of(name), weight)} has no effect on this model's "
-                "routers: set it to 0, or train them (--train moe)"
+                "routers: set it to 0, or train them (`train=moe`)"
             )
 
 
@@ -304,8 +314,8 @@ def _check_router_gradient(setup: Setup) -> None:
     if routers and (_fixed_weights(setup) or not any(float(grad.norm()) for grad in grads)):
         raise UpcycleError(
             "the routers get no gradient: with one expert per token and renormalised weights, the "
-            f"weight is always 1; pass {setting('dense_router_gradient', True)} or --balance, or "
-            "--train experts"
+            f"weight is always 1; pass {setting('dense_router_gradient', True)} or `balance`, or "
+            "`train=experts`"
         )
 
 

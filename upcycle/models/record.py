@@ -237,6 +237,18 @@ class Used:
     """That the text holds; roughly, of a long one; None: nobody knows."""
 
 
+@dataclass(frozen=True)
+class Alarm:
+    """What went wrong while a model was trained."""
+
+    step: int
+    """After which it was noticed."""
+    about: str
+    """What it is about; nothing is said twice."""
+    says: str
+    """What was measured and what to do, in a sentence without its end."""
+
+
 class Part(BaseModel):
     """Of a record."""
 
@@ -507,6 +519,9 @@ class TrainingResult(Part):
     tokens: int
     seconds: FiniteFloat
     processes: int
+    texts: dict[str, tuple[Measured, Measured]] = {}
+    """Perplexity of the held-out part of each text, before and after."""
+    alarms: tuple[Alarm, ...] = ()
     reload_error: float | None
     """Root mean square difference of the written checkpoint's logits from the trained model's,
     over their standard deviation."""
@@ -589,6 +604,19 @@ class Validation(Part):
     kl: Measured | None = None
 
 
+class Routing(Part):
+    """How the held-out tokens were shared out."""
+
+    experts: int
+    """Of all layers."""
+    starved: int
+    """Experts with next to nothing of their fair share."""
+    imbalance: Measured
+    """The busiest expert's load over the fair share, the mean over layers."""
+    worst_imbalance: Measured
+    """What it would be if all tokens went to the same experts."""
+
+
 class LogLine(Part):
     """A line of train_log.jsonl: of a step, or of a validation after it."""
 
@@ -607,6 +635,10 @@ class LogLine(Part):
     """Experts that no token of the step selected."""
     tokens_per_second: FiniteFloat | None = None
     validation: Validation | None = None
+    texts: dict[str, Measured] = {}
+    """Perplexity of the held-out part of each text."""
+    routing: Routing | None = None
+    alarms: list[Alarm] = []
 
 
 def log_text(row: Mapping[str, Any]) -> str:

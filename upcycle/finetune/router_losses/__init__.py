@@ -5,8 +5,8 @@ import upcycle.finetune.router_losses.balance
 import upcycle.finetune.router_losses.cv2
 import upcycle.finetune.router_losses.entropy
 import upcycle.finetune.router_losses.erc
+import upcycle.finetune.router_losses.labels
 import upcycle.finetune.router_losses.separation
-import upcycle.finetune.router_losses.texts
 import upcycle.finetune.router_losses.z_loss
 from upcycle.finetune.router_losses.base import ROUTER_LOSSES
 

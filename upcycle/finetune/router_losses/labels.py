@@ -11,7 +11,7 @@ from upcycle.core.registry import Params
 from upcycle.finetune.router_losses.base import Facts, Seen, router_loss
 
 
-class Texts(Params):
+class Labels(Params):
     experts: tuple[tuple[int, ...], ...] | None = None
     """Of each text in its order, which experts are its own; none of them for a text that may go
     anywhere. By default equal parts of all experts, in order."""
@@ -24,27 +24,27 @@ class Texts(Params):
         return tuple(tuple(range(t * part, (t + 1) * part)) for t in range(texts))
 
 
-def of_other_texts(facts: Facts, params: Texts) -> str:
+def of_other_texts(facts: Facts, params: Labels) -> str:
     if facts.texts < 2:
-        return "there is one text alone: name several by --data, joined by +"
+        return "there is one text alone: name several by `data`, joined by +"
     if params.experts is None:
         if facts.experts % facts.texts == 0:
             return ""
         return f"{facts.texts} texts get no equal parts of {facts.experts} experts: give experts"
     if len(params.experts) != facts.texts:
-        return f"experts is of {len(params.experts)} texts, but --data of {facts.texts}"
+        return f"experts is of {len(params.experts)} texts, but `data` of {facts.texts}"
     wrong = [e for group in params.experts for e in group if not 0 <= e < facts.experts]
     return f"there is no expert {wrong[0]} among {facts.experts}" if wrong else ""
 
 
 @router_loss(
-    "texts",
-    summary="each text of --data belongs to experts of its own",
+    "labels",
+    summary="each text of `data` belongs to experts of its own",
     paper="ours",
-    params=Texts,
+    params=Labels,
     refusal=of_other_texts,
 )
-def texts(seen: Seen, params: Texts) -> Tensor:
+def unlikelihood(seen: Seen, params: Labels) -> Tensor:
     experts = seen.scores_TE.shape[1]
     groups = params.of(seen.texts, experts)
     own_NE = torch.zeros(len(groups), experts)
