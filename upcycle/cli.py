@@ -361,8 +361,7 @@ def finetune(
     recipe: Annotated[
         str | None,
         option(
-            "heal | specialise | routers | btx | lora, another preset of `upcycle recipes`, or a "
-            "YAML file. [default: by what MODEL is]",
+            "heal | specialise | routers | btx | lora | …, or a YAML file. [default: by MODEL]",
             "--recipe",
         ),
     ] = None,
