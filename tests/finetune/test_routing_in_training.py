@@ -183,7 +183,7 @@ def test_parameters_are_set_one_by_one(model, train):
 
 
 PRESETS = {
-    "llama-moe": ("qwen2_moe", {"cv2"}),
+    "llama-moe-pretraining": ("qwen2_moe", {"cv2"}),
     "sigma-moe": ("glm4_moe", {"entropy"}),
     "lte": ("glm4_moe", {"separation"}),
     "skywork": ("mixtral", {"adaptive_balance"}),

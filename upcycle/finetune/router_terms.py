@@ -70,7 +70,8 @@ class RouterTerms:
         return {name: term.weight for name, term in self.terms.items()}
 
     def seen(self, routed: Sequence[Routed], batch: Data, step: int) -> list[Seen]:
-        """What the blocks did with a micro-batch."""
+        """What the blocks did with a micro-batch; nothing, if no loss looks at it."""
+        routed = routed if self.terms else ()
         return [self._seen(place, each, batch, step) for place, each in enumerate(routed)]
 
     def _seen(self, place: int, routed: Routed, batch: Data, step: int) -> Seen:
