@@ -8,10 +8,10 @@ from upcycle.core.settings import shipped_presets, shipped_recipes
 from upcycle.finetune.settings import DEFAULT_TOKENS, Training, load_training
 
 PRESETS = """
-    btx domains erc grin heal llama-moe-pretraining lora lte routers sigma-moe skywork specialise
+    btx domains dot-moe-alignment erc grin heal llama-moe-pretraining lora lte routers sigma-moe skywork specialise
     tomoe-routers
 """.split()
-DISTILL = {"heal", "tomoe-routers"}
+DISTILL = {"dot-moe-alignment", "heal", "tomoe-routers"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from upcycle.finetune.budget import Budget, budget
+from upcycle.finetune.partition import Dealer
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import load_state, put_back, read_notes, save_state
-from upcycle.finetune.step import Progress, Setup, note, take_step
+from upcycle.finetune.step import Progress, Setup, note, pass_of, take_step
 from upcycle.finetune.trainable import Trained
 from upcycle.finetune.validation import validate
 from upcycle.models.record import LogLine, log_text
@@ -85,6 +86,14 @@ def restore_best(setup: Setup, progress: Progress) -> None:
     """Make the model what the result shall be."""
     if setup.settings.keep_best and progress.best_step != progress.step:
         put_back(setup.plain, load_file(setup.folder / "best.safetensors"))
+
+
+def settle(setup: Setup, progress: Progress) -> None:
+    """Make the model one of its class, where something else was learnt."""
+    if isinstance(setup.gater, Dealer):
+        kept = progress.best_step if setup.settings.keep_best else progress.step
+        setup.gater.now = pass_of(setup, max(0, kept - 1))
+        setup.gater.settle()
 
 
 def _told_to_stop(setup: Setup, progress: Progress) -> bool:

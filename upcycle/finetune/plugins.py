@@ -15,6 +15,7 @@ from upcycle.core.settings import Choice
 from upcycle.finetune.data import Data
 from upcycle.finetune.gating import GATINGS
 from upcycle.finetune.gating.base import Gater
+from upcycle.finetune.partition import Dealer
 from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.router_losses.base import Facts
 from upcycle.finetune.router_terms import RouterTerms, Term
@@ -70,12 +71,19 @@ def gater_for(
     blocks: list[MoEBlock],
     scales: list[Scale],
     score: Callable[[Tensor], Tensor],
-) -> Gater | None:
-    """The gating that is asked for, if one is.
+) -> Gater | Dealer | None:
+    """The gating that is asked for, if one is; or what stands in for one.
 
     Raises:
         UpcycleError: it can't work.
     """
+    if settings.train == "partition":
+        if facts.sharded:
+            raise UpcycleError(
+                "`train=partition` with FSDP, where no process holds all neurons of a layer: use "
+                "data parallelism"
+            )
+        return Dealer(blocks, score)
     if settings.gating is None:
         return None
     bound, given = bind(GATINGS, settings.gating), setting("gating", settings.gating)

@@ -22,7 +22,8 @@ from upcycle.evaluation.run import load_model
 from upcycle.finetune.budget import Budget, Proposal
 from upcycle.finetune.data import Data, training_data, with_texts
 from upcycle.finetune.job import Job, job_identity, open_job
-from upcycle.finetune.loop import make_optimizer, restore_best, train
+from upcycle.finetune.loop import make_optimizer, restore_best, settle, train
+from upcycle.finetune.partition import add_affinities
 from upcycle.finetune.plugins import facts_of, gater_for, router_terms
 from upcycle.finetune.processes import accelerator_for
 from upcycle.finetune.publish import Finetuning, publish
@@ -121,6 +122,7 @@ def finetune(
         watch.begin(job.settings, groups, setup.train.used)
         stopped = _train(setup, progress)
         restore_best(setup, progress)
+        settle(setup, progress)
         done = publish(setup, progress, groups, job)
     if stopped is not None:
         raise Diverged(
@@ -242,6 +244,8 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     keep_float32(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)
     scales = measure_scales(model, blocks, window_1L)
+    if settings.train == "partition":
+        add_affinities(blocks)
     known = members(model, blocks, scales)
     torch.manual_seed(settings.seed)  # low-rank changes start at random
     if settings.lora:

@@ -20,7 +20,7 @@ from upcycle.core.flags import setting
 from upcycle.core.settings import PlugIn, find_recipe, shipped_presets, validated, yaml_fields
 from upcycle.finetune.catalogue import OF_FLAGS, RouterLosses, Weighed, check_names, override
 
-Train = Literal["router", "experts", "moe", "all"]
+Train = Literal["router", "partition", "experts", "moe", "all"]
 OF_ROUTERS = ("balance", "z_loss", "router_losses", "dense_router_gradient", "router_warmup")
 """Settings that have an effect only where routers train."""
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -43,7 +43,8 @@ class Training(BaseModel):
     """Where a preset can't or does not follow its paper."""
 
     train: Train = "moe"
-    """Which weights change: `router` | `experts` | `moe` (both) | `all`."""
+    """Which weights change: `router` | `experts` | `moe` (both) | `all`; or `partition`: none but
+    the router's, and which expert of a split each neuron belongs to."""
     lora: Annotated[PositiveInt, Field(le=2**20)] | None = None
     """Train low-rank changes of this rank, in place of the weights themselves."""
     lora_alpha: PositiveInt | None = None
@@ -154,6 +155,13 @@ class Training(BaseModel):
                 f"{setting('balance_bias', self.balance_bias)} changes the checkpoint itself, "
                 "which `lora` leaves as it is: give `balance`, or drop `lora`"
             )
+        if self.train == "partition":
+            for name in ("lora", "gating", "dense_router_gradient"):
+                if getattr(self, name):
+                    raise UpcycleError(
+                        f"{setting(name, getattr(self, name))} does not go with `train=partition`, "
+                        "which runs the experts in a way of its own: leave it out"
+                    )
         if self.train == "experts":
             for name in OF_ROUTERS:
                 if getattr(self, name):

@@ -1,7 +1,7 @@
 """One step of training: the losses of a batch, their gradients, and what the routers did."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from upcycle.finetune.alarms import new_alarms
 from upcycle.finetune.budget import Budget
 from upcycle.finetune.data import Data, batch_rows
 from upcycle.finetune.gating.base import Gater, Pass
+from upcycle.finetune.partition import Dealer
 from upcycle.finetune.router_terms import Means, RouterTerms
 from upcycle.finetune.routers import RouterTap, Scale, update_bias
 from upcycle.finetune.settings import Training
@@ -43,7 +44,7 @@ class Setup:
     blocks: list[MoEBlock]
     scales: list[Scale]
     tap: RouterTap
-    gater: Gater | None
+    gater: Gater | Dealer | None
     router_terms: RouterTerms
     train: Data
     validation: Data
@@ -180,7 +181,12 @@ def _begin_pass(setup: Setup, step: int, number: int) -> None:
         settings, accelerator = setup.settings, setup.accelerator
         place = accelerator.process_index + (number - 1) * accelerator.num_processes
         rows = range(place * settings.micro_batch, (place + 1) * settings.micro_batch)
-        setup.gater.now = Pass(settings.seed, step, step / settings.total_steps, rows)
+        setup.gater.now = pass_of(setup, step, rows)
+
+
+def pass_of(setup: Setup, step: int, rows: Sequence[int] = ()) -> Pass:
+    """A pass of a step's sequences."""
+    return Pass(setup.settings.seed, step, step / setup.settings.total_steps, rows)
 
 
 @torch.no_grad()
@@ -323,7 +329,7 @@ def _fixed_weights(setup: Setup) -> bool:
     """Whether the routers' weights do not depend on their logits, so that a gradient would be
     rounding; several alike, as those of a copy's shards, are not fixed."""
     settings = setup.settings
-    if settings.dense_router_gradient or setup.router_terms.terms:
+    if settings.dense_router_gradient or settings.train == "partition" or setup.router_terms.terms:
         return False
     return all(
         routed.weights_TK.shape[1] == 1
