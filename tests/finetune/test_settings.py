@@ -8,8 +8,8 @@ from upcycle.core.settings import shipped_presets, shipped_recipes
 from upcycle.finetune.settings import DEFAULT_TOKENS, Training, load_training
 
 PRESETS = """
-    btx domains dot-moe-alignment erc grin heal llama-moe-pretraining lora lte routers sigma-moe skywork specialise
-    tomoe-routers
+    btx domains dot-moe-alignment erc grin heal llama-moe-pretraining lora lte routers sigma-moe
+    skywork specialise tomoe-routers
 """.split()
 DISTILL = {"dot-moe-alignment", "heal", "tomoe-routers"}
 
