@@ -14,9 +14,8 @@ from typing import Any
 import typer
 from transformers import CONFIG_MAPPING
 
-from upcycle.cli import app, every_setting
+from upcycle.cli import app, every_method, every_setting
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
-from upcycle.conversion.catalogue import methods as registered
 from upcycle.models.families import FAMILIES, describe
 from upcycle.models.holders import HOLDERS
 from upcycle.models.runtimes import RUNTIMES, Runtime
@@ -35,6 +34,8 @@ OF_KIND = {
     "compensation": "What makes up for the others: `--set compensate=NAME`",
     "method": "What becomes of copies: `--method NAME`",
     "gate": "Who chooses among merged models: `--set router=NAME`",
+    "router loss": "What routers are to do while they train: `--set router_losses.NAME=WEIGHT`",
+    "gating": "Which experts tokens get while a model trains: `--set gating=NAME`",
     "rest rule": "What becomes of all but the FFNs in a merge: `--set rest=NAME`",
 }
 """Titles; a kind that is not here goes by its own name."""
@@ -84,8 +85,10 @@ def methods_page() -> str:
             ("preset", "what it does", "paper"),
             ((f"`{p['name']}`", p["summary"], paper(p["paper"])) for p in presets),
         ),
+        "Where they depart from their papers:\n",
+        "".join(departures(preset) for preset in presets if preset["departures"]),
     ]
-    for kind, methods in groupby(registered(), key=lambda method: str(method["kind"])):
+    for kind, methods in groupby(every_method(), key=lambda method: str(method["kind"])):
         parts += [f"## {OF_KIND.get(kind, kind)}\n", methods_table(methods)]
     return "\n".join(parts)
 

@@ -32,6 +32,8 @@ from upcycle.conversion.rest import RESTS
 from upcycle.core import flags as settings
 from upcycle.core.flags import as_flags
 from upcycle.core.settings import shipped_recipes
+from upcycle.finetune.gating import GATINGS
+from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.settings import Training
 from upcycle.models.source import copy_companions
 from upcycle.models.text import PROBES, kind_name
@@ -862,6 +864,7 @@ def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
     names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS, *GATES, *RESTS}
+    names |= {*ROUTER_LOSSES, *GATINGS}
     assert {method["name"] for method in listed["methods"]} == names
     shown = run("recipes").stdout
     assert all(name in shown for name in shipped_recipes())

@@ -361,7 +361,7 @@ def finetune(
     recipe: Annotated[
         str | None,
         option(
-            "heal | specialise | routers | btx | lora, or a YAML file. [default: by what MODEL is]",
+            "heal | specialise | routers | btx | lora | …, or a YAML file. [default: by MODEL]",
             "--recipe",
         ),
     ] = None,
@@ -604,7 +604,7 @@ def recipes(
     setting, or print one recipe."""
     with _errors():
         from upcycle import console
-        from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
+        from upcycle.conversion.catalogue import describe_presets, describe_recipes
         from upcycle.conversion.recipe import load_recipe
         from upcycle.core.settings import recipe_text, shipped_presets, yaml_fields
 
@@ -616,10 +616,18 @@ def recipes(
             sys.stdout.write(recipe_text(name))
         elif json_:
             listed = {"recipes": describe_recipes(), "presets": describe_presets()}
-            _print_json(listed | {"methods": methods(), "settings": every_setting()})
+            _print_json(listed | {"methods": every_method(), "settings": every_setting()})
         else:
-            console.show_recipes(describe_recipes(), describe_presets(), methods())
+            console.show_recipes(describe_recipes(), describe_presets(), every_method())
             console.show_settings(every_setting())
+
+
+def every_method() -> list[dict[str, Any]]:
+    """Every plug-in of `convert`, `merge` and `finetune`."""
+    from upcycle.conversion import catalogue as of_conversion
+    from upcycle.finetune import catalogue as of_training
+
+    return [*of_conversion.methods(), *of_training.methods()]
 
 
 def every_setting() -> dict[str, list[dict[str, str]]]:

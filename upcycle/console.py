@@ -17,6 +17,7 @@ from upcycle.core.flags import as_flags
 from upcycle.core.paths import public_name
 from upcycle.core.words import count, duration, size
 from upcycle.evaluation.verdict import LAW_MODEL, LAW_TOKENS, verdict
+from upcycle.finetune.catalogue import methods as of_training
 from upcycle.models.record import EncoderReport
 from upcycle.models.text import kind_name
 
@@ -159,7 +160,8 @@ def _alarm(step: int, says: str) -> str:
 
 
 def _training_line(row: Mapping[str, Any]) -> str:
-    names = ("next_token", "distill", "match_layers", "balance", "z_loss")
+    losses = [method["name"] for method in of_training() if method["kind"] == "router loss"]
+    names = ("next_token", "distill", "match_layers", *losses)
     parts = [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in names if name in row]
     load = f"busiest expert {row['imbalance']:.2f} × fair share"
     return ", ".join([*parts, load, f"{row['tokens_per_second']:.0f} tokens/s"])

@@ -18,6 +18,10 @@ from upcycle.conversion.rest import RESTS
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry, suggest
 from upcycle.core.settings import shipped_recipes
+from upcycle.finetune import catalogue as of_training
+from upcycle.finetune.gating import GATINGS
+from upcycle.finetune.plugins import registered as registered_for_training
+from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.models.families import FAMILIES
 from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS
@@ -36,6 +40,8 @@ FOLDERS = {
     "conversion/compensate": COMPENSATIONS,
     "conversion/rest": RESTS,
     "split/copies": PERTURBS,
+    "finetune/router_losses": ROUTER_LOSSES,
+    "finetune/gating": GATINGS,
     "models/families": FAMILIES,
     "models/targets": TARGETS,
 }
@@ -77,6 +83,9 @@ def functions():
 
 def test_catalogue_holds_what_is_registered():
     assert json.loads((PACKAGE / "conversion" / CATALOGUE).read_text()) == registered(), (
+        "run `make catalogue`"
+    )
+    assert of_training.methods() == json.loads(json.dumps(registered_for_training())), (
         "run `make catalogue`"
     )
 

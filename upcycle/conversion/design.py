@@ -1,11 +1,9 @@
 """The design: what every FFN becomes. All that making experts depends on, but the layer itself."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from upcycle.conversion.compensate import COMPENSATIONS
@@ -16,9 +14,8 @@ from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.rest import RESTS
 from upcycle.conversion.rest.registry import Run as MergeRest
-from upcycle.core.errors import UpcycleError
-from upcycle.core.foreign import first_problem
-from upcycle.core.registry import Method, Params, Registry, check_parameters
+from upcycle.core.binding import Bound, bind
+from upcycle.core.registry import Method
 from upcycle.core.settings import Choice
 from upcycle.core.types import Geometry
 from upcycle.models.targets import Combine, Gains
@@ -31,41 +28,6 @@ from upcycle.split import SPLITS
 from upcycle.split.base import Split
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
-
-M = TypeVar("M", bound=Method[Any])
-
-
-@dataclass(frozen=True)
-class Bound(Generic[M]):
-    """A method with its parameters."""
-
-    method: M
-    params: Params
-
-    @property
-    def name(self) -> str:
-        return self.method.name
-
-    def run(self, *arguments: Any) -> Any:
-        return self.method.run(*arguments)
-
-
-def bind(registry: Registry[M], choice: Choice) -> Bound[M]:
-    """The method of this name, with the parameters that were chosen.
-
-    Raises:
-        UpcycleError: there is none, it needs an extra that is not installed, or a parameter is
-            unknown or out of range.
-    """
-    method = registry[choice.name]
-    named = f"{registry.kind} {choice.name!r}"
-    if method.extra is not None and find_spec(method.extra[0]) is None:
-        raise UpcycleError(f"{named} needs `pip install upcycle[{method.extra[1]}]`")
-    check_parameters(named, choice.params, method.params.model_fields)
-    try:
-        return Bound(method, method.params(**choice.params))
-    except ValidationError as error:
-        raise UpcycleError(f"{named}: {first_problem(error)}") from error
 
 
 @dataclass(frozen=True)

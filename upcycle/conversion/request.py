@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.conversion.design import Bound, Methods
+from upcycle.conversion.design import Methods
 from upcycle.conversion.recipe import Recipe
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import sampled
 from upcycle.models.source import DenseSource

@@ -54,6 +54,12 @@ def open_job(
     check_texts(request)
     check_seq_len(request.seq_len, read_text_config(folder))
     _check_dtypes(model, folder)
+    made = record.plan.method if isinstance(record, Made) else "split"
+    if request.train == "partition" and made != "split":
+        raise UpcycleError(
+            f"`train=partition` deals the neurons of a split out anew, but {model} was made by "
+            f"`{made}`: train moe"
+        )
     teacher = _teacher_folder(request, folder, stack)
     if teacher is not None and isinstance(record, Made) and settings.get("teacher") is None:
         _check_origin(record.source, teacher, folder)

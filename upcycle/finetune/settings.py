@@ -17,10 +17,11 @@ from pydantic import (
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
-from upcycle.core.settings import find_recipe, shipped_presets, validated, yaml_fields
+from upcycle.core.settings import PlugIn, find_recipe, shipped_presets, validated, yaml_fields
+from upcycle.finetune.catalogue import OF_FLAGS, RouterLosses, Weighed, check_names, override
 
-Train = Literal["router", "experts", "moe", "all"]
-OF_ROUTERS = ("balance", "z_loss", "dense_router_gradient", "router_warmup")
+Train = Literal["router", "partition", "experts", "moe", "all"]
+OF_ROUTERS = ("balance", "z_loss", "router_losses", "dense_router_gradient", "router_warmup")
 """Settings that have an effect only where routers train."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -38,9 +39,12 @@ class Training(BaseModel):
     name: str = "custom"
     summary: str = ""
     paper: str = ""
+    departures: tuple[str, ...] = ()
+    """Where a preset can't or does not follow its paper."""
 
     train: Train = "moe"
-    """Which weights change: `router` | `experts` | `moe` (both) | `all`."""
+    """Which weights change: `router` | `experts` | `moe` (both) | `all`; or `partition`: none but
+    the router's, and which expert of a split each neuron belongs to."""
     lora: Annotated[PositiveInt, Field(le=2**20)] | None = None
     """Train low-rank changes of this rank, in place of the weights themselves."""
     lora_alpha: PositiveInt | None = None
@@ -104,6 +108,12 @@ class Training(BaseModel):
     """What a step moves the selection bias by, where the target has one (glm4_moe, deepseek_v3,
     laguna, ernie4_5_moe, lfm2_moe, nemotron_h): balance without a loss. DeepSeek-V3 has 0.001
     (arXiv:2412.19437). Scaled down for a tempered router."""
+    router_losses: RouterLosses | None = None
+    """Weights of further losses of routers, by name: `--set router_losses.cv2=0.01`, and of their
+    parameters: `--set router_losses.erc.alpha=0.9`."""
+    gating: PlugIn | None = None
+    """Which experts tokens get while the model trains, such as `noisy_top_k`. By default what they
+    get afterwards."""
     dense_router_gradient: bool = False
     """Let routers learn from experts not selected, too."""
 
@@ -124,6 +134,7 @@ class Training(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Training":
+        check_names(self.gating, self.router_losses)
         if self.tokens is not None and self.steps is not None:
             raise UpcycleError("`tokens` and `steps` both say how long to train: give one of them")
         for name in ("distill", "match_layers"):
@@ -144,6 +155,13 @@ class Training(BaseModel):
                 f"{setting('balance_bias', self.balance_bias)} changes the checkpoint itself, "
                 "which `lora` leaves as it is: give `balance`, or drop `lora`"
             )
+        if self.train == "partition":
+            for name in ("lora", "gating", "dense_router_gradient"):
+                if getattr(self, name):
+                    raise UpcycleError(
+                        f"{setting(name, getattr(self, name))} does not go with `train=partition`, "
+                        "which runs the experts in a way of its own: leave it out"
+                    )
         if self.train == "experts":
             for name in OF_ROUTERS:
                 if getattr(self, name):
@@ -163,6 +181,23 @@ class Training(BaseModel):
         if self.steps is not None:
             return self.steps
         return max(1, (self.tokens or DEFAULT_TOKENS) // self.step_tokens)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Of the losses that are not the routers'."""
+        return {name: getattr(self, name) for name in ("next_token", "distill", "match_layers")}
+
+    @property
+    def weighed_router_losses(self) -> dict[str, Weighed]:
+        """All losses of routers that count."""
+        own = {name: Weighed(weight=getattr(self, name)) for name in OF_FLAGS}
+        return {
+            n: each for n, each in (own | dict(self.router_losses or {})).items() if each.weight
+        }
+
+    def field_of(self, router_loss: str) -> str:
+        """The setting of a router loss's weight."""
+        return router_loss if router_loss in OF_FLAGS else f"router_losses.{router_loss}"
 
     @property
     def validation_steps(self) -> int:
@@ -200,7 +235,8 @@ def load_training(
             fields.pop(other, None)
     if overrides.get("train") == "experts":
         fields = {name: value for name, value in fields.items() if name not in OF_ROUTERS}
-    fields |= overrides
+    for key, value in sorted(overrides.items(), key=lambda item: item[0].count(".")):
+        override(fields, key, value)
     if fields.get("teacher") is None and (fields.get("distill") or fields.get("match_layers")):
         fields["teacher"] = origin
     return validated(Training, fields, "the request")

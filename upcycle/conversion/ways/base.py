@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from upcycle.conversion.converted import ConvertedLayer, Inputs
-from upcycle.conversion.design import Bound, Design, Methods
+from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.recipe import Recipe
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.registry import Registry

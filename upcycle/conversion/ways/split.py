@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from upcycle.conversion.converted import ConvertedLayer, Inputs, refit, route, scaled, stored
-from upcycle.conversion.design import Bound, Design, Methods
+from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.fit.base import Experts
 from upcycle.conversion.fit.learn import learn
 from upcycle.conversion.geometry import split_geometry
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.innovation import innovations
 from upcycle.core.rng import generator
