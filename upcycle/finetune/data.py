@@ -31,6 +31,8 @@ class Data:
     scored_BL: Tensor
     text_B: Tensor
     """Which of the texts each sequence is of."""
+    place_B: Tensor
+    """Its number among all of the data."""
     used: tuple[Used, ...] = ()
     """Of each text, where this is all of what is trained or validated on."""
 
@@ -39,7 +41,11 @@ class Data:
 
     def take(self, rows: Tensor) -> "Data":
         return Data(
-            self.tokens_BL[rows], self.mask_BL[rows], self.scored_BL[rows], self.text_B[rows]
+            self.tokens_BL[rows],
+            self.mask_BL[rows],
+            self.scored_BL[rows],
+            self.text_B[rows],
+            self.place_B[rows],
         )
 
     @property
@@ -161,7 +167,12 @@ def _pack(
     scored_BT[: len(ids)] = scored[: len(ids)]
     unscored_BF = mask_BL[:, : len(reader.front)] & False  # what begins every window is not learnt
     scored_BL = torch.cat([unscored_BF, scored_BT.view(rows, length)], 1)
-    return Data(tokens_BL, mask_BL, scored_BL, torch.full((rows,), number))
+    return _numbered(tokens_BL, mask_BL, scored_BL, number)
+
+
+def _numbered(tokens_BL: Tensor, mask_BL: Tensor, scored_BL: Tensor, text: int) -> Data:
+    rows = len(tokens_BL)
+    return Data(tokens_BL, mask_BL, scored_BL, torch.full((rows,), text), torch.arange(rows))
 
 
 def with_texts(
@@ -183,7 +194,7 @@ def with_texts(
         mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
         scored_BL = mask_BL.clone()
         scored_BL[:, : len(reader.front)] = False
-        parts.append(Data(tokens_BL, mask_BL, scored_BL, torch.full((count,), number)))
+        parts.append(_numbered(tokens_BL, mask_BL, scored_BL, number))
         used.append(Used(public_name(name), 0, tokens_BL.numel(), None))
     return _join(parts, used)
 
@@ -194,6 +205,7 @@ def _join(parts: Sequence[Data], used: Sequence[Used]) -> Data:
         torch.cat([p.mask_BL for p in parts]),
         torch.cat([p.scored_BL for p in parts]),
         torch.cat([p.text_B for p in parts]),
+        torch.arange(sum(map(len, parts))),
         tuple(used),
     )
 

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -94,6 +95,11 @@ class Training(BaseModel):
     """Weight of the next-token loss."""
     distill: NonNegativeFloat = 0.0
     """Weight of the KL divergence from the teacher."""
+    distill_temperature: PositiveFloat = 1.0
+    """What both models' logits are divided by for that; the divergence counts its square."""
+    teacher_top_k: NonNegativeInt = 0
+    """Run the teacher once over all text before the first step and keep, on the disk, its so many
+    likeliest words per token; the others count as one. 0 runs it in every step."""
     match_layers: NonNegativeFloat = 0.0
     """Weight of the distance from the teacher's hidden states."""
     balance: NonNegativeFloat = 0.0
@@ -137,6 +143,18 @@ class Training(BaseModel):
                 f"{setting('next_token', 0)} leaves no loss: give --distill 1 or "
                 f"{setting('match_layers', 1)}"
             )
+        if self.teacher_top_k and self.match_layers:
+            raise UpcycleError(
+                f"{setting('teacher_top_k', self.teacher_top_k)} keeps the teacher's predictions "
+                f"alone, but {setting('match_layers', self.match_layers)} compares hidden states: "
+                "set one of them to 0"
+            )
+        for name, default in (("teacher_top_k", 0), ("distill_temperature", 1.0)):
+            if getattr(self, name) != default and not self.distill:
+                raise UpcycleError(
+                    f"{setting(name, getattr(self, name))} is about the divergence from the "
+                    f"teacher, which does not count: give --distill 1, or set it to {default:g}"
+                )
         if self.merge and self.lora is None:
             raise UpcycleError("--merge merges low-rank changes: give --lora RANK too")
         if self.lora and self.balance_bias:

@@ -21,6 +21,7 @@ from upcycle.finetune.budget import Budget
 from upcycle.finetune.data import Data, batch_rows
 from upcycle.finetune.routers import RouterTap, Scale, untempered, update_bias
 from upcycle.finetune.settings import Training
+from upcycle.finetune.teacher import Stored
 from upcycle.models.blocks import MoEBlock
 from upcycle.models.hosted import target_of
 from upcycle.models.record import log_text
@@ -38,6 +39,9 @@ class Setup:
     model: nn.Module
     optimizer: Any
     teacher: nn.Module | None
+    """Where it is run in every step."""
+    stored: Stored | None
+    """Its predictions, where it is not."""
     blocks: list[MoEBlock]
     scales: list[Scale]
     tap: RouterTap
@@ -227,7 +231,6 @@ def _terms(
     """
     settings, device = setup.settings, setup.accelerator.device
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
-    scored_BL, foretelling_BL = batch.scored_BL.to(device), batch.foretelling_BL.to(device)
     mask_T = mask_BL.flatten()
     arguments = {
         "input_ids": tokens_BL,
@@ -243,12 +246,11 @@ def _terms(
         out = setup.model(**arguments)
     count(setup, mask_T, counts)
     if settings.next_token:
-        yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
-    if settings.distill and expected is not None:
-        yield "distill", losses.distillation_loss(out.logits, expected.logits, foretelling_BL)
-    if settings.match_layers and expected is not None:
-        hidden = out.hidden_states[1:], expected.hidden_states[1:]
-        yield "match_layers", losses.layer_match_loss(*hidden, mask_BL)
+        yield (
+            "next_token",
+            losses.next_token_loss(out.logits, tokens_BL, batch.scored_BL.to(device)),
+        )
+    yield from _from_teacher(setup, batch, out, expected)
     logits = [
         untempered(r.logits_TE, s) for r, s in zip(setup.tap.routed, setup.scales, strict=True)
     ]
@@ -261,6 +263,25 @@ def _terms(
     if settings.z_loss:
         each = [losses.router_z_loss(z_TE, mask_T) for z_TE in logits]
         yield "z_loss", torch.stack(each).mean()
+
+
+def _from_teacher(
+    setup: Setup, batch: Data, out: Any, expected: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """What the model's outputs are held to, by the teacher's, if it was run, or by what was
+    stored of its predictions."""
+    settings, device = setup.settings, setup.accelerator.device
+    foretelling_BL, temperature = batch.foretelling_BL.to(device), settings.distill_temperature
+    if setup.stored is not None:
+        kept = setup.stored.train.kept(batch.place_B, device)
+        loss = losses.kept_distillation_loss(out.logits[foretelling_BL], kept, temperature)
+        yield "distill", loss
+    elif settings.distill:
+        args = out.logits, expected.logits, foretelling_BL
+        yield "distill", losses.distillation_loss(*args, temperature)
+    if settings.match_layers:
+        hidden = out.hidden_states[1:], expected.hidden_states[1:]
+        yield "match_layers", losses.layer_match_loss(*hidden, batch.mask_BL.to(device))
 
 
 def score_of(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
