@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
-from upcycle.core.flags import MERGE_FLAGS
+from upcycle.core.flags import MERGE_FLAGS, as_flags
 from upcycle.core.json_text import json_text
 from upcycle.core.paths import check_model, local_path, write_whole
 from upcycle.models.hub import check_repo, push
@@ -698,7 +698,7 @@ def _errors(
     except AlreadyFinished as finished:
         _show_finished(finished, as_json=as_json)
     except UpcycleError as error:
-        _fail(str(error), 2)
+        _fail(as_flags(str(error)), 2)
     except CheckFailed as error:
         _fail(f"{error}; please report this", 1)
     except KeyboardInterrupt:
@@ -711,7 +711,7 @@ def _errors(
 
         if not out_of_memory(error):
             raise
-        _fail(OUT_OF_MEMORY, 2)
+        _fail(as_flags(OUT_OF_MEMORY), 2)
 
 
 BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP)

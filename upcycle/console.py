@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from upcycle.core.flags import as_flags
 from upcycle.core.paths import public_name
 from upcycle.core.words import count, duration, size
 from upcycle.evaluation.verdict import LAW_MODEL, LAW_TOKENS, verdict
@@ -157,7 +158,7 @@ def _validated(row: Mapping[str, Any]) -> str:
 
 
 def _alarm(step: int, says: str) -> str:
-    return f"[bold yellow]alarm[/] after step {step}: {escape(says)}."
+    return f"[bold yellow]alarm[/] after step {step}: {escape(as_flags(says))}."
 
 
 def _training_line(row: Mapping[str, Any]) -> str:
@@ -259,8 +260,8 @@ def table(title: str, rows: Mapping[str, Any], *headings: str) -> None:
         )
     for name, values in rows.items():
         cells = values if isinstance(values, tuple) else (values,)
-        plain = (cell if isinstance(cell, Text) else Text(str(cell)) for cell in (name, *cells))
-        grid.add_row(*plain)
+        texts = (c if isinstance(c, Text) else Text(as_flags(str(c))) for c in (name, *cells))
+        grid.add_row(*texts)
     out.print(grid)
 
 
@@ -303,7 +304,7 @@ def show_warnings(plan: "Plan") -> None:
 
 def _show_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        err.print(f"[yellow]note[/]: {escape(note)}", highlight=False)
+        err.print(f"[yellow]note[/]: {escape(as_flags(note))}", highlight=False)
 
 
 def _method(plan: "Plan") -> str:
@@ -401,7 +402,7 @@ def _show_findings(found: "Findings", base: str) -> None:
         }
         table(f"how far from {base}, in its own length", rows, "FFNs", "rest")
     for sentence in found.sentences:
-        out.print(escape(sentence), highlight=False)
+        out.print(escape(as_flags(sentence)), highlight=False)
     if found.perplexities is not None:
         _show_beside(found.perplexities)
     _show_notes(found.notes)

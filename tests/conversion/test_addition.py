@@ -271,7 +271,7 @@ def test_the_command_adds_shows_and_writes_nothing_when_it_only_shows(
 
 def test_what_is_no_merge_is_refused(dense, moe, shelf):
     third = shelf / "m3"
-    assert "holds no upcycle.json: --add takes" in refusal(dense(), third)
+    assert "holds no upcycle.json: `add` takes" in refusal(dense(), third)
     split = moe(dense())
     assert f"{split} was made by method split and is no merge" in refusal(split, third)
     assert "name that alone" in refusal([str(split)] * 2, third)
@@ -281,17 +281,17 @@ def test_what_is_no_merge_is_refused(dense, moe, shelf):
     ("router", "given", "said"),
     [
         ("text", {}, "router text of"),
-        ("domain", {}, "is made from text: give the new expert's, --text"),
-        ("uniform_random", {"text": "m3"}, "leave it out, or give --router text"),
+        ("domain", {}, "is made from text: give the new expert's, `text=FILE`"),
+        ("uniform_random", {"text": "m3"}, "leave it out, or give `router=text`"),
         ("uniform_random", {"router": "hidden"}, "makes its rows from prompts"),
-        ("text", {"router": "hidden", "text": "m3"}, "each by --prompt"),
+        ("text", {"router": "hidden", "text": "m3"}, "each by `prompts`"),
         ("text", {"router": "domain", "text": "m3"}, "holds no router_domains.safetensors"),
         ("text", {"text": {"": "m3", "m4": "m1"}}, "m4 names no expert of 0 (m1), 1 (m2)"),
         ("domain", {"text": {"": "m3", "m1": "m1"}}, "router domain knows the other"),
-        ("text", {"text": "m3", "rest": "mean"}, "rest=mean has no effect with --add"),
-        ("text", {"text": "m3", "dtype": "bfloat16"}, "--dtype bfloat16 has no effect"),
+        ("text", {"text": "m3", "rest": "mean"}, "`rest=mean` has no effect with `add`"),
+        ("text", {"text": "m3", "dtype": "bfloat16"}, "`dtype=bfloat16` has no effect"),
         ("text", {"text": "m3", "top_k": 4}, "then has 3: give at most 3"),
-        ("text", {"text": "m3", "shared_model": "x"}, "--shared-model x has no effect"),
+        ("text", {"text": "m3", "shared_model": "x"}, "`shared_model=x` has no effect"),
     ],
 )
 def test_what_does_not_go_with_the_merge_is_refused(merged, shelf, texts, router, given, said):
@@ -311,7 +311,7 @@ def test_a_model_that_is_no_fine_tune_of_the_base_is_refused(merged, dense, shel
 def test_a_base_that_is_gone_or_another_is_refused(merged, shelf, tmp_path):
     moe = shutil.copytree(merged(), tmp_path / "far" / "off" / "moe")
     third = shelf / "m3"
-    assert "say where it lies by --base" in refusal(moe, third)
+    assert "say where it lies by `base`" in refusal(moe, third)
     with pytest.raises(UpcycleError, match="is not the base that"):
         upcycle.merge(moe, tmp_path / "out", add=str(third), base=str(shelf / "m1"), check="none")
     assert not (tmp_path / "out").exists()

@@ -203,7 +203,7 @@ def test_nothing_shared_is_an_equal_partition(experts, host, shared):
 def test_no_equal_partition_names_the_nearest(experts, nearest, host, shared):
     sentence = refusal(geometry, SMOLLM2, host=host, experts=experts, shared=shared, top_k=1)
     assert sentence == (
-        f"--experts {experts} does not cut 1536 neurons into equal parts that are a multiple of 8, "
+        f"`experts={experts}` does not cut 1536 neurons into equal parts that are a multiple of 8, "
         f"which grouped matrix products need; nearest: {nearest}"
     )
 
@@ -324,7 +324,7 @@ def test_active_takes_the_place_of_a_recipes_top_k():
 
 def test_active_and_top_k_together_are_refused():
     sentence = refusal(load_recipe, "default", {"active": 0.5, "top_k": 2})
-    assert sentence == "--active chooses --top-k: give one of them"
+    assert sentence == "`active` chooses `top_k`: give one of them"
 
 
 @pytest.mark.parametrize("host", ["any", "multiple", "none"])
@@ -375,7 +375,7 @@ hosts = st.sampled_from(["any", "multiple", "none"])
 def test_a_geometry_is_a_partition_within_what_is_asked(request, host):
     made = geometry_or_refusal(host=host, **request)
     if isinstance(made, str):
-        assert made.startswith("--")
+        assert made.startswith("`")
         assert "\n" not in made
         return
     neurons = request["num_neurons"]
@@ -445,40 +445,40 @@ def test_a_geometry_is_made_again_from_what_it_says(request, host):
     [
         (
             {"active": 0.01},
-            "--active 0.01 leaves 163 of 16384 neurons to a token, so none of the experts of 256: "
-            "raise --active",
+            "`active=0.01` leaves 163 of 16384 neurons to a token, so none of the experts of 256: "
+            "raise `active`",
         ),
         (
             {"active": 0.2, "experts": 4},
-            "--active 0.2 leaves 3276 of 16384 neurons to a token, so none of the experts of 4096: "
-            "raise --active",
+            "`active=0.2` leaves 3276 of 16384 neurons to a token, so none of the experts of 4096: "
+            "raise `active`",
         ),
         (
             {"active": 0.25, "shared": 0.25},
-            "--active 0.25 leaves 4096 of 16384 neurons to a token, 4096 of them shared, so none "
-            "of the experts of 256: raise --active or lower --shared",
+            "`active=0.25` leaves 4096 of 16384 neurons to a token, 4096 of them shared, so none "
+            "of the experts of 256: raise `active` or lower `shared`",
         ),
         (
             {"active": 0.5, "num_dense": 2},
-            "--active 0.5, with 2 of 4 layers dense, leaves 0 of 16384 neurons to a token, so none "
-            "of the experts of 256: raise --active",
+            "`active=0.5`, with 2 of 4 layers dense, leaves 0 of 16384 neurons to a token, so none "
+            "of the experts of 256: raise `active`",
         ),
         (
             {"active": 0.3, "num_dense": 3, "host": "none"},
-            "--active 0.3, with 3 of 4 layers dense, leaves 0 of 16384 neurons to a token, so none "
-            "of the experts of 256: raise --active",
+            "`active=0.3`, with 3 of 4 layers dense, leaves 0 of 16384 neurons to a token, so none "
+            "of the experts of 256: raise `active`",
         ),
         (
             {"active": 0.5, "experts": 48, "host": "none"},
-            "--experts 48 does not cut 16384 neurons into equal parts that are a multiple of 8, "
+            "`experts=48` does not cut 16384 neurons into equal parts that are a multiple of 8, "
             "which grouped matrix products need; nearest: 32 or 64",
         ),
-        ({"top_k": 49}, "--top-k 49 is more than the 48 experts"),
-        ({"top_k": 65, "host": "none"}, "--top-k 65 is more than the 64 experts"),
-        ({"top_k": 50, "shared": 20 / 64}, "--top-k 50 is more than the 44 experts"),
+        ({"top_k": 49}, "`top_k=49` is more than the 48 experts"),
+        ({"top_k": 65, "host": "none"}, "`top_k=65` is more than the 64 experts"),
+        ({"top_k": 50, "shared": 20 / 64}, "`top_k=50` is more than the 44 experts"),
         (
             {"experts": 2000},
-            "--experts 2000 leaves less than 8 of 16384 neurons to an expert, which grouped matrix "
+            "`experts=2000` leaves less than 8 of 16384 neurons to an expert, which grouped matrix "
             "products need: give at most 1536",
         ),
     ],
@@ -490,8 +490,8 @@ def test_errors_are_one_sentence_with_the_numbers(asked, sentence):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"active": 0.01}, "raise --active"),
-        ({"active": 0.5, "keep_dense": [0, 1]}, "--active 0.5, with 2 of 3 layers dense, leaves 0"),
+        ({"active": 0.01}, "raise `active`"),
+        ({"active": 0.5, "keep_dense": [0, 1]}, "`active=0.5`, with 2 of 3 layers dense, leaves 0"),
         ({"active": 0.5, "shared": 0.5}, "leaves 96 of 192 neurons to a token, 96 of them shared"),
         ({"active": 1.0}, "active=1.0"),
         ({"active": 0}, "active=0"),
@@ -533,7 +533,7 @@ def test_no_plan_is_above_the_asked_share_or_an_expert_below(
     least = converted / (experts or 24) / TINY_LAYERS
     if active < (TINY_LAYERS - converted) / TINY_LAYERS + least - 1e-9:
         sentence = refusal(planned, dense, active=active, **asked)
-        assert sentence.endswith(": raise --active")
+        assert sentence.endswith(": raise `active`")
         return
     plan = planned(dense, active=active, **asked)
     expert = plan.design.geometry.expert_size / SIZES["intermediate_size"] * converted / TINY_LAYERS

@@ -389,7 +389,7 @@ def test_too_little_memory_says_what_to_do_and_leaves_nothing(dense, out, monkey
     monkeypatch.setattr(
         psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6, total=2**40)
     )
-    with pytest.raises(UpcycleError, match=r"0\.0 GB of memory are free: pass --check none"):
+    with pytest.raises(UpcycleError, match=r"0\.0 GB of memory are free: pass `check=none`"):
         upcycle.convert(str(dense()), out, **SETTINGS)
     assert list(out.parent.iterdir()) == []
 

@@ -112,7 +112,7 @@ def test_losses_of_the_dense_model_are_its_own(dense, family):
 def test_a_trial_of_more_than_can_be_paid_for_is_refused(dense, text):
     plan = upcycle.plan(str(dense()), **AUTO | {"calibration": str(text)})
     tokens_BL = torch.zeros(2, 64, dtype=torch.int64)
-    with pytest.raises(UpcycleError, match=r"--active 0\.3, with 2 of 3 layers dense"):
+    with pytest.raises(UpcycleError, match=r"`active=0\.3`, with 2 of 3 layers dense"):
         try_layers(plan, (0, 1), Sample(tokens_BL, tokens_BL, ("a", "a")), [1.0, 1.0])
 
 
@@ -527,7 +527,7 @@ def test_named_layers_are_not_measured(dense, text, tmp_path, monkeypatch):
 def test_copies_are_refused_in_one_sentence(dense):
     with pytest.raises(UpcycleError) as caught:
         upcycle.plan(str(dense()), method="copy", keep_dense="auto")
-    assert str(caught.value) == "--keep-dense auto goes with a split: copies do no damage"
+    assert str(caught.value) == "`keep_dense=auto` goes with a split: copies do no damage"
 
 
 def test_copies_by_the_default_recipe_keep_none(dense):

@@ -227,7 +227,7 @@ def test_other_runtimes_look_back_only(converted):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"calibration": "self"}, "--calibration self.*encoder"),
+        ({"calibration": "self"}, "`calibration` self.*encoder"),
         ({"calibration": "builtin+self"}, "encoder, which writes no text"),
         ({"runtimes": ("vLLM",)}, "no target of this model runs there"),
     ],

@@ -109,7 +109,7 @@ def test_other_numbers_of_shards_run_and_are_said_not_to_be_the_dense_model(
     wanted = {"target": target, "top_k": top_k, "allow_frozen_router": True, **PER_COPY}
     said = upcycle.plan(str(dense(SOURCES[target])), check="none", **wanted).warnings
     assert any(
-        f"--top-k {top_k} is no multiple of --set granularity={SHARDS}" in note
+        f"`top_k={top_k}` is no multiple of `granularity={SHARDS}`" in note
         and "until it is trained, the result is not the dense model" in note
         for note in said
     )
@@ -136,13 +136,13 @@ def test_ties_below_float32_are_said_where_there_are_no_groups(dense):
         return [note for note in made.warnings if "score the same" in note]
 
     (note,) = said(target="mixtral")
-    assert "--target glm4_moe keeps copies whole, and so does --dtype float32" in note
+    assert "`target=glm4_moe` keeps copies whole, and so does `dtype=float32`" in note
     assert not said(target="mixtral", dtype="float32")
     assert not said(target="glm4_moe")
     assert not said(target="mixtral", granularity=1, top_k=2)
     (note,) = said("ernie4_5")
     assert note.startswith("below float32")
-    assert note.endswith("--dtype float32 keeps copies whole")
+    assert note.endswith("`dtype=float32` keeps copies whole")
 
 
 def test_ties_of_sigmoid_scores_without_groups_are_said_in_float32_too(dense):
@@ -150,7 +150,7 @@ def test_ties_of_sigmoid_scores_without_groups_are_said_in_float32_too(dense):
     (note,) = upcycle.plan(source, target="laguna", **wanted).warnings[-1:]
     assert note == (
         "two copies score the same on some tokens, which then get shards of both: "
-        "--target glm4_moe keeps copies whole"
+        "`target=glm4_moe` keeps copies whole"
     )
 
 

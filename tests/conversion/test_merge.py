@@ -322,7 +322,7 @@ def test_the_command_tells_people_what_was_made(models, tmp_path, monkeypatch):
     assert "A token uses 2 of 2 models' FFNs in each layer." in words
     assert "Exactness: not expected: its experts are other models' FFNs." in words
     notes = " ".join(shown.stderr.split())
-    assert "the first model: --base names another" in notes
+    assert "the first model: `base` names another" in notes
 
 
 # --- what is said ----------------------------------------------------------------------------
@@ -464,8 +464,8 @@ def test_infinity_in_an_adapter_stops_the_run(models, dense, tmp_path):
         (["m1", "m2"], {"rest": {"name": "linear", "weights": [1]}}, "1 weights for 2 sources"),
         (["m1", "m2"], {"texts": {"m1": "probes"}}, "nothing is ever fitted on probes"),
         (["m1", "m2"], {"texts": {"m3": "builtin"}}, "m3 names no expert of"),
-        (["m1", "m2"], {"experts": 4}, "--experts 4 is not for a merge"),
-        (["m1", "m2"], {"shared": 0.5}, "--shared-model names the model"),
+        (["m1", "m2"], {"experts": 4}, "`experts=4` is not for a merge"),
+        (["m1", "m2"], {"shared": 0.5}, "`shared_model` names the model"),
     ],
 )
 def test_what_a_merge_cannot_be_is_refused(models, names, settings, said):
@@ -484,7 +484,7 @@ def test_shared_experts_need_a_place(models, dense):
 def test_one_model_alone_is_not_merged_by_convert(dense):
     with pytest.raises(UpcycleError, match="upcycle merge MODEL"):
         upcycle.plan(str(dense()), method="merge", keep_dense="none")
-    with pytest.raises(UpcycleError, match="--rest mean goes with upcycle merge"):
+    with pytest.raises(UpcycleError, match="`rest=mean` goes with upcycle merge"):
         upcycle.plan(str(dense()), method="copy", rest="mean")
 
 

@@ -64,7 +64,7 @@ def test_feedback_is_half_or_the_active_share(dense, settings, expected):
     [
         ("olmo2", {}, "olmo2 has a norm between its FFN and the hidden states, so give 0"),
         ("llama", {"method": "prune"}, "pruned copies are fitted to the dense FFN's output"),
-        ("llama", {"sequential": False}, "--set sequential=false fits layers on the dense model's"),
+        ("llama", {"sequential": False}, "`sequential=False` fits layers on the dense model's"),
     ],
 )
 def test_feedback_that_would_have_no_effect(dense, family, settings, why):
@@ -121,14 +121,14 @@ def test_windows_of_each_kind_that_the_check_reads(dense, check, seq_len, window
 @pytest.mark.parametrize(
     ("settings", "flag", "nearest"),
     [
-        ({"experts": 5, "shared": 0}, "--experts 5", "4 or 6"),  # 5 does not divide 192
-        ({"experts": 5, "target": "mixtral"}, "--experts 5", "4 or 6"),
-        ({"experts": 16, "shared": 0}, "--experts 16", "12 or 24"),  # 12 neurons, no multiple of 8
-        ({"experts": 16, "shared": 0, "target": "glm4_moe"}, "--experts 16", "12 or 24"),
-        ({"experts": 25, "target": "glm4_moe"}, "--experts 25", "24"),
-        ({"experts": 10**9, "target": "mixtral"}, f"--experts {10**9}", "24"),
-        ({"method": "copy", "granularity": 5, "top_k": 5}, "--set granularity=5", "4 or 6"),
-        ({"method": "copy", "granularity": 96, "top_k": 96}, "--set granularity=96", "24"),
+        ({"experts": 5, "shared": 0}, "`experts=5`", "4 or 6"),  # 5 does not divide 192
+        ({"experts": 5, "target": "mixtral"}, "`experts=5`", "4 or 6"),
+        ({"experts": 16, "shared": 0}, "`experts=16`", "12 or 24"),  # 12 neurons, no multiple of 8
+        ({"experts": 16, "shared": 0, "target": "glm4_moe"}, "`experts=16`", "12 or 24"),
+        ({"experts": 25, "target": "glm4_moe"}, "`experts=25`", "24"),
+        ({"experts": 10**9, "target": "mixtral"}, f"`experts={10**9}`", "24"),
+        ({"method": "copy", "granularity": 5, "top_k": 5}, "`granularity=5`", "4 or 6"),
+        ({"method": "copy", "granularity": 96, "top_k": 96}, "`granularity=96`", "24"),
     ],
 )
 def test_parts_that_do_not_fit_name_the_nearest_that_do(dense, settings, flag, nearest):
@@ -141,10 +141,10 @@ def test_parts_that_do_not_fit_name_the_nearest_that_do(dense, settings, flag, n
 @pytest.mark.parametrize(
     ("settings", "words", "end"),
     [
-        ({"experts": 19}, "--experts 19 leaves less than 8 of 192 neurons", "give at most 18"),
-        ({"experts": 10**9}, f"--experts {10**9} leaves less than 8", "give at most 18"),
-        ({"experts": 13, "shared": 0.5}, "--experts 13 leaves less", "give at most 12"),
-        ({"experts": 1, "shared": 0.99}, "--experts 1 leaves less", "lower --shared"),
+        ({"experts": 19}, "`experts=19` leaves less than 8 of 192 neurons", "give at most 18"),
+        ({"experts": 10**9}, f"`experts={10**9}` leaves less than 8", "give at most 18"),
+        ({"experts": 13, "shared": 0.5}, "`experts=13` leaves less", "give at most 12"),
+        ({"experts": 1, "shared": 0.99}, "`experts=1` leaves less", "lower `shared`"),
     ],
 )
 def test_experts_too_narrow_beside_the_shared_one(dense, settings, words, end):
@@ -188,19 +188,19 @@ def test_copies_of_any_width_need_no_divisor(dense):
     [
         (
             {"experts": 8, "top_k": 9},
-            "--top-k 9 is more than the 8 experts",
+            "`top_k=9` is more than the 8 experts",
         ),
         (
             {"experts": 6, "top_k": 7, "shared": 0.25},
-            "--top-k 7 is more than the 6 experts",
+            "`top_k=7` is more than the 6 experts",
         ),
         (
             {"method": "copy", "experts": 4, "granularity": 2, "top_k": 10},
-            "--top-k 10 is more than the 8 experts",
+            "`top_k=10` is more than the 8 experts",
         ),
         (
             {"experts": 8, "shared": 1, "top_k": 2},
-            "--shared 1 leaves nothing to route: give less",
+            "`shared=1` leaves nothing to route: give less",
         ),
         (
             {"experts": 8, "shared": -0.5, "top_k": 2},
@@ -208,11 +208,11 @@ def test_copies_of_any_width_need_no_divisor(dense):
         ),
         (
             {"method": "drop", "shared": 0.125},
-            "--shared 0.125 goes with a split: copies have none",
+            "`shared=0.125` goes with a split: copies have none",
         ),
         (
             {"granularity": 2},
-            "--set granularity=2 goes with copies: for a split, raise --experts",
+            "`granularity=2` goes with copies: for a split, raise `experts`",
         ),
     ],
 )
@@ -222,15 +222,15 @@ def test_counts_that_contradict_each_other(dense, settings, sentence):
 
 def test_one_copy_per_token_where_the_router_would_learn_nothing(dense):
     assert refusal(dense, method="copy", top_k=1, target="mixtral") == (
-        "--top-k 1 gives each token one expert, and mixtral always renormalises its weight, so the "
-        "router would get no gradient: raise --top-k, choose --target glm4_moe or qwen2_moe, or "
-        "pass --set allow_frozen_router=true"
+        "`top_k=1` gives each token one expert, and mixtral always renormalises its weight, so the "
+        "router would get no gradient: raise `top_k`, choose `target=glm4_moe or qwen2_moe`, or "
+        "pass `allow_frozen_router=True`"
     )
 
 
 def test_one_shard_per_token_is_the_same(dense):
     sentence = refusal(dense, method="copy", granularity=4, top_k=1, target="mixtral")
-    assert sentence.startswith("--top-k 1 gives each token one expert")
+    assert sentence.startswith("`top_k=1` gives each token one expert")
 
 
 def test_one_copy_of_several_shards_has_weights_to_learn(dense):
@@ -240,7 +240,7 @@ def test_one_copy_of_several_shards_has_weights_to_learn(dense):
 
 def test_one_copy_per_token_names_only_targets_that_host_the_model(dense):
     sentence = refusal(dense, "granite", method="copy", top_k=1)
-    assert sentence.endswith("raise --top-k, or pass --set allow_frozen_router=true")
+    assert sentence.endswith("raise `top_k`, or pass `allow_frozen_router=True`")
 
 
 def test_one_copy_per_token_is_fine_where_weights_stay_plain_or_it_is_asked_for(dense):
@@ -258,8 +258,8 @@ def test_one_copy_per_token_is_fine_where_weights_stay_plain_or_it_is_asked_for(
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
-        ("3", "--keep-dense names layer 3, but {model} has layers 0 to 2"),
-        ("0,1,2", "--keep-dense names every layer, which leaves nothing to convert"),
+        ("3", "`keep_dense` names layer 3, but {model} has layers 0 to 2"),
+        ("0,1,2", "`keep_dense` names every layer, which leaves nothing to convert"),
         ("-1", "keep_dense='-1': give layers such as 0,1,29, auto or none"),
         ("all", "keep_dense='all': give layers such as 0,1,29, auto or none"),
         (1.5, "keep_dense=1.5: give layers such as 0,1,29, auto or none"),
@@ -273,14 +273,14 @@ def test_layers_that_can_not_stay_dense(dense, layers, words):
 @pytest.mark.parametrize(
     ("target", "layers", "words"),
     [
-        ("mixtral", "0", "mixtral can't keep layers dense (--keep-dense)"),
-        ("granitemoeshared", "0", "granitemoeshared can't keep layers dense (--keep-dense)"),
-        ("glm4_moe", "1", "glm4_moe can keep only the first layers dense (--keep-dense 0,1,…)"),
+        ("mixtral", "0", "mixtral can't keep layers dense (`keep_dense`)"),
+        ("granitemoeshared", "0", "granitemoeshared can't keep layers dense (`keep_dense`)"),
+        ("glm4_moe", "1", "glm4_moe can keep only the first layers dense (`keep_dense=0,1,…`)"),
     ],
 )
 def test_dense_layers_that_the_target_can_not_express(dense, target, layers, words):
     sentence = refusal(dense, keep_dense=layers, target=target)
-    assert sentence.startswith(f"--target {target}: {words} (reachable: ")
+    assert sentence.startswith(f"`target={target}`: {words} (reachable: ")
     assert "qwen2_moe" in sentence
 
 
@@ -301,7 +301,7 @@ def test_ways_to_write_the_dense_layers(dense, written, layers):
 
 def test_trait_that_the_target_has_no_place_for(dense):
     assert refusal(dense, "qwen3", target="mixtral") == (
-        "--target mixtral: the source has a norm per head on q and k (qwen3 always has it), which "
+        "`target=mixtral`: the source has a norm per head on q and k (qwen3 always has it), which "
         "mixtral has no place for (reachable: glm4_moe, laguna, qwen3_moe)"
     )
 
@@ -317,13 +317,13 @@ def test_model_that_no_target_hosts(dense):
 def test_targets_of_which_each_lacks_something_are_named_with_it(dense):
     sentence = refusal(dense, "olmo2", keep_dense=[0])
     assert sentence.startswith("no native MoE architecture hosts this model: ")
-    assert "flex_olmo: flex_olmo can't keep layers dense (--keep-dense)" in sentence
+    assert "flex_olmo: flex_olmo can't keep layers dense (`keep_dense`)" in sentence
     assert "mixtral: the source has a norm over all heads on q and k" in sentence
 
 
 def test_shared_neurons_where_the_target_has_no_place_for_them(dense):
     sentence = refusal(dense, target="mixtral", shared=0.25)
-    assert "mixtral has no shared expert (--shared 0.25)" in sentence
+    assert "mixtral has no shared expert (`shared=0.25`)" in sentence
     assert "glm4_moe" in sentence.split("reachable: ")[1]
     assert upcycle.plan(str(dense()), target="mixtral", shared=0).design.geometry.shared_size == 0
 
@@ -335,7 +335,7 @@ def test_auto_chooses_a_target_that_can_share_what_is_asked(dense):
 
 
 def test_target_that_needs_more_experts_than_are_asked_for(dense):
-    words = "--target glm4_moe: glm4_moe needs at least 2 experts (reachable: "
+    words = "`target=glm4_moe`: glm4_moe needs at least 2 experts (reachable: "
     assert refusal(dense, target="glm4_moe", experts=1, top_k=1).startswith(words)
 
 
@@ -377,7 +377,7 @@ def test_unknown_names_and_bad_values(dense, settings, words):
 @pytest.mark.parametrize("device", ["tpu9", "meta", ""])
 def test_device_that_is_none(dense, device):
     sentence = refusal(dense, device=device)
-    assert sentence.startswith(f"--device {device!r} is not ")
+    assert sentence.startswith(f"`device={device!r}` is not ")
     assert sentence.endswith("give auto, cpu or cuda")
 
 
@@ -385,7 +385,7 @@ def test_device_that_is_none(dense, device):
 def test_cuda_device_that_is_not_there(dense, monkeypatch, device, count):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert (
-        refusal(dense, device=device) == f"--device {device}: torch sees {count} CUDA devices here"
+        refusal(dense, device=device) == f"`device={device}`: torch sees {count} CUDA devices here"
     )
 
 
@@ -394,20 +394,20 @@ def test_cuda_device_that_is_not_there(dense, monkeypatch, device, count):
 
 def test_no_text_for_a_split(dense):
     assert refusal(dense, calibration="none") == (
-        "--calibration none: this conversion needs text for its router (ridge, split)"
+        "`calibration=none`: this conversion needs text for its router (ridge, split)"
     )
 
 
 def test_no_text_for_the_check_of_copies(dense):
     assert refusal(dense, calibration="none", method="copy") == (
-        "--calibration none leaves no text for the check: add --check none"
+        "`calibration=none` leaves no text for the check: add `check=none`"
     )
 
 
 def test_sequences_longer_than_the_model_reads(dense):
     assert refusal(dense, fields={"max_position_embeddings": 64}, seq_len=128) == (
-        "--seq-len 128 is more than the model's 64 positions (max_position_embeddings): "
-        "give --seq-len 64"
+        "`seq_len=128` is more than the model's 64 positions (max_position_embeddings): "
+        "give `seq_len=64`"
     )
 
 
@@ -420,11 +420,11 @@ def test_unchecked_copies_need_no_text(dense):
     [
         (
             "nowhere.txt",
-            "--calibration 'nowhere.txt' is not a file: give mixed, builtin, self, none",
+            "`calibration='nowhere.txt'` is not a file: give mixed, builtin, self, none",
         ),
-        ("probes", "--calibration 'probes' is for --text alone: nothing is ever fitted on"),
-        ("builtin+probe:code", "--calibration 'probe:code' is for --text alone"),
-        ("hf:", "--calibration 'hf:' names no dataset"),
+        ("probes", "`calibration='probes'` is for `text` alone: nothing is ever fitted on"),
+        ("builtin+probe:code", "`calibration='probe:code'` is for `text` alone"),
+        ("hf:", "`calibration='hf:'` names no dataset"),
         (__file__, "ends in '.py': known are .txt"),
     ],
 )
@@ -439,7 +439,7 @@ def test_disk_that_is_too_small(dense, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(9 * 10**6, 7 * 10**6, 2 * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     out = tmp_path / "below" / "out"
-    sentence = f"-o {out} needs 0.1 GB, but {tmp_path} has 0.0 GB free"
+    sentence = f"`out={out}` needs 0.1 GB, but {tmp_path} has 0.0 GB free"
     assert refusal(dense, out=out) == sentence
     with pytest.raises(UpcycleError, match=r"needs 0\.1 GB"):
         upcycle.convert(str(dense()), out, resume=True)
@@ -497,26 +497,26 @@ def test_room_for_what_is_put_aside_is_counted(dense, tmp_path, monkeypatch, set
 def test_place_that_holds_something(dense, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     assert refusal(dense, out=tmp_path) == (
-        f"-o {tmp_path} exists and is not empty: choose another, or --overwrite"
+        f"`out={tmp_path}` exists and is not empty: choose another, or `overwrite`"
     )
     assert refusal(dense, out=tmp_path, overwrite=True) == (
-        f"-o {tmp_path} was not written by upcycle, so --overwrite leaves it alone"
+        f"`out={tmp_path}` was not written by upcycle, so `overwrite` leaves it alone"
     )
 
 
 def test_place_that_is_a_file(dense, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    assert refusal(dense, out=file) == f"-o {file} is a file: give a folder"
+    assert refusal(dense, out=file) == f"`out={file}` is a file: give a folder"
     below = file / "out"
-    assert refusal(dense, out=below) == f"-o {below}: {file} is a file: give another folder"
+    assert refusal(dense, out=below) == f"`out={below}`: {file} is a file: give another folder"
 
 
 def test_place_that_holds_the_source(dense):
     model = dense()
     for out in (model, model.parent, model / ".." / model.name):
         sentence = refusal(dense, out=out, overwrite=True)
-        assert sentence == f"-o {out.resolve()} holds the source: give another folder"
+        assert sentence == f"`out={out.resolve()}` holds the source: give another folder"
 
 
 def test_place_that_is_the_working_directory(dense, tmp_path, monkeypatch):
@@ -633,7 +633,7 @@ def test_what_a_token_uses_is_one_sentence(dense, settings, sentence):
     assert made.way.usage(made.design.geometry) == sentence
 
 
-CHANGED = "--shared {} became {}, so that all experts have the same width"
+CHANGED = "`shared={}` became {}, so that all experts have the same width"
 
 
 @pytest.mark.parametrize(
@@ -654,7 +654,7 @@ CHANGED = "--shared {} became {}, so that all experts have the same width"
 )
 def test_a_share_that_is_changed_is_said(dense, settings, note):
     made = upcycle.plan(str(dense()), top_k=1, **settings)
-    said = [each for each in made.warnings if each.startswith("--shared")]
+    said = [each for each in made.warnings if each.startswith("`shared=")]
     assert said == ([note] if note else [])
 
 
@@ -742,7 +742,7 @@ def test_nothing_is_said_of_a_runtime_that_runs_the_result(
 @pytest.mark.parametrize(
     ("runtime", "family", "fields", "settings", "obstacle"),
     [
-        ("llama.cpp", "llama", UNTIED, {}, "every layer must have experts (--keep-dense none)"),
+        ("llama.cpp", "llama", UNTIED, {}, "every layer must have experts (`keep_dense=none`)"),
         ("llama.cpp", "llama", UNTIED, {"keep_dense": [1]}, "every layer must have experts"),
         ("llama.cpp", "llama", TIED, ROUTED, "embeddings must be tensors of their own"),
         ("llama.cpp", "llama", {}, COPIES | {"target": "qwen2_moe"}, "are not renormalised"),
@@ -751,7 +751,7 @@ def test_nothing_is_said_of_a_runtime_that_runs_the_result(
         ("llama.cpp", "olmo2", {}, {}, "it does not know the architecture"),
         ("llama.cpp", "gemma", {}, {}, "experts compute silu, not gelu"),
         ("llama.cpp", "mistral", {}, COPIES, "attention sees further than 16 tokens"),
-        ("MLX", "llama", UNTIED, {}, "every layer must have experts (--keep-dense none)"),
+        ("MLX", "llama", UNTIED, {}, "every layer must have experts (`keep_dense=none`)"),
         ("MLX", "llama", TIED, ROUTED, "embeddings must be tensors of their own"),
         ("MLX", "llama", TIED, {"target": "glm4_moe"}, "must be tensors of their own"),
         ("MLX", "llama", UNTIED, COPIES | {"target": "glm4_moe"}, "must be a shared expert"),
@@ -817,25 +817,25 @@ def test_runtimes_that_dense_layers_cost(dense, family, fields, settings, lost):
             "llama",
             {},
             {"experts": 8},
-            "; it runs --target granitemoeshared or mixtral",
+            "; it runs `target=granitemoeshared or mixtral`",
         ),
-        ("llama.cpp", "llama", {}, {"method": "prune"}, "--target granitemoeshared or mixtral"),
+        ("llama.cpp", "llama", {}, {"method": "prune"}, "`target=granitemoeshared or mixtral`"),
         (
             "llama.cpp",
             "llama",
             {},
             {"keep_dense": [1]},
-            "it runs --target granitemoeshared or mixtral",
+            "it runs `target=granitemoeshared or mixtral`",
         ),
-        ("llama.cpp", "llama", {}, {"shared": 0.25}, "; it runs --target granitemoeshared"),
+        ("llama.cpp", "llama", {}, {"shared": 0.25}, "; it runs `target=granitemoeshared`"),
         ("llama.cpp", "gemma", {}, {}, "not gelu_pytorch_tanh"),
-        ("vLLM", "llama", {"head_dim": 32}, {}, "not 32; it runs --target glm4_moe or mixtral"),
-        ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1]}, "32; it runs --target mixtral"),
+        ("vLLM", "llama", {"head_dim": 32}, {}, "not 32; it runs `target=glm4_moe or mixtral`"),
+        ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1]}, "32; it runs `target=mixtral`"),
         ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1], "shared": 0.125}, "not 32"),
-        ("MLX", "llama", TIED, {}, "of their own; it runs --target mixtral"),
+        ("MLX", "llama", TIED, {}, "of their own; it runs `target=mixtral`"),
         ("MLX", "llama", TIED, {"shared": 0.25}, "of their own"),
-        ("MLX", "llama", UNTIED, {}, "; it runs --target glm4_moe or mixtral"),
-        ("MLX", "llama", UNTIED, {"shared": 0.25}, "; it runs --target glm4_moe"),
+        ("MLX", "llama", UNTIED, {}, "; it runs `target=glm4_moe or mixtral`"),
+        ("MLX", "llama", UNTIED, {"shared": 0.25}, "; it runs `target=glm4_moe`"),
         ("vLLM", "gemma", {}, {}, "channels, not 16"),
     ],
 )
@@ -984,12 +984,12 @@ def test_what_is_refused_is_refused_by_convert_before_it_writes(dense, tmp_path)
 @pytest.mark.parametrize("router", ["ridge", "centroid", "representative"])
 def test_router_that_cannot_tell_copies_apart(dense, router):
     words = "has nothing to tell copies apart by: use kmeans or membership or normal"
-    with pytest.raises(UpcycleError, match=f"--set router={router} {words}"):
+    with pytest.raises(UpcycleError, match=f"`router={router}` {words}"):
         upcycle.plan(str(dense()), method="copy", experts=4, router=router)
 
 
 def test_fewer_tokens_than_experts(dense):
-    with pytest.raises(UpcycleError, match="--calibration-tokens 8 is too few for 24 experts"):
+    with pytest.raises(UpcycleError, match="`calibration_tokens=8` is too few for 24 experts"):
         upcycle.plan(str(dense()), experts=24, shared=0, calibration_tokens=8, seq_len=8)
 
 
@@ -1008,7 +1008,7 @@ def test_tokens_that_suffice_until_a_layer_stays_dense(dense, tmp_path, monkeypa
     monkeypatch.setattr(dense_layers, "try_layers", try_layers)
     assert upcycle.plan(str(dense()), **SHIFTING).design.geometry.num_experts == 18
     assert refusal(dense, **SHIFTING, calibration_tokens=18) == (
-        "--calibration-tokens 18 is too few for 21 experts: give thousands"
+        "`calibration_tokens=18` is too few for 21 experts: give thousands"
     )
     plan = upcycle.convert(str(dense()), tmp_path / "out", **SHIFTING, calibration_tokens=27).plan
     assert (plan.spec.dense_layers, plan.design.geometry.num_experts) == ((0,), 21)

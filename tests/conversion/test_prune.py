@@ -327,11 +327,11 @@ def test_parameters_are_counted(convert):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"top_k": 2}, "--top-k 2 goes with a split or copies"),
-        ({"shared": 0.25}, "--shared 0.25 goes with a split"),
-        ({"granularity": 2}, "--set granularity=2 goes with copies"),
-        ({"router": "ridge"}, "--set router=ridge has nothing to tell copies apart by"),
-        ({"active": 0.001, "keep_dense": []}, "--active 0.001 leaves less than 8 of"),
+        ({"top_k": 2}, "`top_k=2` goes with a split or copies"),
+        ({"shared": 0.25}, "`shared=0.25` goes with a split"),
+        ({"granularity": 2}, "`granularity=2` goes with copies"),
+        ({"router": "ridge"}, "`router=ridge` has nothing to tell copies apart by"),
+        ({"active": 0.001, "keep_dense": []}, "`active=0.001` leaves less than 8 of"),
         ({"active": 0.3, "keep_dense": [0]}, "with 1 of 3 layers dense, leaves less than 8 of"),
     ],
     ids=str,

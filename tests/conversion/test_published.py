@@ -99,7 +99,7 @@ def test_dense_model_is_found_again_when_all_have_moved(place, tmp_path, monkeyp
 
 def test_dense_model_that_is_gone_is_asked_for(place, tmp_path):
     shutil.copytree(place / "moe", tmp_path / "moe")
-    with pytest.raises(UpcycleError, match="name it by --teacher DENSE"):
+    with pytest.raises(UpcycleError, match="name it by `teacher=DENSE`"):
         finetune(str(tmp_path / "moe"), tmp_path / "out", data="builtin", preset="heal", **TRAIN)
     assert not (tmp_path / "out").exists()
 

@@ -179,9 +179,8 @@ def test_recipe_that_is_wrong(written, text, words):
 
 
 SHARED_EXPERTS = (
-    "--shared-experts counted parts of the FFN; now --shared is the share of it that is always on "
-    "and --experts counts the routed experts alone: --experts 16 --shared-experts 2 is "
-    "--experts 14 --shared 0.125"
+    "`shared_experts` counted parts of the FFN; now `shared` is the share of it that is always on "
+    "and `experts` counts the routed experts alone: 2 of 16 are `experts=14` with `shared=0.125`"
 )
 
 
@@ -224,7 +223,7 @@ PAPERS = {
 def test_a_recipes_layer_is_its_papers(dense, name, target):
     plan = upcycle.plan(str(dense(**WIDE)), recipe=name, target=target)
     assert plan.design.geometry == Geometry(512, *PAPERS[name])
-    assert not any(each.startswith("--shared") for each in plan.warnings)
+    assert not any(each.startswith("`shared=") for each in plan.warnings)
 
 
 def test_recipe_file_that_does_not_exist(tmp_path):

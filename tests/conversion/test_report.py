@@ -312,7 +312,7 @@ def test_card_says_which_runtimes_run_it(dense, tmp_path):
     convert(dense(), tmp_path / "out", keep_dense=[0])
     text = card(tmp_path / "out")[1]
     assert "- vLLM: ok\n" in text
-    assert "- MLX: every layer must have experts (--keep-dense none)" in text
+    assert "- MLX: every layer must have experts (`keep_dense=none`)" in text
     assert report(tmp_path / "out")["plan"]["runtimes"]["vLLM"] == "ok"
 
 

@@ -59,6 +59,6 @@ def test_a_spread_that_rounding_swallows_is_said(dense):
 def test_one_copy_per_token_needs_float32(dense):
     wanted = {"method": "copy", "experts": 4, "top_k": 1, "check": "none"}
     source = str(dense("lfm2", dtype=torch.bfloat16))
-    with pytest.raises(UpcycleError, match=r"--top-k 1: lfm2_moe rounds.*--dtype float32"):
+    with pytest.raises(UpcycleError, match=r"`top_k=1`: lfm2_moe rounds.*`dtype=float32`"):
         upcycle.plan(source, **wanted)
     upcycle.plan(source, dtype="float32", **wanted)

@@ -1,4 +1,4 @@
-"""`--for`: what is chosen runs where it was asked to, or the sentence says why nothing does."""
+"""`runtimes`: what is chosen runs where it was asked to, or the sentence says why nothing does."""
 
 import json
 
@@ -71,40 +71,40 @@ def test_what_is_chosen_runs_there(dense, asked, family, fields, settings, targe
             "llama",
             UNTIED,
             {"target": "glm4_moe"},
-            "--target glm4_moe: llama.cpp does not run it: only GLM's own tokenizers are converted "
+            "`target=glm4_moe`: llama.cpp does not run it: only GLM's own tokenizers are converted "
             "(reachable: granitemoeshared, mixtral, qwen2_moe)",
         ),
         (
             "gemma",
             {},
             {},
-            "--for llama.cpp: no target of this model runs there: granitemoeshared: llama.cpp does "
-            "not run it: experts compute silu, not gelu_pytorch_tanh; transformers 5 runs it, "
-            "without --for",
+            "`runtimes=llama.cpp`: no target of this model runs there: granitemoeshared: llama.cpp "
+            "does not run it: experts compute silu, not gelu_pytorch_tanh; transformers 5 runs it, "
+            "without `runtimes`",
         ),
         (
             "qwen3",
             {},
             {"keep_dense": [1]},
-            "--for llama.cpp: no target of this model runs there: laguna: llama.cpp does not run "
-            "it: only the first layers can be dense (--keep-dense 0,1,…); qwen3_moe: llama.cpp "
-            "does not run it: every layer must have experts (--keep-dense none); --keep-dense none "
-            "gives laguna or qwen3_moe, --for vLLM gives qwen3_moe, --for MLX gives "
-            "laguna or qwen3_moe, --for transformers-4 gives qwen3_moe",
+            "`runtimes=llama.cpp`: no target of this model runs there: laguna: llama.cpp does not "
+            "run it: only the first layers can be dense (`keep_dense=0,1,…`); qwen3_moe: llama.cpp "
+            "does not run it: every layer must have experts (`keep_dense=none`); `keep_dense=none` "
+            "gives laguna or qwen3_moe, `runtimes=vLLM` gives qwen3_moe, `runtimes=MLX` gives "
+            "laguna or qwen3_moe, `runtimes=transformers-4` gives qwen3_moe",
         ),
         (
             "olmo2",
             {},
             {"runtimes": ["llama.cpp", "vllm"]},
-            "--for llama.cpp --for vLLM: no target of this model runs there: flex_olmo: llama.cpp "
-            "does not run it: it does not know the architecture; --for vLLM alone gives flex_olmo, "
-            "--for transformers-4 gives flex_olmo",
+            "`runtimes=llama.cpp,vLLM`: no target of this model runs there: flex_olmo: llama.cpp "
+            "does not run it: it does not know the architecture; `runtimes=vLLM` alone gives "
+            "flex_olmo, `runtimes=transformers-4` gives flex_olmo",
         ),
         (
             "qwen3",
             {},
             {"target": "mixtral"},
-            "--target mixtral: the source has a norm per head on q and k (qwen3 always has it), "
+            "`target=mixtral`: the source has a norm per head on q and k (qwen3 always has it), "
             "which mixtral has no place for (reachable: laguna, qwen3_moe)",
         ),
     ],

@@ -869,5 +869,5 @@ def test_the_plan_refuses_in_one_sentence(dense, settings, words):
 
 
 def test_no_text_is_refused(dense):
-    with pytest.raises(UpcycleError, match="--calibration none"):
+    with pytest.raises(UpcycleError, match="`calibration=none`"):
         upcycle.plan(str(dense()), calibration="none", check="none", **SEQUENTIAL)

@@ -223,7 +223,7 @@ def test_speed_takes_its_batch_from_all_texts(dense, split, text, other_text, qu
     )
     assert report.speed.batch_size == 2 * WINDOWS
     assert report.speed.decode_against > 0
-    with pytest.raises(UpcycleError, match=r"--batch-size 7 needs as many windows .* 6: raise"):
+    with pytest.raises(UpcycleError, match=r"`batch_size=7` needs as many windows .* 6: raise"):
         evaluate(str(split), texts, speed=True, batch_size=7, **LENGTH)
 
 
@@ -288,7 +288,7 @@ def test_too_little_text(dense, text):
 
 
 def test_windows_longer_than_the_model_reads(dense, text):
-    with pytest.raises(UpcycleError, match="--seq-len 128 is more than the model's 64 positions"):
+    with pytest.raises(UpcycleError, match="`seq_len=128` is more than the model's 64 positions"):
         evaluate(str(dense(max_position_embeddings=64)), [str(text)], tokens=256, seq_len=128)
 
 
@@ -300,7 +300,7 @@ def test_model_that_is_not_there(text):
 @pytest.mark.parametrize("name", ["self", "none", "nowhere.txt"])
 def test_text_that_is_no_text(dense, text, name):
     with pytest.raises(
-        UpcycleError, match=f"--text '{name}' is not a file: give probes, builtin, "
+        UpcycleError, match=f"`text='{name}'` is not a file: give probes, builtin, "
     ):
         evaluate(str(dense()), [str(text), name])
 
@@ -329,8 +329,8 @@ def test_dtype_elsewhere_is_the_checkpoints(dense):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"dtype": "int8"}, "--dtype 'int8' is unknown: give auto, float32, bfloat16, float16"),
-        ({"device": "tpu"}, "--device 'tpu' is not a device: give auto, cpu or cuda"),
+        ({"dtype": "int8"}, "`dtype='int8'` is unknown: give auto, float32, bfloat16, float16"),
+        ({"device": "tpu"}, "`device='tpu'` is not a device: give auto, cpu or cuda"),
     ],
 )
 def test_setting_that_is_wrong(dense, text, setting, words):

@@ -156,5 +156,5 @@ def test_what_can_not_be_written_is_refused_before_the_work(
 
 
 def test_card_is_not_written_without_a_speed(out, measured):
-    with pytest.raises(UpcycleError, match="add --speed"):
+    with pytest.raises(UpcycleError, match="add `speed`"):
         write_speed(replace(measured, model=str(out)))

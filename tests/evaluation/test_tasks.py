@@ -73,9 +73,9 @@ def test_a_task_may_be_a_file(lm_eval, tmp_path):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["arc_eazy"], "--tasks 'arc_eazy' is no task of lm-eval, did you mean arc_easy[?]"),
-        (["zzz"], "--tasks 'zzz' is no task of lm-eval: see `lm-eval ls tasks`"),
-        (["offline"], "--tasks offline can't be loaded .*: the hub is far away"),
+        (["arc_eazy"], "`tasks='arc_eazy'` is no task of lm-eval, did you mean arc_easy[?]"),
+        (["zzz"], "`tasks='zzz'` is no task of lm-eval: see `lm-eval ls tasks`"),
+        (["offline"], "`tasks=offline` can't be loaded .*: the hub is far away"),
     ],
 )
 def test_task_that_can_not_be_had(lm_eval, names, words):
@@ -84,12 +84,12 @@ def test_task_that_can_not_be_had(lm_eval, names, words):
 
 
 def test_task_that_fails(lm_eval):
-    with pytest.raises(UpcycleError, match=r"--tasks toy: lm-eval fails on broken: no such$"):
+    with pytest.raises(UpcycleError, match=r"`tasks=toy`: lm-eval fails on broken: no such$"):
         run_tasks(open_tasks(["toy"]), "broken", None, **HOW)
 
 
 def test_lm_eval_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(UpcycleError, match=r"--tasks needs `pip install upcycle\[eval\]`"):
+    with pytest.raises(UpcycleError, match=r"`tasks` needs `pip install upcycle\[eval\]`"):
         open_tasks(["toy"])

@@ -194,7 +194,7 @@ USER = [{"role": "user", "content": "x" * 60}]
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", b"", r"holds 0 tokens, but two sequences of 16 .* lower --seq-len"),
+        ("x.txt", b"", r"holds 0 tokens, but two sequences of 16 .* lower `seq_len`"),
         ("x.txt", b"a" * 16, r"holds 17 tokens, but two sequences"),
         ("x.txt", b"caf\xe9" * 60, "is not UTF-8 text"),
         ("x.jsonl", b"", r"holds 0 tokens"),

@@ -433,7 +433,7 @@ def test_a_run_that_diverges_stops_at_that_step_and_leaves_the_best_state(split,
     said = str(caught.value)
     number = int(re.search(r"stopped at step (\d):", said)[1])
     assert 1 <= number <= 4
-    assert re.search(r"is (nan|inf) \(learning rate 1e\+09 of --lr 1e\+09, precision no\)", said)
+    assert re.search(r"is (nan|inf) \(learning rate 1e\+09 of `lr=1e\+09`, precision no\)", said)
     assert said.endswith(f"{out} holds the state after step 0, the best before")
     assert changed_groups(source, out) == set()
     assert torch.isfinite(logits(load(out))).all()
@@ -493,13 +493,13 @@ def test_a_held_out_row_of_one_token_spoils_nothing(split, train, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": "missing.txt"}, "--data 'missing.txt' is not a file"),
-        ({"data": "self"}, "--data 'self' is not a file: give builtin"),
+        ({"data": "missing.txt"}, "`data='missing.txt'` is not a file"),
+        ({"data": "self"}, "`data='self'` is not a file: give builtin"),
         ({"seq_len": 4096}, "is more than the model.s 1024 positions"),
-        ({"micro_batch": 3}, "--batch-size 4 is not a multiple of 3"),
-        ({"balance_bias": 0.1}, "--set balance_bias=0.1 has no effect on qwen2_moe"),
-        ({"train": "experts", "balance": 0.1}, "--balance 0.1 has no effect with --train experts"),
-        ({"distill": 1.0, "teacher": "/no/such"}, "--teacher: .*/no/such"),
+        ({"micro_batch": 3}, "`batch_size=4` is not a multiple of 3"),
+        ({"balance_bias": 0.1}, "`balance_bias=0.1` has no effect on qwen2_moe"),
+        ({"train": "experts", "balance": 0.1}, "`balance=0.1` has no effect with `train=experts`"),
+        ({"distill": 1.0, "teacher": "/no/such"}, "`teacher`: .*/no/such"),
         ({"preset": "hael"}, "unknown recipe 'hael'"),
         ({"tracker": "nonsense"}, "nonsense"),
     ],
@@ -533,7 +533,7 @@ def test_what_stands_in_out_is_safe(split, train, tmp_path):
         (out / "thesis.txt").relative_to(tmp_path),
     }
     first = train(split(), tmp_path / "result")
-    with pytest.raises(UpcycleError, match="--overwrite"):
+    with pytest.raises(UpcycleError, match="`overwrite`"):
         train(split(), first.out, seed=1)
     before = weights(first.out)
     train(split(), first.out, seed=1, overwrite=True)
@@ -554,7 +554,7 @@ def test_a_full_disk_leaves_a_former_result_and_the_saved_state(split, train, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", fail)
-        sentence = r"beside .*out: No space left on device; make room, then --resume goes on from "
+        sentence = r"beside .*out: No space left on device; make room, then `resume` goes on from "
         with pytest.raises(UpcycleError, match=sentence + "step 4"):
             train(split(), overwrite=True)
     assert {path: path.read_bytes() for path in done.out.iterdir()} == before
@@ -687,9 +687,9 @@ def test_only_the_same_request_goes_on(split, train, tmp_path):
         train(split(), watch=at_step(2, interrupt))
     state = files(tmp_path)
     for change in ({"lr": 1e-4}, {"steps": 5}):
-        with pytest.raises(UpcycleError, match="drop --resume to start anew"):
+        with pytest.raises(UpcycleError, match="drop `resume` to start anew"):
             train(split(), resume=True, **change)
-    with pytest.raises(UpcycleError, match="drop --resume to start anew"):
+    with pytest.raises(UpcycleError, match="drop `resume` to start anew"):
         train(split("mixtral"), resume=True)
     assert files(tmp_path) == state
     train(split(), lr=1e-4)

@@ -72,5 +72,5 @@ def test_a_merge_of_two_that_are_both_on_has_no_load_to_balance(merged, mix, tmp
 
 def test_a_merge_has_no_teacher_unless_one_is_named(merged, mix, tmp_path):
     moe = merged("m1", "m2", router="normal")
-    with pytest.raises(UpcycleError, match="name it by --teacher DENSE"):
+    with pytest.raises(UpcycleError, match="name it by `teacher=DENSE`"):
         upcycle.finetune(str(moe), tmp_path / "out", preset="heal", data=mix["m1"], steps=1)

@@ -23,17 +23,17 @@ def test_presets_load_and_say_what_they_are(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tokens": 1, "steps": 1}, "--tokens and --steps both"),
-        ({"distill": 1}, "--distill 1 compares .* --teacher DENSE"),
-        ({"match_layers": 1}, "--set match_layers=1 compares .* --teacher DENSE"),
-        ({"next_token": 0}, "--set next_token=0 leaves no loss"),
-        ({"next_token": 0, "balance": 1, "teacher": "x"}, "--set next_token=0 leaves no loss"),
-        ({"merge": True}, "give --lora RANK too"),
-        ({"lora": 4, "balance_bias": 0.1}, "--set balance_bias=.* --lora leaves"),
-        ({"train": "experts", "balance": 0.5}, "--balance 0.5 has no effect with --train experts"),
-        ({"train": "experts", "z_loss": 0.5}, "--set z_loss=0.5 has no effect"),
-        ({"train": "experts", "router_warmup": 0.5}, "--set router_warmup=0.5 has no effect"),
-        ({"train": "experts", "dense_router_gradient": True}, "dense_router_gradient=true has no "),
+        ({"tokens": 1, "steps": 1}, "`tokens` and `steps` both"),
+        ({"distill": 1}, "`distill=1` compares .* `teacher=DENSE`"),
+        ({"match_layers": 1}, "`match_layers=1` compares .* `teacher=DENSE`"),
+        ({"next_token": 0}, "`next_token=0` leaves no loss"),
+        ({"next_token": 0, "balance": 1, "teacher": "x"}, "`next_token=0` leaves no loss"),
+        ({"merge": True}, "give `lora=RANK` too"),
+        ({"lora": 4, "balance_bias": 0.1}, "`balance_bias=.*` changes .* which `lora` leaves"),
+        ({"train": "experts", "balance": 0.5}, "`balance=0.5` has no effect with `train=experts`"),
+        ({"train": "experts", "z_loss": 0.5}, "`z_loss=0.5` has no effect"),
+        ({"train": "experts", "router_warmup": 0.5}, "`router_warmup=0.5` has no effect"),
+        ({"train": "experts", "dense_router_gradient": True}, "dense_router_gradient=True`"),
         ({"leraning_rate": 1}, "unknown setting 'leraning_rate'"),
         ({"lr": 0}, "lr=0"),
         ({"lr": -1.0}, "lr=-1.0"),
@@ -79,7 +79,7 @@ def test_teacher_is_the_origin_unless_named_or_unused():
     assert load_training("heal", {"teacher": "other"}, "origin").teacher == "other"
     assert load_training("specialise", {}, "origin").teacher is None
     assert load_training("specialise", {"match_layers": 0.1}, "origin").teacher == "origin"
-    with pytest.raises(UpcycleError, match="--teacher DENSE"):
+    with pytest.raises(UpcycleError, match="`teacher=DENSE`"):
         load_training("heal", {})
 
 

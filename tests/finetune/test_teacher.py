@@ -171,8 +171,8 @@ def test_a_full_disk_leaves_no_half_of_a_file(dense, text, tmp_path, monkeypatch
     ("settings", "message"),
     [
         ({"teacher_top_k": 8, "match_layers": 1.0}, "compares hidden states: set one of them to 0"),
-        ({"teacher_top_k": 8, "distill": 0.0}, "give --distill 1, or set it to 0"),
-        ({"distill_temperature": 2.0, "distill": 0.0}, "give --distill 1, or set it to 1"),
+        ({"teacher_top_k": 8, "distill": 0.0}, "give `distill=1`, or set it to 0"),
+        ({"distill_temperature": 2.0, "distill": 0.0}, "give `distill=1`, or set it to 1"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):

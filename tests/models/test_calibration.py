@@ -127,7 +127,7 @@ def test_exactly_enough_text_is_enough(tiny, tmp_path):
     path.write_text("x" * 14)
     assert refusal(tiny, path) == (
         f"text {str(path)!r} holds 15 tokens, but 16 are needed (check included): "
-        "lower --calibration-tokens, or give more text"
+        "lower `calibration_tokens`, or give more text"
     )
 
 
@@ -450,7 +450,7 @@ def test_too_little_of_one_text_names_that_text_and_its_part(tiny, three, tmp_pa
     short.write_text("x" * 14)
     assert refusal(tiny, f"{three[0]}+{short}", sequences=4) == (
         f"text {str(short)!r} holds 15 tokens, but 16 are needed (check included): "
-        "lower --calibration-tokens, or give more text"
+        "lower `calibration_tokens`, or give more text"
     )
 
 
@@ -467,12 +467,12 @@ def test_one_text_that_can_not_be_read_is_named(tiny, three, tmp_path):
     [
         (
             "builtin+nowhere.txt",
-            "--calibration 'nowhere.txt' is not a file: give mixed, builtin, self",
+            "`calibration='nowhere.txt'` is not a file: give mixed, builtin, self",
         ),
-        ("hf:+builtin", "--calibration 'hf:' names no dataset"),
-        ("builtin+", "--calibration '' is not a file"),
-        ("+", "--calibration '' is not a file"),
-        ("builtin+builtn", "--calibration 'builtn' is not a file"),
+        ("hf:+builtin", "`calibration='hf:'` names no dataset"),
+        ("builtin+", "`calibration=''` is not a file"),
+        ("+", "`calibration=''` is not a file"),
+        ("builtin+builtn", "`calibration='builtn'` is not a file"),
         (f"self+{__file__}", "ends in '.py': known are .txt"),
     ],
 )
@@ -529,7 +529,7 @@ def test_mixed_is_the_first_alone_where_the_model_does_not_fit(dense, monkeypatc
     found, notes = planned_text(dense, "mixed")
     assert found == expected
     assert len(notes) == (expected == "builtin")
-    assert all("--calibration mixed+FILE" in note for note in notes)
+    assert all("`calibration=mixed+FILE`" in note for note in notes)
 
 
 # --- the tokenizer ---------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def test_folders_that_datasets_has_saved(tmp_path):
         f"hf:{tmp_path}/several:dev": ["b"],
         f"hf:{tmp_path}/several:dev:body": ["e", "f"],
     }.items():
-        check_text(name, "--data")
+        check_text(name, "data")
         assert list(documents(name, 0)) == found
     with pytest.raises(UpcycleError, match=r"no split 'test' \(it has train, dev\)"):
         list(documents(f"hf:{tmp_path}/several:test", 0))

@@ -387,7 +387,7 @@ def test_hub_model_without_weights_in_the_cache(hub, dense):
 
 
 def test_revision_of_a_folder_is_refused(dense):
-    with pytest.raises(UpcycleError, match="--revision v1 goes with a hub id"):
+    with pytest.raises(UpcycleError, match="`revision=v1` goes with a hub id"):
         open_source(str(dense()), revision="v1")
 
 

@@ -234,7 +234,7 @@ def test_several_dtypes_become_the_one_that_config_states(spoil, word, stated):
     model = AutoModelForCausalLM.from_pretrained(folder)
     plan = upcycle.plan(str(folder), **COPIES)
     assert plan.design.dtype == model.dtype == getattr(torch, stated)
-    rounded = f"in float32 are rounded to {stated}, as in transformers; --dtype float32 keeps them"
+    rounded = f"in float32 are rounded to {stated}, as in transformers; `dtype=float32` keeps them"
     assert (rounded in notes(folder)) == (stated == "bfloat16")
     tolerance = 1e-5 if stated == "float32" else 0.1
     assert_copies_are(folder, logits_of(folder), tolerance)

@@ -169,26 +169,26 @@ def test_names_of_calibration_texts(name):
 
 @pytest.mark.parametrize("name", ["builtin", "probes", "probe:code", "hf:org/name"])
 def test_names_of_texts_to_measure_on(name):
-    check_text(name, "--text")
+    check_text(name, "text")
 
 
 @pytest.mark.parametrize(
-    ("name", "flag"),
+    ("name", "field"),
     [
-        ("probes", "--calibration"),
-        ("probe:web", "--calibration"),
-        ("probe:none", "--text"),
-        ("self", "--text"),
-        ("mixed", "--text"),
-        ("none", "--text"),
-        ("nowhere.txt", "--calibration"),
-        ("hf:", "--text"),
-        ("hf::train", "--text"),
-        (__file__, "--text"),
+        ("probes", "calibration"),
+        ("probe:web", "calibration"),
+        ("probe:none", "text"),
+        ("self", "text"),
+        ("mixed", "text"),
+        ("none", "text"),
+        ("nowhere.txt", "calibration"),
+        ("hf:", "text"),
+        ("hf::train", "text"),
+        (__file__, "text"),
     ],
 )
-def test_texts_that_are_refused(name, flag):
+def test_texts_that_are_refused(name, field):
     with pytest.raises(UpcycleError) as caught:
-        check_text(name, flag)
-    assert str(caught.value).startswith(f"{flag} {name!r} ")
+        check_text(name, field)
+    assert str(caught.value).startswith(f"`{field}={name!r}` ")
     assert "\n" not in str(caught.value)

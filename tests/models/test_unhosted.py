@@ -163,7 +163,7 @@ def test_two_kinds_of_layers_with_norms_on_q_and_k(dense):
 
 
 def test_asked_target_that_can_not_names_those_that_can(dense):
-    sentence = r"--target mixtral: .*biases on q, k and v.*\(reachable: glm4_moe, granitemoeshared"
+    sentence = r"`target=mixtral`: .*biases on q, k and v.*\(reachable: glm4_moe, granitemoeshared"
     with pytest.raises(UpcycleError, match=sentence):
         upcycle.plan(str(dense("qwen2")), target="mixtral")
 

@@ -149,9 +149,9 @@ def _parts_beside_shared(
             return recipe.experts, size
     most = int(routed + 1e-9) // ALIGNMENT
     raise UpcycleError(
-        f"--experts {recipe.experts} leaves less than {ALIGNMENT} of {num_neurons} neurons to an "
+        f"`experts={recipe.experts}` leaves less than {ALIGNMENT} of {num_neurons} neurons to an "
         "expert, which grouped matrix products need: "
-        + (f"give at most {most}" if most else "lower --shared")
+        + (f"give at most {most}" if most else "lower `shared`")
     )
 
 
@@ -193,8 +193,8 @@ def _kept(recipe: Recipe, num_neurons: int, layers: int, num_dense: int) -> int:
     kept = wanted // step * step
     if kept <= 0:
         raise UpcycleError(
-            f"--active {active:g}{_dense(layers, num_dense)} leaves less than {step} of "
-            f"{num_neurons} neurons to a token: raise --active"
+            f"`active={active:g}`{_dense(layers, num_dense)} leaves less than {step} of "
+            f"{num_neurons} neurons to a token: raise `active`"
         )
     return kept
 
@@ -206,9 +206,9 @@ def _nothing_to_route(
     on = max(0, int(moe_share(active, layers, num_dense) * geometry.num_neurons + 1e-9))
     shared = f", {geometry.shared_size} of them shared" if geometry.shared_size else ""
     return UpcycleError(
-        f"--active {active:g}{_dense(layers, num_dense)} leaves {on} of {geometry.num_neurons} "
+        f"`active={active:g}`{_dense(layers, num_dense)} leaves {on} of {geometry.num_neurons} "
         f"neurons to a token{shared}, so none of the experts of "
-        f"{geometry.expert_size}: raise --active" + (" or lower --shared" if recipe.shared else "")
+        f"{geometry.expert_size}: raise `active`" + (" or lower `shared`" if recipe.shared else "")
     )
 
 
@@ -237,5 +237,5 @@ def _check_cut(field: str, parts: int, num_neurons: int) -> None:
 def _checked(geometry: Geometry) -> Geometry:
     top_k = geometry.top_k
     if top_k > geometry.num_experts:
-        raise UpcycleError(f"--top-k {top_k} is more than the {geometry.num_experts} experts")
+        raise UpcycleError(f"`top_k={top_k}` is more than the {geometry.num_experts} experts")
     return geometry

@@ -56,7 +56,7 @@ def _check_finite(gradient_TD: Tensor, layer: int) -> None:
     if not all_finite(gradient_TD):
         raise UpcycleError(
             f"the loss's gradient overflows in layer {layer} on the calibration text, in "
-            f"{gradient_TD.dtype}: its weights are damaged, or need float32 (--device cpu)"
+            f"{gradient_TD.dtype}: its weights are damaged, or need float32 (`device=cpu`)"
         )
 
 

@@ -23,7 +23,7 @@ def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
     yield from source.notes
     if source.arch.encoder:
         yield (
-            "the source is an encoder: no layer is kept dense unless --keep-dense names it, and "
+            "the source is an encoder: no layer is kept dense unless `keep_dense` names it, and "
             "the check compares hidden states, for there is no next token to predict"
         )
     wider = [other for other in source.dtypes if torch.promote_types(other, dtype) != dtype]
@@ -32,7 +32,7 @@ def source_notes(source: DenseSource, dtype: torch.dtype) -> Iterator[str]:
         count = sum(info.dtype in wider for info in source.tensors.values())
         yield (
             f"the source is of several dtypes: {count} tensors in {' and '.join(names[:-1])} are "
-            f"rounded to {names[-1]}, as in transformers; --dtype float32 keeps them as they are"
+            f"rounded to {names[-1]}, as in transformers; `dtype=float32` keeps them as they are"
         )
 
 
@@ -91,5 +91,5 @@ def warnings(
         )
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
-        yield f"--shared {asked:g} became {got:.3g}, so that all experts have the same width"
+        yield f"`shared={asked:g}` became {got:.3g}, so that all experts have the same width"
     yield from way.notes(recipe, design, TARGETS[target], hosts)

@@ -420,9 +420,9 @@ def _methods(
     """
     methods = Methods.of(recipe, way.default_router, gates=way.several)
     if way.several and sources is None:
-        raise UpcycleError(f"--method {way.name} takes several models: upcycle {way.name} MODEL…")
+        raise UpcycleError(f"`method={way.name}` takes several models: upcycle {way.name} MODEL…")
     if not way.several and methods.rest.name != "base":
-        raise UpcycleError(f"--rest {methods.rest.name} goes with upcycle merge: here is one model")
+        raise UpcycleError(f"`rest={methods.rest.name}` goes with upcycle merge: here is one model")
     way.check(recipe, methods)
     if sources is not None and finished is None:
         check_rest(sources, methods.rest)
@@ -536,7 +536,7 @@ def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tu
     note = (
         f"calibration lacks the model's own writing, for which it would take {needed / 1e9:.1f} GB "
         f"of memory ({free / 1e9:.1f} GB are free): add text of the kind that the model will see, "
-        "--calibration mixed+FILE"
+        "`calibration=mixed+FILE`"
     )
     return "builtin", (note,)
 
@@ -574,7 +574,7 @@ def _choose_target(recipe: Recipe, way: Way, arch: Architecture, targets: Mappin
             raise UpcycleError(f"unknown target {recipe.target!r}{hint}{beside}")
         if targets[recipe.target]:
             raise UpcycleError(
-                f"--target {recipe.target}: {targets[recipe.target]} (reachable: {reachable})"
+                f"`target={recipe.target}`: {targets[recipe.target]} (reachable: {reachable})"
             )
         return recipe.target
     reachable_names = _reached(targets)
@@ -640,10 +640,10 @@ def _combine(
         return "plain" if _plain_weights(target) else "mean"
     if not _plain_weights(target):
         others = [name for name, why in targets.items() if not why and _plain_weights(name)]
-        choose = f"choose --target {' or '.join(others)}, " if others else ""
+        choose = f"choose `target={' or '.join(others)}`, " if others else ""
         raise UpcycleError(
-            f"--top-k 1 gives each token one expert, and {target} always renormalises "
-            f"its weight, so the router would get no gradient: raise --top-k, {choose}or pass "
+            f"`top_k=1` gives each token one expert, and {target} always renormalises "
+            f"its weight, so the router would get no gradient: raise `top_k`, {choose}or pass "
             f"{setting('allow_frozen_router', True)}"
         )
     return "sum" if geometry.whole_copies else "plain"
@@ -735,9 +735,9 @@ def _check_ties(plan: Plan) -> None:
         return
     if design.router_spread < design.routing.least_spread(design.dtype):
         raise UpcycleError(
-            f"--top-k 1: {plan.target} rounds the scores of copies that count 1 each to one and "
-            "the same below float32, so that all tokens would get the same copy: raise --top-k, or "
-            "pass --dtype float32"
+            f"`top_k=1`: {plan.target} rounds the scores of copies that count 1 each to one and "
+            "the same below float32, so that all tokens would get the same copy: raise `top_k`, or "
+            "pass `dtype=float32`"
         )
 
 
@@ -774,11 +774,11 @@ def _check_memory(plan: Plan) -> None:
     hidden = 4 * plan.fit_tokens * plan.source.arch.hidden_size
     if hidden > there_is:
         raise UpcycleError(
-            f"--calibration-tokens {plan.recipe.calibration_tokens} have hidden states of "
+            f"`calibration_tokens={plan.recipe.calibration_tokens}` have hidden states of "
             f"{hidden / 1e9:.1f} GB, but there are {there_is / 1e9:.1f} GB of memory: give fewer"
         )
     if plan.check_bytes() > free:
         raise UpcycleError(
             f"the check holds the finished model, {plan.check_bytes() / 1e9:.1f} GB, but "
-            f"{free / 1e9:.1f} GB of memory are free: pass --check none and evaluate where it fits"
+            f"{free / 1e9:.1f} GB of memory are free: pass `check=none` and evaluate where it fits"
         )

@@ -39,9 +39,8 @@ SPLIT_ONLY = (
 LOSSY = ("active", "compensate", "sequential", "keep_dense")
 """What of it pruned copies follow, too."""
 SHARED_EXPERTS = (
-    "--shared-experts counted parts of the FFN; now --shared is the share of it that is always on "
-    "and --experts counts the routed experts alone: --experts 16 --shared-experts 2 is "
-    "--experts 14 --shared 0.125"
+    "`shared_experts` counted parts of the FFN; now `shared` is the share of it that is always on "
+    "and `experts` counts the routed experts alone: 2 of 16 are `experts=14` with `shared=0.125`"
 )
 SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?", re.IGNORECASE)
 
@@ -205,7 +204,7 @@ def _not_void(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any
         void = set(SPLIT_ONLY) - set(LOSSY if method == "prune" else ())
     if given.get("active") is not None:
         if given.get("top_k") is not None:
-            raise UpcycleError("--active chooses --top-k: give one of them")
+            raise UpcycleError("`active` chooses `top_k`: give one of them")
         void.add("top_k")
     return {key: value for key, value in fields.items() if key not in void}
 
@@ -222,11 +221,11 @@ def _override(fields: dict[str, Any], key: str, value: Any) -> None:
         fields[key] = value
         return
     if name not in PLUG_INS:
-        raise UpcycleError(f"--set {key}: {name!r} has no parameters{suggest(name, PLUG_INS)}")
+        raise UpcycleError(f"`{key}`: {name!r} has no parameters{suggest(name, PLUG_INS)}")
     default = Recipe.model_fields[name].default
     current = as_choice(fields.get(name)) or (default.model_dump() if default else None)
     if not isinstance(current, dict):
         raise UpcycleError(
-            f"--set {key}: name the {name} itself first, by {setting(name, 'NAME')} or in a recipe"
+            f"`{key}`: name the {name} itself first, by {setting(name, 'NAME')} or in a recipe"
         )
     fields[name] = current | {parameter: value}

@@ -23,12 +23,12 @@ def named_dense_layers(recipe: Recipe, source: DenseSource) -> tuple[int, ...]:
     for layer in recipe.keep_dense:
         if layer >= layers:
             raise UpcycleError(
-                f"--keep-dense names layer {layer}, but {source.label} has layers 0 to {layers - 1}"
+                f"`keep_dense` names layer {layer}, but {source.label} has layers 0 to {layers - 1}"
             )
         if layer not in source.arch.ffn_layers:
-            raise UpcycleError(f"--keep-dense names layer {layer}, which has no FFN to keep dense")
+            raise UpcycleError(f"`keep_dense` names layer {layer}, which has no FFN to keep dense")
     if len(recipe.keep_dense) == len(source.arch.ffn_layers):
-        raise UpcycleError("--keep-dense names every layer, which leaves nothing to convert")
+        raise UpcycleError("`keep_dense` names every layer, which leaves nothing to convert")
     return recipe.keep_dense
 
 
@@ -47,7 +47,7 @@ def suited(recipe: Recipe, source: DenseSource, *, merges: bool) -> Recipe:
         )
     if "self" in texts(recipe.calibration):
         raise UpcycleError(
-            f"--calibration {recipe.calibration}: {source.label} is an encoder, which writes no "
+            f"`calibration={recipe.calibration}`: {source.label} is an encoder, which writes no "
             "text: give builtin or a file"
         )
     chosen = () if recipe.keep_dense == "auto" else recipe.keep_dense
@@ -66,16 +66,16 @@ def check_calibration(recipe: Recipe, methods: Methods, *, streams: bool) -> Non
     if recipe.calibration == "none":
         if streams:
             raise UpcycleError(
-                "--calibration none: this conversion needs text for its router "
+                "`calibration=none`: this conversion needs text for its router "
                 f"({methods.router.name}, {recipe.method.name})"
             )
         if recipe.check != "none":
-            raise UpcycleError("--calibration none leaves no text for the check: add --check none")
+            raise UpcycleError("`calibration=none` leaves no text for the check: add `check=none`")
     names = texts(recipe.calibration)
     for name in names:
         check_text(name)
         if name == "none" and len(names) > 1:
-            raise UpcycleError("--calibration none can't be joined with another text")
+            raise UpcycleError("`calibration=none` can't be joined with another text")
 
 
 def check_tokens(recipe: Recipe, used: Mapping[str, Bound[Any]], tokens: int, experts: int) -> None:
@@ -91,7 +91,7 @@ def check_tokens(recipe: Recipe, used: Mapping[str, Bound[Any]], tokens: int, ex
     """
     if tokens < experts:
         raise UpcycleError(
-            f"--calibration-tokens {recipe.calibration_tokens} is too few for "
+            f"`calibration_tokens={recipe.calibration_tokens}` is too few for "
             f"{experts} experts: give thousands"
         )
     for field, bound in used.items():

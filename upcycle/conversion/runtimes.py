@@ -78,9 +78,9 @@ def _instead(recipe: Recipe, arch: Architecture, specs: Specs) -> str:
     one."""
     changes: dict[str, dict[str, Any]] = {}
     if recipe.keep_dense not in ("auto", ()):
-        changes["--keep-dense none"] = {"keep_dense": ()}
+        changes["`keep_dense=none`"] = {"keep_dense": ()}
     if recipe.shared:
-        changes["--shared 0"] = {"shared": 0.0}
+        changes["`shared=0`"] = {"shared": 0.0}
     several = recipe.runtimes if len(recipe.runtimes) > 1 else ()
     others = [name for name in RUNTIMES if name not in recipe.runtimes]
     changes |= {f"{_flags([name])} alone": {"runtimes": (name,)} for name in several}
@@ -90,11 +90,11 @@ def _instead(recipe: Recipe, arch: Architecture, specs: Specs) -> str:
         changed = recipe.model_copy(update={"target": "auto"} | change)
         run = [name for name in TARGETS if not _refusal(changed, arch, name, specs)]
         found += [f"{words} gives {' or '.join(run)}"] if run else []
-    return ", ".join(found) or "transformers 5 runs it, without --for"
+    return ", ".join(found) or "transformers 5 runs it, without `runtimes`"
 
 
 def _flags(runtimes: Iterable[Runtime]) -> str:
-    return " ".join(f"--for {name.replace(' ', '-')}" for name in runtimes)
+    return f"`runtimes={','.join(name.replace(' ', '-') for name in runtimes)}`"
 
 
 def takes_dense_layers(
@@ -122,7 +122,7 @@ def runtime_refusals(
             for name in sorted(TARGETS)
             if not _obstacles(runtime, recipe, arch, name, spec, combine)
         ]
-        instead = f"; it runs --target {' or '.join(others)}" if others else ""
+        instead = f"; it runs `target={' or '.join(others)}`" if others else ""
         refusals[runtime] = f"{', '.join(reasons)}{instead}"
     return refusals
 

@@ -38,6 +38,6 @@ def write_unit(
         # What is not converted may have bounds that are infinite.
         meant = unit == PARTS and not all_finite(tensor)
         if stored.dtype == torch.float16 and not all_finite(stored) and not meant:
-            raise UpcycleError(f"{name} holds weights too large for float16: pass --dtype bfloat16")
+            raise UpcycleError(f"{name} holds weights too large for float16: pass `dtype=bfloat16`")
         writer.write(name, stored)
     workspace.done(unit, record | ({SEEN: meter.plain()} if meter else {}))

@@ -1,8 +1,10 @@
-"""How an error, a note or a help text names a setting: by its flag, or by `--set` if it has none.
+"""How a sentence names a setting: in Python as the field that it is, on the command line by its
+flag, or by `--set` if it has none.
 
 The flags of `convert` and `finetune` are listed here alone.
 """
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -27,27 +29,50 @@ TRAINING_FLAGS = (
     *("precision", "device", "seed"),
 )
 """Fields of a training request that `finetune` has a flag for; `--set` sets the others."""
-SPELLED = {"runtimes": "for"}
+PARAMETERS = (
+    *("out", "overwrite", "resume", "revision", "recipe"),
+    *("text", "base", "shared_model", "add", "prompts"),
+    *("against", "tasks", "speed", "card", "evaluation", "push_to_hub", "private"),
+)
+"""Flags that are no setting of a recipe or a preset."""
+SPELLED = {"runtimes": "--for", "prompts": "--prompt", "out": "-o"}
 """Flags that are not called as their field is."""
 ABOUT = ("name", "summary", "paper", "departures")
 """Fields that say what a recipe is, and change nothing."""
 
 
 def setting(field: str, value: Any = None) -> str:
-    """A setting as the command line spells it: `--top-k 2`, `--set granularity=2`.
+    """A setting as sentences name it, in backticks: `top_k=2`.
 
     Args:
-        value: left out where it is not known: `--top-k`, `--set granularity=…`.
+        value: left out where it is not known: `top_k`, and `granularity=…`, which has no flag.
     """
-    if field not in (*CONVERSION_FLAGS, *TRAINING_FLAGS):
-        return f"--set {field}={'…' if value is None else spelled(value)}"
-    flag = flag_of(field)
-    return flag if value is None or value is True else f"{flag} {spelled(value)}"
+    if value is None:
+        return f"`{field}`" if has_flag(field) else f"`{field}=…`"
+    return f"`{field}={value if isinstance(value, bool) else spelled(value)}`"
+
+
+def as_flags(sentence: str) -> str:
+    """A sentence that names settings, as the command line spells them: `top_k=2` becomes
+    --top-k 2, and `granularity=2` --set granularity=2."""
+    return re.sub(r"`([a-z_]+)((?:\.\w+)?)(?:=([^`]*))?`", _as_flag, sentence)
+
+
+def _as_flag(found: re.Match[str]) -> str:
+    field, parameter, value = found.groups()
+    if parameter or not has_flag(field):
+        told = {"True": "true", "False": "false"}.get(value, value)
+        return found[0] if value is None else f"--set {field}{parameter}={told}"
+    return flag_of(field) if value in (None, "True") else f"{flag_of(field)} {value}"
+
+
+def has_flag(field: str) -> bool:
+    return field in {*CONVERSION_FLAGS, *MERGE_FLAGS, *TRAINING_FLAGS, *PARAMETERS}
 
 
 def flag_of(field: str) -> str:
     """The flag of a field that has one: `--top-k`."""
-    return "--" + SPELLED.get(field, field).replace("_", "-")
+    return SPELLED.get(field, "--" + field.replace("_", "-"))
 
 
 def spelled(value: Any) -> str:
@@ -73,7 +98,7 @@ def describe_settings(defaults: BaseModel, flags: Collection[str]) -> list[dict[
             "name": name,
             "meaning": " ".join((field.description or "").split()),
             "default": "" if getattr(defaults, name) is None else spelled(getattr(defaults, name)),
-            "flag": setting(name) if name in flags else "",
+            "flag": flag_of(name) if name in flags else "",
         }
         for name, field in type(defaults).model_fields.items()
         if name not in ABOUT

@@ -27,8 +27,8 @@ NO_MEMORY = ("not enough memory", "allocate memory", "out of memory", "bad_alloc
 """What a RuntimeError says that is a lack of memory; torch has no other on a CPU."""
 NO_ROOM = ("No space left", "os error 28")
 OUT_OF_MEMORY = (
-    f"out of memory: lower --calibration-tokens, --seq-len or {setting('micro_batch')}, or pass "
-    "--check none"
+    f"out of memory: lower `calibration_tokens`, `seq_len` or {setting('micro_batch')}, or pass "
+    "`check=none`"
 )
 
 

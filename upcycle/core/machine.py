@@ -23,12 +23,12 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UpcycleError(f"--device {name!r} is not a device: give auto, cpu or cuda") from error
+        raise UpcycleError(f"`device={name!r}` is not a device: give auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
-        raise UpcycleError(f"--device {name!r} is not supported: give auto, cpu or cuda")
+        raise UpcycleError(f"`device={name!r}` is not supported: give auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UpcycleError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here"
+            f"`device={name}`: torch sees {torch.cuda.device_count()} CUDA devices here"
         )
     return device
 

@@ -40,7 +40,7 @@ def check_model(model: str, revision: str | None = None) -> None:
     """
     path = local_path(model)
     if revision is not None and path.exists():
-        raise UpcycleError(f"--revision {revision} goes with a hub id, but {model} is a local path")
+        raise UpcycleError(f"`revision={revision}` goes with a hub id, but {model} is a local path")
     if path.is_file() and path.suffix != ".gguf":
         raise UpcycleError(f"{model} is a file: give the folder that holds config.json, or a .gguf")
     if not path.exists() and (path.suffix == ".gguf" or not re.fullmatch(HUB_ID, model)):

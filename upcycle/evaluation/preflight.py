@@ -18,7 +18,7 @@ def check_evaluation(model: str, against: str | None, named: Iterable[str]) -> N
         if name is not None:
             check_model(name)
     for text in named:
-        check_text(text, "--text")
+        check_text(text, "text")
 
 
 def top_ks_named(words: str) -> list[int]:
@@ -29,5 +29,5 @@ def top_ks_named(words: str) -> list[int]:
     """
     parts = [part.strip() for part in words.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise UpcycleError(f"--top-k {words!r}: give numbers of experts per token, such as 4,8,16")
+        raise UpcycleError(f"`top_k={words!r}`: give numbers of experts per token, such as 4,8,16")
     return [int(part) for part in parts]

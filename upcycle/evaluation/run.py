@@ -221,7 +221,7 @@ def evaluate(
         UpcycleError: a model or a text can't be read, a setting is wrong, or lm-eval is missing.
     """
     for text in texts:
-        check_text(text, "--text")
+        check_text(text, "text")
     place, windows = choose_device(device), max(1, tokens // seq_len)
     if speed:
         _check_batch(batch_size, windows * len(texts))
@@ -256,8 +256,8 @@ def evaluate(
 def _check_batch(batch_size: int, windows: int) -> None:
     if batch_size > windows:
         raise UpcycleError(
-            f"--batch-size {batch_size} needs as many windows of text, but there are "
-            f"{windows}: raise --tokens"
+            f"`batch_size={batch_size}` needs as many windows of text, but there are "
+            f"{windows}: raise `tokens`"
         )
 
 
@@ -448,7 +448,7 @@ def _vocab_size(folder: Path, dense_folder: Path | None) -> int:
         other = int(read_text_config(dense_folder).vocab_size)
         if other != vocab_size:
             raise UpcycleError(
-                f"--against {dense_folder} has a vocabulary of {other:,} tokens, but {folder} one "
+                f"`against={dense_folder}` has a vocabulary of {other:,} tokens, but {folder} one "
                 f"of {vocab_size:,}: give the dense model that it was made from"
             )
     return vocab_size
@@ -460,7 +460,7 @@ def choose_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
         own = read_text_config(folder).dtype
         return torch.float32 if device.type == "cpu" or own is None else own
     if name not in DTYPES:
-        raise UpcycleError(f"--dtype {name!r} is unknown: give auto, {', '.join(DTYPES)}")
+        raise UpcycleError(f"`dtype={name!r}` is unknown: give auto, {', '.join(DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

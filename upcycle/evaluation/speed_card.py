@@ -48,20 +48,20 @@ def check_card(model: str, *, speed: bool) -> None:
         UpcycleError: speed is not measured, or the model is no folder of ours that can be written.
     """
     if not speed:
-        raise UpcycleError("--card writes the measured speed to the model card: add --speed")
+        raise UpcycleError("`card` writes the measured speed to the model card: add `speed`")
     folder = local_path(model)
     if not folder.is_dir():
         raise UpcycleError(
-            f"--card writes to the card of a folder here, which {model} is not: give the folder "
+            f"`card` writes to the card of a folder here, which {model} is not: give the folder "
             "that upcycle wrote"
         )
     if not (folder / RECORD).is_file():
         raise UpcycleError(
-            f"--card: {model} holds no {RECORD}, so upcycle did not write it and leaves its "
-            "card alone: drop --card"
+            f"`card`: {model} holds no {RECORD}, so upcycle did not write it and leaves its "
+            "card alone: drop `card`"
         )
     if not os.access(folder, os.W_OK):
-        raise UpcycleError(f"--card: {model} is not writable: make it so, or drop --card")
+        raise UpcycleError(f"`card`: {model} is not writable: make it so, or drop `card`")
     _read(folder / CARD)
 
 
@@ -85,4 +85,4 @@ def _read(card: Path) -> str:
     try:
         return card.read_text(encoding="utf-8") if card.is_file() else ""
     except UnicodeDecodeError as error:
-        raise UpcycleError(f"--card: {card} is not UTF-8 text: restore or delete it") from error
+        raise UpcycleError(f"`card`: {card} is not UTF-8 text: restore or delete it") from error

@@ -35,19 +35,19 @@ def open_tasks(names: list[str]) -> Tasks:
     try:
         from lm_eval.tasks import TaskManager, get_task_dict
     except ImportError as error:
-        raise UpcycleError("--tasks needs `pip install upcycle[eval]`") from error
+        raise UpcycleError("`tasks` needs `pip install upcycle[eval]`") from error
     with redirect_stdout(sys.stderr):  # ours is for the result
         manager = TaskManager()
         for name in names:
             if name not in manager.all_tasks and not Path(name).is_file():
                 raise UpcycleError(
-                    f"--tasks {name!r} is no task of lm-eval{_nearest(name, manager)}"
+                    f"`tasks={name!r}` is no task of lm-eval{_nearest(name, manager)}"
                 )
         try:
             get_task_dict(names, manager)
         except Exception as error:  # whatever a task's own code and the datasets library raise
             raise UpcycleError(
-                f"--tasks {','.join(names)} can't be loaded (their data come from the hub): "
+                f"`tasks={','.join(names)}` can't be loaded (their data come from the hub): "
                 f"{reason(error)}"
             ) from error
     return Tasks(names, manager)
@@ -101,7 +101,7 @@ def _scores(
             )
         except Exception as error:  # as above
             raise UpcycleError(
-                f"--tasks {','.join(tasks.names)}: lm-eval fails on {model['pretrained']}: "
+                f"`tasks={','.join(tasks.names)}`: lm-eval fails on {model['pretrained']}: "
                 f"{reason(error)}"
             ) from error
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}

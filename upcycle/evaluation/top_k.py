@@ -16,11 +16,11 @@ def check_top_ks(wanted: list[int], blocks: list[MoEBlock], model: str) -> None:
         UpcycleError: it can't.
     """
     if wanted and not blocks:
-        raise UpcycleError(f"--top-k: {model} is dense, without experts to select")
+        raise UpcycleError(f"`top_k`: {model} is dense, without experts to select")
     for top_k in wanted:
         fewest = min(block.num_experts for block in blocks)
         if not 1 <= top_k <= fewest:
-            raise UpcycleError(f"--top-k {top_k}: {model} has {fewest} experts: give 1 to {fewest}")
+            raise UpcycleError(f"`top_k={top_k}`: {model} has {fewest} experts: give 1 to {fewest}")
 
 
 def made_at(folder: Path) -> PlanPart | None:
@@ -48,7 +48,7 @@ def sum_note(plan: PlanPart | None, config: Any, top_k: int) -> str:
         return (
             f"{plan.target} divides weights by their sum, and the gain of {plan.top_k} is right at "
             f"{plan.top_k} experts only: at {top_k} each counts {plan.top_k / top_k:.3g} times as "
-            f"much; convert with --top-k {top_k} for one that is right there"
+            f"much; convert with `top_k={top_k}` for one that is right there"
         )
     if not renormalised:
         return (

@@ -129,8 +129,8 @@ def _chats(reader: Reader, name: str, rows: int, seq_len: int, seed: int) -> tup
     kept = scored[:whole].view(-1, length)[:, first:].any(1).nonzero()[:, 0]
     if len(kept) < 2:
         raise UpcycleError(
-            f"--data {name!r} holds {len(kept)} sequences of {seq_len} with words of the "
-            "assistant, but two are the least to train and validate on: lower --seq-len, or give "
+            f"`data={name!r}` holds {len(kept)} sequences of {seq_len} with words of the "
+            "assistant, but two are the least to train and validate on: lower `seq_len`, or give "
             "more chats"
         )
     if len(kept) > rows:
@@ -151,8 +151,8 @@ def _pack(
     length = reader.body(seq_len)
     if len(ids) < length + 2:
         raise UpcycleError(
-            f"--data {name!r} holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
-            "least to train and validate on: lower --seq-len, or give more text"
+            f"`data={name!r}` holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
+            "least to train and validate on: lower `seq_len`, or give more text"
         )
     if not reader.front and len(ids) % length == 1:
         ids = ids[:-1]  # a sequence of one token predicts nothing

@@ -84,7 +84,7 @@ def _check_origin(origin: Source, teacher: Path, folder: Path) -> None:
     if origin.fingerprint not in (None, open_source(str(teacher)).fingerprint()):
         raise UpcycleError(
             f"{folder / RECORD} says that the model was made from {origin.name}, but what "
-            "has that name now is another: name the dense model by --teacher, or give --distill 0"
+            "has that name now is another: name the dense model by `teacher`, or give `distill=0`"
         )
 
 
@@ -99,19 +99,19 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
     try:
         teacher = stack.enter_context(checkpoint_folder(request.teacher))
     except UpcycleError as error:
-        raise UpcycleError(f"--teacher: {error}") from error
+        raise UpcycleError(f"`teacher`: {error}") from error
     theirs, ours = (read_text_config(each).vocab_size for each in (teacher, folder))
     if theirs != ours:
         raise UpcycleError(
-            f"--teacher {request.teacher} has a vocabulary of {theirs:,}, but the model of "
+            f"`teacher={request.teacher}` has a vocabulary of {theirs:,}, but the model of "
             f"{ours:,}: name the dense model that it was made from"
         )
     if request.match_layers and _depth_and_width(teacher) != _depth_and_width(folder):
         raise UpcycleError(
             f"{setting('match_layers', request.match_layers)} compares layer by layer, but "
-            f"--teacher {request.teacher} has "
+            f"`teacher={request.teacher}` has "
             f"{' layers of '.join(map(str, _depth_and_width(teacher)))} and "
-            f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use --distill"
+            f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use `distill`"
         )
     return teacher
 

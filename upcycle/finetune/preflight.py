@@ -27,6 +27,6 @@ def check_texts(request: Training) -> None:
         UpcycleError: a text is none, or is not for that.
     """
     for text in texts(request.data):
-        check_text(text, "--data")
+        check_text(text, "data")
     for text in texts(request.validate_also or "probes"):
-        check_text(text, "--text")
+        check_text(text, "text")

@@ -60,7 +60,7 @@ def _on_cpu(request: Training) -> bool:
     if 0 < devices < processes:
         raise UpcycleError(
             f"{processes} processes were started, but torch sees {devices} GPUs here: start at "
-            f"most {devices}, or pass --device cpu"
+            f"most {devices}, or pass `device=cpu`"
         )
     return False
 
@@ -83,13 +83,13 @@ def _check_request(accelerator: Accelerator, request: Training) -> None:
             f"{setting('tracker', request.tracker)} is not installed: pip install {request.tracker}"
         )
     if request.device == "cuda" and accelerator.device.type != "cuda":
-        raise UpcycleError("--device cuda: torch sees no CUDA device here")
+        raise UpcycleError("`device=cuda`: torch sees no CUDA device here")
     each = request.micro_batch * accelerator.num_processes
     if request.batch_size % each:
         raise UpcycleError(
-            f"--batch-size {request.batch_size} is not a multiple of {each}, which is "
+            f"`batch_size={request.batch_size}` is not a multiple of {each}, which is "
             f"{setting('micro_batch', request.micro_batch)} on {accelerator.num_processes} "
-            f"processes: give --batch-size {-(-request.batch_size // each) * each}"
+            f"processes: give `batch_size={-(-request.batch_size // each) * each}`"
         )
 
 
@@ -99,6 +99,6 @@ def _shard_in_float32(accelerator: Accelerator, request: Training) -> None:
     if request.dtype not in ("auto", "float32") and not request.lora:
         raise UpcycleError(
             f"dtype={request.dtype} with FSDP, which shards weights of one dtype, while routers "
-            "stay in float32: use --precision"
+            "stay in float32: use `precision`"
         )
     accelerator.state.fsdp_plugin.mixed_precision_policy = None

@@ -227,7 +227,7 @@ def _workspace(
 
 def _no_room(out: Path, error: OSError, saved: dict[str, Any] | None) -> UpcycleError:
     """What to do about a full disk, by the notes of the state that was saved before."""
-    after = "start anew" if saved is None else f"--resume goes on from step {saved['step']}"
+    after = "start anew" if saved is None else f"`resume` goes on from step {saved['step']}"
     return UpcycleError(f"can't write beside {out}: {error.strerror}; make room, then {after}")
 
 
@@ -245,7 +245,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     if settings.balance_bias and any(b.selection_bias is None for b in blocks):
         raise UpcycleError(
             f"{setting('balance_bias', settings.balance_bias)} has no effect on "
-            f"{model.config.model_type}, which has no selection bias: use --balance"
+            f"{model.config.model_type}, which has no selection bias: use `balance`"
         )
     keep_float32(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)

@@ -131,16 +131,16 @@ class Training(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "Training":
         if self.tokens is not None and self.steps is not None:
-            raise UpcycleError("--tokens and --steps both say how long to train: give one of them")
+            raise UpcycleError("`tokens` and `steps` both say how long to train: give one of them")
         for name in ("distill", "match_layers"):
             if getattr(self, name) and self.teacher is None:
                 raise UpcycleError(
                     f"{setting(name, getattr(self, name))} compares with a dense model: name it "
-                    "by --teacher DENSE"
+                    "by `teacher=DENSE`"
                 )
         if not (self.next_token or self.distill or self.match_layers):
             raise UpcycleError(
-                f"{setting('next_token', 0)} leaves no loss: give --distill 1 or "
+                f"{setting('next_token', 0)} leaves no loss: give `distill=1` or "
                 f"{setting('match_layers', 1)}"
             )
         if self.teacher_top_k and self.match_layers:
@@ -153,21 +153,21 @@ class Training(BaseModel):
             if getattr(self, name) != default and not self.distill:
                 raise UpcycleError(
                     f"{setting(name, getattr(self, name))} is about the divergence from the "
-                    f"teacher, which does not count: give --distill 1, or set it to {default:g}"
+                    f"teacher, which does not count: give `distill=1`, or set it to {default:g}"
                 )
         if self.merge and self.lora is None:
-            raise UpcycleError("--merge merges low-rank changes: give --lora RANK too")
+            raise UpcycleError("`merge` merges low-rank changes: give `lora=RANK` too")
         if self.lora and self.balance_bias:
             raise UpcycleError(
                 f"{setting('balance_bias', self.balance_bias)} changes the checkpoint itself, "
-                "which --lora leaves as it is: give --balance, or drop --lora"
+                "which `lora` leaves as it is: give `balance`, or drop `lora`"
             )
         if self.train == "experts":
             for name in OF_ROUTERS:
                 if getattr(self, name):
                     raise UpcycleError(
                         f"{setting(name, getattr(self, name))} has no effect with "
-                        "--train experts, which leaves the routers as they are: set it to 0, or "
+                        "`train=experts`, which leaves the routers as they are: set it to 0, or "
                         "train moe"
                     )
         return self

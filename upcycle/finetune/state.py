@@ -78,7 +78,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Put the saved model and optimizer state back."""
-    with blaming(f"{folder / STATE} is damaged, so drop --resume to start anew"):
+    with blaming(f"{folder / STATE} is damaged, so drop `resume` to start anew"):
         tensors = load_file(folder / STATE, backend="pread")
     put_back(model, _under(tensors, "model."))
     for number, parameter in enumerate(_parameters(optimizer)):
@@ -95,7 +95,7 @@ def read_notes(folder: Path) -> dict[str, Any] | None:
     if not (folder / STATE).is_file():
         return None
     with (
-        blaming(f"{folder / STATE} is damaged, so drop --resume to start anew"),
+        blaming(f"{folder / STATE} is damaged, so drop `resume` to start anew"),
         safe_open(folder / STATE, framework="pt") as file,
     ):
         notes: dict[str, Any] = json.loads(file.metadata()["notes"])

@@ -209,8 +209,8 @@ def check_finite(setup: Setup, measured: dict[str, float], step: int) -> None:
         rate = setup.settings.lr * learning_rate(setup.settings, step - 1, "other")
         raise Diverged(
             f"training stopped at step {step}: the {name.replace('_', ' ')} is {value:g} "
-            f"(learning rate {rate:.3g} of --lr {setup.settings.lr:g}, precision "
-            f"{setup.accelerator.mixed_precision}): lower --lr, or train in another --precision"
+            f"(learning rate {rate:.3g} of `lr={setup.settings.lr:g}`, precision "
+            f"{setup.accelerator.mixed_precision}): lower `lr`, or train in another `precision`"
         )
 
 
@@ -313,7 +313,7 @@ def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
         if grad_TE is None or not grad_TE.any():
             raise UpcycleError(
                 f"{setting(name, getattr(setup.settings, name))} has no effect on this model's "
-                "routers: set it to 0, or train them (--train moe)"
+                "routers: set it to 0, or train them (`train=moe`)"
             )
 
 
@@ -323,8 +323,8 @@ def _check_router_gradient(setup: Setup) -> None:
     if routers and (_fixed_weights(setup) or not any(float(grad.norm()) for grad in grads)):
         raise UpcycleError(
             "the routers get no gradient: with one expert per token and renormalised weights, the "
-            f"weight is always 1; pass {setting('dense_router_gradient', True)} or --balance, or "
-            "--train experts"
+            f"weight is always 1; pass {setting('dense_router_gradient', True)} or `balance`, or "
+            "`train=experts`"
         )
 
 

@@ -86,7 +86,7 @@ def freeze_all_but(model: nn.Module, known: Members, train: Train) -> None:
         member = known.get(id(parameter))
         parameter.requires_grad_(member is not None and member.group in TRAINS[train])
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UpcycleError(f"--train {train}: the model has no {' or '.join(TRAINS[train])}")
+        raise UpcycleError(f"`train={train}`: the model has no {' or '.join(TRAINS[train])}")
 
 
 def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: int) -> Any:
@@ -103,7 +103,7 @@ def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: i
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UpcycleError("--lora needs `pip install upcycle[lora]`") from error
+        raise UpcycleError("`lora` needs `pip install upcycle[lora]`") from error
     asked = [
         m
         for m in known.values()
@@ -112,7 +112,9 @@ def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: i
     attention = {m.name.removesuffix(".weight") for m in asked if m.group == "attention"}
     parameters = {m.name for m in asked if m.group in GROUPS[:3] + GROUPS[4:5]}
     if not attention | parameters:
-        raise UpcycleError(f"--lora --train {train}: the model has no {' or '.join(TRAINS[train])}")
+        raise UpcycleError(
+            f"`lora` with `train={train}`: the model has no {' or '.join(TRAINS[train])}"
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -123,7 +125,7 @@ def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: i
     changed = get_peft_model(model, config)
     reached = {item.member.name for item in trained(changed, known)}
     for name in sorted({m.name for m in asked if m.group != GROUPS[-1]} - reached):
-        raise UpcycleError(f"--lora: this version of peft can't change {name}: upgrade it")
+        raise UpcycleError(f"`lora`: this version of peft can't change {name}: upgrade it")
     return changed
 
 

@@ -17,7 +17,7 @@ from upcycle.models.tokens import Reader, open_reader
 
 CHECK_WINDOW = 512
 """Tokens of a window on which the check measures, at most: built-in probes are short."""
-REMEDY = "(check included): lower --calibration-tokens, or give more text"
+REMEDY = "(check included): lower `calibration_tokens`, or give more text"
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def check_seq_len(seq_len: int, config: PreTrainedConfig) -> None:
     positions = getattr(config, "max_position_embeddings", None) or seq_len
     if seq_len > positions and rope.get("rope_type") != "dynamic":
         raise UpcycleError(
-            f"--seq-len {seq_len} is more than the model's {positions} positions "
-            f"(max_position_embeddings): give --seq-len {positions}"
+            f"`seq_len={seq_len}` is more than the model's {positions} positions "
+            f"(max_position_embeddings): give `seq_len={positions}`"
         )
 
 

@@ -14,7 +14,7 @@ def check_repo(repo: str | None, *, private: bool) -> None:
     """
     if repo is None:
         if private:
-            raise UpcycleError("--private goes with --push-to-hub REPO")
+            raise UpcycleError("`private` goes with `push_to_hub=REPO`")
         return
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -23,7 +23,7 @@ def check_repo(repo: str | None, *, private: bool) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UpcycleError(
-            f"--push-to-hub {repo!r} is no name such as me/model: {error}"
+            f"`push_to_hub={repo!r}` is no name such as me/model: {error}"
         ) from error
 
 

@@ -78,7 +78,7 @@ def written_tokens(
             if len(found) == before:
                 raise UpcycleError(
                     "the model repeats itself in all that it writes, which nothing can be fitted "
-                    "on: give --calibration builtin, or a text of your own"
+                    "on: give `calibration=builtin`, or a text of your own"
                 )
     progress("writing text", wanted, wanted)
     tokens = torch.tensor(found, dtype=torch.int64)

@@ -135,7 +135,7 @@ class HiddenStream:
         if not torch.isfinite(x_TD).all():
             raise UpcycleError(
                 f"the dense model overflows in layer {layer} on the calibration text, in "
-                f"{self.dtype}: its weights are damaged, or need float32 (--device cpu)"
+                f"{self.dtype}: its weights are damaged, or need float32 (`device=cpu`)"
             )
         return x_TD, torch.cat([h_bLD.norm(dim=-1).flatten() for h_bLD in self.hidden])
 

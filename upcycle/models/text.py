@@ -33,9 +33,9 @@ OURS = ("builtin", "probes", *PROBES)
 """Texts that ship with upcycle."""
 HUB = "hf:DATASET[@config][:split[:column]]"
 NAMES = {
-    "--calibration": ("mixed", "builtin", "self", "none"),
-    "--data": ("builtin",),
-    "--text": ("probes", "builtin"),
+    "calibration": ("mixed", "builtin", "self", "none"),
+    "data": ("builtin",),
+    "text": ("probes", "builtin"),
 }
 """Of texts that are no files, by what they are for."""
 MODULE_MOST = 4000
@@ -125,7 +125,7 @@ def public_texts(text: str) -> str:
     return "+".join(map(public_name, texts(text)))
 
 
-def parse(text: str, flag: str = "--text") -> Text:
+def parse(text: str, field: str = "text") -> Text:
     """The text that a name means.
 
     Raises:
@@ -134,49 +134,51 @@ def parse(text: str, flag: str = "--text") -> Text:
     if text in OURS:
         return Shipped(text)
     if text.startswith("hf:"):
-        return _data_set(text, flag)
+        return _data_set(text, field)
     path = local_path(text)
     if path.name and path.is_dir():  # what is here, or everything, is no text
         return DataSet(text, str(path))
     if not path.is_file():
         raise UpcycleError(
-            f"{flag} {text!r} is not a file: give {', '.join(NAMES[flag])}, {HUB}, or a file or "
-            f"folder of text ({', '.join(ENDINGS)})"
+            f"`{field}={text!r}` is not a file: give {', '.join(NAMES[field])}, {HUB}, or a file "
+            f"or folder of text ({', '.join(ENDINGS)})"
         )
     if ending(path) not in ENDINGS:
         raise UpcycleError(
-            f"{flag} {text!r} ends in {ending(path)!r}: known are {', '.join(ENDINGS)}, also "
+            f"`{field}={text!r}` ends in {ending(path)!r}: known are {', '.join(ENDINGS)}, also "
             f"followed by {', '.join(COMPRESSED)}"
         )
     return File(path)
 
 
-def _data_set(text: str, flag: str) -> DataSet:
+def _data_set(text: str, field: str) -> DataSet:
     name, split, column = [*text.removeprefix("hf:").split(":"), "", ""][:3]
     path, _, config = name.partition("@")
     if local_path(name).is_dir():
         path, config = name, ""
     if not path:
-        raise UpcycleError(f"{flag} {text!r} names no dataset: {HUB}")
+        raise UpcycleError(f"`{field}={text!r}` names no dataset: {HUB}")
     folder = local_path(path)
     return DataSet(f"hf:{name}", str(folder) if folder.is_dir() else path, config, split, column)
 
 
-def check_text(text: str, flag: str = "--calibration") -> None:
+def check_text(text: str, field: str = "calibration") -> None:
     """Raise the errors about a text that can be known without reading it.
 
     `mixed`, `self` and `none` are calibration texts only; on probes models are only measured.
     """
-    if text in NAMES[flag]:
+    if text in NAMES[field]:
         return
-    if flag != "--text" and text in ("probes", *PROBES):
-        raise UpcycleError(f"{flag} {text!r} is for --text alone: nothing is ever fitted on probes")
-    parse(text, flag)
+    if field != "text" and text in ("probes", *PROBES):
+        raise UpcycleError(
+            f"`{field}={text!r}` is for `text` alone: nothing is ever fitted on probes"
+        )
+    parse(text, field)
 
 
 def text_files(text: str) -> list[Path]:
     """The files here that texts, joined by +, are read from."""
-    named = (name for name in texts(text) if name not in NAMES["--calibration"])
+    named = (name for name in texts(text) if name not in NAMES["calibration"])
     return [path for name in named for path in parse(name).files]
 
 

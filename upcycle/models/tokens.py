@@ -82,7 +82,7 @@ class Reader:
         return torch.tensor(tokens[:wanted], dtype=torch.int64)
 
     def windows(
-        self, text: str, count: int, length: int, *, seed: int, remedy: str = "(--tokens)"
+        self, text: str, count: int, length: int, *, seed: int, remedy: str = "(`tokens`)"
     ) -> Tensor:
         """Windows [count, length] from all over a text, in order.
 
@@ -354,7 +354,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with blaming(
             f"{folder} holds no tokenizer that transformers reads, so no text can be tokenised "
-            "(add the model's tokenizer files, or pass --calibration none)"
+            "(add the model's tokenizer files, or pass `calibration=none`)"
         ):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except UpcycleError:

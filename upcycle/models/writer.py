@@ -33,7 +33,7 @@ BEGIN = b'{"fingerprint": "'
 """How a journal begins."""
 ASIDE, RESULT, FORMER = "aside", "result", "former"
 """Folders beside the journal."""
-NOT_OURS = "is not what upcycle writes: drop --resume to start anew"
+NOT_OURS = "is not what upcycle writes: drop `resume` to start anew"
 WRITE_BYTES = 2**20
 """At a time. Longer writes may fill the page cache with huge pages, which can be dear to get: on a
 virtual machine, writes of 138 MB took the kernel 4.3 s for 2.8 GB, these 0.5 s."""
@@ -190,7 +190,7 @@ class Workspace:
         elif begun != self.run:
             raise UpcycleError(
                 f"{self.folder} was begun with another source, text, recipe or version: repeat "
-                "that request, or drop --resume to start anew"
+                "that request, or drop `resume` to start anew"
             )
         self.result.mkdir(exist_ok=True)
         self.records |= {entry["unit"]: entry["record"] for entry in entries[1:]}
@@ -224,7 +224,7 @@ class Workspace:
     def kept(self, unit: str) -> dict[str, Tensor]:
         """What was put aside for a unit."""
         path = self._aside(unit)
-        with blaming(f"{path} is damaged, so drop --resume to start anew"):
+        with blaming(f"{path} is damaged, so drop `resume` to start anew"):
             return load_file(path)
 
     def _aside(self, unit: str) -> Path:
@@ -243,7 +243,7 @@ class Workspace:
         """Make the result the folder OUT, in place of a former one if that is to be overwritten.
         When this returns, it is on the disk."""
         if self.out.exists() and not overwrite and any(self.out.iterdir()):
-            raise UpcycleError(f"{self.out} appeared while converting: pass --overwrite")
+            raise UpcycleError(f"{self.out} appeared while converting: pass `overwrite`")
         sync_tree(self.result)
         _exchange(self.result, self.out, self.folder / FORMER)
         sync(self.out.parent)
@@ -400,14 +400,14 @@ def check_out(out: Path, source: Path, size: int, *, overwrite: bool, resume: bo
     """
     check_name(out)
     if out.exists() and not out.is_dir():
-        raise UpcycleError(f"-o {out} is a file: give a folder")
+        raise UpcycleError(f"`out={out}` is a file: give a folder")
     if out.is_mount():
         raise UpcycleError(
-            f"-o {out} is a mount point, which the finished folder can't replace: give a folder "
+            f"`out={out}` is a mount point, which the finished folder can't replace: give a folder "
             "inside it"
         )
     if source.resolve() == out or out in source.resolve().parents:
-        raise UpcycleError(f"-o {out} holds the source: give another folder")
+        raise UpcycleError(f"`out={out}` holds the source: give another folder")
     check_ours(partial_folder(out))
     if resume and recorded_run(out) is not None:
         return  # It may be finished, and then needs no room.
@@ -423,24 +423,26 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
     if not present.exists() or not any(present.iterdir()):
         return
     if not overwrite:
-        raise UpcycleError(f"-o {out} exists and is not empty: choose another, or --overwrite")
+        raise UpcycleError(f"`out={out}` exists and is not empty: choose another, or `overwrite`")
     if not (present / RECORD).is_file():
-        raise UpcycleError(f"-o {out} was not written by upcycle, so --overwrite leaves it alone")
+        raise UpcycleError(
+            f"`out={out}` was not written by upcycle, so `overwrite` leaves it alone"
+        )
 
 
 def _check_room(out: Path, size: int) -> None:
     existing = next(p for p in out.parents if p.exists())
     if not existing.is_dir():
-        raise UpcycleError(f"-o {out}: {existing} is a file: give another folder")
+        raise UpcycleError(f"`out={out}`: {existing} is a file: give another folder")
     if not os.access(existing, os.W_OK):
-        raise UpcycleError(f"-o {out}: {existing} is not writable")
+        raise UpcycleError(f"`out={out}`: {existing} is not writable")
     free = shutil.disk_usage(existing).free
     needed = size + 64 * 2**20
     if partial_folder(out).exists():
         free += sum(p.stat().st_size for p in partial_folder(out).rglob("*"))
     if needed > free:
         raise UpcycleError(
-            f"-o {out} needs {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"
+            f"`out={out}` needs {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"
         )
 
 

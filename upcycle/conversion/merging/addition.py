@@ -59,19 +59,19 @@ def addition_request(
         UpcycleError: a name, a field or a setting is wrong, or the model is no merge.
     """
     if len(models) != 1:
-        raise UpcycleError(f"--add {add} adds one expert to one merge: name that alone")
+        raise UpcycleError(f"`add={add}` adds one expert to one merge: name that alone")
     if shared_model is not None:
         raise UpcycleError(
-            f"--shared-model {shared_model} has no effect with --add: a finished merge keeps its "
+            f"`shared_model={shared_model}` has no effect with `add`: a finished merge keeps its "
             "shared expert"
         )
     named = dict(texts or {})
     for text in named.values():
-        check_text(text, "--text")
+        check_text(text, "text")
     expert = Expert(parse_model(add), prompts)
     own = [name for name in named if name in (NEW, add, Path(add).name)]
     if len(own) > 1:
-        raise UpcycleError(f"--text names {add} twice: give it one text, joined by + if need be")
+        raise UpcycleError(f"`text` names {add} twice: give it one text, joined by + if need be")
     if own:
         expert = replace(expert, text=named.pop(own[0]))
     request = Addition(models[0], expert, named, base)
@@ -91,7 +91,7 @@ def merged_record(folder: Path, label: str) -> Made:
     Raises:
         UpcycleError: the folder holds none, or one of something else.
     """
-    wanted = "--add takes what `upcycle merge` wrote"
+    wanted = "`add` takes what `upcycle merge` wrote"
     path = folder / RECORD
     if not path.is_file():
         raise UpcycleError(f"{label} holds no {RECORD}: {wanted}")
@@ -120,7 +120,7 @@ def addition_recipe(request: Addition, record: Made, given: Mapping[str, Any]) -
     for name, value in given.items():
         if name.partition(".")[0] in KEPT:
             raise UpcycleError(
-                f"{setting(name, value)} has no effect with --add: {request.merge} has decided that"
+                f"{setting(name, value)} has no effect with `add`: {request.merge} has decided that"
             )
     fixed = {
         "target": plan.target,
@@ -147,22 +147,22 @@ def _check_text(request: Addition, router: str) -> None:
     if router in RANDOM and (texts or expert.prompts):
         raise UpcycleError(
             f"router {router} of {request.merge} makes its rows of no text: leave it out, or give "
-            "--router text, by which the new row is fitted"
+            "`router=text`, by which the new row is fitted"
         )
     if router in PROMPTED and (texts or not expert.prompts):
         raise UpcycleError(
             f"router {router} of {request.merge} makes its rows from prompts: give the new "
-            "expert's, each by --prompt, or --router text with --text"
+            "expert's, each by `prompts`, or `router=text` with `text`"
         )
     if router in TEXTUAL and not (expert.text or expert.prompts):
         raise UpcycleError(
-            f"router {router} of {request.merge} is made from text: give the new expert's, --text "
-            "FILE"
+            f"router {router} of {request.merge} is made from text: give the new expert's, "
+            "`text=FILE`"
         )
     if router == "domain" and request.texts:
         name = next(iter(request.texts))
         raise UpcycleError(
-            f"--text {name}={request.texts[name]} has no effect: router domain knows the other "
+            f"`text={name}={request.texts[name]}` has no effect: router domain knows the other "
             "experts' texts"
         )
 
@@ -180,6 +180,6 @@ def texts_of_others(request: Addition, record: Made) -> list[str | None]:
         if len(places) != 1:
             known = ", ".join(f"{i} ({e.model})" for i, e in enumerate(experts))
             many = "several experts" if places else "no expert"
-            raise UpcycleError(f"--text {name}={text}: {name} names {many} of {known}")
+            raise UpcycleError(f"`text={name}={text}`: {name} names {many} of {known}")
         found[places[0]] = text
     return found

@@ -93,7 +93,7 @@ def _listing(layers: Sequence[int]) -> str:
 def _left_out_note(text: str) -> str:
     return (
         f"no whole window of {text} is left to measure on that the router was not fitted on: give "
-        "more of it, or fit on less (--set calibration_tokens=…)"
+        "more of it, or fit on less (`calibration_tokens`)"
     )
 
 

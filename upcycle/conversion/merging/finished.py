@@ -130,7 +130,7 @@ class Finished:
             name = min(name for name, _ in found.items() ^ meant.items())
             raise UpcycleError(
                 f"{self.label} does not hold the tensors that its upcycle.json means, such as "
-                f"{name}: --add takes a merge as upcycle wrote it"
+                f"{name}: `add` takes a merge as upcycle wrote it"
             )
 
     def spec(self, after: MoESpec) -> MoESpec:
@@ -211,7 +211,7 @@ def open_finished(request: Addition) -> tuple[Checkpoint, Made]:
     """
     found = locate(request.merge, None)
     if found is None:
-        raise UpcycleError(f"{request.merge} is a file: --add takes what `upcycle merge` wrote")
+        raise UpcycleError(f"{request.merge} is a file: `add` takes what `upcycle merge` wrote")
     return found, merged_record(found.folder, request.merge)
 
 
@@ -227,7 +227,7 @@ def base_of(request: Addition, record: Made, folder: Path) -> ModelName:
     if name is None:
         raise UpcycleError(
             f"{request.merge} was merged with the base {record.source.name}, which is not there "
-            "now: say where it lies by --base"
+            "now: say where it lies by `base`"
         )
     return ModelName(Place(name, record.source.revision))
 
@@ -274,7 +274,7 @@ def check_domains(finished: Finished) -> None:
     if not (finished.folder / DOMAINS).is_file():
         raise UpcycleError(
             f"{finished.label} holds no {DOMAINS}, by which router domain makes a row: give "
-            "--router text"
+            "`router=text`"
         )
 
 
@@ -288,5 +288,5 @@ def check_base(base: DenseSource, finished: Finished) -> None:
     if wanted is not None and base.fingerprint() != wanted:
         raise UpcycleError(
             f"{base.label} is not the base that {finished.label} was merged with, but another: "
-            "name that by --base"
+            "name that by `base`"
         )

@@ -92,7 +92,7 @@ def _addition_notes(finished: Finished, router: str) -> Iterator[str]:
         names = ", ".join(map(str, finished.unknown))
         yield (
             f"the text of expert {names} is not here, so the new row is fitted against builtin "
-            "text in its place: --text NAME=FILE gives it"
+            "text in its place: `text=NAME=FILE` gives it"
         )
     if router in ("loss", "perplexity"):
         yield "the base's losses stand for those of the experts that there are"

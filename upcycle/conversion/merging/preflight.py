@@ -60,7 +60,7 @@ def merge_request(
         )
     if prompts:
         raise UpcycleError(
-            f"--prompt {prompts[0]!r} is of an expert that --add adds: name the prompts of all "
+            f"`prompts={prompts[0]!r}` is of an expert that `add` adds: name the prompts of all "
             "experts in a mergekit-moe file"
         )
     file = place_of_file(names)
@@ -68,7 +68,7 @@ def merge_request(
         request = named_request(names, base=base, shared_model=shared_model)
     elif base is not None or shared_model is not None:
         raise UpcycleError(
-            f"{file} names the base and the shared experts: drop --base and --shared-model"
+            f"{file} names the base and the shared experts: drop `base` and `shared_model`"
         )
     else:
         request = read_file(file)
@@ -93,15 +93,15 @@ def _with_texts(request: Request, texts: Mapping[str, str]) -> Request:
     experts = list(request.merge.experts)
     for name, text in texts.items():
         if not name:
-            raise UpcycleError(f"--text {text}: say whose it is, MODEL={text}")
+            raise UpcycleError(f"`text={text}`: say whose it is, MODEL={text}")
         if text in ("probes", *PROBES):
-            raise UpcycleError(f"--text {name}={text}: nothing is ever fitted on probes")
-        check_text(text, "--text")
+            raise UpcycleError(f"`text={name}={text}`: nothing is ever fitted on probes")
+        check_text(text, "text")
         places = [i for i, expert in enumerate(experts) if name in _names(expert)]
         if len(places) != 1:
             known = ", ".join(str(expert.model) for expert in experts)
             many = "several experts" if places else "no expert"
-            raise UpcycleError(f"--text {name}={text}: {name} names {many} of {known}")
+            raise UpcycleError(f"`text={name}={text}`: {name} names {many} of {known}")
         experts[places[0]] = replace(experts[places[0]], text=text)
     merge = replace(request.merge, experts=tuple(experts))
     return replace(request, merge=merge)

@@ -17,7 +17,7 @@ PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 FIXED = {
     "method": "it is one",
     "experts": "it has as many as models are named",
-    "shared": "--shared-model names the model that is always on",
+    "shared": "`shared_model` names the model that is always on",
 }
 """Fields of a recipe that the models decide, and what decides them."""
 TEXTUAL = ("text", "loss", "perplexity", "domain")
@@ -120,7 +120,7 @@ def named_request(
     notes: tuple[str, ...] = ()
     if base is None:
         first = ModelName(experts[0].model.model)
-        notes = (f"all that is no FFN comes from {first}, the first model: --base names another",)
+        notes = (f"all that is no FFN comes from {first}, the first model: `base` names another",)
     merge = Merge(first if base is None else parse_model(base), experts, shared)
     return Request(merge, {"name": "merge"}, notes)
 
@@ -181,7 +181,7 @@ def _check_texts(merge: Merge, router: str) -> None:
         if not expert.prompts and expert.text is None:
             raise UpcycleError(
                 f"expert {number} ({expert.model}) has neither text nor prompts, and router "
-                f"{router} needs them: add --text {expert.model}=FILE, or --router random"
+                f"{router} needs them: add `text={expert.model}=FILE`, or `router=random`"
             )
 
 

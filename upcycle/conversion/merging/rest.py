@@ -87,7 +87,7 @@ def check_rest(sources: Sources, rest: Rest) -> None:
             other = model.tensors[name]
             if other.shape != info.shape:
                 raise UpcycleError(
-                    f"--rest {rest.name} merges tensors of one shape, but {name} is "
+                    f"`rest={rest.name}` merges tensors of one shape, but {name} is "
                     f"{list(info.shape)} in {sources.base.label} and {list(other.shape)} in "
-                    f"{model.label}: --rest base takes the base's"
+                    f"{model.label}: `rest=base` takes the base's"
                 )

@@ -176,7 +176,7 @@ def check_no_copies(recipe: Recipe) -> None:
     if recipe.granularity != 1:
         raise UpcycleError(
             f"{setting('granularity', recipe.granularity)} goes with copies: for a split, raise "
-            "--experts"
+            "`experts`"
         )
 
 
@@ -193,4 +193,4 @@ def check_alike(recipe: Recipe, methods: Methods) -> None:
             f"{fitting}"
         )
     if recipe.shared:
-        raise UpcycleError(f"--shared {recipe.shared:g} goes with a split: copies have none")
+        raise UpcycleError(f"`shared={recipe.shared:g}` goes with a split: copies have none")

@@ -39,10 +39,10 @@ class Copy(Way):
             )
         if recipe.active is not None:
             raise UpcycleError(
-                f"--active {recipe.active:g} goes with a split: for copies, give --top-k"
+                f"`active={recipe.active:g}` goes with a split: for copies, give `top_k`"
             )
         if recipe.keep_dense == "auto":
-            raise UpcycleError("--keep-dense auto goes with a split: copies do no damage")
+            raise UpcycleError("`keep_dense=auto` goes with a split: copies do no damage")
 
     def geometry(self, recipe: Recipe, room: Room) -> Geometry:
         return copied_geometry(recipe, room.num_neurons)
@@ -95,9 +95,9 @@ class Copy(Way):
         if not geometry.whole_copies:
             whole = max(top_k // granularity, 1) * granularity
             yield (
-                f"--top-k {top_k} is no multiple of {setting('granularity', granularity)}, so "
+                f"`top_k={top_k}` is no multiple of {setting('granularity', granularity)}, so "
                 "tokens get parts of copies: until it is trained, the result is not the dense "
-                f"model (--top-k {whole} would be)"
+                f"model (`top_k={whole}` would be)"
             )
         elif granularity > 1 and not target.groups:
             yield from _ties(target, hosts, design.dtype)
@@ -114,8 +114,8 @@ def _ties(target: MoETarget, hosts: Collection[str], dtype: torch.dtype) -> Iter
     fine = target.routing.score == "softmax"
     if fine and dtype == torch.float32:
         return
-    keeping = [f"--target {name}" for name in hosts if TARGETS[name].groups]
-    keeping += ["--dtype float32"] * fine
+    keeping = [f"`target={name}`" for name in hosts if TARGETS[name].groups]
+    keeping += ["`dtype=float32`"] * fine
     first = "".join(f": {best} keeps copies whole" for best in keeping[:1])
     others = "".join(f", and so does {other}" for other in keeping[1:])
     yield (

@@ -64,10 +64,10 @@ class MergeWay(Way):
                 "FFN whole"
             )
         if recipe.keep_dense == "auto":
-            raise UpcycleError("--keep-dense auto goes with a split: name layers, or none")
+            raise UpcycleError("`keep_dense=auto` goes with a split: name layers, or none")
         if recipe.shared not in (None, 0, 1):
             raise UpcycleError(
-                f"--shared {recipe.shared:g} goes with a split: a merge shares a whole FFN"
+                f"`shared={recipe.shared:g}` goes with a split: a merge shares a whole FFN"
             )
 
     def geometry(self, recipe: Recipe, room: Room) -> Geometry:
@@ -144,7 +144,7 @@ class MergeWay(Way):
         elif blind and geometry.top_k < geometry.num_experts:
             yield (
                 f"router {router} knows nothing of the experts: which of them a token gets is "
-                "chance until it is trained; prompts or --text make a router that knows"
+                "chance until it is trained; prompts or `text` make a router that knows"
             )
         if geometry.top_k == geometry.num_experts > 1:
             yield (

@@ -53,7 +53,7 @@ class Prune(Way):
         check_no_copies(recipe)
         if recipe.top_k not in (None, 1):
             raise UpcycleError(
-                f"--top-k {recipe.top_k} goes with a split or copies: a token takes one pruned "
+                f"`top_k={recipe.top_k}` goes with a split or copies: a token takes one pruned "
                 "copy, which stands for the whole FFN"
             )
 

@@ -32,7 +32,7 @@ class Split(Way):
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_no_copies(recipe)
         if recipe.shared == 1:
-            raise UpcycleError("--shared 1 leaves nothing to route: give less")
+            raise UpcycleError("`shared=1` leaves nothing to route: give less")
 
     def geometry(self, recipe: Recipe, room: Room) -> Geometry:
         return split_geometry(

@@ -80,7 +80,7 @@ def read_evaluation(path: Path, found: Facts) -> Measured:
         UpcycleError: it is missing, something else, or of another model.
     """
     if not path.is_file():
-        raise UpcycleError(f"--evaluation {path} is not a file: give one of `upcycle eval --json`")
+        raise UpcycleError(f"`evaluation={path}` is not a file: give one of `upcycle eval --json`")
     expected = "what `upcycle eval --json` prints"
     value = read_json(path, expected)
     saved = _parse(TypeAdapter(Evaluation), value, path, expected)
@@ -88,7 +88,7 @@ def read_evaluation(path: Path, found: Facts) -> Measured:
     experts = found.inspection.experts
     if layers != ({experts} if experts else set()):
         raise UpcycleError(
-            f"--evaluation {path} is of a model with {_experts(layers)}, but {found.model} has "
+            f"`evaluation={path}` is of a model with {_experts(layers)}, but {found.model} has "
             f"{experts or 'none'}: evaluate that model"
         )
     for layer in saved.routing:
@@ -141,10 +141,10 @@ def check_page(out: Path, *, overwrite: bool) -> None:
         UpcycleError: it exists, is a folder, or has no folder to lie in.
     """
     if out.is_dir():
-        raise UpcycleError(f"-o {out} is a folder: give a file such as {out / 'report.html'}")
+        raise UpcycleError(f"`out={out}` is a folder: give a file such as {out / 'report.html'}")
     if out.exists() and not overwrite:
-        raise UpcycleError(f"-o {out} exists: choose another, or --overwrite")
+        raise UpcycleError(f"`out={out}` exists: choose another, or `overwrite`")
     if not out.parent.is_dir():
-        raise UpcycleError(f"-o {out}: the folder {out.parent} does not exist")
+        raise UpcycleError(f"`out={out}`: the folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK):
-        raise UpcycleError(f"-o {out}: {out.parent} is not writable")
+        raise UpcycleError(f"`out={out}`: {out.parent} is not writable")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from upcycle.core.flags import as_flags
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, listing, percent
@@ -26,7 +27,8 @@ def merged(made: Made | None) -> Section:
 
 
 def _sentences(found: Findings) -> list[str]:
-    return [*found.sentences, *(f"{note[0].upper()}{note[1:]}." for note in found.notes)]
+    notes = map(as_flags, found.notes)
+    return [*found.sentences, *(f"{note[0].upper()}{note[1:]}." for note in notes)]
 
 
 def _distances(distances: Distances | None) -> Section:

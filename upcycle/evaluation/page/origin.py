@@ -4,6 +4,7 @@ import re
 
 import yaml
 
+from upcycle.core.flags import as_flags
 from upcycle.core.words import size
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, duration, listing, percent, public_name
@@ -27,7 +28,7 @@ def conversion(made: Made | None) -> Section:
         "Calibration": f"{tokens:,} tokens of {calibration}" if tokens else "",
         "Training": "; ".join(map(_trained, made.training)),
         "Exactness": _exactness(plan, made.check),
-        "Notes": "; ".join(plan.warnings),
+        "Notes": as_flags("; ".join(plan.warnings)),
         "Runtimes": "; ".join(f"{name}: {why}" for name, why in plan.runtimes.items()),
         "Time": ", ".join(f"{stage} {duration(s)}" for stage, s in made.seconds.items()),
         "Peak memory": size(made.peak_memory),

@@ -238,17 +238,17 @@ class MoETarget:
                 "as others run faster on other targets"
             )
         if shared and self.shared_width == "none":
-            asked = f" (--shared {shared:g})" if shared < 1 else ""
+            asked = f" (`shared={shared:g}`)" if shared < 1 else ""
             return f"{self.name} has no shared expert{asked}"
         if gated and self.shared_gate is None:
             return f"{self.name} has no gate for its shared expert, which has prompts"
         if dense_layers and self.dense_layers == "none":
-            return f"{self.name} can't keep layers dense (--keep-dense)"
+            return f"{self.name} can't keep layers dense (`keep_dense`)"
         if self.dense_layers == "prefix" and dense_layers != tuple(range(len(dense_layers))):
-            return f"{self.name} can keep only the first layers dense (--keep-dense 0,1,…)"
+            return f"{self.name} can keep only the first layers dense (`keep_dense=0,1,…`)"
         if self.dense_layers == "ends" and moe_range(dense_layers, arch.num_layers) is None:
             return (
-                f"{self.name} can keep only the first and the last layers dense (--keep-dense 0,…)"
+                f"{self.name} can keep only the first and the last layers dense (`keep_dense=0,…`)"
             )
         if experts is not None and experts < self.min_experts:
             return f"{self.name} needs at least {self.min_experts} experts"

@@ -62,7 +62,7 @@ def shared_by_heads(arch: Architecture, spec: MoESpec) -> str:
     if spec.geometry.shared_size in (0, width):
         return ""
     share = width / arch.intermediate_size
-    return f"the shared expert must have {width} neurons (--shared {share:g}) or none (--shared 0)"
+    return f"the shared expert must have {width} neurons (`shared={share:g}`) or none (`shared=0`)"
 
 
 TARGETS.add(

@@ -38,13 +38,13 @@ def gelu_only(arch: Architecture, spec: MoESpec) -> str:
 
 def all_layers_routed(arch: Architecture, spec: MoESpec) -> str:
     """Every layer has experts."""
-    return "every layer must have experts (--keep-dense none)" if spec.dense_layers else ""
+    return "every layer must have experts (`keep_dense=none`)" if spec.dense_layers else ""
 
 
 def first_dense_only(arch: Architecture, spec: MoESpec) -> str:
     """Of the layers, only the first can be dense."""
     first = spec.dense_layers == tuple(range(len(spec.dense_layers)))
-    return "" if first else "only the first layers can be dense (--keep-dense 0,1,…)"
+    return "" if first else "only the first layers can be dense (`keep_dense=0,1,…`)"
 
 
 def shared_needed(arch: Architecture, spec: MoESpec) -> str:
