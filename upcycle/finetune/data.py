@@ -1,5 +1,6 @@
 """Training text: packed sequences from all over it, its end held out."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from upcycle.core.paths import public_name
 from upcycle.core.rng import generator
 from upcycle.finetune.assistant import chat_stream
 from upcycle.models.record import Used
-from upcycle.models.text import documents, parse, texts
+from upcycle.models.text import documents, parse, texts, weighted
 from upcycle.models.tokens import Drawn, Reader, open_reader
 
 SPREAD = 2
@@ -73,10 +74,10 @@ def training_data(
 ) -> tuple[Data, Data]:
     """What to train on, and what to validate on.
 
-    Of several texts joined by +, each gives an equal part. Sequences are taken evenly from all over
-    a text, but of a hub dataset the first ones; the last of them validate, the others train. A
-    text that holds less than is asked for is used whole, its last sequence padded; training then
-    goes over it several times.
+    Of several texts joined by +, each gives an equal part, or as `weighted` says. Sequences are
+    taken evenly from all over a text, but of a hub dataset the first ones; the last of them
+    validate, the others train. A text that holds less than is asked for is used whole, its last
+    sequence padded; training then goes over it several times.
 
     Args:
         folder: holds the tokenizer.
@@ -89,11 +90,12 @@ def training_data(
     Raises:
         UpcycleError: a text can't be read, or holds less than two sequences.
     """
-    names = texts(text)
-    reader = open_reader(folder, vocab_size)
+    named = weighted(text)
+    reader, all_weights = open_reader(folder, vocab_size), sum(weight for _, weight in named)
     parts, used = [], []
-    for number, name in enumerate(names):
-        wanted = -(-(train_tokens + validation_tokens) // len(names))
+    for number, (name, weight) in enumerate(named):
+        share = weight / all_weights
+        wanted = math.ceil(share * (train_tokens + validation_tokens))
         rows, spread = -(-wanted // seq_len), SPREAD if parse(name).local else 1
         if assistant_only:
             drawn, scored = _chats(reader, name, rows, seq_len, seed)
@@ -102,7 +104,7 @@ def training_data(
             scored = torch.ones_like(drawn.ids, dtype=torch.bool)
         whole = _pack(name, reader, drawn.ids, scored, seq_len, number)
         rows = len(whole)
-        last = max(1, min(validation_tokens // len(names) // seq_len, rows // 10))
+        last = max(1, min(math.floor(share * validation_tokens / seq_len), rows // 10))
         train, held = (whole.take(part) for part in torch.arange(rows).split([rows - last, last]))
         parts.append((train, held))
         used.append(_used(name, reader.total(name, drawn, seed=seed), train, held))

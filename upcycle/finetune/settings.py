@@ -21,6 +21,16 @@ from upcycle.core.flags import setting
 from upcycle.core.settings import find_recipe, shipped_presets, validated, yaml_fields
 
 Train = Literal["router", "experts", "moe", "all"]
+Part = Literal["norms", "embeddings", "ffn", "attention"]
+PARTS: dict[Train, tuple[Part, ...]] = {
+    "router": (),
+    "experts": ("ffn",),
+    "moe": ("ffn",),
+    "all": ("norms", "embeddings", "ffn", "attention"),
+}
+"""What trains besides routers."""
+OF_MATRICES: tuple[Part, ...] = ("ffn", "attention")
+"""What low-rank changes are of."""
 OF_ROUTERS = ("balance", "z_loss", "dense_router_gradient", "router_warmup")
 """Settings that have an effect only where routers train."""
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -51,7 +61,8 @@ class Training(BaseModel):
 
     data: str = "builtin"
     """Text to train on: a file or folder of text or chats, `builtin` or
-    `hf:DATASET[@config][:split[:column]]`; several, joined by +, in equal parts."""
+    `hf:DATASET[@config][:split[:column]]`; several, joined by +, in equal parts,
+    or of `a.txt*2+b.txt` the first twice as much."""
     assistant_only_loss: bool = False
     """Learn the assistant's turns of chats alone, by the tokenizer's chat template."""
     tokens: PositiveInt | None = None
@@ -86,6 +97,9 @@ class Training(BaseModel):
     """Share of the learning rate that a cosine falls to."""
     router_warmup: Share = 0.0
     """Share of the steps, at the start, in which only the routers move."""
+    starts: dict[Part, Share] = {}
+    """Share of the steps before a part moves, where that is not router_warmup's: `{norms: 0, ffn:
+    0.1, attention: 0.3}`, of `norms`, `embeddings`, `ffn` and `attention`."""
     clip: PositiveFloat = 1.0
     """Largest norm of a step's gradient."""
 
@@ -102,6 +116,8 @@ class Training(BaseModel):
     likeliest words per token; the others count as one. 0 runs it in every step."""
     match_layers: NonNegativeFloat = 0.0
     """Weight of the distance from the teacher's hidden states."""
+    match_warmdown: Annotated[Share, Field(gt=0)] | None = None
+    """Share of the steps, at the start, over which that weight falls to 0. By default it stays."""
     balance: NonNegativeFloat = 0.0
     """Weight of the load-balancing loss, over all sequences of a step."""
     z_loss: NonNegativeFloat = 0.0
@@ -143,6 +159,7 @@ class Training(BaseModel):
                 f"{setting('next_token', 0)} leaves no loss: give `distill=1` or "
                 f"{setting('match_layers', 1)}"
             )
+        self._check_schedules()
         if self.teacher_top_k and self.match_layers:
             raise UpcycleError(
                 f"{setting('teacher_top_k', self.teacher_top_k)} keeps the teacher's predictions "
@@ -171,6 +188,40 @@ class Training(BaseModel):
                         "train moe"
                     )
         return self
+
+    def _check_schedules(self) -> None:
+        parts = [part for part in PARTS[self.train] if not self.lora or part in OF_MATRICES]
+        for part in self.starts.keys() - set(parts):
+            raise UpcycleError(
+                f"{setting('starts')} names {part}, which does not train here: leave it out, or "
+                "give `train=all` without `lora`"
+            )
+        if self.match_warmdown is None:
+            return
+        warmdown = setting("match_warmdown", self.match_warmdown)
+        if not self.match_layers:
+            raise UpcycleError(
+                f"{warmdown} has no effect without {setting('match_layers')}: give "
+                f"{setting('match_layers', 1)} too"
+            )
+        if not (self.next_token or self.distill):
+            raise UpcycleError(
+                f"{warmdown} leaves no loss when it is over: give `distill=1` too, or leave it out"
+            )
+
+    def start(self, part: str) -> float:
+        """Share of the steps before a part moves."""
+        if part == "router":
+            return 0.0
+        starts: Mapping[Any, float] = self.starts
+        return starts.get(part, self.router_warmup)
+
+    def weight(self, loss: str, step: int) -> float:
+        """Of a loss, by its setting, in the step after so many."""
+        weight: float = getattr(self, loss)
+        if loss != "match_layers" or self.match_warmdown is None:
+            return weight
+        return weight * max(0.0, 1 - step / (self.match_warmdown * self.total_steps))
 
     @property
     def step_tokens(self) -> int:

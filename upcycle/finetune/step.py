@@ -98,10 +98,9 @@ def note(setup: Setup, progress: Progress, row: Row) -> None:
 def learning_rate(settings: Training, step: int, part: str) -> float:
     """What the base learning rate is multiplied by in a step: a linear rise, then a cosine."""
     total = settings.total_steps
-    alone = round(settings.router_warmup * total)
-    if step < alone and part != "router":
+    start = round(settings.start(part) * total)
+    if step < start:
         return 0.0
-    start = 0 if part == "router" else alone
     rise = max(1, round(settings.warmup * total))
     if step - start < rise:
         return (step - start + 1) / rise
@@ -157,13 +156,13 @@ def _gradients(
     for number, batch in enumerate(mine, 1):
         last = number == len(mine)
         with nullcontext() if last else accelerator.no_sync(setup.model):
-            terms = dict(_terms(setup, batch, counts, load))
+            terms = dict(_terms(setup, step, batch, counts, load))
             if step == 0 and number == 1:
                 _check_effect(setup, terms)
             # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
             share = batch.scored / scored * accelerator.num_processes
-            weighted = {name: getattr(settings, name) * term for name, term in terms.items()}
-            loss = share * torch.stack(list(weighted.values())).sum()
+            weighted = [settings.weight(name, step) * term for name, term in terms.items()]
+            loss = share * torch.stack(weighted).sum()
             accelerator.backward(loss)
         for name, value in {"loss": loss / share, **terms}.items():
             row[name] = row.get(name, 0.0) + share * float(value.detach())
@@ -221,7 +220,7 @@ def _micro_batches(setup: Setup, step: int) -> list[Data]:
 
 
 def _terms(
-    setup: Setup, batch: Data, counts: list[Tensor], load: list[Tensor]
+    setup: Setup, step: int, batch: Data, counts: list[Tensor], load: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The losses of a micro-batch that count, each unweighted, under their settings' names; its
     selections are added to the step's counts.
@@ -232,13 +231,10 @@ def _terms(
     settings, device = setup.settings, setup.accelerator.device
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
     mask_T = mask_BL.flatten()
-    arguments = {
-        "input_ids": tokens_BL,
-        "use_cache": False,
-        "output_hidden_states": settings.match_layers > 0,
-    }
+    match = settings.weight("match_layers", step) > 0
+    arguments = {"input_ids": tokens_BL, "use_cache": False, "output_hidden_states": match}
     expected = None
-    if setup.teacher is not None:
+    if setup.teacher is not None and (settings.distill or match):
         with torch.no_grad(), setup.accelerator.autocast():
             expected = setup.teacher(**arguments)
     # Of itself, accelerate rounds in all models but sharded ones.
@@ -279,7 +275,7 @@ def _from_teacher(
     elif settings.distill:
         args = out.logits, expected.logits, foretelling_BL
         yield "distill", losses.distillation_loss(*args, temperature)
-    if settings.match_layers:
+    if out.hidden_states is not None:
         hidden = out.hidden_states[1:], expected.hidden_states[1:]
         yield "match_layers", losses.layer_match_loss(*hidden, batch.mask_BL.to(device))
 

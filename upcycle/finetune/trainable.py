@@ -35,6 +35,15 @@ class Member:
     size: int
     dimensions: int
 
+    @property
+    def part(self) -> str:
+        """What begins to move at once: the router, or one of `settings.Part`."""
+        if self.group in ("router", "attention"):
+            return self.group
+        if self.group == GROUPS[-1]:
+            return "norms" if self.dimensions == 1 else "embeddings"
+        return "ffn"
+
 
 @dataclass(frozen=True)
 class Trained:
