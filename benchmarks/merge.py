@@ -142,9 +142,10 @@ def cells(args: argparse.Namespace) -> dict[str, Callable[[], Row]]:
     found["mean of the sources, dense"] = lambda: evaluate(args, mean_folder(args))
     for rest in args.rests:
         found[f"merge, {rest}"] = lambda rest=rest: evaluate(args, merged_folder(args, rest))
-        found[f"merge, {rest}, routers trained"] = lambda rest=rest: evaluate(
-            args, trained_folder(args, rest)
-        )
+        if rest in args.trained:
+            found[f"merge, {rest}, routers trained"] = lambda rest=rest: evaluate(
+                args, trained_folder(args, rest)
+            )
     ours = (sys.executable, "-m", "upcycle", "merge", "{file}", "-o", "{out}", "--check", "none")
     found["upcycle, mergekit-moe's file"] = lambda: by_file(args, "by file", *ours)
     if args.mergekit and Path(args.mergekit).exists():
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--router-tokens", type=int, default=65_536)
     parser.add_argument("--eval-tokens", type=int, default=4096)
     parser.add_argument("--rests", nargs="*", default=list(RESTS))
+    parser.add_argument("--trained", nargs="*", default=list(RESTS), help="of these, the routers")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-4)
