@@ -172,6 +172,9 @@ def test_a_text_that_training_is_not_about_gets_worse_and_is_told_of(
     assert [a for line in log for a in line.alarms] == list(done.alarms)
     run = read_record(done.out / "upcycle.json").training[-1]
     assert run.alarms == done.alarms
+    card = (done.out / "README.md").read_text()
+    assert f"- Alarm after step {alarm.step}: {alarm.says}.\n" in card
+    assert f"| perplexity of numbers.txt | {before:.3f} | {after:.3f} |\n" in card
     assert [used.text for used in run.used] == ["fox.txt"]
     alone = finetune(str(model), tmp_path / "alone", data=str(fox), **settings)
     assert alone.result_step == done.result_step

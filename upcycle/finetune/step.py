@@ -89,7 +89,8 @@ def note(setup: Setup, progress: Progress, row: Row) -> None:
     if setup.accelerator.is_main_process:
         with setup.log_file.open("a") as file:
             file.write(log_text(row))
-    flat = row | row.get("validation", {})
+    texts = {f"perplexity of {name}": value for name, value in row.get("texts", {}).items()}
+    flat = row | row.get("validation", {}) | row.get("routing", {}) | texts
     numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
     setup.accelerator.log(numbers, step=row["step"])
     setup.watch(row, progress.step, setup.settings.total_steps)
