@@ -18,6 +18,7 @@ from upcycle.cli import app, every_setting
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
 from upcycle.conversion.catalogue import methods as registered
 from upcycle.models.families import FAMILIES, describe
+from upcycle.models.holders import HOLDERS
 from upcycle.models.runtimes import RUNTIMES, Runtime
 from upcycle.models.targets import TARGETS, MoETarget, unplaced
 from upcycle.models.targets.base import Limit
@@ -172,6 +173,11 @@ def models_page() -> str:
             ("model_type", "what it is", "targets"),
             ((f"`{name}`", what_it_is(name), hosts(name)) for name in sorted(FAMILIES)),
         ),
+        "## With a vision tower\n",
+        f"Qwen3.5 (`qwen3_5`) and Gemma 4 (`gemma4`), and models whose class takes any text model: "
+        f"{', '.join(f'`{name}`' for name in sorted(HOLDERS))}. Their text model goes where the "
+        "table says, all else keeps every bit, and plain transformers loads the whole as before "
+        "(`AutoModelForImageTextToText`). Of others, give the text model alone.\n",
         "## Refused\n",
         "No native Mixture-of-Experts class computes what these do:\n",
         table(
@@ -233,6 +239,9 @@ def runtimes_page() -> str:
                 if unknown not in target.runtimes[of]
             ),
         ),
+        "Mixture-of-Experts models inside a model of several parts that takes any text model "
+        "([which](models.md#with-a-vision-tower)) were run in transformers 5 alone; llama.cpp and "
+        "MLX take none, as was read there, and vLLM should.\n",
     ]
     return "\n".join(parts)
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load_file
-from tiny import FFN_LAYERS, HEADS
-from transformers import AutoModelForCausalLM
+from tiny import FFN_LAYERS, HEADS, HOLDERS
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 TOLERANCE = {"mean": 2e-5, "sum": 5e-3}
 """The largest gap of a float32 model. A mean of copies leaves rounding; a sum of experts leaves an
@@ -37,7 +37,8 @@ TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(
 
 def load(folder, dtype=torch.float32, **overrides):
     """The folder's model by plain transformers; fails unless every tensor finds its place."""
-    auto = HEADS.get(read_json(folder / "config.json")["model_type"], AutoModelForCausalLM)
+    kind = read_json(folder / "config.json")["model_type"]
+    auto = AutoModelForImageTextToText if kind in HOLDERS else HEADS.get(kind, AutoModelForCausalLM)
     model, info = auto.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, local_files_only=True, **overrides
     )

@@ -5,6 +5,7 @@ as much as their own spread.
 """
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     PreTrainedTokenizerFast,
 )
@@ -141,6 +143,57 @@ FAMILIES = {
         "tie_word_embeddings": False,
     },
 }
+TEXT = SIZES | {"head_dim": 16}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+CLIP = TOWER | {"model_type": "clip_vision_model", "projection_dim": 16}
+PIXTRAL = TOWER | {"model_type": "pixtral", "head_dim": 8}
+MISTRAL = TEXT | {"model_type": "mistral", "sliding_window": None, "rope_theta": 1000000000.0}
+HOLDERS = {
+    "idefics3": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": TOWER,
+        "image_token_id": 260,
+    },
+    "internvl": {
+        "text_config": TEXT | {"model_type": "qwen3"},
+        "vision_config": TOWER | {"image_size": [16, 16], "patch_size": [4, 4]},
+        "image_token_id": 260,
+    },
+    "llava": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": CLIP,
+        "image_token_index": 260,
+    },
+    "llava_next": {
+        "text_config": MISTRAL,
+        "vision_config": CLIP,
+        "image_token_index": 260,
+        "image_grid_pinpoints": [[16, 16]],
+    },
+    "mistral3": {
+        "text_config": MISTRAL,
+        "vision_config": PIXTRAL,
+        "image_token_index": 260,
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+        "tie_word_embeddings": False,
+    },
+    "smolvlm": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": TOWER,
+        "image_token_id": 260,
+    },
+}
+"""Models with a vision tower whose text model may be of any kind."""
 FFN_LAYERS = {"nemotron_h": [1, 3, 4]}
 """Of a tiny model; by default all three."""
 HEADS = {"eurobert": AutoModelForMaskedLM}
@@ -170,6 +223,19 @@ def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shar
         if name.endswith(("norm.weight", "bias", "sinks")):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards or "5GB")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_holder(folder: Path, name: str, *, dtype=torch.float32, **fields):
+    """Write a random model with a vision tower, and a byte tokenizer, to the folder; returns it."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[name](**deepcopy(HOLDERS[name]) | fields)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter in model.get_decoder().parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

@@ -197,6 +197,9 @@ def _share(used: "Used") -> str:
 
 def show_finetuning(done: "Finetuning") -> None:
     """What training changed and what it cost."""
+    from upcycle.models.families import auto_class
+    from upcycle.models.source import read_config
+
     rows = {
         name.replace("_", " "): (f"{value:.4f}", f"{done.after[name]:.4f}")
         for name, value in done.before.items()
@@ -225,7 +228,7 @@ def show_finetuning(done: "Finetuning") -> None:
     how = (
         "loads with peft"
         if done.settings.lora and not done.settings.merge
-        else ("loads with AutoModelForCausalLM.from_pretrained")
+        else f"loads with {auto_class(read_config(done.out)).__name__}.from_pretrained"
     )
     out.print(f"[bold]{escape(str(done.out))}[/] {how}", highlight=False)
 
@@ -386,9 +389,9 @@ def show_conversion(conversion: "Conversion") -> None:
         out.print("Not checked (--check none).", highlight=False)
     if conversion.findings is not None:
         _show_findings(conversion.findings, public_name(plan.source.label))
-    auto = "AutoModel" if plan.source.arch.encoder else "AutoModelForCausalLM"
+    loader = plan.source.arch.loader
     out.print(
-        f"[bold]{escape(str(conversion.out))}[/] loads with {auto}.from_pretrained",
+        f"[bold]{escape(str(conversion.out))}[/] loads with {loader}.from_pretrained",
         highlight=False,
     )
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from reference import TOKENS, TOLERANCE, gap, load_all_on, logits, read_json, weights
 from rich.console import Console
-from tiny import make_dense, make_tokenizer
+from safetensors.torch import save_file
+from tiny import PLAIN_SPLIT, make_dense, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -227,7 +228,7 @@ def test_other_runtimes_look_back_only(converted):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"calibration": "self"}, "`calibration` self.*encoder"),
+        ({"calibration": "self"}, "`calibration=self`.*encoder"),
         ({"calibration": "builtin+self"}, "encoder, which writes no text"),
         ({"runtimes": ("vLLM",)}, "no target of this model runs there"),
     ],
@@ -257,3 +258,49 @@ def test_classifiers_weights_are_not_dropped(dense, tmp_path):
     shutil.copy(dense("eurobert") / "tokenizer.json", tmp_path)
     with pytest.raises(UpcycleError, match="would be lost"):
         upcycle.plan(str(tmp_path))
+
+
+# --- what sentence-transformers puts behind it ------------------------------------------------
+
+KINDS = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+MODULES = [
+    {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+    for i, (path, kind) in enumerate(KINDS.items())
+]
+
+
+@pytest.fixture
+def embedder(headless, tmp_path):
+    """The encoder as sentence-transformers saves it."""
+    folder = shutil.copytree(headless, tmp_path / "embedder")
+    (folder / "modules.json").write_text(json.dumps(MODULES))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+    (folder / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "cosine"}')
+    for name in ("1_Pooling", "2_Dense"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"of": name}))
+    save_file({"linear.weight": torch.ones(4, 48)}, folder / "2_Dense" / "model.safetensors")
+    return folder
+
+
+def test_what_makes_one_vector_of_a_text_goes_along(embedder, moe):
+    out = moe(embedder, **COPY)
+    names = {str(path.relative_to(embedder)) for path in embedder.rglob("*.json")}
+    for name in (names | {"2_Dense/model.safetensors"}) - {"config.json"}:
+        assert (out / name).read_bytes() == (embedder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: (f / "modules.json").write_text('[{"path": "../other"}]'), "'../other', which"),
+        (lambda f: (f / "modules.json").write_text('[{"path": "/etc"}]'), "'/etc', which is no"),
+        (lambda f: (f / "modules.json").write_text('{"path": "1_Pooling"}'), "not a list of mod"),
+        (lambda f: (f / "2_Dense/pytorch_model.bin").write_bytes(b"x"), "is pickled, which is not"),
+        (lambda f: (f / "1_Pooling/x.json").symlink_to("/etc/hostname"), "is a link out of its"),
+    ],
+)
+def test_modules_that_may_not_go_along_are_refused_by_the_plan(embedder, change, words):
+    change(embedder)
+    with pytest.raises(UpcycleError, match=words):
+        upcycle.plan(str(embedder), **(PLAIN_SPLIT | COPY | {"split": "random"}))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gguf_files import write_gguf
 from reference import dense_logits, gap, load, logits
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -29,109 +30,7 @@ QUICK = {
     "seq_len": 64,
     "check": "none",
 }
-LLAMA = {
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.": "attn_",
-    "post_attention_layernorm": "ffn_norm",
-    "input_layernorm": "attn_norm",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.": "ffn_",
-    "_proj": "",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers.": "blk.",
-}
 IDS = torch.arange(3, 259)[None]
-
-
-def write_gguf(
-    path: Path, folder: Path, *, keys=None, tensors=None, without=(), part_size=0, quantise=None
-) -> Path:
-    """A tiny model as llama.cpp stores it.
-
-    Args:
-        keys: what its metadata says beside, or instead; `None` leaves a key out.
-        tensors: beside the model's.
-        without: names of tensors that are left out.
-        part_size: tensors in a part.
-        quantise: how matrices are stored; in float32, by default.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    name = config["model_type"]
-    writer = gguf.GGUFWriter(str(path), name, split_max_tensors=part_size)
-    for key, value in (_metadata(name, config) | (keys or {})).items():
-        if value is not None:
-            _add(writer, key, value)
-    _add_tokenizer(writer, folder, config["vocab_size"])
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    stored = {}
-    for hf_name, tensor in load_file(folder / "model.safetensors").items():
-        for kind, count in heads.items():
-            if kind in hf_name and name == "llama":  # llama.cpp takes its halves in turn
-                tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-        for ours, theirs in LLAMA.items():
-            hf_name = hf_name.replace(ours, theirs)
-        stored[hf_name] = tensor.numpy()
-    for tensor_name, array in (stored | (tensors or {})).items():
-        if tensor_name not in without:
-            if quantise and array.ndim == 2:
-                writer.add_tensor(tensor_name, gguf.quantize(array, quantise), raw_dtype=quantise)
-            else:
-                writer.add_tensor(tensor_name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def _metadata(name: str, config: dict) -> dict:
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    below = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "rope.freq_base": config["rope_parameters"]["rope_theta"],
-        "rope.dimension_count": int(
-            head_dim * config["rope_parameters"].get("partial_rotary_factor", 1.0)
-        ),
-        "vocab_size": config["vocab_size"],
-    }
-    return {f"{name}.{key}": value for key, value in below.items()}
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value) -> None:
-    if isinstance(value, list):
-        writer.add_array(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    else:
-        writer.add_uint32(key, value)
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
-    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    tokens = [*sorted(vocab, key=vocab.get), "ab"]
-    tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
 
 
 @torch.no_grad()
@@ -502,7 +401,9 @@ def test_divisors_beside_another_scaling(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("gemma", "architecture gemma, which upcycle does not read from GGUF files"),
+        ("chatglm", "of the architecture chatglm, whose text transformers splits in another way"),
+        ("gemma3", "gemma3_text can't become a native MoE: it has sandwich norms"),
+        ("gptneox", "gpt_neox can't become a native MoE: it has an ungated FFN"),
         ("qwen2moe", "a Mixture-of-Experts already"),
         ("mamba", "mamba can't become a native MoE: it has no FFN"),
     ],

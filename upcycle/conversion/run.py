@@ -42,11 +42,13 @@ from upcycle.models.assemble import (
     in_whole,
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
+from upcycle.models.holders import HOLDERS
 from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import DOMAINS, RECORD, DenseLayers, Identity, Report, record_text
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
+from upcycle.models.targets.base import Whole
 from upcycle.models.writer import (
     CheckpointWriter,
     Workspace,
@@ -239,12 +241,16 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
 
 def _whole_config(plan: Plan, text: dict[str, Any]) -> dict[str, Any]:
     """The config of the model that the result's text model is a part of."""
+    source = plan.source.layout.config
     whole = TARGETS[plan.target].whole
+    if source.model_type in HOLDERS:
+        (architecture,) = source.architectures
+        whole = Whole(source.model_type, architecture)
     if whole is None:
         raise ValueError(f"{plan.target} has no place for other parts")
     made = {name: value for name, value in plan.config.items() if name != "model_type"}
     part: PreTrainedConfig = CONFIG_MAPPING[plan.config["model_type"]](**made)
-    fields = plan.source.layout.config.to_dict() | {
+    fields = source.to_dict() | {
         "text_config": part.to_dict(),
         "architectures": [whole.architecture],
         "tie_word_embeddings": plan.source.arch.tied,
@@ -302,7 +308,8 @@ def _write_beside(plan: Plan, workspace: Workspace, writer: CheckpointWriter) ->
         named = assemble_layer(target, source.arch, place, tensors, moe, plan.design.gains)
         write_unit(workspace, writer, place, named, {})
     if plan.beside.kept and PARTS not in workspace.records:
-        kept = ((name, source.read([name])[name]) for name in plan.beside.kept)
+        stored = source.layout.stored
+        kept = ((stored(name), source.read([name])[name]) for name in plan.beside.kept)
         write_unit(workspace, writer, PARTS, kept, {})
 
 

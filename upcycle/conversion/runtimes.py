@@ -8,13 +8,23 @@ from upcycle.conversion.recipe import Recipe
 from upcycle.core.errors import UpcycleError
 from upcycle.models.runtimes import RUNTIMES, Runtime
 from upcycle.models.targets import TARGETS, Combine, MoESpec
-from upcycle.models.targets.limits import looks_back
+from upcycle.models.targets.base import Limit
+from upcycle.models.targets.limits import looks_back, no_moe_inside
 from upcycle.models.traits import Architecture
 
 Refusals = dict[str, str]
 """Every target, with why it can't be chosen; empty if it can."""
 Specs = Callable[[Recipe, Architecture, str], MoESpec]
 """What the request makes of the model in a target; raises UpcycleError if it can't be made."""
+
+
+IN_GENERAL: Mapping[Runtime, tuple[Limit, ...]] = {
+    "llama.cpp": (looks_back, no_moe_inside),
+    "vLLM": (looks_back,),
+    "MLX": (looks_back, no_moe_inside),
+    "transformers 4": (looks_back,),
+}
+"""What holds whatever the target."""
 
 
 def obstacles(
@@ -28,7 +38,8 @@ def obstacles(
 
 
 def _limits(runtime: Runtime, arch: Architecture, target: str, spec: MoESpec) -> list[str]:
-    said = (limit(arch, spec) for limit in (looks_back, *TARGETS[target].runtimes[runtime]))
+    limits = (*IN_GENERAL[runtime], *TARGETS[target].runtimes[runtime])
+    said = (limit(arch, spec) for limit in limits)
     return [obstacle for obstacle in said if obstacle]
 
 

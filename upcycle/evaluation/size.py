@@ -1,14 +1,13 @@
 """What a loaded model is made of: parameters, multiplications per token, how alike its experts
 are."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from upcycle.models.blocks import MoEBlock, moe_blocks
+from upcycle.models.blocks import MoEBlock, moe_blocks, text_modules
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,12 @@ def measure_size(model: Any) -> Size:
     total = sum(tensor.numel() for tensor in [*model.parameters(), *buffers])
     matmul = sum(
         parameter.numel()
-        for module in _passed(model)
+        for module in text_modules(model)
         if not isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
         if parameter.dim() > 1
     )
     return Size(total, total - idle, matmul, matmul - idle)
-
-
-def _passed(model: Any) -> Iterator[nn.Module]:
-    """Modules that text passes through; of a model of several parts, those of its text model."""
-    if model.config is model.config.get_text_config():
-        yield from model.modules()
-    else:
-        yield from model.get_decoder().modules()
-        yield model.get_output_embeddings()
 
 
 def flops(matmul_parameters: int) -> int:

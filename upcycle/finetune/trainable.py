@@ -8,11 +8,13 @@ from torch import nn
 from upcycle.core.errors import UpcycleError
 from upcycle.finetune.routers import Scale
 from upcycle.finetune.settings import Train
-from upcycle.models.blocks import MoEBlock
+from upcycle.models.blocks import MoEBlock, text_modules
 
-GROUPS = ("router", "experts", "shared experts", "attention", "dense FFNs", "norms, embeddings")
+NORMS, PARTS = "norms, embeddings", "other parts"
+GROUPS = ("router", "experts", "shared experts", "attention", "dense FFNs", NORMS, PARTS)
+"""The last are what text does not pass through, as a vision tower: nothing could train there."""
 FFNS = (".mlp.", ".feed_forward.", ".mixer.up_proj.", ".mixer.down_proj.")
-MIXERS = (".self_attn.", ".conv.", ".mamba.", ".mixer.")
+MIXERS = (".self_attn.", ".linear_attn.", ".conv.", ".mamba.", ".mixer.")
 """Attention, and what some layers have in its place."""
 PAST_MODULES = (".mamba.out_proj.weight", ".mixer.out_proj.weight")
 """What Mamba's kernels read past its module, where a change of low rank would have no effect."""
@@ -20,7 +22,7 @@ TRAINS: dict[Train, tuple[str, ...]] = {
     "router": ("router",),
     "experts": ("experts", "shared experts"),
     "moe": ("router", "experts", "shared experts"),
-    "all": GROUPS,
+    "all": GROUPS[:-1],
 }
 
 
@@ -62,7 +64,8 @@ Groups = dict[str, dict[str, int]]
 
 def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Members:
     """All parameters that hold anything."""
-    parts: dict[int, tuple[str, float]] = {}
+    text = {id(p) for module in text_modules(model) for p in module.parameters()}
+    parts = {id(p): (PARTS, 1.0) for p in model.parameters() if id(p) not in text}
     for block, scale in zip(blocks, scales, strict=True):
         parts |= {id(p): ("router", scale.router) for p in block.router.parameters()}
         parts |= {id(p): ("experts", 1.0) for p in block.experts.parameters()}
@@ -82,7 +85,7 @@ def _group(name: str, parameter: nn.Parameter) -> str:
     # A convolution has a few weights per channel, which nothing of low rank can change.
     if any(part in name for part in MIXERS) and parameter.dim() < 3:
         return "attention"
-    return "norms, embeddings"
+    return NORMS
 
 
 def freeze_all_but(model: nn.Module, known: Members, train: Train) -> None:
@@ -133,7 +136,7 @@ def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: i
     )
     changed = get_peft_model(model, config)
     reached = {item.member.name for item in trained(changed, known)}
-    for name in sorted({m.name for m in asked if m.group != GROUPS[-1]} - reached):
+    for name in sorted({m.name for m in asked if m.group != NORMS} - reached):
         raise UpcycleError(f"`lora`: this version of peft can't change {name}: upgrade it")
     return changed
 

@@ -160,3 +160,12 @@ def watch_selections(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def text_modules(model: Any) -> Iterator[nn.Module]:
+    """Modules that text passes through; of a model of several parts, those of its text model."""
+    if model.config is model.config.get_text_config():
+        yield from model.modules()
+    else:
+        yield from model.get_decoder().modules()
+        yield model.get_output_embeddings()

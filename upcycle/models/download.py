@@ -16,7 +16,11 @@ LEGAL = tuple(
     for name in ("*license*", "*licence*", "*notice*", "*use_policy*", "copying*")
 )
 """Names of what a model's terms are in, in any case."""
-SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *LEGAL]
+SMALL = [
+    *("*.json", "*.model", "*.txt", "*.jinja", "README.md"),
+    *LEGAL,
+    "[0-9]*_*/*.safetensors",  # of what sentence-transformers puts behind an encoder
+]
 """What is downloaded of a model beside its weights."""
 
 
@@ -41,6 +45,17 @@ class Remote:
         wanted = sorted(files or {part.file for part in self.parts.values()})
         with asking_hub(self.model, self.commit):
             snapshot_download(self.model, revision=self.commit, allow_patterns=wanted)
+
+    def holds(self, file: str) -> bool:
+        """Whether a file of this name is there; asks the hub.
+
+        Raises:
+            UpcycleError: the hub does not answer.
+        """
+        from huggingface_hub import HfApi
+
+        with asking_hub(self.model, self.commit):
+            return HfApi().file_exists(self.model, file, revision=self.commit)
 
 
 def download(model: str, revision: str | None, accept: Callable[[Path], Any]) -> Path:

@@ -23,6 +23,8 @@ WITHOUT_EFFECT = {
     "attention.causal": True,
     "expert_count": 0,
     "expert_used_count": 0,
+    "expert_group_count": 1,
+    "expert_group_used_count": 1,
     "tensor_data_layout": "Meta AI original pth",
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
@@ -40,6 +42,9 @@ class GgufFile:
     """The part that holds the metadata."""
     fields: Mapping[str, gguf.ReaderField]
     tensors: Mapping[str, gguf.ReaderTensor]
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self.tensors
 
     def value(self, key: str) -> Any:
         """What a key of the metadata says; None if it is not there."""
@@ -132,6 +137,23 @@ class Metadata:
                 "one number above zero"
             )
         return value
+
+    def per_layer(self, key: str, layers: int) -> list[Any]:
+        """What a key says of each layer, where it may say one thing of all.
+
+        Raises:
+            UpcycleError: it is not there, or says it of fewer layers.
+        """
+        value = self.take(key)
+        if value is None:
+            raise UpcycleError(f"{self.label} lacks the key {self.prefix}{key}: it is not whole")
+        values = value if isinstance(value, list) else [value] * layers
+        if len(values) < layers or not all(isinstance(v, (int, bool)) and v >= 0 for v in values):
+            raise UpcycleError(
+                f"{self.label} sets {self.prefix}{key}={_short(value)}, where upcycle understands "
+                f"one number, or one for each of {layers} layers"
+            )
+        return values[:layers]
 
     def refuse_rest(self) -> None:
         """Everything that matters has been taken.

@@ -19,8 +19,13 @@ ORIGINALS = (8192, *(2**power for power in range(7, 21)))
 original_max_position_embeddings may be, the most likely first."""
 
 
-def rope_fields(file: GgufFile, meta: Metadata, head_dim: int, context: int) -> dict[str, Any]:
+def rope_fields(
+    file: GgufFile, meta: Metadata, head_dim: int, context: int, *, partial: bool
+) -> dict[str, Any]:
     """The config fields of the rotary embedding.
+
+    Args:
+        partial: whether transformers' class can rotate a part of each head.
 
     Raises:
         UpcycleError: its keys or tensors say what transformers has no words for.
@@ -28,7 +33,7 @@ def rope_fields(file: GgufFile, meta: Metadata, head_dim: int, context: int) -> 
     theta = {"rope_theta": meta.number("rope.freq_base", 10000.0)}
     rotary = meta.number("rope.dimension_count", head_dim)
     if rotary != head_dim:
-        if file.architecture != "phi3":
+        if not partial:
             raise UpcycleError(
                 f"{file.label} sets rope.dimension_count={rotary} for heads of {head_dim} "
                 f"channels, but {file.architecture} in transformers rotates whole heads"

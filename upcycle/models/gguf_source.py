@@ -4,13 +4,16 @@ What llama.cpp's converter did to the checkpoint is undone. (transformers reads 
 but passes over keys and tensors that it does not know, and fills what is missing at random.)
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import gguf
+import torch
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -18,32 +21,44 @@ from transformers import (
     PreTrainedConfig,
     TokenizersBackend,
 )
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from upcycle.core.errors import UpcycleError
-from upcycle.models.families import FAMILIES
 from upcycle.models.families.base import unsupported_reason
 from upcycle.models.frontmatter import write_gguf_card
+from upcycle.models.gguf_families import STORED, Stored
 from upcycle.models.gguf_file import GgufFile, Metadata, open_gguf, some
-from upcycle.models.gguf_rope import TABLES, rope_fields
+from upcycle.models.gguf_rope import TABLES
 from upcycle.models.quantised import LINK, Packed, Part
 from upcycle.models.stream import skeleton
 
-ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
-HEAD = "output.weight"
-TOKENS = {
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
-}
 LAYER = re.compile(r"blk\.(\d+)\.")
-QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)")
+FOLDED = re.compile(r"blk\.\d+\.(ssm|shortconv)")
+"""Tensors that llama.cpp stores in another shape, with the same numbers in the same order."""
+CALLED = {
+    "chatglm": "glm",
+    "command-r": "cohere",
+    "gemma3": "gemma3_text",
+    "gptneox": "gpt_neox",
+    "phi2": "phi",
+}
+"""What transformers calls architectures that are not read."""
+UNREAD = {
+    "deepseek2": "which holds a latent's keys and values in another way than transformers",
+    "glm": "whose text transformers splits in another way than its tokenizer",
+}
+AS_GPT_2 = set(
+    "gpt-2 mpt olmo jais trillion granite-docling phi-2 jina-es jina-de gigachat jina-v2-es "
+    "jina-v2-de a.x-4.0 mellum modern-bert jina-v1-en jina-v2-code roberta-bpe".split()
+)
+"""What llama.cpp splits text by as transformers does where it does not know the name."""
 
 
 def prepare(
     label: str, path: Path, folder: Path, accept: Callable[[PreTrainedConfig], Any]
-) -> None:
+) -> tuple[str, ...]:
     """Make a folder as a checkpoint of the file that a path names or is a part of: with its config,
-    its tokenizer, and a link to it in the place of weights.
+    its tokenizer, and a link to it in the place of weights. Returns what is to be said of it.
 
     Args:
         accept: may raise on the config.
@@ -54,7 +69,7 @@ def prepare(
     file = open_gguf(label, path)
     config = config_of(file)
     accept(config)
-    tensor_names(file, config)
+    made_tensors(file, config)
     file.check_types()
     config.save_pretrained(folder)
     (folder / LINK).symlink_to(file.path.absolute())
@@ -64,6 +79,18 @@ def prepare(
     tokenizer = kind.from_pretrained(**place, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     write_gguf_card({key: field.contents() for key, field in file.fields.items()}, folder)
+    return tuple(_of_tokenizer(file))
+
+
+def _of_tokenizer(file: GgufFile) -> Iterator[str]:
+    split = file.value("tokenizer.ggml.pre")
+    if split is None or file.value("tokenizer.ggml.model") != "gpt2":
+        return
+    if split not in AS_GPT_2 | GGUF_PRE_TOKENIZER_SPLITS.keys():
+        yield (
+            f"the file says tokenizer.ggml.pre={split}, for which transformers splits text as "
+            "GPT-2 does: some text may become other tokens than in llama.cpp"
+        )
 
 
 def gguf_tensors(link: Path, config: PreTrainedConfig) -> dict[str, Packed]:
@@ -71,12 +98,16 @@ def gguf_tensors(link: Path, config: PreTrainedConfig) -> dict[str, Packed]:
     file = open_gguf(str(link.readlink()), link.readlink())
     return {
         name: Packed(
-            {"": Part(stored, LINK, file.shape(stored), file.tensors[stored].tensor_type.name)},
-            file.shape(stored),
-            partial(_restored, file, stored, config),
+            {key: _part(file, stored) for key, stored in made.keys.items()},
+            made.shape,
+            partial(_restored, file, made, config),
         )
-        for stored, name in tensor_names(file, config).items()
+        for name, made in made_tensors(file, config).items()
     }
+
+
+def _part(file: GgufFile, stored: str) -> Part:
+    return Part(stored, LINK, file.shape(stored), file.tensors[stored].tensor_type.name)
 
 
 class GgufShard:
@@ -98,70 +129,30 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
     Raises:
         UpcycleError: a key is missing or not understood.
     """
-    _check_kind(file)
+    stored = _kind(file)
     meta = Metadata(file)
-    hidden, heads = meta.number("embedding_length"), meta.number("attention.head_count")
-    fields = {
-        "vocab_size": meta.number("vocab_size", _vocabulary(file)),
-        "hidden_size": hidden,
-        "intermediate_size": meta.number("feed_forward_length"),
-        "num_hidden_layers": meta.number("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta.number("attention.head_count_kv", heads),
-        "head_dim": meta.number("attention.key_length", hidden // heads),
-        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": meta.number("context_length"),
-        "tie_word_embeddings": HEAD not in file.tensors,
-        "dtype": "float32",
-    }
-    fields |= {name: file.value(key) for name, key in TOKENS.items()}
-    fields |= _switches(file, meta)
-    _check_values(file, meta, fields["head_dim"])
-    fields |= rope_fields(file, meta, fields["head_dim"], fields["max_position_embeddings"])
+    fields = stored.fields(file, meta)
     meta.refuse_rest()
     _check_layers(file, fields["num_hidden_layers"])
-    config: PreTrainedConfig = CONFIG_MAPPING[file.architecture](**fields)
+    config: PreTrainedConfig = CONFIG_MAPPING[stored.model_type](**fields)
     return config
 
 
-def _check_kind(file: GgufFile) -> None:
+def _kind(file: GgufFile) -> Stored:
     kind = file.value("general.type") or "model"
     if kind != "model":
         raise UpcycleError(f"{file.label} holds no model: general.type is {kind}")
-    if file.architecture in ARCHITECTURES:
-        return
-    if file.architecture in FAMILIES:
+    if file.architecture in STORED:
+        return STORED[file.architecture]
+    if file.value(f"{file.architecture}.expert_count"):
+        raise UpcycleError(f"{file.label} is of a Mixture-of-Experts already")
+    family = CALLED.get(file.architecture, file.architecture)
+    if family in UNREAD:
         raise UpcycleError(
-            f"{file.label} is of the architecture {file.architecture}, which upcycle does not read "
-            f"from GGUF files ({', '.join(ARCHITECTURES)} it does): give its safetensors"
+            f"{file.label} is of the architecture {file.architecture}, {UNREAD[family]}: give its "
+            "safetensors"
         )
-    raise UpcycleError(f"{file.label}: {unsupported_reason(file.architecture)}")
-
-
-def _vocabulary(file: GgufFile) -> int | None:
-    tokens = file.fields.get("tokenizer.ggml.tokens")
-    return None if tokens is None else len(tokens.data)
-
-
-def _switches(file: GgufFile, meta: Metadata) -> dict[str, Any]:
-    """Config fields of the biases, which the tensors tell, and of the window."""
-    fields: dict[str, Any] = {}
-    if file.architecture in ("llama", "qwen3"):
-        fields["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if file.architecture == "llama":
-        fields["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
-    if file.architecture == "phi3":
-        fields["sliding_window"] = meta.take("attention.sliding_window") or None
-    return fields
-
-
-def _check_values(file: GgufFile, meta: Metadata, head_dim: int) -> None:
-    size = meta.number("attention.value_length", head_dim)
-    if size != head_dim:
-        raise UpcycleError(
-            f"{file.label} has keys of {head_dim} and values of {size} channels per head, which no "
-            "native MoE has"
-        )
+    raise UpcycleError(f"{file.label}: {unsupported_reason(family)}")
 
 
 def _check_layers(file: GgufFile, layers: int) -> None:
@@ -174,46 +165,81 @@ def _check_layers(file: GgufFile, layers: int) -> None:
         )
 
 
-def tensor_names(file: GgufFile, config: PreTrainedConfig) -> dict[str, str]:
-    """The tensors' names in transformers by their names in the file; without `TABLES`.
+@dataclass(frozen=True)
+class Made:
+    """A tensor of transformers."""
+
+    shape: tuple[int, ...]
+    stored: tuple[str, ...]
+    """The names in the file of what holds its rows, one after the other."""
+
+    @property
+    def keys(self) -> dict[str, str]:
+        return {"": self.stored[0]} if len(self.stored) == 1 else {n: n for n in self.stored}
+
+
+def made_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, Made]:
+    """What the file holds but for `TABLES`, by the names that transformers has for it.
 
     Raises:
         UpcycleError: a tensor is missing, has another shape, or is not understood.
     """
-    architecture = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
-    table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     shapes = {name: tuple(t.shape) for name, t in skeleton(config).state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    names = {str(table.get_name(name, (".weight", ".bias"))): name for name in shapes}
-    if missing := sorted(names.keys() - file.tensors.keys()):
+    made = {name: Made(shape, _names(file, name, config)) for name, shape in shapes.items()}
+    beside = {n: stored for stored, n in _family(file).beside(config).items() if stored in file}
+    made |= {name: Made(file.shape(stored), (stored,)) for name, stored in beside.items()}
+    asked = {part for one in made.values() for part in one.stored}
+    if missing := sorted(asked - file.tensors.keys()):
         raise UpcycleError(
             f"{file.label} lacks {some(missing)}, which its metadata asks for: it is not whole"
         )
-    if unknown := sorted(file.tensors.keys() - names.keys() - set(TABLES)):
+    if unknown := sorted(file.tensors.keys() - asked - set(TABLES)):
         raise UpcycleError(
             f"{file.label} holds {some(unknown)}, which {file.architecture} does not have: it "
             "would be lost"
         )
-    for stored, name in names.items():
-        shape = file.shape(stored)
-        if shape != shapes[name]:
-            raise UpcycleError(
-                f"{stored} in {file.label} has shape {list(shape)}, but its metadata asks for "
-                f"{list(shapes[name])}"
-            )
-    return names
+    for one in made.values():
+        _check_shape(file, one)
+    return made
+
+
+def _family(file: GgufFile) -> Stored:
+    return STORED[file.architecture]
+
+
+def _names(file: GgufFile, name: str, config: PreTrainedConfig) -> tuple[str, ...]:
+    table = _table(file.architecture, config.num_hidden_layers)
+    ends = (".weight", ".bias")
+    return tuple(str(table.get_name(part, ends)) for part in _family(file).spelled(name))
+
+
+@lru_cache(maxsize=2)
+def _table(architecture: str, layers: int) -> gguf.TensorNameMap:
+    number = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(number, layers)
+
+
+def _check_shape(file: GgufFile, made: Made) -> None:
+    first, *others = (file.shape(part) for part in made.stored)
+    shape = (first[0] + sum(other[0] for other in others), *first[1:])
+    folded = FOLDED.match(made.stored[0]) and math.prod(shape) == math.prod(made.shape)
+    if shape != made.shape and not folded:
+        raise UpcycleError(
+            f"{some(list(made.stored))} in {file.label} has shape {list(shape)}, but its metadata "
+            f"asks for {list(made.shape)}"
+        )
 
 
 def _restored(
-    file: GgufFile, name: str, config: PreTrainedConfig, parts: Mapping[str, Tensor]
+    file: GgufFile, made: Made, config: PreTrainedConfig, parts: Mapping[str, Tensor]
 ) -> Tensor:
-    """A tensor as transformers has it. llama.cpp takes the rows of q and k in a llama from the two
-    halves of each head in turn."""
-    tensor = file.numbers(name, parts[""])
-    match = QUERY_OR_KEY.fullmatch(name)
-    if match is None or file.architecture != "llama":
-        return tensor
-    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    in_order: Tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
-    return in_order
+    """A tensor as transformers has it."""
+    family = _family(file)
+    pieces = [
+        family.restored(name, file.numbers(name, parts[key]), config)
+        for key, name in made.keys.items()
+    ]
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return whole.reshape(made.shape)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.foreign import blaming
+from upcycle.models.holders import stored_name
 from upcycle.models.stream import skeleton
 
 TEXT = "model."
@@ -59,6 +60,10 @@ class Layout:
         """What a tensor of the text model, or one in its place, is called in the whole one."""
         apart = name in self.expected and name not in self.text
         return name if apart or not name.startswith(TEXT) else self.place + name.removeprefix(TEXT)
+
+    def stored(self, name: str) -> str:
+        """What a tensor of the whole model, by its full name there, is called in checkpoints."""
+        return stored_name(self.config.model_type, name)
 
     def parts(self, names: Iterable[str]) -> frozenset[str]:
         """The tensors among these that are not the text model's: all that nothing is done to."""

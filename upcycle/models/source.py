@@ -28,9 +28,11 @@ from upcycle.models.config_fields import check_fields, check_layers
 from upcycle.models.download import LEGAL, Remote, download, remote_weights
 from upcycle.models.families import FAMILIES, describe, is_encoder
 from upcycle.models.families.base import unsupported_reason
+from upcycle.models.holders import HOLDERS
 from upcycle.models.layout import Layout
 from upcycle.models.names import EMBEDDINGS, HEAD, plain_names
 from upcycle.models.quantised import LINK, Packed, Part, dequantised, packing, quantization_of
+from upcycle.models.sentences import sentence_files
 from upcycle.models.traits import Architecture
 
 INDEX = "model.safetensors.index.json"
@@ -167,6 +169,18 @@ class DenseSource:
     def read_place(self, place: str, names: list[str]) -> dict[str, Tensor]:
         """These tensors by their names below `place`, which they all begin with."""
         return {name.removeprefix(place): tensor for name, tensor in self.read(names).items()}
+
+    def known(self, name: str) -> str:
+        """What a tensor is known by here, of its name in the checkpoint or in the whole model."""
+        for old, new in FAMILIES[self.arch.family].stored.items():
+            name = new + name.removeprefix(old) if name.startswith(old) else name
+        return self.layout.short(name)
+
+    def place(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with; layers that draft tokens are counted on
+        after the others."""
+        drafted = layer - self.arch.num_layers
+        return f"model.layers.{layer}." if drafted < 0 else self.drafts[drafted]
 
     def layer_names(self, layer: int) -> list[str]:
         return [n for n in self.text_names if n.startswith(f"model.layers.{layer}.")]
@@ -506,7 +520,8 @@ def _open_folder(
     check_layers(arch.num_layers, len(headers), folder)
     layout = Layout.of(whole)
     expected = {layout.full(name) for name in layout.expected}
-    stored = plain_names(headers, expected, layout.base, family.stored)
+    begun = {**family.stored, **HOLDERS.get(whole.model_type, {})}
+    stored = plain_names(headers, expected, layout.base, begun)
     found = {layout.short(n): headers[old] for n, old in stored.items() if not BUFFER.search(n)}
     config.tie_word_embeddings |= whole.tie_word_embeddings
     config.tie_word_embeddings &= family.ties
@@ -771,12 +786,13 @@ def _open_gguf(label: str, path: Path) -> DenseSource:
         raise UpcycleError(f"{label}: reading GGUF needs `pip install gguf`") from error
     temporary = tempfile.TemporaryDirectory(prefix="upcycle-gguf-")
     try:
-        prepare(label, path, Path(temporary.name), accept=describe)
+        notes = prepare(label, path, Path(temporary.name), accept=describe)
     except UpcycleError:
         raise
     except Exception as error:  # readers of corrupt files raise anything
         raise blamed(error, f"{label} is not a whole GGUF file") from error
-    return _open_folder(label, Checkpoint(Path(temporary.name)), temporary=temporary)
+    source = _open_folder(label, Checkpoint(Path(temporary.name)), temporary=temporary)
+    return replace(source, notes=(*source.notes, *notes))
 
 
 def own_file(path: Path, folder: Path) -> Path:
@@ -833,15 +849,17 @@ def _drop_places(path: Path) -> None:
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """Files that travel with a checkpoint as they are: tokenizer, generation config, licence.
+    """Files that travel with a checkpoint as they are: tokenizer, generation config, licence, and
+    what sentence-transformers puts behind an encoder.
 
     Raises:
-        UpcycleError: as `own_file`.
+        UpcycleError: as `own_file` and `sentence_files`.
     """
     patterns = (
         "tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
         "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
         "generation_config.json", "*processor_config.json", *LEGAL,
     )  # fmt: skip
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    found = {path for path in (*found, *sentence_files(folder)) if path.is_file()}
     yield from (own_file(path, folder) for path in sorted(found))

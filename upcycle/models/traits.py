@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from upcycle.models.holders import HOLDERS
+
 
 class Trait(StrEnum):
     """What a forward pass may do besides plain llama; a target accepts a trait or refuses it."""
@@ -60,6 +62,13 @@ class Architecture:
     def encoder(self) -> bool:
         """Whether every token sees all others, so that hidden states are what it is for."""
         return Trait.BIDIRECTIONAL in self.traits
+
+    @property
+    def loader(self) -> str:
+        """The class of transformers that loads it by its folder."""
+        if self.encoder:
+            return "AutoModel"
+        return "AutoModelForImageTextToText" if self.whole in HOLDERS else "AutoModelForCausalLM"
 
     @property
     def output(self) -> str:

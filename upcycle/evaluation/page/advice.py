@@ -15,9 +15,9 @@ from upcycle.models.text import texts
 
 NO_TRAINING_TEXT = ("self", "none")
 LOADING = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {1}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({0!r})
+model = {1}.from_pretrained({0!r})
 tokenizer = AutoTokenizer.from_pretrained({0!r})"""
 
 
@@ -71,7 +71,7 @@ def _data(made: Made | None) -> str:
 def _use(facts: Facts) -> str:
     if facts.made and facts.made.plan.runtimes.get("vLLM") == "ok":
         return f"vllm serve {_shell(facts)}"
-    return LOADING.format(public_name(facts.model))
+    return LOADING.format(public_name(facts.model), facts.loader)
 
 
 def _why_use(made: Made | None, ratio: float | None) -> str:

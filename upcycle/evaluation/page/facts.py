@@ -16,8 +16,9 @@ from upcycle.core.foreign import first_problem, read_json
 from upcycle.evaluation.inspection import inspect_found
 from upcycle.evaluation.run import Evaluation, Progress, evaluate
 from upcycle.evaluation.sample import Sample, samples
+from upcycle.models.families import auto_class
 from upcycle.models.record import RECORD, TRAIN_LOG, LogLine, Made, read_log, read_record
-from upcycle.models.source import locate
+from upcycle.models.source import locate, read_config
 
 Read = TypeVar("Read")
 
@@ -45,6 +46,8 @@ class Facts:
     made: Made | None
     """How upcycle made it, if it did."""
     log: list[LogLine]
+    loader: str = "AutoModelForCausalLM"
+    """The class of transformers that loads it by its folder."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ def gather(model: str) -> Facts:
     if folder is not None and (folder / TRAIN_LOG).is_file():
         log = read_log(folder / TRAIN_LOG)
     inspection = Inspection.model_validate(inspect_found(model, found))
-    return Facts(model, inspection, record if isinstance(record, Made) else None, log)
+    made = record if isinstance(record, Made) else None
+    if folder is None:
+        return Facts(model, inspection, made, log)
+    return Facts(model, inspection, made, log, auto_class(read_config(folder)).__name__)
 
 
 def read_evaluation(path: Path, found: Facts) -> Measured:

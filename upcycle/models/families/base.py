@@ -13,10 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
+from upcycle.models.holders import HOLDERS
 from upcycle.models.traits import Architecture, Trait
 from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS, UNCONVERTED
 
@@ -185,6 +191,8 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """transformers' name for the class of a model, dense or not, with its head."""
+    if config.model_type in HOLDERS and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
     kind = config.model_type
     return FAMILIES[kind].auto if kind in FAMILIES else AutoModelForCausalLM
 

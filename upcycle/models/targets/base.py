@@ -23,6 +23,7 @@ from torch import Tensor
 
 from upcycle.core.registry import Registry
 from upcycle.core.types import DenseFFN, Geometry, MoELayer
+from upcycle.models.holders import HOLDERS
 from upcycle.models.runtimes import Run, Runtime
 from upcycle.models.traits import Architecture, Trait
 
@@ -224,7 +225,8 @@ class MoETarget:
             gated: whether that is to have a gate with a row of its own.
             experts: as many as are asked for.
         """
-        if arch.whole and self.whole is None:
+        held = arch.whole in HOLDERS and self.root == "model."
+        if arch.whole and self.whole is None and not held:
             return f"{self.name} has no place for the other parts of a {arch.whole} model"
         for trait in sorted(set(arch.traits) - self.accepts - self.requires - EVERYWHERE):
             return (

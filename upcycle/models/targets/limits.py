@@ -5,6 +5,7 @@ does. Its docstring is the limit in general, for docs/runtimes.md. Compared with
 llama.cpp b11549, vLLM 0.32, mlx-lm 0.32 and transformers 4.57.6 (dev/log.md).
 """
 
+from upcycle.models.holders import HOLDERS
 from upcycle.models.targets.base import MoESpec
 from upcycle.models.traits import Architecture, Trait
 
@@ -22,6 +23,12 @@ def text_alone(arch: Architecture, spec: MoESpec) -> str:
 def looks_back(arch: Architecture, spec: MoESpec) -> str:
     """Tokens see those before them."""
     return "tokens see only those before them" if arch.encoder else ""
+
+
+def no_moe_inside(arch: Architecture, spec: MoESpec) -> str:
+    """The text model of a model of several parts is dense, or of the family's own MoE."""
+    held = arch.whole in HOLDERS
+    return f"the text model of a {arch.whole} can't be an MoE" if held else ""
 
 
 def silu_only(arch: Architecture, spec: MoESpec) -> str:
