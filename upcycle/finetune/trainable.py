@@ -39,11 +39,12 @@ class Member:
 
     @property
     def part(self) -> str:
-        """What begins to move at once: the router, or one of `settings.Part`."""
+        """What begins to move at once: the router, or one of `settings.Part`; among the norms
+        whatever else is no matrix."""
         if self.group in ("router", "attention"):
             return self.group
-        if self.group == GROUPS[-1]:
-            return "norms" if self.dimensions == 1 else "embeddings"
+        if self.group == NORMS:
+            return "embeddings" if self.dimensions == 2 else "norms"
         return "ffn"
 
 
