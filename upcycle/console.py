@@ -95,7 +95,10 @@ def watching_training(*, quiet: bool) -> Iterator["Watch"]:
             for alarm in row.get("alarms", ()):
                 err.print(_alarm(alarm["step"], alarm["says"]), highlight=False)
 
-        yield Watch(begin=show_groups, row=row, budget=_say_budget)
+        def teacher(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, description="the teacher reads")
+
+        yield Watch(begin=show_groups, row=row, budget=_say_budget, teacher=teacher)
 
 
 def _say_budget(budget: "Budget") -> None:
@@ -156,7 +159,7 @@ def _validated(row: Mapping[str, Any]) -> str:
 
 
 def _alarm(step: int, says: str) -> str:
-    return f"[bold yellow]alarm[/] after step {step}: {escape(says)}."
+    return f"[bold yellow]alarm[/] after step {step}: {escape(as_flags(says))}."
 
 
 def _training_line(row: Mapping[str, Any]) -> str:

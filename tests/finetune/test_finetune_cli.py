@@ -96,6 +96,7 @@ def test_set_replaces_any_setting(model, text, tmp_path):
         (["--set", "leraning_rate=1"], "unknown setting 'leraning_rate'"),
         (["--set", "lr"], "--set 'lr' is not KEY=VALUE"),
         (["--data", "missing.txt"], "--data 'missing.txt' is not a file"),
+        (["--data", "builtin*0+builtin"], "has 'builtin' count 0 times: leave it out"),
         (["--train", "routers"], "train='routers'"),
         (["--merge"], "give --lora RANK too"),
         (["--seq-len", "2048"], "--seq-len 2048 is more than the model's 1024 positions"),

@@ -1,5 +1,7 @@
 """Losses of continued training, against loops in float64 that follow their formulas."""
 
+import math
+
 import pytest
 import torch
 
@@ -40,12 +42,23 @@ def naive_next_token(logits_BLV):
     return sum(terms) / len(terms)
 
 
-def naive_distillation(logits_BLV):
+def naive_distillation(logits_BLV, temperature=1.0, kept=V):
+    """Of each token's teacher the likeliest words one by one, and the others as one."""
     terms = []
     for b, i in MASK_BL.nonzero().tolist():
-        ours, theirs = log_softmax(logits_BLV[b, i]), log_softmax(TEACHER_BLV[b, i])
-        terms.append(sum(p.exp() * (p - q) for p, q in zip(theirs, ours, strict=True)))
-    return sum(terms) / len(terms)
+        ours = [z.exp() for z in log_softmax(logits_BLV[b, i] / temperature)]
+        theirs = [z.exp() for z in log_softmax(TEACHER_BLV[b, i] / temperature)]
+        order = sorted(range(V), key=lambda v: -theirs[v])
+        groups = [[v] for v in order[:kept]] + ([order[kept:]] if kept < V else [])
+        for group in groups:
+            p, q = sum(theirs[v] for v in group), sum(ours[v] for v in group)
+            terms.append(p * (p / q).log())
+    return temperature**2 * sum(terms) / int(MASK_BL.sum())
+
+
+def kept_distillation(logits_BLV, temperature, kept):
+    found = losses.kept_words(TEACHER_BLV[MASK_BL], kept, temperature)
+    return losses.kept_distillation_loss(logits_BLV[MASK_BL], found, temperature)
 
 
 def naive_layer_match(hidden_SBLD):
@@ -63,6 +76,16 @@ LOSSES = {
     ),
     "distill": (
         lambda z: losses.distillation_loss(z, TEACHER_BLV, MASK_BL), naive_distillation, (B, L, V),
+    ),
+    "distill, softened": (
+        lambda z: losses.distillation_loss(z, TEACHER_BLV, MASK_BL, 2.5),
+        lambda z: naive_distillation(z, 2.5), (B, L, V),
+    ),
+    "distill, four words kept": (
+        lambda z: kept_distillation(z, 2.5, 4), lambda z: naive_distillation(z, 2.5, 4), (B, L, V),
+    ),
+    "distill, all words kept": (
+        lambda z: kept_distillation(z, 1.0, V + 3), naive_distillation, (B, L, V),
     ),
     "match_layers": (
         lambda h: losses.layer_match_loss(tuple(h), TEACHER_HIDDEN, MASK_BL), naive_layer_match,
@@ -111,6 +134,15 @@ def test_equal_distributions_and_hidden_states_lose_nothing():
     same = losses.distillation_loss(TEACHER_BLV + 3, TEACHER_BLV, MASK_BL)
     assert float(same) == pytest.approx(0, abs=1e-6)
     assert not float(losses.layer_match_loss(TEACHER_HIDDEN, TEACHER_HIDDEN, MASK_BL))
+
+
+def test_words_of_no_probability_that_were_not_kept_leave_a_number():
+    """As of logits that spread by hundreds."""
+    x = (300 * normal(B, L, V, seed=4)).float().requires_grad_()
+    loss = kept_distillation(x, 1.0, 2)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert bool(x.grad.isfinite().all())
 
 
 def test_low_precision_logits_are_summed_in_float32():

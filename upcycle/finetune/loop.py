@@ -22,15 +22,15 @@ from upcycle.models.record import LogLine, log_text
 
 
 def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.AdamW:
-    """AdamW with one group per learning rate; matrices other than routers decay, all by the same
-    share of themselves a step, whatever the scale of their learning rate."""
+    """AdamW with one group per part and learning rate; matrices other than routers decay, all by
+    the same share of themselves a step, whatever the scale of their learning rate."""
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for item in training:
         router = item.member.group == "router"
         lr = (settings.router_lr or settings.lr) if router else settings.lr
         decays = item.parameter.dim() > 1 and not router
         decay = settings.weight_decay / item.scale if decays else 0.0
-        key = ("router" if router else "other", lr * item.scale, decay)
+        key = (item.member.part, lr * item.scale, decay)
         groups.setdefault(key, []).append(item.parameter)
     return torch.optim.AdamW(
         [

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.flags import setting
@@ -32,6 +32,8 @@ from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import read_notes, torch_dtype
 from upcycle.finetune.step import Progress, Row, Setup, score_of
+from upcycle.finetune.teacher import Stored, fill, is_stored, open_store
+from upcycle.finetune.teacher import size as stored_size
 from upcycle.finetune.trainable import (
     Groups,
     add_lora,
@@ -68,6 +70,8 @@ class Watch:
     """Every line of the log, with the steps done and all steps."""
     budget: Callable[[Budget], None] = lambda budget: None
     """After the first step of a run that is not resumed."""
+    teacher: Callable[[int, int], None] = lambda done, total: None
+    """While its predictions are stored: the sequences done, and all of them."""
 
 
 def finetune(
@@ -142,7 +146,8 @@ def rehearse(
         Diverged: a loss or a gradient is no number.
     """
     with ExitStack() as stack:
-        job = open_job(model, Path.cwd(), preset, settings | {"tracker": None}, stack)
+        unwritten = {"tracker": None, "teacher_top_k": 0}
+        job = open_job(model, Path.cwd(), preset, settings | unwritten, stack)
         accelerator = stack.enter_context(accelerator_for(job.settings))
         watch = watch if watch is not None and accelerator.is_main_process else Watch()
         setup, groups = _prepare(job, accelerator, watch)
@@ -183,9 +188,13 @@ def _identity(job: Job, processes: int, *, overwrite: bool, resume: bool) -> Ide
 
 
 def _room(job: Job) -> int:
-    """Bytes that a run writes, in float32: weights, two moments, the best weights, the result."""
+    """Bytes that a run writes: in float32 weights, two moments, the best weights, the result; and
+    what it keeps of the teacher's predictions."""
     sizes = [torch.Size(info.shape).numel() for info in read_headers(job.folder).values()]
-    return 5 * 4 * sum(sizes)
+    settings = job.settings
+    tokens = settings.total_steps * settings.step_tokens + settings.validation_tokens
+    kept = stored_size(tokens, settings.teacher_top_k) if settings.teacher_top_k else 0
+    return 5 * 4 * sum(sizes) + kept
 
 
 @contextmanager
@@ -230,6 +239,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     """Model, data, optimizer: all that the loop needs."""
     settings, folder = job.settings, job.folder
     train_data, validation = _data(job)
+    stored = _stored(job, accelerator, train_data, validation, watch)
     model = load_model(folder, _dtype(job), accelerator.device)
     blocks = moe_blocks(model)
     if not blocks:
@@ -271,6 +281,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         model=model,
         optimizer=optimizer,
         teacher=_teacher(job, accelerator),
+        stored=stored,
         blocks=blocks,
         scales=scales,
         tap=tap,
@@ -320,9 +331,44 @@ def _dtype(job: Job) -> torch.dtype:
     return torch.float32
 
 
-def _teacher(job: Job, accelerator: Accelerator) -> nn.Module | None:
-    if job.teacher is None:
+def _stored(
+    job: Job, accelerator: Accelerator, train_data: Data, validation: Data, watch: Watch
+) -> Stored | None:
+    """The teacher's predictions for all text, made if an earlier start of this run has not left
+    them; the teacher is then no longer needed."""
+    settings, folder = job.settings, partial_folder(job.out) / ASIDE
+    if not settings.teacher_top_k:
         return None
+    words = min(settings.teacher_top_k, read_text_config(job.folder).vocab_size)
+    wanted = (
+        (folder / "teacher-train.bin", train_data, settings.distill_temperature),
+        (folder / "teacher-validation.bin", validation, 1.0),
+    )
+    missing = [each for each in wanted if not is_stored(each[0], each[1], words)]
+    if missing:
+        model: Any = _load_teacher(job, accelerator)
+
+        def teach(tokens_BL: Tensor) -> Tensor:
+            with accelerator.autocast():
+                logits_BLV: Tensor = model(input_ids=tokens_BL.to(accelerator.device)).logits
+            return logits_BLV
+
+        wait = accelerator.wait_for_everyone
+        processes = (accelerator.process_index, accelerator.num_processes, wait)
+        for path, data, temperature in missing:
+            fill(path, data, teach, words, temperature, processes, watch.teacher)
+    return Stored(*(open_store(path, data, words) for path, data, _ in wanted))
+
+
+def _teacher(job: Job, accelerator: Accelerator) -> nn.Module | None:
+    """The teacher, if it is run in every step."""
+    if job.teacher is None or job.settings.teacher_top_k:
+        return None
+    return _load_teacher(job, accelerator)
+
+
+def _load_teacher(job: Job, accelerator: Accelerator) -> nn.Module:
+    assert job.teacher is not None
     dtype = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
     model: nn.Module = load_model(job.teacher, dtype, accelerator.device)
     return model.requires_grad_(False)

@@ -24,6 +24,7 @@ from upcycle.finetune.partition import Dealer
 from upcycle.finetune.router_terms import Means, RouterTerms
 from upcycle.finetune.routers import RouterTap, Scale, update_bias
 from upcycle.finetune.settings import Training
+from upcycle.finetune.teacher import Stored
 from upcycle.models.blocks import MoEBlock
 from upcycle.models.hosted import target_of
 from upcycle.models.record import log_text
@@ -41,6 +42,9 @@ class Setup:
     model: nn.Module
     optimizer: Any
     teacher: nn.Module | None
+    """Where it is run in every step."""
+    stored: Stored | None
+    """Its predictions, where it is not."""
     blocks: list[MoEBlock]
     scales: list[Scale]
     tap: RouterTap
@@ -90,7 +94,8 @@ def note(setup: Setup, progress: Progress, row: Row) -> None:
     if setup.accelerator.is_main_process:
         with setup.log_file.open("a") as file:
             file.write(log_text(row))
-    flat = row | row.get("validation", {})
+    texts = {f"perplexity of {name}": value for name, value in row.get("texts", {}).items()}
+    flat = row | row.get("validation", {}) | row.get("routing", {}) | texts
     numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
     setup.accelerator.log(numbers, step=row["step"])
     setup.watch(row, progress.step, setup.settings.total_steps)
@@ -99,10 +104,9 @@ def note(setup: Setup, progress: Progress, row: Row) -> None:
 def learning_rate(settings: Training, step: int, part: str) -> float:
     """What the base learning rate is multiplied by in a step: a linear rise, then a cosine."""
     total = settings.total_steps
-    alone = round(settings.router_warmup * total)
-    if step < alone and part != "router":
+    start = round(settings.start(part) * total)
+    if step < start:
         return 0.0
-    start = 0 if part == "router" else alone
     rise = max(1, round(settings.warmup * total))
     if step - start < rise:
         return (step - start + 1) / rise
@@ -157,7 +161,7 @@ def _gradients(
     means = None
     if setup.router_terms.of_steps and len(batches) > 1:
         means = _means_of_step(setup, step, mine, scored)
-    weights = settings.loss_weights | setup.router_terms.weights
+    weights = settings.loss_weights(step) | setup.router_terms.weights
     for number, batch in enumerate(mine, 1):
         last = number == len(mine)
         with nullcontext() if last else accelerator.no_sync(setup.model):
@@ -260,15 +264,11 @@ def _terms(
     """
     settings, device = setup.settings, setup.accelerator.device
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
-    scored_BL, foretelling_BL = batch.scored_BL.to(device), batch.foretelling_BL.to(device)
     mask_T = mask_BL.flatten()
-    arguments = {
-        "input_ids": tokens_BL,
-        "use_cache": False,
-        "output_hidden_states": settings.match_layers > 0,
-    }
+    match = settings.loss_weights(step)["match_layers"] > 0
+    arguments = {"input_ids": tokens_BL, "use_cache": False, "output_hidden_states": match}
     expected = None
-    if setup.teacher is not None:
+    if setup.teacher is not None and (settings.distill or match):
         with torch.no_grad(), setup.accelerator.autocast():
             expected = setup.teacher(**arguments)
     # Of itself, accelerate rounds in all models but sharded ones.
@@ -276,14 +276,30 @@ def _terms(
         out = setup.model(**arguments)
     count(setup, mask_T, counts)
     if settings.next_token:
+        scored_BL = batch.scored_BL.to(device)
         yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
-    if settings.distill and expected is not None:
-        yield "distill", losses.distillation_loss(out.logits, expected.logits, foretelling_BL)
-    if settings.match_layers and expected is not None:
-        hidden = out.hidden_states[1:], expected.hidden_states[1:]
-        yield "match_layers", losses.layer_match_loss(*hidden, mask_BL)
+    yield from _from_teacher(setup, batch, out, expected)
     seen = setup.router_terms.seen(setup.tap.routed, batch, step)
     yield from setup.router_terms.losses(seen, means)
+
+
+def _from_teacher(
+    setup: Setup, batch: Data, out: Any, expected: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """What the model's outputs are held to, by the teacher's, if it was run, or by what was
+    stored of its predictions."""
+    settings, device = setup.settings, setup.accelerator.device
+    foretelling_BL, temperature = batch.foretelling_BL.to(device), settings.distill_temperature
+    if setup.stored is not None:
+        kept = setup.stored.train.kept(batch.place_B, device)
+        loss = losses.kept_distillation_loss(out.logits[foretelling_BL], kept, temperature)
+        yield "distill", loss
+    elif settings.distill:
+        args = out.logits, expected.logits, foretelling_BL
+        yield "distill", losses.distillation_loss(*args, temperature)
+    if out.hidden_states is not None:
+        hidden = out.hidden_states[1:], expected.hidden_states[1:]
+        yield "match_layers", losses.layer_match_loss(*hidden, batch.mask_BL.to(device))
 
 
 def score_of(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:

@@ -41,6 +41,16 @@ class Member:
     size: int
     dimensions: int
 
+    @property
+    def part(self) -> str:
+        """What begins to move at once: the router, or one of `settings.Part`; among the norms
+        whatever else is no matrix."""
+        if self.group in ("router", "attention"):
+            return self.group
+        if self.group == NORMS:
+            return "embeddings" if self.dimensions == 2 else "norms"
+        return "ffn"
+
 
 @dataclass(frozen=True)
 class Trained:
