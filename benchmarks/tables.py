@@ -21,6 +21,7 @@ BEGIN, END = "<!-- by benchmarks/tables.py -->\n", "<!-- end -->\n"
 SECTIONS = {
     "Quality without training": ("kinds", "shares", "second-model"),
     "Training": ("heal", "heal-131k", "plain-training", "copies", "training-loop"),
+    "Merging": ("merge",),
     "Time and memory": ("conversion-time", "copying", "memory", "granules"),
     "Other runtimes": ("vllm", "llama-cpp", "llama-cpp-quantised", "llama-cpp-speed"),
     "What the choices are worth": ("calibration", "spread", "clustering", "routers"),

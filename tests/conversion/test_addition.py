@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from hosting import hosts
-from reference import load, logits, read_json, routers, selections, weights
+from reference import (
+    dense_logits,
+    gap,
+    load,
+    logits,
+    read_json,
+    routers,
+    selections,
+    weights,
+)
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_moved, make_tokenizer
 from typer.testing import CliRunner
@@ -16,6 +25,7 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import UpcycleError
 from upcycle.cli import app
+from upcycle.conversion import plan as planning
 from upcycle.conversion.merging.plan import plan_merge
 from upcycle.conversion.merging.preflight import merge_request
 
@@ -84,8 +94,10 @@ SHARED = ("qwen2_moe", "granitemoeshared", "deepseek_v3")
 FAMILY_OF |= dict.fromkeys(("qwen2_moe", "granitemoeshared"), "llama")
 
 
-# Per-expert, fused and shared layouts, and biases of one and two dimensions beside the router.
-KINDS = ("mixtral", "granitemoeshared", "qwen2_moe", "ernie4_5_moe", "deepseek_v3")
+# Per-expert, fused and shared layouts, biases of one and two dimensions beside the router; latent
+# attention, layers without an FFN, and FFNs without a gate.
+HYBRIDS = ("lfm2_moe", "granitemoehybrid", "nemotron_h")
+KINDS = ("mixtral", "granitemoeshared", "qwen2_moe", "ernie4_5_moe", "deepseek_v3", *HYBRIDS)
 
 
 @pytest.mark.parametrize("target", KINDS)
@@ -116,6 +128,15 @@ def test_the_result_is_the_merge_of_all_but_for_the_routers(dense, tmp_path, tar
     assert read_json(tmp_path / "out" / "config.json") == read_json(
         tmp_path / "three" / "config.json"
     )
+
+
+@pytest.mark.parametrize("target", ["deepseek_v3", *HYBRIDS])
+def test_one_more_copy_of_the_base_leaves_its_logits(dense, tmp_path, target):
+    base = dense(FAMILY_OF[target])
+    upcycle.merge([str(base)] * 2, tmp_path / "two", target=target, **QUICK)
+    upcycle.merge(tmp_path / "two", tmp_path / "out", add=str(base), check="none")
+    assert len(routers(load(tmp_path / "out"))) == 3
+    assert gap(logits(load(tmp_path / "out")), dense_logits(base)) < 2e-5
 
 
 def test_random_rows_are_seeded_and_no_two_alike(merged, shelf, tmp_path):
@@ -223,7 +244,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(merged, shelf, texts, tmp_path)
 # --- what is said ----------------------------------------------------------------------------
 
 
-def test_the_record_and_the_card_tell_which_expert_came_when(merged, shelf, texts, tmp_path):
+def test_the_record_and_the_card_tell_which_expert_came_when(
+    merged, shelf, texts, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 128)
     train = {"data": texts["m1"], "steps": 1, "seq_len": 16, "validation_tokens": 16}
     upcycle.finetune(str(merged("text")), tmp_path / "tuned", preset="specialise", **train)
     for place, before, name in ((2, "tuned", "m3"), (3, before_last := "first", "base")):

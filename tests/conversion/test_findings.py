@@ -122,7 +122,7 @@ def test_equal_files_and_a_model_of_another_origin_are_noticed(models, tmp_path)
     twins, far = done.findings.notes
     assert twins == "twin has the same FFNs as m1"
     assert far.startswith("other is 1.5")
-    assert done.findings.distances.nearest == (0, 1)
+    assert done.findings.distances.nearest == (0, 1, 0.0)
 
 
 def test_copies_of_the_base_have_no_distances(models, tmp_path):
@@ -275,3 +275,94 @@ def test_a_run_that_was_stopped_finds_the_same(models, texts, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(made, resume=True, progress=stop)
     assert run(made, resume=True).findings == whole.findings
+
+
+# --- of an expert that comes later -----------------------------------------------------------
+
+
+def addition(moe, model, out, texts=None, **settings):
+    from upcycle.conversion.merging.plan import plan_merge
+    from upcycle.conversion.merging.preflight import merge_request
+
+    request = merge_request([str(moe)], settings, add=model, texts=texts)
+    return plan_merge(request, settings, out)
+
+
+def test_of_an_expert_more_what_still_holds_is_kept_and_the_rest_measured(
+    models, texts, tmp_path, few_windows
+):
+    """The record of the other models, which are not read, has their distances; what the merge
+    before had shown is kept with what was done to it."""
+    three = tmp_path / "three.txt"
+    three.write_text("".join(random.Random("m3").choices("0123456789", k=1500)))
+    two = {"base": models["base"], "text": texts, "seq_len": 64, "calibration_tokens": 256}
+    before = upcycle.merge([models["m1"], models["m2"]], tmp_path / "two", **two).findings
+    given = {"": str(three), "m1": texts["m1"]}
+    made = addition(tmp_path / "two", models["m3"], tmp_path / "out", given)
+    found = run(made).findings
+    assert found.distances.sources[:2] == before.distances.sources
+    base, m3 = (weights(Path(models[name])) for name in ("base", "m3"))
+    new = found.distances.sources[2]
+    assert new.model == "m3"
+    assert new.ffn == pytest.approx(distance(m3, base, base, is_ffn), rel=1e-5)
+    assert new.rest == pytest.approx(distance(m3, base, base, lambda n: not is_ffn(n)), rel=1e-5)
+    known = before.distances.between
+    assert found.distances.between == [[*known[0], None], [*known[1], None], [None, None, 0.0]]
+    assert found.sentences[0].startswith("Nearest of those merged together are m1 and m2: ")
+    out = weights(tmp_path / "out")
+    for gate in found.gates:
+        rows = out[f"model.layers.{gate.layer}.block_sparse_moe.gate.weight"]
+        assert len(rows) == 3
+        expected = np.linalg.cond(rows.double().numpy())
+        assert gate.condition == pytest.approx(expected, rel=1e-3) or math.isinf(gate.condition)
+    assert [gate.layer for gate in found.gates] == [0, 1, 2]
+    beside, windows = found.perplexities, own_texts(made).windows
+    assert beside.texts == ["m1.txt", "three.txt", "mixed"]
+    whole = {"this merge": tmp_path / "out", "base": models["base"]}
+    whole |= {"the merge before": tmp_path / "two", "m3": models["m3"]}
+    assert [row.model for row in beside.models] == list(whole)
+    for row in beside.models:
+        model = load(Path(whole[row.model]))
+        expected = [perplexity(model, ids_WL) for ids_WL in windows.values()]
+        assert row.perplexity == pytest.approx(expected, rel=1e-3)
+    assert found.notes == [
+        "the merge before may have been made with what is measured here of m1.txt"
+    ]
+    record = read_record(tmp_path / "out" / "upcycle.json")
+    assert record.findings == found
+    assert record.added[0].findings_before == before
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| m3 | {100 * new.ffn:.3g} % | {100 * new.rest:.3g} % |" in card
+    assert f"| the merge before | {beside.models[2].perplexity[0]:.2f} |" in card
+
+
+def test_what_is_odd_of_a_model_that_comes_later_is_noticed(models, tmp_path):
+    upcycle.merge([models["m1"], models["m2"]], tmp_path / "two", base=models["base"], **QUICK)
+    twin = shutil.copytree(models["base"], tmp_path / "twin")
+    other = make_moved(tmp_path / "other", Path(models["base"]), 9, scale=0.3)
+    notes, sources = {}, {}
+    for name, model in (("base", twin), ("far", other), ("again", models["m1"])):
+        added = run(addition(tmp_path / "two", str(model), tmp_path / name, check="none")).findings
+        notes[name], sources[name] = added.notes, added.distances.sources
+        assert added.perplexities is None
+    assert notes["base"] == ["twin has the same FFNs as base"]
+    assert [source.model for source in sources["far"]] == ["m1", "m2", "other"]
+    assert notes["far"][0].startswith("other is 1.5")
+    assert notes["again"] == ["experts 0 and 2 are of one model, m1"]
+    assert [source.model for source in sources["again"]] == ["m1", "m2"]
+
+
+def test_an_addition_that_was_stopped_finds_the_same(models, tmp_path):
+    upcycle.merge([models["m1"]] * 2, tmp_path / "two", base=models["base"], **QUICK)
+    how = tmp_path / "two", models["m3"]
+    whole = run(addition(*how, tmp_path / "whole", check="none"))
+
+    def stop(stage, done, total):
+        if stage == "converting layers" and done == 2:
+            raise KeyboardInterrupt
+
+    made = addition(*how, tmp_path / "out", check="none")
+    with pytest.raises(KeyboardInterrupt):
+        run(made, resume=True, progress=stop)
+    assert run(made, resume=True).findings == whole.findings
+    assert whole.findings.gates[0].alike == []

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from hosting import hosts
+from published import make_published
 from reference import MUTATED, dense_logits, gap, load, logits, read_json, selections, weights
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_dense, make_lora, make_tokenizer
+from tiny import FAMILIES, make_dense, make_lora, make_moved, make_tokenizer
 from typer.testing import CliRunner
 
 import upcycle
@@ -187,6 +188,25 @@ def test_an_adapter_of_fused_matrices_changes_them(dense, tmp_path):
     assert torch.allclose(torch.cat([gate, up]), fused, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("family", "whole"), [("nemotron_h", "backbone."), ("qwen3_5", "model.language_model.")]
+)
+def test_an_adapter_may_name_modules_as_the_checkpoint_does(dense, tmp_path, family, whole):
+    """As code that came with the model, or the class of all its parts, has them."""
+    base = dense(family) if family in FAMILIES else make_published(tmp_path / "base", family)
+    lora = make_lora(tmp_path / "lora", base, ["up_proj", "down_proj"], r=2)
+    other = shutil.copytree(lora, tmp_path / "other")
+    factors = load_file(lora / "adapter_model.safetensors")
+    renamed = {n.replace(".model.layers.", f".{whole}layers."): t for n, t in factors.items()}
+    assert not renamed.keys() & factors.keys()
+    save_file(renamed, other / "adapter_model.safetensors")
+    for adapter in (lora, other):
+        experts = [f"{base}+{adapter}", str(base)]
+        upcycle.merge(experts, tmp_path / f"out-{adapter.name}", base=str(base), **QUICK)
+    plain, found = (weights(tmp_path / f"out-{name}") for name in ("lora", "other"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+
+
 def test_the_rest_can_be_the_mean_of_the_models(models, tmp_path):
     experts = [models["m1"], models["m2"]]
     upcycle.merge(experts, tmp_path / "out", base=models["base"], rest="mean", **QUICK)
@@ -236,6 +256,35 @@ def test_a_router_from_losses_follows_its_models(models, texts, tmp_path, router
         one, other = (w[f"model.layers.{layer}.block_sparse_moe.gate.weight"] for w in found)
         assert gap(one, other.flip(0)) < 1e-3
         assert gap(one, other) > MUTATED
+
+
+@pytest.mark.parametrize(
+    ("family", "router", "rest"),
+    [("arcee", "text", "mean"), ("nemotron_h", "loss", "base"), ("nemotron_h", "domain", "ties")],
+)
+def test_fine_tunes_whose_ffns_have_no_gate(
+    dense, texts, tmp_path, monkeypatch, family, router, rest
+):
+    """Each expert is its model's FFN, in Mixtral with its first matrix as gate, too; and each model
+    is measured on each text."""
+    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 128)
+    base = dense(family)
+    moved = {f"m{seed}": make_moved(tmp_path / f"m{seed}", base, seed) for seed in (1, 2)}
+    how = SHORT | {"check": "fast", "router": router, "rest": rest, "text": texts}
+    done = upcycle.merge(list(map(str, moved.values())), tmp_path / "out", base=str(base), **how)
+    names = [row.model for row in done.findings.perplexities.models]
+    assert names == ["this merge", base.name, "m1", "m2", "mean of the sources"]
+    out = weights(tmp_path / "out")
+    for number, folder in enumerate(moved.values()):
+        up = {n: t for n, t in weights(folder).items() if n.endswith("up_proj.weight")}
+        assert len(up) == 3
+        for name in up:
+            layer, expert = name.rpartition(".up_proj")[0], f"experts.{number}."
+            if family == "arcee":
+                layer = layer.replace("mlp", "block_sparse_moe")
+                assert torch.equal(out[f"{layer}.{expert}w1.weight"], up[name])
+            matrix = "w3" if family == "arcee" else "up_proj"
+            assert torch.equal(out[f"{layer}.{expert}{matrix}.weight"], up[name])
 
 
 def test_text_is_the_router_where_there_is_any(models, texts, tmp_path):

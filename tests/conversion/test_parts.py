@@ -18,8 +18,8 @@ from reference import (
     selections,
     weights,
 )
-from safetensors.torch import save_file
-from tiny import PLAIN_SPLIT
+from safetensors.torch import load_file, save_file
+from tiny import PLAIN_SPLIT, make_moved
 from transformers import AutoModelForImageTextToText
 
 import upcycle
@@ -238,6 +238,32 @@ def test_trained_it_keeps_every_part(published, moe, tmp_path, text):
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert any(".mlp.experts." in name for name in changed)
     assert gap(logits(load_whole(done.out)), logits(load(done.out))) < TOLERANCE["mean"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4-e4b"])
+def test_an_expert_comes_to_a_merge_of_whole_models(published, tmp_path, family):
+    """Other parts stay the base's; where one drafts tokens, each expert is its own model's, but of
+    a model that was saved without that part."""
+    base, quick = published(family), {"check": "none", "router": "uniform_random"}
+    moved, bare = (make_moved(tmp_path / f"m{seed}", base, seed) for seed in (1, 2))
+    path = bare / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if "mtp." not in n}, path)
+    upcycle.merge([str(base), str(bare)], tmp_path / "two", **quick)
+    upcycle.merge(tmp_path / "two", tmp_path / "out", add=str(moved), check="none")
+    expected, found = parts(base), parts(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert gap(logits(load_whole(tmp_path / "out")), logits(load(tmp_path / "out"))) < 1e-5
+    two, out = weights(tmp_path / "two"), weights(tmp_path / "out")
+    drafts = [name for name in out if name.startswith("mtp.") and ".experts." in name]
+    assert bool(drafts) == (family == "qwen3_5")
+    for name in drafts:
+        assert torch.equal(out[name][:2], two[name])
+        assert torch.equal(out[name][0], out[name][1])
+        assert not torch.equal(out[name][1], out[name][2])
+    if drafts:
+        down = weights(moved)["mtp.layers.0.mlp.down_proj.weight"]
+        assert torch.equal(out["mtp.layers.0.mlp.experts.down_proj"][2], down)
 
 
 @families

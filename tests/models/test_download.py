@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ import upcycle
 from upcycle import UpcycleError
 from upcycle.cli import app
 from upcycle.conversion.inspection import inspect_model
+from upcycle.models.record import DOMAINS
 from upcycle.models.source import INDEX, SINGLE, open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -180,6 +182,43 @@ def test_a_head_beside_tied_embeddings_is_compared(hub, dense):
     state["lm_head.weight"] = state["model.embed_tokens.weight"] * 2
     save_file(state, hub.folder / SINGLE)
     assert "lm_head.weight" in open_source("org/tiny").tensors
+
+
+def test_what_gate_domain_left_is_fetched_with_a_merge(hub, shelf, tmp_path):
+    """When its weights are, even if these are here already; but not where another router is
+    asked for."""
+    texts = {name: tmp_path / f"{name}.txt" for name in ("m1", "m2", "m3")}
+    for name, letters in zip(texts, ("ABCDEFGH", "stuvwxyz", "0123456789"), strict=True):
+        texts[name].write_text("".join(random.Random(name).choices(letters, k=2000)))
+    base, third = str(shelf / "base"), str(shelf / "m3")
+    quick = {"check": "none", "seq_len": 64, "calibration_tokens": 512, "base": base}
+    named = {name: str(texts[name]) for name in ("m1", "m2")}
+    experts = [str(shelf / name) for name in named]
+    upcycle.merge(experts, tmp_path / "moe", text=named, router="domain", **quick)
+    publish(hub, tmp_path / "moe")
+    add = quick | {"add": third, "text": str(texts["m3"])}
+    upcycle.merge("org/tiny", tmp_path / "text", router="text", **add)
+    assert hub.sent[SINGLE] > weight_files(hub)[SINGLE]
+    assert DOMAINS not in hub.sent
+    upcycle.merge("org/tiny", tmp_path / "out", **add)
+    assert hub.sent[DOMAINS] == weight_files(hub)[DOMAINS]
+    upcycle.merge(tmp_path / "moe", tmp_path / "local", **add)
+    for name in (SINGLE, DOMAINS):
+        ours, theirs = (load_file(tmp_path / folder / name) for folder in ("out", "local"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() | theirs.keys())
+
+
+def test_a_merge_on_the_hub_without_what_gate_domain_left_is_refused(hub, shelf, tmp_path):
+    base, experts = str(shelf / "base"), [str(shelf / name) for name in ("m1", "m2")]
+    how = {"base": base, "check": "none"}
+    upcycle.merge(experts, tmp_path / "moe", router="normal", **how)
+    publish(hub, tmp_path / "moe")
+    text = tmp_path / "text.txt"
+    text.write_text("a text" * 100)
+    add = how | {"add": str(shelf / "m3"), "text": str(text), "router": "domain"}
+    with pytest.raises(UpcycleError, match=f"org/tiny holds no {DOMAINS}, by which"):
+        upcycle.merge("org/tiny", tmp_path / "out", **add)
+    assert hub.sent[SINGLE] <= HEADER
 
 
 def test_weights_of_other_formats_and_damaged_ones(hub, dense):

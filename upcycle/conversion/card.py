@@ -179,6 +179,7 @@ def _with_history(made: Made, finished: Finished) -> Made:
         after_training=len(before.training),
         upcycle=version("upcycle"),
         check_before=before.check,
+        findings_before=before.findings,
     )
     recipe = made.plan.recipe.model_copy(update={"router": before.plan.recipe.router})
     plan = made.plan.model_copy(update={"merge": merge, "recipe": recipe})

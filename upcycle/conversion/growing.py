@@ -19,13 +19,16 @@ from upcycle.conversion.converted import route
 from upcycle.conversion.gating import Gating
 from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.passages import added_passages
+from upcycle.conversion.merging.rest import see_rest
 from upcycle.conversion.merging.sources import Sources, read_ffn
 from upcycle.conversion.plan import Plan
-from upcycle.conversion.units import write_unit
+from upcycle.conversion.units import GATE, write_unit
 from upcycle.core.foreign import blaming
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, LayerActivations, MoELayer
-from upcycle.models.assemble import assemble_config
+from upcycle.evaluation.distance import Meter
+from upcycle.evaluation.gates import gate_facts
+from upcycle.models.assemble import assemble_config, name_in_whole
 from upcycle.models.names import EMBEDDINGS
 from upcycle.models.passages import Grouped, losses_of_models, next_token_losses
 from upcycle.models.record import DOMAINS
@@ -53,6 +56,11 @@ class Growth:
     beside: dict[str, Tensor] = field(default_factory=dict)
     """What is left beside the result."""
 
+    def new_ffn(self, layer: int, meter: Meter | None = None) -> DenseFFN:
+        """The new model's FFN; shown to the meter beside the base's."""
+        base = read_ffn(self.plan.source, self.plan.source.place(layer), self.plan.activation)
+        return self.sources.ffns(layer, base, meter)[self.finished.num_experts]
+
     def row(self, layer: int, ffn: DenseFFN, before_ED: Tensor) -> Tensor:
         """The new expert's row [1, D] of one layer; moves the stream to the next layer.
 
@@ -60,13 +68,8 @@ class Growth:
             ffn: the new expert's.
             before_ED: the rows that there are.
         """
-        design = self.plan.design
         if self.gating is None:
-            rows = design.geometry.num_experts, ffn.num_neurons
-            activations = LayerActivations(ffn, ffn.up_FD.new_empty(0, ffn.hidden_size))
-            rng = generator(design.seed, "router", layer)
-            experts_EF = torch.arange(ffn.num_neurons).expand(rows)
-            return route(design, activations, experts_EF, rng)[-1:]
+            return self.random_row(layer, ffn)
         prefix = f"model.layers.{layer}."
         kept = {n.removeprefix(prefix): t for n, t in self.kept.items() if n.startswith(prefix)}
         before = GateRows(before_ED, kept)
@@ -78,6 +81,23 @@ class Growth:
         made = self.gating.added(before, entering_TD, x_TD)
         self.beside.update({prefix + name: t.cpu() for name, t in made.beside.items()})
         return made.rows_ED
+
+    def random_row(self, layer: int, ffn: DenseFFN) -> Tensor:
+        """A row [1, D] that knows nothing of the expert."""
+        design = self.plan.design
+        activations = LayerActivations(ffn, ffn.up_FD.new_empty(0, ffn.hidden_size))
+        neurons_F = torch.arange(ffn.num_neurons)
+        experts_EF = neurons_F.expand(design.geometry.num_experts, -1)
+        rng = generator(design.seed, "router", layer)
+        return route(design, activations, experts_EF, rng)[-1:]
+
+    def tensors(
+        self, unit: str, layer: int, ffn: DenseFFN, row_1D: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What is written of a layer that gets an expert."""
+        specs = self.plan.units[unit]
+        parts = dict(_parts(self.plan, layer, ffn, row_1D))
+        return chain(self.finished.copied(specs), self.finished.grown(specs, parts))
 
     def skip(self, layer: int) -> None:
         """Move the stream through a layer that gets no row."""
@@ -101,8 +121,13 @@ def write_grown(plan: Plan, finished: Finished, workspace: Workspace, progress: 
         _write_layer(growth, workspace, writer, layer)
     progress("converting layers", layers, layers)
     for unit in plan.units:
-        if not unit.startswith("layer ") and unit not in workspace.records:
-            write_unit(workspace, writer, unit, finished.copied(plan.units[unit]), {})
+        if unit.startswith("layer ") or unit in workspace.records:
+            continue
+        if unit in plan.beside.drafts:
+            _write_drafts(growth, workspace, writer, unit)
+            continue
+        meter = _see_outer(growth) if unit == "head" else None
+        write_unit(workspace, writer, unit, finished.copied(plan.units[unit]), {}, meter)
     if growth.beside:
         save_file(growth.beside, workspace.result / DOMAINS)
 
@@ -165,6 +190,25 @@ def _kept(finished: Finished) -> dict[str, Tensor]:
         return load_file(path)
 
 
+def _write_drafts(
+    growth: Growth, workspace: Workspace, writer: CheckpointWriter, place: str
+) -> None:
+    """Write a layer that drafts tokens with an expert more, whose row is random as the others'."""
+    plan = growth.plan
+    layer = plan.source.arch.num_layers + plan.beside.drafts.index(place)
+    ffn = growth.new_ffn(layer)
+    row_1D = growth.random_row(layer, ffn).to("cpu", plan.design.dtype)
+    write_unit(workspace, writer, place, growth.tensors(place, layer, ffn, row_1D), {})
+
+
+def _see_outer(growth: Growth) -> Meter | None:
+    """What a meter saw of all that is in no layer."""
+    sources, meter = growth.sources, growth.sources.meter()
+    if meter is not None:
+        see_rest(sources, sources.base.outer_names(), meter)
+    return meter
+
+
 def _write_layer(
     growth: Growth, workspace: Workspace, writer: CheckpointWriter, layer: int
 ) -> None:
@@ -174,34 +218,38 @@ def _write_layer(
     written, specs = unit in workspace.records, plan.units[unit]
     if written and growth.gating is None:
         return
+    meter = None if written else growth.sources.meter()
+    if meter is not None:
+        see_rest(growth.sources, plan.source.layer_names(layer), meter)
     if layer not in plan.moe_layers:
         growth.skip(layer)
         if not written:
-            write_unit(workspace, writer, unit, finished.copied(specs), _record(layer, dense=True))
+            named = finished.copied(specs)
+            write_unit(workspace, writer, unit, named, {"layer": layer, "dense": True}, meter)
         return
-    ffn = read_ffn(growth.sources.models[finished.num_experts], layer, plan.activation)
-    row_1D = growth.row(layer, ffn, _rows(growth, specs))
+    ffn = growth.new_ffn(layer, meter)
+    before_ED = _rows(growth, specs)
+    row_1D = growth.row(layer, ffn, before_ED).to("cpu", plan.design.dtype)
     if written:
         return
-    parts = dict(_parts(plan, layer, ffn, row_1D.to("cpu", plan.design.dtype)))
-    named = chain(finished.copied(specs), finished.grown(specs, parts))
-    write_unit(workspace, writer, unit, named, _record(layer, dense=False))
+    named = growth.tensors(unit, layer, ffn, row_1D)
+    gate = gate_facts(torch.cat([before_ED, row_1D.to(before_ED.dtype)]))
+    record = {"layer": layer, "dense": False, GATE: gate}
+    write_unit(workspace, writer, unit, named, record, meter)
 
 
 def _rows(growth: Growth, specs: Sequence[TensorSpec]) -> Tensor:
     """The rows [E, D] of a layer's router before it grows."""
     finished, hidden = growth.finished, growth.plan.source.arch.hidden_size
-    name = next(s.name for s in specs if s.shape == (finished.num_experts + 1, hidden))
+    size = finished.num_experts + 1, hidden
+    name = next(s.name for s in specs if s.shape == size and finished.grows(s))
     return finished.weights.read(name)
 
 
 def _parts(plan: Plan, layer: int, ffn: DenseFFN, row_1D: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What the target makes of a layer in which all experts are the new one."""
-    rows_ED = row_1D.expand(plan.design.geometry.num_experts, -1)
+    target, rows_ED = TARGETS[plan.target], row_1D.expand(plan.design.geometry.num_experts, -1)
     made = MoELayer(rows_ED, lambda expert: ffn, None)
-    for name, tensor in TARGETS[plan.target].experts(made, plan.design.gains):
-        yield plan.source.layout.full(f"model.layers.{layer}.{name}"), tensor
-
-
-def _record(layer: int, *, dense: bool) -> dict[str, Any]:
-    return {"layer": layer, "dense": dense}
+    for name, tensor in target.experts(made, plan.design.gains):
+        name = plan.source.place(layer) + name
+        yield name_in_whole(target, plan.source.layout, name), tensor

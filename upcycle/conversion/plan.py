@@ -240,10 +240,13 @@ class Plan:
 
     @property
     def own_texts(self) -> list[str]:
-        """The texts of a merge's experts, on which it is measured beside their models; none where
-        these are not read, as of a finished merge."""
+        """The texts of a merge's experts, on which it is measured beside their models; of a
+        finished merge, those that are known, if the new expert has one."""
         merge = self.design.merge
-        return [] if merge is None or self.finished is not None else merge.texts
+        added = self.finished is not None
+        if merge is None or (added and merge.experts[-1].text is None):
+            return []
+        return merge.texts
 
     @property
     def held_tokens(self) -> int:

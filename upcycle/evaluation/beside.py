@@ -47,18 +47,21 @@ def perplexities(
         windows: tokens [W, L] of each text, which all models read alike.
         step: told of every window that is read.
     """
+    if not sources and not averaged:
+        return
     model = load_model(base.folder, dtype, device)
     for name, source in sources.items():
         become_mean(model, base, [source])
-        yield _measured(name, model, windows, step)
+        yield measured(name, model, windows, step)
     if averaged:
         become_mean(model, base, averaged)
-        yield _measured(MEAN, model, windows, step)
+        yield measured(MEAN, model, windows, step)
 
 
-def _measured(
+def measured(
     name: str, model: Any, windows: Mapping[str, Tensor], step: Callable[[int], None]
 ) -> ModelPerplexity:
+    """The perplexity of a loaded model on each text; arguments as of `perplexities`."""
     found = {
         text: compare(model, tokens_BL, None, step).perplexity
         for text, tokens_BL in windows.items()

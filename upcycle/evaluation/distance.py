@@ -29,8 +29,8 @@ class Distances:
 
     to_base: list[float]
     """Of each model."""
-    between: list[list[float]]
-    """Of each two models, from a sample of large tensors."""
+    between: Sequence[Sequence[float | None]]
+    """Of each two models, from a sample of large tensors; None where that is not known."""
 
 
 @dataclass
@@ -149,7 +149,7 @@ def remarks(base: str, names: Sequence[str], ffn: Distances) -> list[str]:
                 f"{name} is {ffn.to_base[place]:.2f} of {base}'s length away from it, as models of "
                 "another origin are: its FFNs mean nothing to the attention of this merge"
             )
-        alike = [other for j, other in enumerate(names[:place]) if not ffn.between[place][j]]
+        alike = [other for j, other in enumerate(names[:place]) if ffn.between[place][j] == 0]
         if alike:
             found.append(f"{name} has the same FFNs as {alike[0]}")
         elif not ffn.to_base[place]:

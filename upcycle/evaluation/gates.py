@@ -1,6 +1,7 @@
 """How well a layer's gate rows tell its experts apart."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,11 @@ from torch.nn.functional import normalize
 
 ALIKE = 0.999
 """Cosine from which on two rows choose their experts together."""
+
+
+def gate_facts(rows_ED: Tensor) -> dict[str, Any]:
+    """How well the rows tell experts apart, as plain values."""
+    return {"condition": condition_number(rows_ED), "alike": inseparable(rows_ED)}
 
 
 def condition_number(rows_ED: Tensor) -> float:

@@ -78,6 +78,11 @@ def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Ten
 def in_whole(target: MoETarget, layout: Layout, named: Named) -> Named:
     """A text model's tensors under the names that they have in the whole model's checkpoint."""
     for name, tensor in named:
-        full = layout.full(name)
-        inside = full.removeprefix(TEXT)
-        yield layout.stored(full if inside == full else target.root + inside), tensor
+        yield name_in_whole(target, layout, name), tensor
+
+
+def name_in_whole(target: MoETarget, layout: Layout, name: str) -> str:
+    """What a text model's tensor, under the target's name, is called in the result."""
+    full = layout.full(name)
+    inside = full.removeprefix(TEXT)
+    return layout.stored(full if inside == full else target.root + inside)

@@ -46,6 +46,17 @@ class Remote:
         with asking_hub(self.model, self.commit):
             snapshot_download(self.model, revision=self.commit, allow_patterns=wanted)
 
+    def holds(self, file: str) -> bool:
+        """Whether a file of this name is there; asks the hub.
+
+        Raises:
+            UpcycleError: the hub does not answer.
+        """
+        from huggingface_hub import HfApi
+
+        with asking_hub(self.model, self.commit):
+            return HfApi().file_exists(self.model, file, revision=self.commit)
+
 
 def download(model: str, revision: str | None, accept: Callable[[Path], Any]) -> Path:
     """A model's folder in the hub's cache, with all but its weights; config.json first.

@@ -5,8 +5,8 @@ What changes a weight otherwise (DoRA, biases, whole matrices) is refused where 
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,27 @@ class Adapter:
     def others(self) -> list[str]:
         """Its tensors that are no low-rank factors."""
         return [name for name in self.stored if FACTOR.fullmatch(name) is None]
+
+    def known_as(self, known: Callable[[str], str]) -> "Adapter":
+        """The same with its modules under other names.
+
+        Args:
+            known: of a tensor's name in the model, what it is known by.
+        """
+
+        def renamed(name: str) -> str:
+            found = FACTOR.fullmatch(name)
+            if found is None:
+                return known(name)
+            weight = known(f"{found['module']}.weight")
+            return weight.removesuffix(".weight") + name.removeprefix(found["module"])
+
+        names = {name: renamed(name) for name in self.stored}
+        return replace(
+            self,
+            stored={names[name]: old for name, old in self.stored.items()},
+            shapes={names[name]: shape for name, shape in self.shapes.items()},
+        )
 
     def fingerprint(self) -> str:
         """Of its settings and factors."""

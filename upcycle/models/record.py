@@ -309,21 +309,6 @@ class ExpertPart(Part):
     fingerprint: str | None = None
 
 
-class AddedPart(Part):
-    """An expert that came to a finished merge."""
-
-    expert: int
-    """Its number; those before it stayed as they were."""
-    router: Choice
-    """What made its rows."""
-    after_training: int
-    """How many of the runs of `training` had been before."""
-    upcycle: str
-    """The version."""
-    check_before: Check | None = None
-    """What the check of the merge before had measured."""
-
-
 class MergePart(Part):
     """Which models a merge put together; its base is the source."""
 
@@ -346,14 +331,26 @@ class Distances(Part):
 
     sources: list[SourceDistance]
     """Every model once, but the base."""
-    between: list[list[FiniteFloat]]
-    """Of the FFNs of each two, over the length of the base's."""
+    between: list[list[FiniteFloat | None]]
+    """Of the FFNs of each two, over the length of the base's; None of two that were not read
+    together, as of one that came later."""
 
     @property
-    def nearest(self) -> tuple[int, int] | None:
-        """The two models that are least far from each other; None of fewer than two."""
-        pairs = [(i, j) for j in range(len(self.sources)) for i in range(j)]
-        return min(pairs, key=lambda pair: self.between[pair[0]][pair[1]], default=None)
+    def nearest(self) -> tuple[int, int, float] | None:
+        """The two models that are least far from each other, and how far; None where no two are
+        known."""
+        pairs = [
+            (i, j, apart)
+            for j in range(len(self.sources))
+            for i, apart in enumerate(self.between[j][:j])
+            if apart is not None
+        ]
+        return min(pairs, key=lambda pair: pair[2], default=None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is known of each two how far they are from each other."""
+        return all(apart is not None for row in self.between for apart in row)
 
 
 class GatePart(Part):
@@ -383,7 +380,8 @@ class Beside(Part):
     tokens: list[int]
     """Of each."""
     models: list[ModelPerplexities]
-    """The merge, the base, every source and their mean as a dense model."""
+    """The merge, the base, every source and their mean as a dense model; of one that got an expert
+    more, the merge, the base, the merge before and the new model."""
     left_out: list[str] = []
     """Texts of which nothing was left to measure on."""
 
@@ -407,11 +405,12 @@ class Findings(Part):
         found = self.distances
         if found is None or found.nearest is None:
             return
-        one, other = found.nearest
+        one, other, apart = found.nearest
         names = found.sources[one].model, found.sources[other].model
+        nearest = "Nearest to each other" if found.whole else "Nearest of those merged together"
         yield (
-            f"Nearest to each other are {names[0]} and {names[1]}: their FFNs are "
-            f"{100 * found.between[one][other]:.3g} % of the base's length apart."
+            f"{nearest} are {names[0]} and {names[1]}: their FFNs are {100 * apart:.3g} % of the "
+            "base's length apart."
         )
 
     def _gates(self) -> Iterator[str]:
@@ -427,6 +426,23 @@ class Findings(Part):
             f"Condition number of the router's rows: {' to '.join(ends)} (layer {worst.layer}); "
             f"{meaning}."
         )
+
+
+class AddedPart(Part):
+    """An expert that came to a finished merge."""
+
+    expert: int
+    """Its number; those before it stayed as they were."""
+    router: Choice
+    """What made its rows."""
+    after_training: int
+    """How many of the runs of `training` had been before."""
+    upcycle: str
+    """The version."""
+    check_before: Check | None = None
+    """What the check of the merge before had measured."""
+    findings_before: Findings | None = None
+    """What the merge before had shown."""
 
 
 class PlanPart(Part):

@@ -170,6 +170,18 @@ class DenseSource:
         """These tensors by their names below `place`, which they all begin with."""
         return {name.removeprefix(place): tensor for name, tensor in self.read(names).items()}
 
+    def known(self, name: str) -> str:
+        """What a tensor is known by here, of its name in the checkpoint or in the whole model."""
+        for old, new in FAMILIES[self.arch.family].stored.items():
+            name = new + name.removeprefix(old) if name.startswith(old) else name
+        return self.layout.short(name)
+
+    def place(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with; layers that draft tokens are counted on
+        after the others."""
+        drafted = layer - self.arch.num_layers
+        return f"model.layers.{layer}." if drafted < 0 else self.drafts[drafted]
+
     def layer_names(self, layer: int) -> list[str]:
         return [n for n in self.text_names if n.startswith(f"model.layers.{layer}.")]
 

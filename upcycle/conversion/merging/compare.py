@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from upcycle.core.errors import UpcycleError
-from upcycle.models.names import EMBEDDINGS
+from upcycle.models.families import FAMILIES
 from upcycle.models.source import DenseSource
 from upcycle.models.tokens import load_tokenizer
 from upcycle.models.traits import Trait
@@ -85,13 +85,19 @@ def _notes(
             f"{base.label} and {other.label} have {_rows(base)} and {_rows(other)} rows of "
             f"embeddings, of which {base.label}'s are kept"
         )
+    if base.drafts and not other.drafts:
+        yield (
+            f"{other.label} has no layers that draft tokens: there the FFNs of {base.label} stand "
+            "for its"
+        )
     if base.dtype != other.dtype:
         names = [str(source.dtype).removeprefix("torch.") for source in (base, other)]
         yield f"{other.label} is stored in {names[1]}, and {base.label} in {names[0]}"
 
 
 def _rows(source: DenseSource) -> int:
-    return source.tensors[EMBEDDINGS].shape[0]
+    embeddings = FAMILIES[source.arch.family].blocks.embeddings[0]
+    return source.tensors[f"model.{embeddings}.weight"].shape[0]
 
 
 def read_tokens(folder: Path) -> Tokens | None:

@@ -5,12 +5,17 @@ from typing import Any
 
 from torch import Tensor
 
+from upcycle.conversion.merging.addition import merge_part
+from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.own_texts import MIXED, OwnTexts
+from upcycle.conversion.merging.request import TEXTUAL
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.units import GATE, SEEN
-from upcycle.evaluation.beside import perplexities
+from upcycle.evaluation.beside import measured, perplexities
+from upcycle.evaluation.distance import Distances as FFNDistances
 from upcycle.evaluation.distance import remarks
+from upcycle.evaluation.run import load_model
 from upcycle.models.record import (
     Beside,
     CheckReport,
@@ -23,7 +28,7 @@ from upcycle.models.record import (
 )
 from upcycle.models.text import public_texts
 
-MERGE = "this merge"
+MERGE, BEFORE = "this merge", "the merge before"
 NAMED = 3
 """Pairs of experts that a note names, at most."""
 
@@ -31,33 +36,42 @@ NAMED = 3
 def findings(
     plan: Plan, units: Iterable[Mapping[str, Any]], beside: Beside | None
 ) -> Findings | None:
-    """What the units' entries in the journal come to; None of what is no merge, and of one that
-    gets an expert more, whose other models are not read.
+    """What the units' entries in the journal come to; None of what is no merge.
+
+    Of one that gets an expert more, how far the other models are from the base and each other is
+    what its record says: they are not read, and do not change.
 
     Args:
         beside: the perplexities, if they were measured.
     """
-    if plan.sources is None or plan.finished is not None:
+    if plan.sources is None:
         return None
     entries = list(units)
     gates = [GatePart(layer=unit["layer"], **unit[GATE]) for unit in entries if GATE in unit]
-    distances, notes = _distances(plan.sources, [unit[SEEN] for unit in entries if SEEN in unit])
+    distances = _distances(plan.sources, [unit[SEEN] for unit in entries if SEEN in unit])
+    twins: list[str] = []
+    if plan.finished is not None:
+        twins = list(_twin_notes(plan.sources, plan.finished))
+        distances = _with_former(_former(plan.finished), distances, known=bool(twins))
     left_out = beside.left_out if beside else []
     return Findings(
         distances=distances,
         gates=gates,
         perplexities=beside,
-        notes=[*notes, *_gate_notes(gates), *map(_left_out_note, left_out)],
+        notes=[
+            *_remarks(plan.sources.merge.base.public, distances),
+            *twins,
+            *_gate_notes(gates),
+            *map(_left_out_note, left_out),
+            *_seen_notes(plan, beside),
+        ],
     )
 
 
-def _distances(
-    sources: Sources, seen: Sequence[Mapping[str, Any]]
-) -> tuple[Distances | None, list[str]]:
-    """The distances, and what is remarkable of them."""
+def _distances(sources: Sources, seen: Sequence[Mapping[str, Any]]) -> Distances | None:
     meter = sources.meter()
     if meter is None:
-        return None, []
+        return None
     for each in seen:
         meter.add(each)
     names = [sources.public(label) for label in meter.models]
@@ -66,8 +80,59 @@ def _distances(
         SourceDistance(model=name, ffn=ffn_distance, rest=rest_distance)
         for name, ffn_distance, rest_distance in zip(names, ffn.to_base, rest.to_base, strict=True)
     ]
-    found = Distances(sources=rows, between=ffn.between)
-    return found, remarks(sources.merge.base.public, names, ffn)
+    return Distances(sources=rows, between=[list(row) for row in ffn.between])
+
+
+def _remarks(base: str, found: Distances | None) -> list[str]:
+    if found is None:
+        return []
+    ffn = FFNDistances([source.ffn for source in found.sources], found.between)
+    return remarks(base, [source.model for source in found.sources], ffn)
+
+
+def _former(finished: Finished) -> Distances | None:
+    before = finished.record.findings
+    return before.distances if before else None
+
+
+def _with_former(
+    former: Distances | None, new: Distances | None, *, known: bool
+) -> Distances | None:
+    """The distances of a merge's models, and of the one that it gets.
+
+    Args:
+        known: whether that is one of these.
+    """
+    if former is None or new is None or known:
+        return former or new
+    count = len(former.sources)
+    return Distances(
+        sources=[*former.sources, *new.sources],
+        between=[*([*row, None] for row in former.between), [*[None] * count, 0.0]],
+    )
+
+
+def _twin_notes(sources: Sources, finished: Finished) -> Iterator[str]:
+    """Which experts are of the very model that a merge gets."""
+    new = finished.num_experts
+    fingerprint = sources.models[new].fingerprint()
+    for place, expert in enumerate(merge_part(finished.record).experts):
+        if expert.fingerprint == fingerprint:
+            yield f"experts {place} and {new} are of one model, {expert.model}"
+
+
+def _seen_notes(plan: Plan, beside: Beside | None) -> Iterator[str]:
+    """Which texts the rows and weights that a finished merge brings may know."""
+    if beside is None or plan.finished is None:
+        return
+    record = plan.finished.record
+    router = record.plan.recipe.router
+    known = dict.fromkeys(map(_public, filter(None, plan.finished.texts)))
+    old = [name for name in known if name in beside.texts]
+    if old and (record.training or (router and router.name in TEXTUAL)):
+        yield (
+            f"the merge before may have been made with what is measured here of {' and '.join(old)}"
+        )
 
 
 def _gate_notes(gates: Sequence[GatePart]) -> Iterator[str]:
@@ -101,7 +166,8 @@ def measure_beside(
     plan: Plan, check: Report, own: OwnTexts, dtype: Any, progress: Any
 ) -> Beside | None:
     """The perplexities of every source and of their mean on the experts' texts, beside those of
-    merge and base, which the check has measured; None where there are no texts.
+    merge and base, which the check has measured; of a merge that gets an expert more, those of the
+    merge before and the new model. None where there are no texts.
 
     Raises:
         UpcycleError: a source has changed.
@@ -133,15 +199,19 @@ def _measured(
 ) -> Iterator[ModelPerplexities]:
     models = len(sources.apart) + 1
     total = models * sum(map(len, windows.values()))
-    done = iter(range(total))
+    done, finished = iter(range(total)), plan.finished
+
+    def step(_: int) -> None:
+        progress("measuring sources", next(done), total)
+
+    if finished is not None:
+        before = load_model(finished.folder, dtype, plan.device)
+        row = measured(BEFORE, before, windows, step)
+        yield ModelPerplexities(model=BEFORE, perplexity=list(row.texts.values()))
+        del before
+    averaged = () if finished else sources.routed
     for row in perplexities(
-        sources.base,
-        sources.apart,
-        sources.routed,
-        windows,
-        dtype,
-        plan.device,
-        lambda _: progress("measuring sources", next(done), total),
+        sources.base, sources.apart, averaged, windows, dtype, plan.device, step
     ):
         name = sources.public(row.model) if row.model in sources.apart else row.model
         yield ModelPerplexities(model=name, perplexity=list(row.texts.values()))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from upcycle.conversion.merging.addition import (
 from upcycle.conversion.merging.request import Expert, Merge
 from upcycle.conversion.merging.sources import Sources
 from upcycle.core.errors import UpcycleError
+from upcycle.core.paths import local_path
 from upcycle.core.types import all_finite
-from upcycle.models.assemble import FFN
+from upcycle.models.assemble import FFN, name_in_whole
 from upcycle.models.download import Remote
 from upcycle.models.model_name import ModelName, Place, parse_model
 from upcycle.models.record import DOMAINS, RECORD, ExpertPart, Made
@@ -46,6 +47,10 @@ class Weights:
     tensors: Mapping[str, TensorInfo]
     remote: Remote | None = field(default=None, repr=False)
     """Those of a hub id that are not in `folder` before `fetch`."""
+    domains: Remote | None = field(default=None, repr=False)
+    """What gate `domain` left, if that is not there before either."""
+    unbounded: Collection[str] = ()
+    """Names of those that may hold infinity."""
     digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Of their bytes, once `fingerprint` has looked at them."""
 
@@ -53,6 +58,8 @@ class Weights:
         """Download what is not here."""
         if self.remote is not None:
             self.remote.fetch()
+        if self.domains is not None:
+            self.domains.fetch({DOMAINS})
 
     def read(self, name: str) -> Tensor:
         """A tensor.
@@ -63,7 +70,7 @@ class Weights:
         ((_, tensor, digest),) = read_tensors(self.folder, {name: self.tensors[name]})
         if self.digests.get(name, digest) != digest:
             raise UpcycleError(f"{name} in {self.label} changed while it was read: start anew")
-        if not all_finite(tensor):
+        if name not in self.unbounded and not all_finite(tensor):
             raise UpcycleError(f"{name} in {self.label} holds NaN or infinity")
         return tensor
 
@@ -183,7 +190,7 @@ class Finished:
         if set(short) & set(FFN) or not torch.equal(joined, tensor):
             return None
         places = [
-            base.layout.full(part.removesuffix(s) + target.spelled.get(s, s))
+            name_in_whole(target, base.layout, part.removesuffix(s) + target.spelled.get(s, s))
             for part, s in zip(parts, short, strict=True)
         ]
         if not self.weights.tensors.keys() >= set(places):
@@ -259,23 +266,32 @@ def _expert(part: ExpertPart, text: str | None) -> Expert:
     )
 
 
-def weights_of(request: Addition, found: Checkpoint) -> Weights:
-    """The tensors of a merge; reads headers now."""
-    read_config(found.folder)
-    return Weights(request.merge, found.folder, found.headers(), found.remote)
+def weights_of(request: Addition, found: Checkpoint, base: DenseSource, router: str) -> Weights:
+    """The tensors of a merge; reads headers now.
 
-
-def check_domains(finished: Finished) -> None:
-    """What gate `domain` makes rows by lies beside the merge.
+    Args:
+        router: what makes the new row. Gate `domain` makes it by what it left beside the merge.
 
     Raises:
-        UpcycleError: it does not.
+        UpcycleError: that is not there.
     """
-    if not (finished.folder / DOMAINS).is_file():
+    read_config(found.folder)
+    domains = _domains(request.merge, found.folder) if router == "domain" else None
+    # Of the base's parts beside its text model some have bounds that are infinite.
+    bounds = base.parts
+    return Weights(request.merge, found.folder, found.headers(), found.remote, domains, bounds)
+
+
+def _domains(merge: str, folder: Path) -> Remote | None:
+    """Where on the hub what gate `domain` left is; None if it is in the folder."""
+    if (folder / DOMAINS).is_file():
+        return None
+    remote = Remote(merge, folder.name, {})
+    if local_path(merge).is_dir() or not remote.holds(DOMAINS):
         raise UpcycleError(
-            f"{finished.label} holds no {DOMAINS}, by which router domain makes a row: give "
-            "`router=text`"
+            f"{merge} holds no {DOMAINS}, by which router domain makes a row: give `router=text`"
         )
+    return remote
 
 
 def check_base(base: DenseSource, finished: Finished) -> None:

@@ -27,8 +27,7 @@ class OwnTexts:
 
 
 def own_texts(plan: Plan) -> OwnTexts:
-    """Windows of the experts' texts, and of all of them mixed; none without a check, or where a
-    merge only gets an expert more.
+    """Windows of the experts' texts, and of all of them mixed; none without a check.
 
     Raises:
         UpcycleError: a text can't be read.

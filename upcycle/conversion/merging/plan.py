@@ -8,7 +8,6 @@ from upcycle.conversion.merging.addition import Addition, addition_recipe
 from upcycle.conversion.merging.finished import (
     Finished,
     base_of,
-    check_domains,
     open_finished,
     weights_of,
     with_others,
@@ -63,10 +62,8 @@ def _plan_addition(
     recipe = addition_recipe(request, record, given)
     base = base_of(request, record, found.folder)
     added = open_sources(Merge(base, (request.expert,)))
-    finished = Finished(request, record, weights_of(request, found))
     router = recipe.router.name if recipe.router else ""
-    if router == "domain":
-        check_domains(finished)
+    finished = Finished(request, record, weights_of(request, found, added.base, router))
     return make_plan(
         added.base,
         recipe,

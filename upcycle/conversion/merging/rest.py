@@ -41,6 +41,14 @@ def read_merged(
     return found
 
 
+def see_rest(sources: Sources, names: Iterable[str], meter: Meter) -> None:
+    """Show a meter the models' tensors of these names that are no FFN's, beside the base's."""
+    for name in names:
+        if not _is_ffn(sources, name):
+            base = sources.base.read([name])[name]
+            _Seeing(name, base, meter).read_others(sources.apart.values())
+
+
 @dataclass(frozen=True)
 class _Seeing:
     """Reads one tensor of each model, and shows it to a meter."""

@@ -29,7 +29,8 @@ class AdaptedSource(DenseSource):
     def of(cls, source: DenseSource, adapter: Adapter) -> "AdaptedSource":
         """The source with the adapter; both share what was read for the fingerprint."""
         own = {each.name: getattr(source, each.name) for each in fields(source)}
-        return cls(**own | {"label": f"{source.label}+{adapter.label}"}, adapter=adapter)
+        own["label"] = f"{source.label}+{adapter.label}"
+        return cls(**own, adapter=adapter.known_as(source.known))
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         return {
@@ -41,16 +42,17 @@ class AdaptedSource(DenseSource):
         return super().fingerprint() + self.adapter.fingerprint()
 
 
-def read_ffn(source: DenseSource, layer: int, act: Activation) -> DenseFFN:
+def read_ffn(source: DenseSource, place: str, act: Activation) -> DenseFFN:
     """A layer's FFN.
+
+    Args:
+        place: what the names of the layer's tensors begin with.
 
     Raises:
         UpcycleError: a tensor can't be read, holds NaN or infinity, or has changed.
     """
-    prefix = f"model.layers.{layer}."
-    found = source.read([name for name in source.layer_names(layer) if is_ffn(source, name)])
-    named = {name.removeprefix(prefix): weight for name, weight in found.items()}
-    return dense_ffn(source.canonical(named), act)
+    names = [n for n in source.tensors if n.startswith(place) and is_ffn(source, n)]
+    return dense_ffn(source.canonical(source.read_place(place, names)), act)
 
 
 def is_ffn(source: DenseSource, name: str) -> bool:
@@ -65,9 +67,10 @@ class LayerFFNs(Sequence[DenseFFN]):
     """One layer's FFNs of several models, each read when it is asked for and not kept."""
 
     models: tuple[DenseSource, ...]
-    layer: int
+    place: str
+    """What the names of the layer's tensors begin with."""
     base: DenseFFN
-    """The base's, in its dtype."""
+    """The base's, in its dtype; that of a model that lacks the layer, as one that drafts tokens."""
     meter: Meter | None = None
     """Sees every FFN that is read."""
 
@@ -82,7 +85,9 @@ class LayerFFNs(Sequence[DenseFFN]):
         if isinstance(place, slice):
             return replace(self, models=self.models[place])
         model, base = self.models[place], self.base
-        ffn = read_ffn(model, self.layer, base.act)
+        if not any(name.startswith(self.place) for name in model.tensors):
+            return base
+        ffn = read_ffn(model, self.place, base.act)
         if self.meter is not None:
             for name in base.matrices:
                 self.meter.see("ffn", name, model.label, getattr(base, name), getattr(ffn, name))
@@ -105,7 +110,7 @@ class Sources:
         return self.models[: len(self.merge.experts)]
 
     def ffns(self, layer: int, base: DenseFFN, meter: Meter | None = None) -> LayerFFNs:
-        return LayerFFNs(self.models, layer, base, meter)
+        return LayerFFNs(self.models, self.base.place(layer), base, meter)
 
     @property
     def apart(self) -> dict[str, DenseSource]:
@@ -193,7 +198,7 @@ def check_adapter(source: DenseSource, adapter: Adapter) -> None:
         if info is not None:
             adapter.check(module, info.shape)
     for name in adapter.others:
-        if ".mlp." in name:
+        if ".mlp." in name or (name in source.tensors and is_ffn(source, name)):
             raise UpcycleError(
                 f"the adapter {adapter.label} holds {name}, which is no low-rank factor: merge it "
                 "into its model first"

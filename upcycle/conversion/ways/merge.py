@@ -21,7 +21,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, Geometry, MoELayer
-from upcycle.evaluation.gates import condition_number, inseparable
+from upcycle.evaluation.gates import gate_facts
 from upcycle.models.targets.base import MoETarget
 
 
@@ -36,10 +36,7 @@ class MergedLayer(ConvertedLayer):
 
     @property
     def gate(self) -> dict[str, Any]:
-        return {
-            "condition": condition_number(self.router_ED),
-            "alike": inseparable(self.router_ED),
-        }
+        return gate_facts(self.router_ED)
 
     def experts(self, design: Design, layer: int) -> MoELayer:
         shared = self.make(len(self.router_ED)) if self.shared else None
