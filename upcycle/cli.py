@@ -459,7 +459,8 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure how good a model is on texts, how far it is from the dense model, how tokens spread
-    over experts, what it costs, and perhaps how fast it is.
+    over experts, what it costs, and perhaps how fast it is. Of an encoder, how far its hidden
+    states are from those of the dense model.
 
     Windows of the same length are taken evenly from all over a text, each read on its own; its
     first token is given.
@@ -477,14 +478,14 @@ def evaluate(
         check_evaluation(model, against, text or [])
         top_ks = None if top_k is None else top_ks_named(top_k)
         from upcycle import console
-        from upcycle.evaluation import run
+        from upcycle.evaluation import encoders
         from upcycle.evaluation.speed_card import check_card, write_speed
 
         if card:
             check_card(model, speed=speed)
         _quiet_model_loading()
         with console.progress_bars(quiet=json_) as progress:
-            report = run.evaluate(
+            report = encoders.evaluate_any(
                 model,
                 text or ["probes"],
                 against=against,
@@ -498,14 +499,18 @@ def evaluate(
                 device=device,
                 progress=progress,
             )
-        summary = run.evaluation_summary(report)
+        summary = encoders.summary_of(report)
         if output is not None:
             _write_json(output, summary)
-        if card:
-            write_speed(report)
         if json_:
             _print_json(summary)
-        else:
+        if isinstance(report, encoders.HiddenEvaluation):
+            if not json_:
+                console.show_hidden(report)
+            return
+        if card:
+            write_speed(report)
+        if not json_:
             console.show_evaluation(report)
 
 

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
     from upcycle.conversion.plan import Plan
     from upcycle.conversion.run import Progress as OnProgress
+    from upcycle.evaluation.encoders import HiddenEvaluation
     from upcycle.evaluation.run import Evaluation, TextResult
     from upcycle.evaluation.tasks import TaskScores
     from upcycle.finetune.budget import Budget, Proposal
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
-    from upcycle.models.record import Beside, Findings, Report, Used
+    from upcycle.models.record import Beside, Findings, HiddenResult, Report, Used
 
 LONGEST_WORD = 14
 """Letters of a heading that are never cut."""
@@ -473,14 +474,7 @@ def _named(layers: tuple[int, ...]) -> str:
 def _show_kinds(check: "Report") -> None:
     """A row per kind of text, the worst in the colour of what it means."""
     if isinstance(check, EncoderReport):
-        numbers = {
-            kind_name(kind.kind): (
-                *(f"{kind.error:.3f}", f"{kind.worst_window:.3f}"),
-                *(f"{kind.cosine:.4f}", f"{kind.pooled_cosine:.4f}"),
-            )
-            for kind in check.kinds
-        }
-        table("text", numbers, "error", "worst window", "cosine", "cosine of means")
+        _show_hidden_texts("text", check.kinds)
         return
     colour = COLOURS[verdict(check.ratios).grade]
     rows = {}
@@ -557,6 +551,27 @@ def show_evaluation(report: "Evaluation") -> None:
             err.print(f"[yellow]note[/]: {escape(what)}", highlight=False)
 
 
+def show_hidden(report: "HiddenEvaluation") -> None:
+    """Of an encoder: a line per text, then what the model is and does."""
+    _show_hidden_texts(f"{report.model} against {report.against}", report.texts)
+    table("", _routing(report) | _cost(report))
+    out.print(
+        f"Hidden states on {report.tokens:,} tokens of each text, windows of {report.window}.",
+        highlight=False,
+    )
+
+
+def _show_hidden_texts(title: str, texts: "Iterable[HiddenResult]") -> None:
+    numbers = {
+        kind_name(text.kind): (
+            *(f"{text.error:.3f}", f"{text.worst_window:.3f}"),
+            *(f"{text.cosine:.4f}", f"{text.pooled_cosine:.4f}"),
+        )
+        for text in texts
+    }
+    table(title, numbers, "error", "worst window", "cosine", "cosine of means")
+
+
 def _show_texts(title: str, report: "Evaluation") -> None:
     headings = ["perplexity"]
     if report.against is not None:
@@ -610,7 +625,7 @@ def _show_tasks(scores: "TaskScores", headings: list[str]) -> None:
     table("lm-eval", rows, *headings)
 
 
-def _routing(report: "Evaluation") -> dict[str, str]:
+def _routing(report: "Evaluation | HiddenEvaluation") -> dict[str, str]:
     if not report.routing:
         return {}
     loads = [share for layer in report.routing for share in layer.load]
@@ -626,7 +641,7 @@ def _routing(report: "Evaluation") -> dict[str, str]:
     }
 
 
-def _cost(report: "Evaluation") -> dict[str, str]:
+def _cost(report: "Evaluation | HiddenEvaluation") -> dict[str, str]:
     def cell(mine: int, dense: int | None) -> str:
         return count(mine) + ("" if dense is None else f" (dense {count(dense)})")
 

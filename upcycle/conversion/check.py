@@ -22,7 +22,7 @@ from upcycle.conversion.plan import Plan
 from upcycle.core.errors import CheckFailed
 from upcycle.core.machine import free_memory
 from upcycle.core.types import DenseFFN
-from upcycle.evaluation.hidden import HiddenComparison, compare_hidden, put_out
+from upcycle.evaluation.hidden import HiddenComparison, compare_hidden, hidden_result, put_out
 from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.routing import utilisation
 from upcycle.evaluation.run import (
@@ -36,7 +36,6 @@ from upcycle.models.head import drop_layers
 from upcycle.models.record import (
     CheckReport,
     EncoderReport,
-    HiddenResult,
     KindResult,
     Report,
 )
@@ -92,7 +91,7 @@ def run_check(
     found["window"] = max(windows_WL.shape[1] for windows_WL in held.values())
     if plan.source.arch.encoder:
         far = {k: compare_hidden(model, held[k], dense[k], step) for k in held}
-        kinds = [_hidden_kind(kind, held[kind].numel(), c) for kind, c in far.items()]
+        kinds = [hidden_result(kind, held[kind].numel(), c) for kind, c in far.items()]
         return EncoderReport(**found, kinds=kinds, left_out=[], load=_load(list(far.values())))
     compared = {
         kind: compare(model, windows_WL, dense[kind], step) for kind, windows_WL in held.items()
@@ -109,17 +108,6 @@ def _load(compared: Sequence[Comparison | HiddenComparison]) -> list[list[float]
     """Of every layer, over all kinds of text."""
     pairs = zip(*(c.pairs for c in compared), strict=True)
     return [utilisation(sum(layer).diagonal()) for layer in pairs]
-
-
-def _hidden_kind(kind: str, tokens: int, compared: HiddenComparison) -> HiddenResult:
-    return HiddenResult(
-        kind=kind,
-        tokens=tokens,
-        error=compared.error,
-        worst_window=compared.worst_window,
-        cosine=compared.cosine,
-        pooled_cosine=compared.pooled_cosine,
-    )
 
 
 def _kind(kind: str, tokens: int, compared: Comparison) -> KindResult:

@@ -15,6 +15,7 @@ from upcycle.evaluation.result import relative_error
 from upcycle.evaluation.routing import counting_pairs
 from upcycle.evaluation.run import Step
 from upcycle.models.head import Decoded, decode, given
+from upcycle.models.record import HiddenResult
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,18 @@ def compare_hidden(
         cosine=float(cosine_similarity(own_BLD, dense_BLD, dim=-1).mean()),
         pooled_cosine=float(cosine_similarity(own_BLD.mean(1), dense_BLD.mean(1), dim=-1).mean()),
         pairs=pairs,
+    )
+
+
+def hidden_result(text: str, tokens: int, compared: HiddenComparison) -> HiddenResult:
+    """The numbers of a text of so many tokens, as they are written."""
+    return HiddenResult(
+        kind=text,
+        tokens=tokens,
+        error=compared.error,
+        worst_window=compared.worst_window,
+        cosine=compared.cosine,
+        pooled_cosine=compared.pooled_cosine,
     )
 
 

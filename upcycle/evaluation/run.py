@@ -32,7 +32,7 @@ from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.evaluation.top_k import check_top_ks, made_at, sum_note
 from upcycle.models.adapter import adapter_base
-from upcycle.models.blocks import moe_blocks, selecting
+from upcycle.models.blocks import MoEBlock, moe_blocks, selecting
 from upcycle.models.calibration import check_seq_len
 from upcycle.models.config_fields import check_layers
 from upcycle.models.head import Decoded, decode, drop_layers, given
@@ -237,7 +237,7 @@ def evaluate(
         check_asked(model, folder, speed=speed, tasks=bool(tasks))
         check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
-        reader = open_reader(folder, _vocab_size(folder, dense_folder))
+        reader = open_reader(folder, shared_vocab_size(folder, dense_folder))
         tokens_NBL = torch.stack(
             [reader.windows(text, windows, seq_len, seed=BUILTIN_SEED) for text in texts]
         )
@@ -303,7 +303,7 @@ def _measure(
     """
     passes = (1 if pair.dense_folder is None else 2) + len(top_ks)
     total = tokens_NBL.shape[:2].numel() * passes
-    step = _counter(progress, total)
+    step = counter(progress, total)
     dense, dense_size, references = _reference(pair, tokens_NBL, step)
     if not batch_size and dense is not None:
         drop_layers(dense)  # one model's are in memory at a time
@@ -318,10 +318,8 @@ def _measure(
     def run() -> tuple[list[TextResult], list[LayerRouting]]:
         rows = zip(tokens_NBL, references, strict=True)
         compared = [compare(model, tokens_BL, reference, step) for tokens_BL, reference in rows]
-        return _text_results(texts, compared, seen), [
-            layer_routing(block.layer, sum_EE, tokens_NBL.numel())
-            for block, sum_EE in zip(blocks, _sums([c.pairs for c in compared]), strict=True)
-        ]
+        pairs = [numbers.pairs for numbers in compared]
+        return _text_results(texts, compared, seen), routing_of(blocks, pairs, tokens_NBL.numel())
 
     results, routing = run()
     at_top_ks = _at_top_ks(pair, model, top_ks, run, results, routing) if top_ks else []
@@ -339,11 +337,9 @@ def _measure(
         tokens=tokens_NBL[0].numel(),
         texts=results,
         routing=routing,
-        similarity=[
-            LayerSimilarity(block.layer, round(expert_similarity(block), 6)) for block in blocks
-        ],
-        params=_parameters(size, dense_size),
-        flops=_flops(size, dense_size),
+        similarity=similarity_of(blocks),
+        params=parameters(size, dense_size),
+        flops=flops_beside(size, dense_size),
         speed=speed,
         tasks=None,
         top_ks=at_top_ks,
@@ -398,15 +394,30 @@ def _at_top_ks(
     return found
 
 
-def _counter(progress: Progress, total: int) -> Step:
+def counter(progress: Progress, total: int) -> Step:
     """Tells `progress` of every window of all texts and models."""
     windows = itertools.count()
     return lambda _: progress("evaluating", next(windows), total)
 
 
-def _sums(rows: list[list[Tensor]]) -> list[Tensor]:
-    """Of the first tensors of all rows, of the second ones, and so on."""
-    return [torch.stack(column).sum(0) for column in zip(*rows, strict=True)]
+def routing_of(
+    blocks: list[MoEBlock], pairs: list[list[Tensor]], tokens: int
+) -> list[LayerRouting]:
+    """How so many tokens spread over experts.
+
+    Args:
+        pairs: of each text, per layer, as of `Comparison`.
+    """
+    sums = [torch.stack(column).sum(0) for column in zip(*pairs, strict=True)]
+    return [
+        layer_routing(block.layer, sum_EE, tokens)
+        for block, sum_EE in zip(blocks, sums, strict=True)
+    ]
+
+
+def similarity_of(blocks: list[MoEBlock]) -> list[LayerSimilarity]:
+    """How alike the experts of each layer are."""
+    return [LayerSimilarity(block.layer, round(expert_similarity(block), 6)) for block in blocks]
 
 
 def _text_results(
@@ -433,18 +444,25 @@ def _text_result(text: str, measured: Comparison) -> TextResult:
     )
 
 
-def _parameters(size: Size, dense: Size | None) -> Parameters:
+def parameters(size: Size, dense: Size | None) -> Parameters:
+    """A model's, beside the dense one's."""
     if dense is None:
         return Parameters(size.total, size.active, None, None)
     return Parameters(size.total, size.active, dense.total, dense.active)
 
 
-def _flops(size: Size, dense: Size | None) -> Flops:
+def flops_beside(size: Size, dense: Size | None) -> Flops:
+    """A model's per token, beside the dense one's."""
     against = None if dense is None else flops(dense.matmul_active)
     return Flops(flops(size.matmul_active), flops(size.matmul_total), against)
 
 
-def _vocab_size(folder: Path, dense_folder: Path | None) -> int:
+def shared_vocab_size(folder: Path, dense_folder: Path | None) -> int:
+    """Of a model, and of the one that it is compared with.
+
+    Raises:
+        UpcycleError: they differ.
+    """
     vocab_size = int(read_text_config(folder).vocab_size)
     if dense_folder is not None:
         other = int(read_text_config(dense_folder).vocab_size)

@@ -23,7 +23,7 @@ def check_decoder(label: str, folder: Path) -> None:
     if is_encoder(read_config(folder)):
         raise UpcycleError(
             f"{label} is an encoder, whose tokens see the next one, so there is none to predict: "
-            "measure it, or train it, on the task that it is for"
+            "train it on the task that it is for; `upcycle eval` compares its hidden states"
         )
 
 
