@@ -165,10 +165,11 @@ def _alarm(step: int, says: str) -> str:
 
 def _training_line(row: Mapping[str, Any]) -> str:
     losses = [method["name"] for method in of_training() if method["kind"] == "router loss"]
-    names = ("next_token", "distill", "match_layers", *losses)
+    names = ("next_token", "distill", "match_layers", "hoyer", *losses)
     parts = [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in names if name in row]
-    load = f"busiest expert {row['imbalance']:.2f} × fair share"
-    return ", ".join([*parts, load, f"{row['tokens_per_second']:.0f} tokens/s"])
+    if "imbalance" in row:
+        parts.append(f"busiest expert {row['imbalance']:.2f} × fair share")
+    return ", ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s"])
 
 
 def show_groups(
@@ -213,11 +214,18 @@ def show_finetuning(done: "Finetuning") -> None:
             f"perplexity of {name}": (f"{before:.4f}", f"{after:.4f}")
             for name, (before, after) in done.texts.items()
         }
+    if done.zeros is not None:
+        zeros = done.zeros
+        rows |= {
+            "activations that are 0": (f"{zeros.before:.2%}", f"{zeros.after:.2%}"),
+            "with the former activation": (f"{zeros.original:.2%}", ""),
+        }
+    if "dead" in done.last:
+        rows["dead experts"] = ("", f"{done.last['dead']} in the last step")
     rows |= {
         "kept": ("", f"the state after step {done.result_step} of {total}"),
         "tokens": ("", f"{done.tokens:,}"),
         "time": ("", f"{done.seconds:.0f} s, {done.tokens / done.seconds:.0f} tokens/s"),
-        "dead experts": ("", f"{done.last['dead']} in the last step"),
         "alarms": ("", ", ".join(alarm.about for alarm in done.alarms) or "none"),
     }
     table(f"{done.model}, on held-out text of {done.settings.data}", rows, "before", "after")

@@ -8,10 +8,10 @@ from upcycle.core.settings import shipped_presets, shipped_recipes
 from upcycle.finetune.settings import DEFAULT_TOKENS, Training, load_training
 
 PRESETS = """
-    btx domains dot-moe-alignment erc grin heal llama-moe-pretraining lora lte routers sigma-moe
-    skywork specialise tomoe-routers
+    btx domains dot-moe-alignment erc grin heal llama-moe-pretraining lora lte relufy routers
+    sigma-moe skywork specialise tomoe-routers
 """.split()
-DISTILL = {"dot-moe-alignment", "heal", "tomoe-routers"}
+DISTILL = {"dot-moe-alignment", "heal", "relufy", "tomoe-routers"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -47,6 +47,10 @@ def test_presets_load_and_say_what_they_are(name):
             {"match_layers": 1, "match_warmdown": 0.1, "next_token": 0, "teacher": "x"},
             "`match_warmdown=0.1` leaves no loss when it is over",
         ),
+        ({"hoyer": 0.1}, "`hoyer=0.1` .* give `activation=relu`"),
+        ({"activation": "relu"}, "`activation=relu` .* give `train=all`"),
+        ({"activation": "relu", "train": "all", "lora": 4}, "leave `lora` out"),
+        ({"activation": "relu", "train": "all", "balance": 0.1}, "leave `balance` out"),
         ({"leraning_rate": 1}, "unknown setting 'leraning_rate'"),
         ({"lr": 0}, "lr=0"),
         ({"lr": -1.0}, "lr=-1.0"),

@@ -63,7 +63,8 @@ def budget(
         ratio: perplexity over the teacher's before training.
     """
     steps, tokens = settings.total_steps, settings.total_steps * settings.step_tokens
-    known = settings.distill and settings.train == "all" and not settings.lora
+    whole = settings.train == "all" and not settings.lora and settings.activation is None
+    known = settings.distill and whole
     foretold = ratio is not None and ratio > 1 and known and tokens >= LAW_TOKENS
     return Budget(
         tokens=tokens,

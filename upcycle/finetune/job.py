@@ -10,10 +10,12 @@ from typing import Any
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.versions import versions
+from upcycle.finetune.activations import check_swap
 from upcycle.finetune.preflight import check_texts
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
+from upcycle.models.families import is_dense
 from upcycle.models.loading import check_decoder, check_trainable
 from upcycle.models.quantised import UNQUANTISED
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
@@ -22,6 +24,7 @@ from upcycle.models.source import (
     checkpoint_folder,
     fingerprint,
     open_source,
+    read_config,
     read_headers,
     read_text_config,
 )
@@ -49,10 +52,12 @@ def open_job(
     check_own_files(folder)
     path = folder / RECORD
     record = read_record(path) if path.is_file() else Trained()
-    origin = _origin(record, folder)
+    origin = _origin(model, record, folder)
     request = load_training(preset or _default_preset(record), settings, origin)
     check_texts(request)
     check_seq_len(request.seq_len, read_text_config(folder))
+    if request.activation is not None:
+        check_swap(model, read_config(folder), request.activation)
     _check_dtypes(model, folder)
     made = record.plan.method if isinstance(record, Made) else "split"
     if request.train == "partition" and made != "split":
@@ -66,9 +71,11 @@ def open_job(
     return Job(model, folder, record, request, teacher, out)
 
 
-def _origin(record: Record, folder: Path) -> str | None:
-    """The dense model that a model was made from, whose predictions it may learn; of a merge there
-    are several, and the base does not know what its experts do."""
+def _origin(label: str, record: Record, folder: Path) -> str | None:
+    """The dense model that a model was made from, whose predictions it may learn, or that it is;
+    of a merge there are several, and the base does not know what its experts do."""
+    if is_dense(read_config(folder)):
+        return label
     if not isinstance(record, Made) or record.plan.merge is not None:
         return None
     return record.source.model(folder)

@@ -4,6 +4,7 @@ B sequences of L tokens, T tokens of all, V words, of which N are kept. Losses o
 plug-ins, in `router_losses`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,21 @@ def layer_match_loss(
         for h_BLD, t_BLD in zip(hidden, teacher, strict=True)
     ]
     return sum(gaps[1:], gaps[0]) / len(gaps)
+
+
+def square_hoyer_loss(activations: Sequence[Tensor], mask_BL: Tensor) -> Tensor:
+    """Mean over layers and tokens of (Σ|a|)² / Σa² over a layer's F neurons: how many would be as
+    sparse, if they were alike (arXiv:1908.09979). 0 where all are.
+
+    Args:
+        activations: of each layer [B, L, F].
+    """
+    means = []
+    for a_BLF in activations:
+        a_BLF = a_BLF.float()
+        squares_BL = a_BLF.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        means.append(_mean(a_BLF.abs().sum(-1).square() / squares_BL, mask_BL))
+    return torch.stack(means).mean()
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ def facts_of(config: Any, blocks: list[MoEBlock], data: Data, accelerator: Accel
     target = target_of(config)
     return Facts(
         score="softmax" if target is None else target.routing.score,
-        experts=blocks[0].num_experts,
-        top_k=blocks[0].top_k,
+        experts=blocks[0].num_experts if blocks else 0,
+        top_k=blocks[0].top_k if blocks else 0,
         texts=len(data.used),
         sharded=accelerator.distributed_type == DistributedType.FSDP,
     )

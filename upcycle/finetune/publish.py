@@ -17,6 +17,7 @@ from upcycle.core.errors import CheckFailed
 from upcycle.core.paths import disk_errors, local_path, public_name, way_from
 from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.run import load_model, next_token_logits
+from upcycle.finetune.activations import name_activation
 from upcycle.finetune.job import Job
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import whole_model
@@ -35,6 +36,7 @@ from upcycle.models.record import (
     TrainingRun,
     TrainingSettings,
     Used,
+    Zeros,
     log_text,
     record_text,
 )
@@ -62,6 +64,7 @@ class Finetuning:
     tokens: int
     seconds: float
     processes: int
+    zeros: Zeros | None = None
     reload_error: float | None = None
     """Root mean square difference of the written checkpoint's logits from the trained model's,
     over their standard deviation."""
@@ -113,6 +116,7 @@ def finetuning_summary(done: Finetuning) -> TrainingResult:
         seconds=round(done.seconds, 3),
         processes=done.processes,
         texts=done.texts,
+        zeros=done.zeros,
         alarms=done.alarms,
         reload_error=done.reload_error,
     )
@@ -140,6 +144,7 @@ def publish(setup: Setup, progress: Progress, groups: Groups, job: Job) -> Finet
         tokens=progress.step * settings.step_tokens,
         seconds=progress.seconds,
         processes=setup.accelerator.num_processes,
+        zeros=_zeros(setup, plain),
     )
     if not setup.accelerator.is_main_process:
         return done
@@ -157,7 +162,7 @@ def publish(setup: Setup, progress: Progress, groups: Groups, job: Job) -> Finet
                 path.unlink()
             written = _write_model(written.merge_and_unload(), None, stored, folder, place)
     else:
-        written = _write_model(plain, tensors, stored, folder, place)
+        written = _write_model(plain, tensors, stored, folder, place, settings.activation)
     error = relative_error(next_token_logits(written, window_L), expected_LV)
     # Below float32, rounding may send a token to other experts; its tensors have been compared.
     exact = setup.accelerator.mixed_precision == "no" and plain.dtype == stored == torch.float32
@@ -171,11 +176,28 @@ def publish(setup: Setup, progress: Progress, groups: Groups, job: Job) -> Finet
     return done
 
 
+def _zeros(setup: Setup, plain: Any) -> Zeros | None:
+    tap = setup.activations
+    if tap is None:
+        return None
+    return Zeros(
+        original=tap.zeros_of_original,
+        before=tap.zeros_before,
+        after=tap.zeros(plain, setup.validation),
+    )
+
+
 def _write_model(
-    model: Any, tensors: dict[str, Tensor] | None, stored: torch.dtype, folder: Path, place: Path
+    model: Any,
+    tensors: dict[str, Tensor] | None,
+    stored: torch.dtype,
+    folder: Path,
+    place: Path,
+    activation: str | None = None,
 ) -> Any:
     """Write the same files as the original's, with the trained weights (by default, the model's
-    own) in the original's dtypes; returns what they hold, read again."""
+    own) in the original's dtypes and, if one is given, another activation in config.json; returns
+    what they hold, read again."""
     tensors = dict(model.state_dict()) if tensors is None else tensors
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -188,6 +210,8 @@ def _write_model(
         model.save_pretrained(place, state_dict=kept)
         _keep_parts(folder, place)
     shutil.copyfile(folder / "config.json", place / "config.json")
+    if activation is not None:
+        name_activation(place / "config.json", model.config, activation)
     copy_companions(folder, place)
     written = {name: (info.shape, info.dtype) for name, info in read_headers(place).items()}
     expected = {name: (info.shape, info.dtype) for name, info in headers.items()}
@@ -378,6 +402,13 @@ before.{% endif %}
 {% for name, (before, after) in done.texts.items() %}
 | perplexity of {{ name }} | {{ "%.3f" | format(before) }} | {{ "%.3f" | format(after) }} |
 {% endfor %}
+{% endif %}
+{% if done.zeros %}
+
+The activation of its FFNs is {{ settings.activation }}: of what it puts out for the held-out text
+{{ "%.2f" | format(100 * done.zeros.after) }} % is exactly zero,
+{{ "%.2f" | format(100 * done.zeros.before) }} % before training and
+{{ "%.2f" | format(100 * done.zeros.original) }} % with the activation that the model came with.
 {% endif %}
 {% if done.alarms %}
 

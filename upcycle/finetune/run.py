@@ -19,6 +19,7 @@ from upcycle.core.flags import setting
 from upcycle.core.machine import torch_threads
 from upcycle.core.paths import local_path
 from upcycle.evaluation.run import load_model
+from upcycle.finetune.activations import swap
 from upcycle.finetune.budget import Budget, Proposal
 from upcycle.finetune.data import Data, training_data, with_texts
 from upcycle.finetune.job import Job, job_identity, open_job
@@ -242,10 +243,11 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     stored = _stored(job, accelerator, train_data, validation, watch)
     model = load_model(folder, _dtype(job), accelerator.device)
     blocks = moe_blocks(model)
-    if not blocks:
+    if not blocks and settings.activation is None:
         raise UpcycleError(
             f"{job.label} has no experts: it is dense, so `upcycle convert` it first"
         )
+    activations = settings.activation and swap(model, settings.activation, validation)
     if settings.balance_bias and any(b.selection_bias is None for b in blocks):
         raise UpcycleError(
             f"{setting('balance_bias', settings.balance_bias)} has no effect on "
@@ -285,6 +287,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         blocks=blocks,
         scales=scales,
         tap=tap,
+        activations=activations,
         gater=gater,
         router_terms=terms,
         train=train_data,

@@ -35,6 +35,8 @@ OF_MATRICES: tuple[Part, ...] = ("ffn", "attention")
 """What low-rank changes are of."""
 OF_ROUTERS = ("balance", "z_loss", "router_losses", "dense_router_gradient", "router_warmup")
 """Settings that have an effect only where routers train."""
+OF_EXPERTS = (*OF_ROUTERS, "gating", "balance_bias", "lora")
+"""Settings that do not go with another activation of a dense model."""
 OF_ORDINARY_PASSES = ("lora", "gating", "dense_router_gradient")
 """Settings that do not go with learning a partition."""
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -65,6 +67,13 @@ class Training(BaseModel):
     """Low-rank changes count alpha / rank. By default 2 x rank."""
     merge: bool = False
     """Add low-rank changes to the weights at the end and write a plain checkpoint."""
+
+    activation: Literal["relu"] | None = None
+    """Of a dense model, before a split: put `relu` in place of the activation of its FFNs, which
+    makes some neurons exactly zero, before the first step."""
+    hoyer: NonNegativeFloat = 0.0
+    """Weight of the square-Hoyer loss of what that activation puts out, (Σ|a|)² / Σa² per token,
+    which makes more neurons zero. It rises linearly over all steps."""
 
     data: str = "builtin"
     """Text to train on: a file or folder of text or chats, `builtin` or
@@ -171,6 +180,7 @@ class Training(BaseModel):
         self._check_schedules()
         self._check_low_rank()
         self._check_trained()
+        self._check_activation()
         return self
 
     def _check_teacher(self) -> None:
@@ -217,6 +227,26 @@ class Training(BaseModel):
                 "are: set it to 0, or train moe"
             )
 
+    def _check_activation(self) -> None:
+        if self.activation is None:
+            if self.hoyer:
+                raise UpcycleError(
+                    f"{setting('hoyer', self.hoyer)} makes more of relu's outputs zero: give "
+                    f"{setting('activation', 'relu')} too"
+                )
+            return
+        given = setting("activation", self.activation)
+        if self.train != "all":
+            raise UpcycleError(
+                f"{given} changes what every layer computes, which all weights have to make good: "
+                "give `train=all`"
+            )
+        for name in filter(lambda name: getattr(self, name), OF_EXPERTS):
+            raise UpcycleError(
+                f"{given} trains all weights of a dense model, which has no experts yet: leave "
+                f"{setting(name)} out"
+            )
+
     def _check_schedules(self) -> None:
         parts = [part for part in PARTS[self.train] if not self.lora or part in OF_MATRICES]
         for part in self.starts.keys() - set(parts):
@@ -252,6 +282,7 @@ class Training(BaseModel):
             "next_token": self.next_token,
             "distill": self.distill,
             "match_layers": left * self.match_layers,
+            "hoyer": (step + 1) / self.total_steps * self.hoyer,
         }
 
     @property

@@ -16,6 +16,7 @@ from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.rng import draw_seed, generator
 from upcycle.finetune import losses
+from upcycle.finetune.activations import ActivationTap
 from upcycle.finetune.alarms import new_alarms
 from upcycle.finetune.budget import Budget
 from upcycle.finetune.data import Data, batch_rows
@@ -48,6 +49,8 @@ class Setup:
     blocks: list[MoEBlock]
     scales: list[Scale]
     tap: RouterTap
+    activations: ActivationTap | None
+    """Of a dense model that got others."""
     gater: Gater | Dealer | None
     router_terms: RouterTerms
     train: Data
@@ -272,13 +275,16 @@ def _terms(
         with torch.no_grad(), setup.accelerator.autocast():
             expected = setup.teacher(**arguments)
     # Of itself, accelerate rounds in all models but sharded ones.
-    with setup.tap.recording(), setup.accelerator.autocast():
+    watching = nullcontext() if setup.activations is None else setup.activations.recording()
+    with setup.tap.recording(), watching, setup.accelerator.autocast():
         out = setup.model(**arguments)
     count(setup, mask_T, counts)
     if settings.next_token:
         scored_BL = batch.scored_BL.to(device)
         yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
     yield from _from_teacher(setup, batch, out, expected)
+    if setup.activations is not None:
+        yield "hoyer", losses.square_hoyer_loss(setup.activations.outputs, mask_BL)
     seen = setup.router_terms.seen(setup.tap.routed, batch, step)
     yield from setup.router_terms.losses(seen, means)
 
@@ -313,6 +319,8 @@ def score_of(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
 def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
     """A router loss that moves nothing is a mistake, whoever made it; but where all experts are
     on for every token, as in a merge of two, there is nothing to balance."""
+    if not setup.router_terms.weights:
+        return
     # The last block's alone: from the others, the way leads through the blocks after them.
     routed, router = setup.tap.routed[-1], setup.blocks[-1].router
     all_on = routed.chosen_TK.shape[1] == routed.logits_TE.shape[1]
@@ -356,7 +364,10 @@ def _fixed_weights(setup: Setup) -> bool:
 
 
 def _balance(setup: Setup, counts: list[Tensor]) -> Row:
-    """How evenly the experts were used in a step, with the selection biases moved accordingly."""
+    """How evenly the experts were used in a step, with the selection biases moved accordingly; of
+    a dense model nothing."""
+    if not counts:
+        return {}
     counts = [setup.accelerator.reduce(count_E, "sum") for count_E in counts]
     setup.router_terms.adapt(counts)
     if setup.settings.balance_bias:

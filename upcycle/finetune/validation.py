@@ -44,7 +44,7 @@ def validate(setup: Setup, progress: Progress) -> None:
 @torch.no_grad()
 def measure(setup: Setup) -> Row:
     """Of the held-out sequences: losses of what is trained on, the perplexity of each text, and how
-    the routers share the tokens out."""
+    the routers, if there are any, share the tokens out."""
     accelerator, rows = setup.accelerator, torch.arange(len(setup.validation))
     setup.model.eval()
     sums_X4 = torch.zeros(len(setup.validation.used), 4, device=accelerator.device)
@@ -62,11 +62,11 @@ def measure(setup: Setup) -> Row:
     counts = [accelerator.reduce(count_E, "sum") for count_E in counts]
     names, trained = _distinct(setup.validation.used), len(setup.train.used)
     means_X4 = zip(names, summed_X4 / summed_X4[:, :1], strict=True)
-    return {
+    row = {
         "validation": _losses(setup, summed_X4[:trained].sum(0)),
         "texts": {name: _exp(float(means_4[1])) for name, means_4 in means_X4},
-        "routing": _routing(setup, counts),
     }
+    return row | {"routing": _routing(setup, counts)} if counts else row
 
 
 def _means(setup: Setup, batch: Data, counts: list[Tensor] | None) -> Tensor:

@@ -533,6 +533,18 @@ class TrainingSettings(Part):
     teacher: str | None = None
 
 
+class Zeros(Part):
+    """Of what the activations of a dense model put out for the held-out text, the share that is
+    exactly zero."""
+
+    original: float
+    """With the activation that the model came with."""
+    before: float
+    """With the new one, before training."""
+    after: float
+    """With the new one, after it."""
+
+
 class TrainingResult(Part):
     """What a training run did and measured."""
 
@@ -552,6 +564,8 @@ class TrainingResult(Part):
     processes: int
     texts: dict[str, tuple[Measured, Measured]] = {}
     """Perplexity of the held-out part of each text, before and after."""
+    zeros: Zeros | None = None
+    """Where a dense model got another activation."""
     alarms: tuple[Alarm, ...] = ()
     reload_error: float | None
     """Root mean square difference of the written checkpoint's logits from the trained model's,
@@ -656,6 +670,7 @@ class LogLine(Part):
     next_token: Measured | None = None
     distill: Measured | None = None
     match_layers: Measured | None = None
+    hoyer: Measured | None = None
     balance: Measured | None = None
     z_loss: Measured | None = None
     grad_norm: Measured | None = None

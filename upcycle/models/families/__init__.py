@@ -32,7 +32,8 @@ from upcycle.models.families.base import (
     DenseFamily,
     auto_class,
     describe,
+    is_dense,
     is_encoder,
 )
 
-__all__ = ["FAMILIES", "DenseFamily", "auto_class", "describe", "is_encoder"]
+__all__ = ["FAMILIES", "DenseFamily", "auto_class", "describe", "is_dense", "is_encoder"]

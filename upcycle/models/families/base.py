@@ -213,6 +213,13 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     return always or not getattr(config, "is_causal", True)
 
 
+def is_dense(config: PreTrainedConfig) -> bool:
+    """Whether a model is of a dense family, and none of its configs that are an MoE's."""
+    config = config.get_text_config()
+    kind = config.model_type
+    return kind in FAMILIES and not FAMILIES[kind].routed(config)
+
+
 def auto_class(config: PreTrainedConfig) -> Any:
     """transformers' name for the class of a model, dense or not, with its head."""
     if config.model_type in HOLDERS and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
