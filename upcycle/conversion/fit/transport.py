@@ -22,6 +22,7 @@ from upcycle.conversion.fit.base import (
     Experts,
     FitParams,
     Lesson,
+    Rate,
     fit,
     hard_top_k,
     straight_through,
@@ -37,9 +38,9 @@ class TransportParams(FitParams):
     epochs: PositiveInt = 5
     """Passes over the calibration tokens; five over 32,768 are the re-implementation's 300 steps.
     """
-    rate: PositiveFloat = 3e-3
+    rate: Rate = 3e-3
     """Of the affinities' first steps."""
-    router_rate: PositiveFloat = 0.7
+    router_rate: Rate = 0.7
     """Of the router's, over its root mean square / √hidden."""
     iterations: PositiveInt = 50
     """Of Sinkhorn's algorithm."""
