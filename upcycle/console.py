@@ -17,6 +17,7 @@ from upcycle.core.flags import as_flags
 from upcycle.core.paths import public_name
 from upcycle.core.words import count, duration, size
 from upcycle.evaluation.verdict import LAW_MODEL, LAW_TOKENS, verdict
+from upcycle.finetune.catalogue import methods as of_training
 from upcycle.models.record import EncoderReport
 from upcycle.models.text import kind_name
 
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
     from upcycle.conversion.plan import Plan
     from upcycle.conversion.run import Progress as OnProgress
+    from upcycle.evaluation.encoders import HiddenEvaluation
     from upcycle.evaluation.run import Evaluation, TextResult
     from upcycle.evaluation.tasks import TaskScores
     from upcycle.finetune.budget import Budget, Proposal
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
-    from upcycle.models.record import Beside, Findings, Report, Used
+    from upcycle.models.record import Beside, Findings, HiddenResult, Report, Used
 
 LONGEST_WORD = 14
 """Letters of a heading that are never cut."""
@@ -162,7 +164,8 @@ def _alarm(step: int, says: str) -> str:
 
 
 def _training_line(row: Mapping[str, Any]) -> str:
-    names = ("next_token", "distill", "match_layers", "balance", "z_loss")
+    losses = [method["name"] for method in of_training() if method["kind"] == "router loss"]
+    names = ("next_token", "distill", "match_layers", *losses)
     parts = [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in names if name in row]
     load = f"busiest expert {row['imbalance']:.2f} × fair share"
     return ", ".join([*parts, load, f"{row['tokens_per_second']:.0f} tokens/s"])
@@ -372,6 +375,8 @@ def show_conversion(conversion: "Conversion") -> None:
     table(f"{plan.source.label} → {plan.target}", rows, "dense", "MoE")
     took = ", ".join(f"{name} {s:.0f} s" for name, s in conversion.seconds.items())
     out.print(f"Made: {_method(plan)}. Took: {took}.", highlight=False)
+    if conversion.learned:
+        out.print(f"Fit: {conversion.learned}", highlight=False)
     _show_trials(conversion)
     if check is not None:
         out.print(f"Exactness: {_exactness(conversion)}.", highlight=False)
@@ -436,7 +441,7 @@ def _exactness(conversion: "Conversion") -> str:
         what = "copies"
     elif not plan.partitions:
         what += ", repeated neurons in both"
-    if plan.design.compensates:
+    if plan.design.refits:
         what += ", refit weights in both"
     return f"ok, {what}: {plan.source.arch.output} differ by {check.exact_error:.1g} σ"
 
@@ -469,14 +474,7 @@ def _named(layers: tuple[int, ...]) -> str:
 def _show_kinds(check: "Report") -> None:
     """A row per kind of text, the worst in the colour of what it means."""
     if isinstance(check, EncoderReport):
-        numbers = {
-            kind_name(kind.kind): (
-                *(f"{kind.error:.3f}", f"{kind.worst_window:.3f}"),
-                *(f"{kind.cosine:.4f}", f"{kind.pooled_cosine:.4f}"),
-            )
-            for kind in check.kinds
-        }
-        table("text", numbers, "error", "worst window", "cosine", "cosine of means")
+        _show_hidden_texts("text", check.kinds)
         return
     colour = COLOURS[verdict(check.ratios).grade]
     rows = {}
@@ -518,10 +516,12 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
         return
     dose = f"about {found.tokens:,} tokens" if found.tokens else "millions of tokens"
     more = "--active" if plan.request.top_k is None else "--top-k"
+    how = f"upcycle finetune {escape(str(conversion.out))} --data …"
+    if not plan.source.arch.goes_on:
+        how = "Train it as its card says,"
     word = "Broken" if found.grade == "broken" else "Heal it"
     yield (
-        f"[{colour}]{word}[/]: perplexity is {where} ({name}). "
-        f"upcycle finetune {escape(str(conversion.out))} --data … with {dose}, or raise {more}."
+        f"[{colour}]{word}[/]: perplexity is {where} ({name}). {how} with {dose}, or raise {more}."
     )
     if found.add:
         yield (
@@ -549,6 +549,27 @@ def show_evaluation(report: "Evaluation") -> None:
         if result.fitted:
             what = f"the model was fitted on {result.text}: on other text it may lose more"
             err.print(f"[yellow]note[/]: {escape(what)}", highlight=False)
+
+
+def show_hidden(report: "HiddenEvaluation") -> None:
+    """Of an encoder: a line per text, then what the model is and does."""
+    _show_hidden_texts(f"{report.model} against {report.against}", report.texts)
+    table("", _routing(report) | _cost(report))
+    out.print(
+        f"Hidden states on {report.tokens:,} tokens of each text, windows of {report.window}.",
+        highlight=False,
+    )
+
+
+def _show_hidden_texts(title: str, texts: "Iterable[HiddenResult]") -> None:
+    numbers = {
+        kind_name(text.kind): (
+            *(f"{text.error:.3f}", f"{text.worst_window:.3f}"),
+            *(f"{text.cosine:.4f}", f"{text.pooled_cosine:.4f}"),
+        )
+        for text in texts
+    }
+    table(title, numbers, "error", "worst window", "cosine", "cosine of means")
 
 
 def _show_texts(title: str, report: "Evaluation") -> None:
@@ -604,7 +625,7 @@ def _show_tasks(scores: "TaskScores", headings: list[str]) -> None:
     table("lm-eval", rows, *headings)
 
 
-def _routing(report: "Evaluation") -> dict[str, str]:
+def _routing(report: "Evaluation | HiddenEvaluation") -> dict[str, str]:
     if not report.routing:
         return {}
     loads = [share for layer in report.routing for share in layer.load]
@@ -620,7 +641,7 @@ def _routing(report: "Evaluation") -> dict[str, str]:
     }
 
 
-def _cost(report: "Evaluation") -> dict[str, str]:
+def _cost(report: "Evaluation | HiddenEvaluation") -> dict[str, str]:
     def cell(mine: int, dense: int | None) -> str:
         return count(mine) + ("" if dense is None else f" (dense {count(dense)})")
 

@@ -11,11 +11,14 @@ from safetensors.torch import save_file
 from tiny import PLAIN_SPLIT, make_dense, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
 import upcycle
 from upcycle import console
+from upcycle.cli import app
 from upcycle.conversion.inspection import inspect_model
 from upcycle.core.errors import UpcycleError
+from upcycle.evaluation.encoders import evaluate_any, summary_of
 from upcycle.evaluation.run import evaluate
 from upcycle.finetune.run import finetune
 from upcycle.models.calibration import calibration
@@ -258,6 +261,54 @@ def test_classifiers_weights_are_not_dropped(dense, tmp_path):
     shutil.copy(dense("eurobert") / "tokenizer.json", tmp_path)
     with pytest.raises(UpcycleError, match="would be lost"):
         upcycle.plan(str(tmp_path))
+
+
+# --- how far it is from the dense model -------------------------------------------------------
+
+
+def test_evaluation_compares_hidden_states(dense, moe, text, tmp_path):
+    source = dense("eurobert")
+    settings = {"against": str(source), "tokens": 128, "seq_len": 64}
+    same = evaluate_any(str(moe(source, target="mixtral", **COPY)), [str(text)], **settings)
+    assert same.texts[0].error < 1e-4
+    assert same.texts[0].cosine == pytest.approx(1, abs=1e-5)
+    split = moe(source, target="mixtral", **SPLIT)
+    found = evaluate_any(str(split), [str(text), "builtin"], **settings)
+    assert [result.kind for result in found.texts] == [str(text), "builtin"]
+    assert found.tokens == 128
+    assert [len(layer.load) for layer in found.routing] == [8] * 3
+    assert found.params.active < found.params.active_against
+    # The same by plain transformers, on the first of two windows.
+    model, reader = AutoModel.from_pretrained(split), open_reader(source, 272)
+    windows_WL = reader.windows(str(text), 2, 64, seed=1)
+    other = AutoModel.from_pretrained(source)
+    with torch.no_grad():
+        own, theirs = (m.eval()(input_ids=windows_WL).last_hidden_state for m in (model, other))
+    error = (own - theirs).square().mean().sqrt() / theirs.std()
+    assert found.texts[0].error == pytest.approx(float(error), rel=1e-4)
+    means = torch.nn.functional.cosine_similarity(own.mean(1), theirs.mean(1), dim=-1)
+    assert found.texts[0].pooled_cosine == pytest.approx(float(means.mean()), rel=1e-4)
+    assert summary_of(found)["texts"][0]["kind"] == text.name
+
+
+def test_evaluation_says_what_it_needs(dense, moe, headless):
+    out = str(moe(headless, target="mixtral", **COPY))
+    with pytest.raises(UpcycleError, match="predicts no next token: give `against=DENSE`"):
+        evaluate_any(out, ["probes"], against=None)
+    with pytest.raises(UpcycleError, match="is no encoder, but"):
+        evaluate_any(out, ["probes"], against=str(dense()))
+    for asked in ({"speed": True}, {"tasks": ["x"]}, {"top_ks": [1]}):
+        with pytest.raises(UpcycleError, match="is measured by next tokens, which"):
+            evaluate_any(out, ["probes"], against=str(headless), **asked)
+
+
+def test_command_shows_and_writes_it(headless, moe, text, tmp_path):
+    out = moe(headless, target="mixtral", **COPY)
+    words = ["eval", out, "--against", headless, "--text", text, "--tokens", 64, "--seq-len", 32]
+    shown = CliRunner().invoke(app, list(map(str, [*words, "--output", tmp_path / "found.json"])))
+    assert shown.exit_code == 0, shown.stderr
+    assert "cosine of means" in shown.stdout
+    assert read_json(tmp_path / "found.json")["texts"][0]["error"] < 1e-4
 
 
 # --- what sentence-transformers puts behind it ------------------------------------------------

@@ -138,6 +138,7 @@ def render(found):
         facts.Inspection(**found["inspection"]),
         made,
         [LogLine(**line) for line in found["log"]],
+        **{key: value for key, value in found.items() if key == "loader"},
     )
     samples = [Sample(**values) for values in found["samples"]]
     return upcycle.evaluation.page.render(
@@ -335,6 +336,13 @@ def test_a_split_that_lost_quality_is_to_be_healed():
     assert "In the folder that it lies in:" in words(render(found))
     found["made"] = None
     assert advised(found) == command.replace("--data", "--teacher org/dense --data")
+
+
+def test_what_upcycle_does_not_train_is_to_be_loaded():
+    found = all_facts()
+    found["loader"] = "AutoModelForSeq2SeqLM"
+    found["made"]["plan"]["runtimes"] = {"vLLM": "it does not know the architecture"}
+    assert "AutoModelForSeq2SeqLM.from_pretrained('org/moe')" in advised(found)
 
 
 def test_copies_are_to_be_specialised_once():

@@ -40,8 +40,9 @@ def error(*arguments, code=2):
 
 def test_help_names_the_presets():
     text = re.sub(r"\s+", " ", run("--help").output)
-    assert sorted(shipped_presets()) == ["btx", "heal", "lora", "routers", "specialise"]
-    assert "heal | specialise | routers | btx | lora" in text
+    named = ["heal", "specialise", "routers", "btx", "lora"]
+    assert {*named} < {*shipped_presets()}
+    assert " | ".join(named) in text
 
 
 def test_json_is_one_object_and_nothing_else(model, text, tmp_path):

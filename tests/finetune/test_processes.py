@@ -27,10 +27,13 @@ from upcycle.finetune.run import finetune
 SETTINGS = {
     "preset": "heal", "steps": 3, "seq_len": 32, "batch_size": 4, "micro_batch": 1,
     "validation_tokens": 160, "lr": 1e-3, "balance": 0.1, "next_token": 0.5, "seed": 3,
+    "router_losses": {"cv2": 0.1, "adaptive_balance": 1}, "gating": "noisy_top_k",
 }  # fmt: skip
 DEVICE_LEFT_OPEN = [
     *"--recipe heal --steps 3 --seq-len 32 --batch-size 4 --set micro_batch=1 --lr 1e-3".split(),
     *"--balance 0.1 --set next_token=0.5 --seed 3 --set validation_tokens=160".split(),
+    *"--set router_losses.cv2=0.1 --set router_losses.adaptive_balance=1".split(),
+    *"--set gating=noisy_top_k".split(),
 ]
 FLAGS = [*DEVICE_LEFT_OPEN, "--device", "cpu"]
 CONFIGS = Path(upcycle.__file__).parent / "recipes" / "accelerate"

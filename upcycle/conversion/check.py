@@ -5,13 +5,13 @@ with all its experts on and equally weighted does too. Then routing: the experts
 planned. Then what the conversion did to the model, on several kinds of text that no method has
 seen, each by itself: a model may be fine on the kind that it was fitted on and broken on another.
 That is measured by predictions of the next token; of an encoder, which makes none, by its last
-hidden states.
+hidden states. An encoder-decoder predicts the second half of what the encoder sees the first of.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from upcycle.conversion.plan import Plan
 from upcycle.core.errors import CheckFailed
 from upcycle.core.machine import free_memory
 from upcycle.core.types import DenseFFN
-from upcycle.evaluation.hidden import HiddenComparison, compare_hidden, put_out
+from upcycle.evaluation.hidden import HiddenComparison, compare_hidden, hidden_result, put_out
 from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.routing import utilisation
 from upcycle.evaluation.run import (
@@ -36,7 +36,6 @@ from upcycle.models.head import drop_layers
 from upcycle.models.record import (
     CheckReport,
     EncoderReport,
-    HiddenResult,
     KindResult,
     Report,
 )
@@ -92,7 +91,7 @@ def run_check(
     found["window"] = max(windows_WL.shape[1] for windows_WL in held.values())
     if plan.source.arch.encoder:
         far = {k: compare_hidden(model, held[k], dense[k], step) for k in held}
-        kinds = [_hidden_kind(kind, held[kind].numel(), c) for kind, c in far.items()]
+        kinds = [hidden_result(kind, held[kind].numel(), c) for kind, c in far.items()]
         return EncoderReport(**found, kinds=kinds, left_out=[], load=_load(list(far.values())))
     compared = {
         kind: compare(model, windows_WL, dense[kind], step) for kind, windows_WL in held.items()
@@ -109,17 +108,6 @@ def _load(compared: Sequence[Comparison | HiddenComparison]) -> list[list[float]
     """Of every layer, over all kinds of text."""
     pairs = zip(*(c.pairs for c in compared), strict=True)
     return [utilisation(sum(layer).diagonal()) for layer in pairs]
-
-
-def _hidden_kind(kind: str, tokens: int, compared: HiddenComparison) -> HiddenResult:
-    return HiddenResult(
-        kind=kind,
-        tokens=tokens,
-        error=compared.error,
-        worst_window=compared.worst_window,
-        cosine=compared.cosine,
-        pooled_cosine=compared.pooled_cosine,
-    )
 
 
 def _kind(kind: str, tokens: int, compared: Comparison) -> KindResult:
@@ -162,19 +150,11 @@ def dtype_that_fits(plan: Plan) -> torch.dtype:
 
 @contextmanager
 def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
-    """Select every expert, each with weight 1, for the time of the context: with its rows at zero a
-    router weights all experts alike."""
-    blocks = moe_blocks(model)
-    rows = [block.router.weight.data.clone() for block in blocks]
-    for block in blocks:
-        block.select(plan.design.geometry.num_experts)
-        block.router.weight.data.zero_()
-        block.experts.down_proj.data.mul_(plan.design.gains.all_on)
-    yield
-    for block, rows_ED in zip(blocks, rows, strict=True):
-        block.select(plan.design.geometry.top_k)
-        block.router.weight.data.copy_(rows_ED)
-        block.experts.down_proj.data.div_(plan.design.gains.all_on)
+    """Every expert of every layer, each with weight 1, for the time of the context."""
+    with ExitStack() as stack:
+        for block in moe_blocks(model):
+            stack.enter_context(block.all_on(plan.design.gains.all_on))
+        yield
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torch.nn.functional import cosine_similarity
 from upcycle.evaluation.result import relative_error
 from upcycle.evaluation.routing import counting_pairs
 from upcycle.evaluation.run import Step
-from upcycle.models.head import Decoded, decode
+from upcycle.models.head import Decoded, decode, given
+from upcycle.models.record import HiddenResult
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,18 @@ def compare_hidden(
     )
 
 
+def hidden_result(text: str, tokens: int, compared: HiddenComparison) -> HiddenResult:
+    """The numbers of a text of so many tokens, as they are written."""
+    return HiddenResult(
+        kind=text,
+        tokens=tokens,
+        error=compared.error,
+        worst_window=compared.worst_window,
+        cosine=compared.cosine,
+        pooled_cosine=compared.pooled_cosine,
+    )
+
+
 def _last(decoded: Decoded) -> Tensor:
     hidden_LD: Tensor = decoded.output.last_hidden_state[0].float()
     return hidden_LD
@@ -60,8 +73,8 @@ def _last(decoded: Decoded) -> Tensor:
 
 @torch.no_grad()
 def put_out(model: Any, window_L: Tensor) -> Tensor:
-    """What a model makes of one window of tokens [L] at last, in float32: logits [L, V], or where
-    it has no head, hidden states [L, D]."""
-    out = model(input_ids=window_L[None].to(model.device), use_cache=False)
+    """What a model makes of one window of tokens [L] at last, in float32: logits [T, V] of those
+    that tell the next, or where it has no head, hidden states [L, D]."""
+    out = model(**given(model, window_L), use_cache=False)
     found: Tensor = out.last_hidden_state if getattr(out, "logits", None) is None else out.logits
     return found[0].float()

@@ -3,6 +3,7 @@
 Protocol: windows of the same length are taken evenly from all over a text, each is read on its own,
 and its first token is given: the beginning-of-sequence token, where the tokenizer puts one. (The
 first windows would be about one or two topics, and that is what the numbers would then differ by.)
+Of an encoder-decoder, the first half is given to the encoder, and the decoder's tokens are counted.
 Perplexity is the exponential of the mean over windows. One model's layers are in memory at a time,
 unless speed is measured, which takes both in turn: what is kept of the dense model are its hidden
 states and its head.
@@ -31,12 +32,12 @@ from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.tasks import TaskScores, open_tasks, run_tasks
 from upcycle.evaluation.top_k import check_top_ks, made_at, sum_note
 from upcycle.models.adapter import adapter_base
-from upcycle.models.blocks import moe_blocks, selecting
+from upcycle.models.blocks import MoEBlock, moe_blocks, selecting
 from upcycle.models.calibration import check_seq_len
 from upcycle.models.config_fields import check_layers
-from upcycle.models.head import Decoded, decode, drop_layers
+from upcycle.models.head import Decoded, decode, drop_layers, given
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.loading import check_decoder, load_whole
+from upcycle.models.loading import check_asked, check_decoder, load_whole
 from upcycle.models.source import checkpoint_folder, read_headers, read_text_config
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
@@ -233,9 +234,10 @@ def evaluate(
     ):
         adapter = None if named == folder else named
         check_decoder(model, folder)
+        check_asked(model, folder, speed=speed, tasks=bool(tasks))
         check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
-        reader = open_reader(folder, _vocab_size(folder, dense_folder))
+        reader = open_reader(folder, shared_vocab_size(folder, dense_folder))
         tokens_NBL = torch.stack(
             [reader.windows(text, windows, seq_len, seed=BUILTIN_SEED) for text in texts]
         )
@@ -301,7 +303,7 @@ def _measure(
     """
     passes = (1 if pair.dense_folder is None else 2) + len(top_ks)
     total = tokens_NBL.shape[:2].numel() * passes
-    step = _counter(progress, total)
+    step = counter(progress, total)
     dense, dense_size, references = _reference(pair, tokens_NBL, step)
     if not batch_size and dense is not None:
         drop_layers(dense)  # one model's are in memory at a time
@@ -316,10 +318,8 @@ def _measure(
     def run() -> tuple[list[TextResult], list[LayerRouting]]:
         rows = zip(tokens_NBL, references, strict=True)
         compared = [compare(model, tokens_BL, reference, step) for tokens_BL, reference in rows]
-        return _text_results(texts, compared, seen), [
-            layer_routing(block.layer, sum_EE, tokens_NBL.numel())
-            for block, sum_EE in zip(blocks, _sums([c.pairs for c in compared]), strict=True)
-        ]
+        pairs = [numbers.pairs for numbers in compared]
+        return _text_results(texts, compared, seen), routing_of(blocks, pairs, tokens_NBL.numel())
 
     results, routing = run()
     at_top_ks = _at_top_ks(pair, model, top_ks, run, results, routing) if top_ks else []
@@ -337,11 +337,9 @@ def _measure(
         tokens=tokens_NBL[0].numel(),
         texts=results,
         routing=routing,
-        similarity=[
-            LayerSimilarity(block.layer, round(expert_similarity(block), 6)) for block in blocks
-        ],
-        params=_parameters(size, dense_size),
-        flops=_flops(size, dense_size),
+        similarity=similarity_of(blocks),
+        params=parameters(size, dense_size),
+        flops=flops_beside(size, dense_size),
         speed=speed,
         tasks=None,
         top_ks=at_top_ks,
@@ -375,7 +373,7 @@ def _at_top_ks(
         run: measures the model as it stands.
         results, routing: what that gave at its own number.
     """
-    own, made = int(moe_blocks(model)[0].router.top_k), made_at(pair.folder)
+    own, made = moe_blocks(model)[0].top_k, made_at(pair.folder)
     found = []
     for top_k in sorted({own, *top_ks}):
         with selecting(model, top_k):
@@ -396,15 +394,30 @@ def _at_top_ks(
     return found
 
 
-def _counter(progress: Progress, total: int) -> Step:
+def counter(progress: Progress, total: int) -> Step:
     """Tells `progress` of every window of all texts and models."""
     windows = itertools.count()
     return lambda _: progress("evaluating", next(windows), total)
 
 
-def _sums(rows: list[list[Tensor]]) -> list[Tensor]:
-    """Of the first tensors of all rows, of the second ones, and so on."""
-    return [torch.stack(column).sum(0) for column in zip(*rows, strict=True)]
+def routing_of(
+    blocks: list[MoEBlock], pairs: list[list[Tensor]], tokens: int
+) -> list[LayerRouting]:
+    """How so many tokens spread over experts.
+
+    Args:
+        pairs: of each text, per layer, as of `Comparison`.
+    """
+    sums = [torch.stack(column).sum(0) for column in zip(*pairs, strict=True)]
+    return [
+        layer_routing(block.layer, sum_EE, tokens)
+        for block, sum_EE in zip(blocks, sums, strict=True)
+    ]
+
+
+def similarity_of(blocks: list[MoEBlock]) -> list[LayerSimilarity]:
+    """How alike the experts of each layer are."""
+    return [LayerSimilarity(block.layer, round(expert_similarity(block), 6)) for block in blocks]
 
 
 def _text_results(
@@ -431,18 +444,25 @@ def _text_result(text: str, measured: Comparison) -> TextResult:
     )
 
 
-def _parameters(size: Size, dense: Size | None) -> Parameters:
+def parameters(size: Size, dense: Size | None) -> Parameters:
+    """A model's, beside the dense one's."""
     if dense is None:
         return Parameters(size.total, size.active, None, None)
     return Parameters(size.total, size.active, dense.total, dense.active)
 
 
-def _flops(size: Size, dense: Size | None) -> Flops:
+def flops_beside(size: Size, dense: Size | None) -> Flops:
+    """A model's per token, beside the dense one's."""
     against = None if dense is None else flops(dense.matmul_active)
     return Flops(flops(size.matmul_active), flops(size.matmul_total), against)
 
 
-def _vocab_size(folder: Path, dense_folder: Path | None) -> int:
+def shared_vocab_size(folder: Path, dense_folder: Path | None) -> int:
+    """Of a model, and of the one that it is compared with.
+
+    Raises:
+        UpcycleError: they differ.
+    """
     vocab_size = int(read_text_config(folder).vocab_size)
     if dense_folder is not None:
         other = int(read_text_config(dense_folder).vocab_size)
@@ -510,10 +530,8 @@ def _merged(model: Any, adapter: Path) -> Any:
 
 @torch.no_grad()
 def next_token_logits(model: Any, window_L: Tensor) -> Tensor:
-    """Logits [L, V] in float32 for one window of tokens [L]."""
-    logits: Tensor = (
-        model(input_ids=window_L[None].to(model.device), use_cache=False).logits[0].float()
-    )
+    """Logits [T, V] in float32 of all tokens in one window [L] that tell the next."""
+    logits: Tensor = model(**given(model, window_L), use_cache=False).logits[0].float()
     return logits
 
 
@@ -536,7 +554,7 @@ def compare(
         for i, window_L in enumerate(tokens_BL):
             step(i)
             dense = None if reference is None else reference[i]
-            windows.append(_compare_window(decode(model, window_L), dense, window_L))
+            windows.append(_compare_window(decode(model, window_L), dense))
     losses, losses_against, kl, agreement = zip(*windows, strict=True)
     return Comparison(
         losses=list(losses),
@@ -547,13 +565,13 @@ def compare(
     )
 
 
-def _compare_window(own: Decoded, dense: Decoded | None, window_L: Tensor) -> list[float]:
+def _compare_window(own: Decoded, dense: Decoded | None) -> list[float]:
     """A window's loss, the dense model's, KL and agreement, each the mean over its tokens."""
-    length, sums = len(window_L), torch.zeros(4, dtype=torch.float64)
+    length, sums = len(own.tokens_T), torch.zeros(4, dtype=torch.float64)
     rows = max(1, CHUNK // own.model.config.get_text_config().vocab_size)
     for start in range(0, length, rows):
         some = slice(start, start + rows)
-        targets_T = window_L[start + 1 : start + rows + 1]
+        targets_T = own.tokens_T[start + 1 : start + rows + 1]
         own_TV = own.logits(some)
         own_top_T, own_TV = own_TV.argmax(-1), own_TV.log_softmax(-1)
         sums[0] += _loss(own_TV, targets_T)

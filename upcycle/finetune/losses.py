@@ -1,7 +1,7 @@
 """Losses of continued training: pure functions of logits. Masked tokens (padding) never count.
 
-B sequences of L tokens, V words, of which N are kept; T tokens of all sequences, E experts, K
-selected per token.
+B sequences of L tokens, T tokens of all, V words, of which N are kept. Losses of routers are
+plug-ins, in `router_losses`.
 """
 
 from dataclasses import dataclass
@@ -85,24 +85,6 @@ def layer_match_loss(
         for h_BLD, t_BLD in zip(hidden, teacher, strict=True)
     ]
     return sum(gaps[1:], gaps[0]) / len(gaps)
-
-
-def balance_loss(scores_TE: Tensor, count_E: Tensor, mask_T: Tensor) -> Tensor:
-    """Load balancing of Switch Transformers (arXiv:2101.03961): E Σₑ fₑ Pₑ, with f the share of
-    the selections that fall on an expert and P its mean score; 1 when both are uniform. (The
-    losses of transformers and Megatron are K times this one, of K experts per token.)
-
-    Args:
-        scores_TE: normalised to add up to 1 for each token.
-        count_E: selections of each expert, of these tokens or of more (arXiv:2501.11873).
-    """
-    weight_T = mask_T.float() / mask_T.sum()
-    return scores_TE.shape[-1] * (count_E / count_E.sum() * (weight_T @ scores_TE)).sum()
-
-
-def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
-    """Mean squared log-partition of the router (ST-MoE, arXiv:2202.08906): keeps logits small."""
-    return _mean(logits_TE.logsumexp(-1).square(), mask_T)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

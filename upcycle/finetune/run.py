@@ -22,7 +22,9 @@ from upcycle.evaluation.run import load_model
 from upcycle.finetune.budget import Budget, Proposal
 from upcycle.finetune.data import Data, training_data, with_texts
 from upcycle.finetune.job import Job, job_identity, open_job
-from upcycle.finetune.loop import make_optimizer, restore_best, train
+from upcycle.finetune.loop import make_optimizer, restore_best, settle, train
+from upcycle.finetune.partition import add_affinities
+from upcycle.finetune.plugins import facts_of, gater_for, router_terms
 from upcycle.finetune.processes import accelerator_for
 from upcycle.finetune.publish import Finetuning, publish
 from upcycle.finetune.rehearsal import propose
@@ -88,8 +90,9 @@ def finetune(
         model: a folder or hub id, such as what `convert` wrote.
         out: the folder for the result: a checkpoint of the same layout, or with `lora` and
             without `merge` an adapter.
-        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or a YAML file; by default `heal`
-            for a split, `specialise` for copies and merges.
+        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or another that `upcycle recipes`
+            lists, or a YAML file; by default `heal` for a split, `specialise` for copies and
+            merges.
         overwrite: replace a former result.
         resume: go on from the saved state of a run that was stopped. The result has the same
             bytes as that of an uninterrupted run, on a CPU.
@@ -123,6 +126,7 @@ def finetune(
         watch.begin(job.settings, groups, setup.train.used)
         stopped = _train(setup, progress)
         restore_best(setup, progress)
+        settle(setup, progress)
         done = publish(setup, progress, groups, job)
     if stopped is not None:
         raise Diverged(
@@ -250,6 +254,8 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     keep_float32(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)
     scales = measure_scales(model, blocks, window_1L)
+    if settings.train == "partition":
+        add_affinities(blocks)
     known = members(model, blocks, scales)
     torch.manual_seed(settings.seed)  # low-rank changes start at random
     if settings.lora:
@@ -259,7 +265,11 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = trained(model, known)
-    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config))
+    score = score_of(model.config)
+    facts = facts_of(model.config, blocks, train_data, accelerator)
+    terms = router_terms(settings, facts, blocks, scales, score)
+    gater = gater_for(settings, facts, blocks, scales, score)
+    tap = RouterTap(blocks, settings.dense_router_gradient, score, gater)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
     model.train()
     if settings.tracker is not None:
@@ -275,6 +285,8 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         blocks=blocks,
         scales=scales,
         tap=tap,
+        gater=gater,
+        router_terms=terms,
         train=train_data,
         validation=validation,
         folder=workspace / ASIDE,

@@ -23,7 +23,32 @@ def check_decoder(label: str, folder: Path) -> None:
     if is_encoder(read_config(folder)):
         raise UpcycleError(
             f"{label} is an encoder, whose tokens see the next one, so there is none to predict: "
-            "measure it, or train it, on the task that it is for"
+            "train it on the task that it is for; `upcycle eval` compares its hidden states"
+        )
+
+
+def check_asked(label: str, folder: Path, *, speed: bool, tasks: bool) -> None:
+    """Of what is measured of models that go on from a text alone.
+
+    Raises:
+        UpcycleError: the model in the folder is an encoder-decoder, and it is asked for.
+    """
+    asked = [flag for flag, on in (("`speed`", speed), ("`tasks`", tasks)) if on]
+    if asked and read_config(folder).is_encoder_decoder:
+        raise UpcycleError(
+            f"{asked[0]}: {label} is an encoder-decoder, of which upcycle measures perplexity "
+            "and routing alone: leave it out"
+        )
+
+
+def check_trainable(label: str, folder: Path) -> None:
+    """Raises:
+    UpcycleError: the model in the folder is an encoder-decoder, whose data are pairs of texts.
+    """
+    if read_config(folder).is_encoder_decoder:
+        raise UpcycleError(
+            f"{label} is an encoder-decoder, whose data are pairs of texts: train it with "
+            "transformers' Seq2SeqTrainer, and add a balancing loss on its routers' logits"
         )
 
 

@@ -104,12 +104,18 @@ TARGETS.add(
         experts=experts,
         runtimes={
             "llama.cpp": (always_renormalises, no_conv_bias),
-            "vLLM": (heads_fill_hidden,),
+            "vLLM": (heads_fill_hidden, tied),
             "MLX": (heads_fill_hidden, tied, unscaled_rope),
             "transformers 4": (unknown,),
         },
         ran={
             "llama.cpp": Run("0.5.0", "2026-11-29", "splits and copies of random models"),
+            "vLLM": Run(
+                "0.32.0",
+                "2026-11-29",
+                "copies of a random model, once the rotary embedding of its build for CPUs was "
+                "mended ([how](../dev/log.md#in-other-runtimes))",
+            ),
             "MLX": Run("mlx-lm 0.32.2", "2026-11-29", "splits and copies of random models"),
         },
         requires=frozenset({Trait.CONVOLUTIONS, Trait.QK_NORM}),
