@@ -39,6 +39,8 @@ check: $(BIN)/.installed
 catalogue: $(BIN)/.installed
 	$(BIN)/python -c 'import json; from upcycle.conversion.inspection import registered; \
 	print(json.dumps(registered(), indent=1))' > upcycle/conversion/catalogue.json
+	$(BIN)/python -c 'import json; from upcycle.finetune.plugins import registered; \
+	print(json.dumps(registered(), indent=1))' > upcycle/finetune/catalogue.json
 
 format: $(BIN)/.installed
 	$(BIN)/ruff format .

@@ -32,12 +32,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear, normal
 from transformers.activations import ACT2FN
 
 from upcycle import plan
+from upcycle.conversion.fit.base import hard_top_k
 from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.plan import Plan
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
 from upcycle.models.assemble import dense_ffn
-from upcycle.models.calibration import calibration_tokens
+from upcycle.models.calibration import calibration
 from upcycle.models.source import DenseSource
 from upcycle.models.stream import HiddenStream
 from upcycle.router_init import ROUTERS
@@ -72,7 +73,8 @@ class Split:
 
     def error(self, scores_TE: Tensor, x_TD: Tensor, weight_T: Tensor) -> float:
         """|y_moe - y|² / |y|²."""
-        selection = self.layout.selection(torch.eye(scores_TE.shape[1]).to(x_TD), self.top_k)
+        eye_EE = torch.eye(scores_TE.shape[1]).to(x_TD)
+        selection = self.layout.selection(eye_EE, partial(hard_top_k, top_k=self.top_k))
         h_TF, off_TF = self.ffn.hidden(x_TD), 1 - selection(scores_TE)
         missing_TD, y_TD = (linear(out_TF, self.ffn.down_DF) for out_TF in (h_TF * off_TF, h_TF))
         return (weight_T @ missing_TD.square().sum(1) / (weight_T @ y_TD.square().sum(1))).item()
@@ -142,6 +144,16 @@ def routers(
     yield "oracle", split.energies, None
 
 
+def text(
+    source: DenseSource, name: str, sequences: int, seq_len: int, device: torch.device
+) -> Tensor:
+    """So many sequences of a calibration text, [B, L]."""
+    found = calibration(
+        source, name, sequences=sequences, windows=0, seq_len=seq_len, seed=0, device=device
+    )
+    return found.fit_BL
+
+
 def inputs(
     source: DenseSource, tokens_BL: Tensor, layers: list[int], device: torch.device
 ) -> Iterator[tuple[int, DenseFFN, Tensor, Tensor]]:
@@ -162,7 +174,7 @@ def measure(args: argparse.Namespace, plans: dict[str, Plan]) -> Iterator[dict[s
     """A row per layer, recipe and router."""
     source, device = plans["default"].source, plans["default"].device
     fit, held = args.tokens // args.seq_len, args.held_tokens // args.seq_len
-    tokens_BL = calibration_tokens(source, args.calibration, fit + held, args.seq_len, 0)
+    tokens_BL = text(source, args.calibration, fit + held, args.seq_len, device)
     for layer, ffn, x_TD, norm_T in inputs(source, tokens_BL, args.layers, device):
         fit_TD, held_TD = x_TD.split([fit * args.seq_len, held * args.seq_len])
         weight_T = norm_T.clamp_min(norm_T.median().item() / 10)[len(fit_TD) :] ** -2

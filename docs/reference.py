@@ -14,16 +14,15 @@ from typing import Any
 import typer
 from transformers import CONFIG_MAPPING
 
-from upcycle.cli import app, every_setting
+from upcycle.cli import app, every_method, every_setting
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
-from upcycle.conversion.catalogue import methods as registered
 from upcycle.models.families import FAMILIES, describe
 from upcycle.models.holders import HOLDERS
 from upcycle.models.runtimes import RUNTIMES, Runtime
 from upcycle.models.targets import TARGETS, MoETarget, unplaced
 from upcycle.models.targets.base import Limit
 from upcycle.models.targets.limits import unknown
-from upcycle.models.unhosted import REASONS, UNCONVERTED
+from upcycle.models.unhosted import REASONS
 
 DOCS = Path(__file__).parent
 NOTE = "`python docs/reference.py` writes this page"
@@ -31,9 +30,12 @@ OF_KIND = {
     "split": "Which neurons share an expert: `--set split=NAME`",
     "shared-expert rule": "Which neurons are always on: `--set shared_by=NAME`",
     "router": "Who chooses the experts: `--set router=NAME`",
+    "fit": "What layers learn by gradient descent, one by one: `--set fit=NAME`",
     "compensation": "What makes up for the others: `--set compensate=NAME`",
     "method": "What becomes of copies: `--method NAME`",
     "gate": "Who chooses among merged models: `--set router=NAME`",
+    "router loss": "What routers are to do while they train: `--set router_losses.NAME=WEIGHT`",
+    "gating": "Which experts tokens get while a model trains: `--set gating=NAME`",
     "rest rule": "What becomes of all but the FFNs in a merge: `--set rest=NAME`",
 }
 """Titles; a kind that is not here goes by its own name."""
@@ -83,8 +85,10 @@ def methods_page() -> str:
             ("preset", "what it does", "paper"),
             ((f"`{p['name']}`", p["summary"], paper(p["paper"])) for p in presets),
         ),
+        "Where they depart from their papers:\n",
+        "".join(departures(preset) for preset in presets if preset["departures"]),
     ]
-    for kind, methods in groupby(registered(), key=lambda method: str(method["kind"])):
+    for kind, methods in groupby(every_method(), key=lambda method: str(method["kind"])):
         parts += [f"## {OF_KIND.get(kind, kind)}\n", methods_table(methods)]
     return "\n".join(parts)
 
@@ -183,11 +187,6 @@ def models_page() -> str:
         table(
             ("model_type", "why"),
             ((f"`{name}`", f"it {why}") for name, why in sorted(REASONS.items())),
-        ),
-        "Others a native class would host, but they are not converted:\n",
-        table(
-            ("model_type", "why"),
-            ((f"`{name}`", f"it {why}") for name, why in sorted(UNCONVERTED.items())),
         ),
     ]
     return "\n".join(parts)

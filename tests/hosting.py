@@ -5,6 +5,10 @@ from transformers import CONFIG_MAPPING
 
 from upcycle.models.families import describe
 from upcycle.models.targets import TARGETS
+from upcycle.models.traits import Trait
+
+DECODER_TARGETS = {n: t for n, t in TARGETS.items() if Trait.ENCODER not in t.requires}
+"""Those of models of one stack; test_encoder_decoders.py is of the others."""
 
 
 def hosts(family) -> set[str]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer
 import yaml
+from hosting import DECODER_TARGETS as TARGETS
 from reference import load
 from tiny import PLAIN_SPLIT
 from typer.testing import CliRunner
@@ -31,9 +32,10 @@ from upcycle.conversion.rest import RESTS
 from upcycle.core import flags as settings
 from upcycle.core.flags import as_flags
 from upcycle.core.settings import shipped_recipes
+from upcycle.finetune.gating import GATINGS
+from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.settings import Training
 from upcycle.models.source import copy_companions
-from upcycle.models.targets import TARGETS
 from upcycle.models.text import PROBES, kind_name
 from upcycle.options import as_set
 from upcycle.router_init import ROUTERS
@@ -862,6 +864,7 @@ def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
     names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS, *GATES, *RESTS}
+    names |= {*ROUTER_LOSSES, *GATINGS}
     assert {method["name"] for method in listed["methods"]} == names
     shown = run("recipes").stdout
     assert all(name in shown for name in shipped_recipes())

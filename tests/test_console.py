@@ -12,8 +12,9 @@ from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle import console
+from upcycle.cli import every_method
 from upcycle.conversion import plan as planning
-from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
+from upcycle.conversion.catalogue import describe_presets, describe_recipes
 from upcycle.models.record import DenseLayers, Findings, Trial
 from upcycle.models.text import PROBES
 
@@ -198,7 +199,7 @@ def test_without_a_check_there_is_no_verdict(converted, shown):
 def listed(monkeypatch):
     page = io.StringIO()
     monkeypatch.setattr(console, "out", Console(file=page, width=WIDTH))
-    console.show_recipes(describe_recipes(), describe_presets(), methods())
+    console.show_recipes(describe_recipes(), describe_presets(), every_method())
     return page.getvalue()
 
 
@@ -210,7 +211,7 @@ def test_recipes_and_methods_read_well_on_eighty_columns(listed):
     assert {len(cells) for cells in rows} == {2}
     widths = {len(cells[1]) for cells in rows}
     assert max(widths) > 40
-    for row in [*describe_recipes(), *describe_presets(), *methods()]:
+    for row in [*describe_recipes(), *describe_presets(), *every_method()]:
         cells = cells_of(rows, row["name"])  # a recipe and a method may have one name
         (cell,) = [cell for cell in cells if cell.startswith(row["summary"])]
         assert row["paper"] in cell

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
 )
 
@@ -196,8 +197,27 @@ HOLDERS = {
 """Models with a vision tower whose text model may be of any kind."""
 FFN_LAYERS = {"nemotron_h": [1, 3, 4]}
 """Of a tiny model; by default all three."""
-HEADS = {"eurobert": AutoModelForMaskedLM}
-"""What loads a family that AutoModelForCausalLM does not."""
+ENCODER_DECODERS = {
+    "t5": {
+        "vocab_size": 272,
+        "d_model": 48,
+        "d_ff": 192,
+        "d_kv": 8,
+        "num_layers": 3,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "eos_token_id": 257,
+        "decoder_start_token_id": 0,
+    },
+}
+HEADS = {
+    "eurobert": AutoModelForMaskedLM,
+    "t5": AutoModelForSeq2SeqLM,
+    "switch_transformers": AutoModelForSeq2SeqLM,
+}
+"""What loads a family, or its host, that AutoModelForCausalLM does not."""
 PLAIN_SPLIT = {
     "experts": 8,
     "top_k": 2,
@@ -217,7 +237,8 @@ override it."""
 def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shards=None, **fields):
     """Write a random model of the family, and a byte tokenizer, to the folder; returns it."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**(SIZES | FAMILIES.get(family, {}) | fields))
+    own = ENCODER_DECODERS.get(family) or SIZES | FAMILIES.get(family, {})
+    config = CONFIG_MAPPING[family](**(own | fields))
     model = HEADS.get(family, AutoModelForCausalLM).from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias", "sinks")):

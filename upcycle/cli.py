@@ -44,6 +44,7 @@ from upcycle.options import (
 
 if TYPE_CHECKING:
     from upcycle.conversion.plan import Plan
+    from upcycle.finetune.publish import Finetuning
 
 app = typer.Typer(
     name="upcycle",
@@ -361,7 +362,7 @@ def finetune(
     recipe: Annotated[
         str | None,
         option(
-            "heal | specialise | routers | btx | lora, or a YAML file. [default: by what MODEL is]",
+            "heal | specialise | routers | btx | lora | …, or a YAML file. [default: by MODEL]",
             "--recipe",
         ),
     ] = None,
@@ -401,7 +402,6 @@ def finetune(
             _rehearse(model, recipe, settings, as_json=json_)
             return
         from upcycle import console
-        from upcycle.finetune.publish import finetuning_summary
         from upcycle.finetune.run import finetune as train
 
         _quiet_model_loading()
@@ -415,14 +415,23 @@ def finetune(
                 watch=watch,
                 **settings,
             )
-        if not _first_process():
-            return
-        if json_:
-            _print_json(finetuning_summary(done).plain())
-        else:
-            console.show_finetuning(done)
-        if push_to_hub is not None:
-            console.show_push(push(done.out, push_to_hub, private=private), quiet=json_)
+        if _first_process():
+            _tell_training(done, push_to_hub, private=private, as_json=json_)
+
+
+def _tell_training(
+    done: "Finetuning", push_to: str | None, *, private: bool, as_json: bool
+) -> None:
+    """Show what a run of `finetune` did, and push it if that was asked for."""
+    from upcycle import console
+    from upcycle.finetune.publish import finetuning_summary
+
+    if as_json:
+        _print_json(finetuning_summary(done).plain())
+    else:
+        console.show_finetuning(done)
+    if push_to is not None:
+        console.show_push(push(done.out, push_to, private=private), quiet=as_json)
 
 
 def _rehearse(model: str, recipe: str | None, settings: Options, *, as_json: bool) -> None:
@@ -479,7 +488,7 @@ def evaluate(
         top_ks = None if top_k is None else top_ks_named(top_k)
         from upcycle import console
         from upcycle.evaluation import encoders
-        from upcycle.evaluation.speed_card import check_card, write_speed
+        from upcycle.evaluation.speed_card import check_card
 
         if card:
             check_card(model, speed=speed)
@@ -499,19 +508,26 @@ def evaluate(
                 device=device,
                 progress=progress,
             )
-        summary = encoders.summary_of(report)
-        if output is not None:
-            _write_json(output, summary)
-        if json_:
-            _print_json(summary)
-        if isinstance(report, encoders.HiddenEvaluation):
-            if not json_:
-                console.show_hidden(report)
-            return
-        if card:
-            write_speed(report)
-        if not json_:
-            console.show_evaluation(report)
+        _tell(report, output, card=card, as_json=json_)
+
+
+def _tell(report: Any, output: Path | None, *, card: bool, as_json: bool) -> None:
+    """Write and show what was measured, of an encoder or of another model."""
+    from upcycle import console
+    from upcycle.evaluation import encoders
+    from upcycle.evaluation.speed_card import write_speed
+
+    summary = encoders.summary_of(report)
+    if output is not None:
+        _write_json(output, summary)
+    if card:
+        write_speed(report)
+    if as_json:
+        _print_json(summary)
+    elif isinstance(report, encoders.HiddenEvaluation):
+        console.show_hidden(report)
+    else:
+        console.show_evaluation(report)
 
 
 @app.command()
@@ -609,7 +625,7 @@ def recipes(
     setting, or print one recipe."""
     with _errors():
         from upcycle import console
-        from upcycle.conversion.catalogue import describe_presets, describe_recipes, methods
+        from upcycle.conversion.catalogue import describe_presets, describe_recipes
         from upcycle.conversion.recipe import load_recipe
         from upcycle.core.settings import recipe_text, shipped_presets, yaml_fields
 
@@ -621,10 +637,18 @@ def recipes(
             sys.stdout.write(recipe_text(name))
         elif json_:
             listed = {"recipes": describe_recipes(), "presets": describe_presets()}
-            _print_json(listed | {"methods": methods(), "settings": every_setting()})
+            _print_json(listed | {"methods": every_method(), "settings": every_setting()})
         else:
-            console.show_recipes(describe_recipes(), describe_presets(), methods())
+            console.show_recipes(describe_recipes(), describe_presets(), every_method())
             console.show_settings(every_setting())
+
+
+def every_method() -> list[dict[str, Any]]:
+    """Every plug-in of `convert`, `merge` and `finetune`."""
+    from upcycle.conversion import catalogue as of_conversion
+    from upcycle.finetune import catalogue as of_training
+
+    return [*of_conversion.methods(), *of_training.methods()]
 
 
 def every_setting() -> dict[str, list[dict[str, str]]]:

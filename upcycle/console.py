@@ -17,6 +17,7 @@ from upcycle.core.flags import as_flags
 from upcycle.core.paths import public_name
 from upcycle.core.words import count, duration, size
 from upcycle.evaluation.verdict import LAW_MODEL, LAW_TOKENS, verdict
+from upcycle.finetune.catalogue import methods as of_training
 from upcycle.models.record import EncoderReport
 from upcycle.models.text import kind_name
 
@@ -95,7 +96,10 @@ def watching_training(*, quiet: bool) -> Iterator["Watch"]:
             for alarm in row.get("alarms", ()):
                 err.print(_alarm(alarm["step"], alarm["says"]), highlight=False)
 
-        yield Watch(begin=show_groups, row=row, budget=_say_budget)
+        def teacher(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, description="the teacher reads")
+
+        yield Watch(begin=show_groups, row=row, budget=_say_budget, teacher=teacher)
 
 
 def _say_budget(budget: "Budget") -> None:
@@ -156,11 +160,12 @@ def _validated(row: Mapping[str, Any]) -> str:
 
 
 def _alarm(step: int, says: str) -> str:
-    return f"[bold yellow]alarm[/] after step {step}: {escape(says)}."
+    return f"[bold yellow]alarm[/] after step {step}: {escape(as_flags(says))}."
 
 
 def _training_line(row: Mapping[str, Any]) -> str:
-    names = ("next_token", "distill", "match_layers", "balance", "z_loss")
+    losses = [method["name"] for method in of_training() if method["kind"] == "router loss"]
+    names = ("next_token", "distill", "match_layers", *losses)
     parts = [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in names if name in row]
     load = f"busiest expert {row['imbalance']:.2f} × fair share"
     return ", ".join([*parts, load, f"{row['tokens_per_second']:.0f} tokens/s"])
@@ -370,6 +375,8 @@ def show_conversion(conversion: "Conversion") -> None:
     table(f"{plan.source.label} → {plan.target}", rows, "dense", "MoE")
     took = ", ".join(f"{name} {s:.0f} s" for name, s in conversion.seconds.items())
     out.print(f"Made: {_method(plan)}. Took: {took}.", highlight=False)
+    if conversion.learned:
+        out.print(f"Fit: {conversion.learned}", highlight=False)
     _show_trials(conversion)
     if check is not None:
         out.print(f"Exactness: {_exactness(conversion)}.", highlight=False)
@@ -434,7 +441,7 @@ def _exactness(conversion: "Conversion") -> str:
         what = "copies"
     elif not plan.partitions:
         what += ", repeated neurons in both"
-    if plan.design.compensates:
+    if plan.design.refits:
         what += ", refit weights in both"
     return f"ok, {what}: {plan.source.arch.output} differ by {check.exact_error:.1g} σ"
 
@@ -509,10 +516,12 @@ def _verdict(conversion: "Conversion") -> Iterator[str]:
         return
     dose = f"about {found.tokens:,} tokens" if found.tokens else "millions of tokens"
     more = "--active" if plan.request.top_k is None else "--top-k"
+    how = f"upcycle finetune {escape(str(conversion.out))} --data …"
+    if not plan.source.arch.goes_on:
+        how = "Train it as its card says,"
     word = "Broken" if found.grade == "broken" else "Heal it"
     yield (
-        f"[{colour}]{word}[/]: perplexity is {where} ({name}). "
-        f"upcycle finetune {escape(str(conversion.out))} --data … with {dose}, or raise {more}."
+        f"[{colour}]{word}[/]: perplexity is {where} ({name}). {how} with {dose}, or raise {more}."
     )
     if found.add:
         yield (

@@ -204,7 +204,7 @@ MERGE: Options = {
 TRAINING = (
     _settings(
         "What trains",
-        ("train", str, "router | experts | moe | all"),
+        ("train", str, "router | partition | experts | moe | all"),
         ("lora", int, "Train low-rank changes of this rank."),
         ("merge", bool, "Add them to the weights at the end."),
         ("lr", float, "Highest learning rate."),

@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
+from hosting import DECODER_TARGETS as TARGETS
 from peft import LoraConfig, get_peft_model
 from reference import load, read_json
 from torch import nn
 
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.hosted import target_of
-from upcycle.models.targets import TARGETS
 
 HOSTS = {
     "qwen2_moe": ("llama", {"shared": 0.25, "experts": 6}),

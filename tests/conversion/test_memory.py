@@ -41,6 +41,16 @@ PHASES = {
             "router": "normal",
         },
     ),
+    "learning": (
+        {"intermediate_size": 5120, "num_hidden_layers": 1, "hidden_size": 256},
+        {
+            "recipe": "ladimo",
+            "split": "contiguous",
+            "fit": {"name": "distillation", "epochs": 1},
+            "calibration_tokens": 4096,
+            "calibration": "builtin",
+        },
+    ),
     "refit": ({"intermediate_size": 5120, "num_hidden_layers": 1}, {"keep_dense": "none"}),
     "pruned copies": (
         {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 1},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hosting import DECODER_TARGETS as TARGETS
 from hosting import hosts
 from published import make_published
 from reference import MUTATED, dense_logits, gap, load, logits, read_json, selections, weights
@@ -21,7 +22,6 @@ from upcycle.conversion import plan as planning
 from upcycle.conversion.merging.plan import plan_merge
 from upcycle.conversion.merging.preflight import merge_request
 from upcycle.core.types import DenseFFN
-from upcycle.models.targets import TARGETS
 
 QUICK = {"check": "none", "router": "uniform_random"}
 
@@ -371,7 +371,7 @@ def test_the_command_tells_people_what_was_made(models, tmp_path, monkeypatch):
     assert "A token uses 2 of 2 models' FFNs in each layer." in words
     assert "Exactness: not expected: its experts are other models' FFNs." in words
     notes = " ".join(shown.stderr.split())
-    assert "the first model: `base` names another" in notes
+    assert "the first model: --base names another" in notes
 
 
 # --- what is said ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from hosting import DECODER_TARGETS as TARGETS
 from hosting import hosts
 from reference import (
     ALWAYS_RENORMALISES,
@@ -28,13 +29,11 @@ from reference import (
     weights,
 )
 from safetensors.torch import save_file
-from tiny import FFN_LAYERS, SIZES
+from tiny import FAMILIES, FFN_LAYERS, SIZES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import upcycle
 from upcycle.core.errors import UpcycleError
-from upcycle.models.families import FAMILIES
-from upcycle.models.targets import TARGETS
 
 LLAMA_LIKE = {"qwen2_moe", "glm4_moe", "granitemoeshared", "mixtral"}
 HOSTS = {

@@ -208,13 +208,17 @@ def test_what_that_sentence_calls_the_same_is_the_layer_of_before():
 # What a recipe of a paper says of parts, here of 512 neurons: routed, on, neurons each, shared.
 PAPERS = {
     "cmoe": (14, 6, 32, 64),
+    "dot-moe": (16, 4, 32, 0),
     "emoe": (64, 32, 8, 0),
+    "factorllm": (4, 2, 128, 0),
+    "ladimo": (16, 8, 32, 0),
     "llama-moe": (16, 4, 32, 0),
     "llama-moe-sharing-inner": (8, 2, 64, 0),
     "llama-moe-sharing-inter": (7, 1, 64, 64),
     "llama-moe-v2": (7, 1, 64, 64),
     "moebert": (4, 1, 128, 0),
     "moefication": (16, 8, 32, 0),
+    "secret-mixtures": (48, 16, 8, 128),
 }
 
 

@@ -237,6 +237,38 @@ def test_a_finished_backward_pass_is_not_repeated(dense, out, monkeypatch):
     upcycle.convert(str(dense()), out, resume=True, **TAYLOR)
 
 
+LEARNING = {
+    "learns split and router": {"fit": "transport", "top_k": 3},
+    "learns weights, then refits them": {
+        "fit": "distillation", "compensate": "least_squares", "sequential": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", LEARNING.values(), ids=LEARNING)
+def test_a_run_that_learns_resumed_after_a_kill_in_a_layer_gives_the_same_bytes(
+    dense, out, tmp_path_factory, monkeypatch, settings
+):
+    monkeypatch.setattr("upcycle.conversion.fit.learn.BATCH", 32)
+    learning = SETTINGS | {"keep_dense": []} | settings
+
+    def progress(stage, done, total):
+        if stage == "learning" and done > total / 3:  # in the second of three layers
+            kill()
+
+    def act():
+        upcycle.convert(str(dense()), out, progress=progress, **learning)
+
+    dense()
+    assert killed(act)
+    assert (partial_folder(out) / "aside" / "layer 0.safetensors").is_file()
+    other = tmp_path_factory.mktemp("other") / "out"
+    for place in (out, other):
+        upcycle.convert(str(dense()), place, resume=True, **learning)
+    assert content(out) == content(other)
+    assert all(layer["fit"] for layer in json.loads((out / "upcycle.json").read_text())["layers"])
+
+
 def test_resuming_does_not_repeat_finished_layers(dense, out, monkeypatch):
     start_and_kill(dense, out, "before layer 2")
     layers, convert_layer = [], conversion.convert_layer

@@ -52,6 +52,7 @@ def sentences() -> Iterator[tuple[str, str]]:
         ),
         ("lower `micro_batch=…`", "lower --set micro_batch=…"),
         ("`split.rows=3`", "--set split.rows=3"),
+        ("`router_losses.erc.alpha=1`", "--set router_losses.erc.alpha=1"),
         ("the folder lr=1e-4 and `qwen2_moe`", "the folder lr=1e-4 and `qwen2_moe`"),
         ("`upcycle eval --json` prints", "`upcycle eval --json` prints"),
     ],

@@ -11,12 +11,17 @@ import pytest
 import upcycle
 from upcycle.conversion.catalogue import CATALOGUE, check_names
 from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.fit import FITS
 from upcycle.conversion.inspection import registered
 from upcycle.conversion.recipe import load_recipe
 from upcycle.conversion.rest import RESTS
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry, suggest
 from upcycle.core.settings import shipped_recipes
+from upcycle.finetune import catalogue as of_training
+from upcycle.finetune.gating import GATINGS
+from upcycle.finetune.plugins import registered as registered_for_training
+from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.models.families import FAMILIES
 from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS
@@ -31,9 +36,12 @@ FOLDERS = {
     "split/shared": SHARED,
     "router_init": ROUTERS,
     "router_init/gates": GATES,
+    "conversion/fit": FITS,
     "conversion/compensate": COMPENSATIONS,
     "conversion/rest": RESTS,
     "split/copies": PERTURBS,
+    "finetune/router_losses": ROUTER_LOSSES,
+    "finetune/gating": GATINGS,
     "models/families": FAMILIES,
     "models/targets": TARGETS,
 }
@@ -44,6 +52,7 @@ METHODS = [
     for method in registry.values()
 ]
 NO_PLUG_INS = {
+    "conversion/fit": {"__init__", "base", "loop", "learn"},
     "models/targets": {"__init__", "base", "limits"},
     "conversion/rest": {"__init__", "registry"},
 }
@@ -76,6 +85,9 @@ def test_catalogue_holds_what_is_registered():
     assert json.loads((PACKAGE / "conversion" / CATALOGUE).read_text()) == registered(), (
         "run `make catalogue`"
     )
+    assert of_training.methods() == json.loads(json.dumps(registered_for_training())), (
+        "run `make catalogue`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,6 +97,7 @@ def test_catalogue_holds_what_is_registered():
         {"split": "rendom"},
         {"shared_by": "x"},
         {"router": "rigde"},
+        {"fit": "transpart"},
         {"compensate": "x"},
         {"target": "mixtrel"},
         {"split": {"name": "random", "tokens": 4}},

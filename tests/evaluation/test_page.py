@@ -138,6 +138,7 @@ def render(found):
         facts.Inspection(**found["inspection"]),
         made,
         [LogLine(**line) for line in found["log"]],
+        **{key: value for key, value in found.items() if key == "loader"},
     )
     samples = [Sample(**values) for values in found["samples"]]
     return upcycle.evaluation.page.render(
@@ -248,6 +249,14 @@ def test_damage_that_was_not_measured_is_left_out():
     assert ids(render(found)) == SECTIONS - {"damage"}
 
 
+def test_alarms_of_the_training_are_on_the_page():
+    found = all_facts()
+    assert "Alarm" not in words(render(found))
+    alarm = {"step": 2, "about": "gradient norm", "says": "the norm was <9>: lower `lr`"}
+    found["log"][-1]["alarms"] = [alarm]
+    assert "Alarm after step 2: the norm was <9>: lower --lr." in words(render(found))
+
+
 def test_pictures_that_would_say_nothing_are_left_out():
     found = all_facts(layers=1)
     found["made"]["dense_layers"]["damage"] = [0.1]
@@ -327,6 +336,13 @@ def test_a_split_that_lost_quality_is_to_be_healed():
     assert "In the folder that it lies in:" in words(render(found))
     found["made"] = None
     assert advised(found) == command.replace("--data", "--teacher org/dense --data")
+
+
+def test_what_upcycle_does_not_train_is_to_be_loaded():
+    found = all_facts()
+    found["loader"] = "AutoModelForSeq2SeqLM"
+    found["made"]["plan"]["runtimes"] = {"vLLM": "it does not know the architecture"}
+    assert "AutoModelForSeq2SeqLM.from_pretrained('org/moe')" in advised(found)
 
 
 def test_copies_are_to_be_specialised_once():

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
+from hosting import DECODER_TARGETS as TARGETS
 from reference import experts, load, read_json
 from tiny import SIZES
 from torch import nn
 
 from upcycle.evaluation.size import expert_similarity, flops, measure_size
 from upcycle.models.blocks import moe_blocks
-from upcycle.models.targets import TARGETS
 
 FAMILIES = {
     "qwen3_moe": "qwen3",

@@ -9,6 +9,7 @@ from reference import experts, load, logits
 from torch.nn import functional
 
 from upcycle.console import watching_training
+from upcycle.core.flags import as_flags
 from upcycle.finetune.alarms import FEWEST, JUMP, RECENT, new_alarms
 from upcycle.finetune.data import training_data
 from upcycle.finetune.run import Watch, finetune
@@ -166,11 +167,14 @@ def test_a_text_that_training_is_not_about_gets_worse_and_is_told_of(
     assert done.after["loss"] < done.before["loss"]
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("the perplexity of numbers.txt is") == 1
-    assert f"alarm after step {alarm.step}: {alarm.says}." in said
+    assert f"alarm after step {alarm.step}: {as_flags(alarm.says)}." in said
     log = read_log(done.out / "train_log.jsonl")
     assert [a for line in log for a in line.alarms] == list(done.alarms)
     run = read_record(done.out / "upcycle.json").training[-1]
     assert run.alarms == done.alarms
+    card = (done.out / "README.md").read_text()
+    assert f"- Alarm after step {alarm.step}: {alarm.says}.\n" in card
+    assert f"| perplexity of numbers.txt | {before:.3f} | {after:.3f} |\n" in card
     assert [used.text for used in run.used] == ["fox.txt"]
     alone = finetune(str(model), tmp_path / "alone", data=str(fox), **settings)
     assert alone.result_step == done.result_step

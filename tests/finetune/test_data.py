@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from upcycle import UpcycleError
 from upcycle.finetune.data import batch_rows, training_data
 from upcycle.models import text as text_module
+from upcycle.models.text import public_texts, text_files, weighted
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -109,6 +111,24 @@ def test_rows_that_validate_never_train(dense, text):
     rows = {tuple(row) for row in train.tokens_BL.tolist()}
     assert not rows & {tuple(row) for row in held.tokens_BL.tolist()}
     assert batch_rows(len(train), 7, 100, 0).max() < len(train)
+
+
+def test_texts_may_count_more_than_others(dense, tmp_path):
+    """By what stands after a star, unless a file has that name; in both parts."""
+    for name in ("a.txt", "b.txt", "c*2"):
+        (tmp_path / name).write_text(name[0] * 9000)
+    data = f"{tmp_path / 'a.txt'}*3+{tmp_path / 'b.txt'}*0.5+{tmp_path / 'c*2'}"
+    assert [(Path(name).name, float(weight)) for name, weight in weighted(data)] == [
+        ("a.txt", 3), ("b.txt", 0.5), ("c*2", 1),
+    ]  # fmt: skip
+    assert public_texts(data) == "a.txt*3+b.txt*0.5+c*2"
+    joined = f"{tmp_path / 'a.txt'}*3+{tmp_path / 'b.txt'}"
+    train, _ = read(dense(), joined, train_tokens=640, validation_tokens=64)
+    assert [used.tokens for used in train.used] == [480, 160]
+    assert [used.held_out for used in train.used] == [48, 16]
+    assert [used.text for used in train.used] == ["a.txt", "b.txt"]
+    assert train.text_B.bincount().tolist() == [30, 10]
+    assert text_files(joined) == [tmp_path / "a.txt", tmp_path / "b.txt"]
 
 
 def test_several_texts_give_equal_parts_to_both(dense, tmp_path):

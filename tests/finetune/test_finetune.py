@@ -354,6 +354,39 @@ def test_routers_move_alone_during_their_warmup(split, train):
     assert changed_groups(source, done.out) == {"router"}
 
 
+def test_parts_move_from_the_shares_of_the_steps_that_they_start_at(split, train, tmp_path):
+    """Norms with the routers, then FFNs, attention not yet."""
+    settings = {"router_warmup": 1.0, "keep_best": False, "weight_decay": 0.1}
+    starts = {"norms": 0.0, "ffn": 0.5, "attention": 1.0}
+    source = split(keep_dense=[0])
+    done = train(source, starts=starts, train="all", **settings)
+    assert changed_groups(source, done.out) == {
+        "router", "norms, embeddings", "experts", "shared experts", "dense FFNs",
+    }  # fmt: skip
+    one, other = weights(source), weights(done.out)
+    changed = {name for name in one if not torch.equal(one[name], other[name])}
+    assert "model.norm.weight" in changed
+    assert "model.embed_tokens.weight" not in changed
+    plain = Training(steps=100, warmup=0.1, router_warmup=0.3, train="all", starts=starts)
+    assert [plain.start(part) for part in ("router", "norms", "ffn", "embeddings")] == [
+        0, 0, 0.5, 0.3,
+    ]  # fmt: skip
+    assert [learning_rate(plain, step, "ffn") for step in (49, 50, 59)] == [0, 0.1, 1]
+
+
+def test_layers_are_matched_over_the_first_share_of_the_steps(dense, split, train):
+    """With a weight that falls to 0; then the hidden states are no longer asked for."""
+    done = train(
+        split(), teacher=str(dense()), match_layers=2.0, match_warmdown=0.5, steps=8, balance=0.0,
+        z_loss=0.0,
+    )  # fmt: skip
+    rows = [row for row in done.log if "loss" in row]
+    assert ["match_layers" in row for row in rows] == [True] * 4 + [False] * 4
+    for row, weight in zip(rows, (2.0, 1.5, 1.0, 0.5, 0, 0, 0, 0), strict=True):
+        expected = row["next_token"] + weight * row.get("match_layers", 0.0)
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_learning_rate_rises_and_falls_as_a_cosine():
     settings = Training(steps=100, warmup=0.1, final_lr=0.2, router_warmup=0.1)
     other = [learning_rate(settings, step, "other") for step in range(100)]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from upcycle.finetune import losses
-from upcycle.finetune.routers import Scale, untempered
 
-B, L, V, E, K, D = 3, 7, 11, 6, 2, 5
+B, L, V, D = 3, 7, 11, 5
 MASK_BL = torch.ones(B, L, dtype=torch.bool)
 MASK_BL[2, 4:] = False
 MASK_T = MASK_BL.flatten()
@@ -21,7 +20,6 @@ def normal(*shape, seed=0):
 TOKENS_BL = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(1))
 TEACHER_BLV = normal(B, L, V, seed=2)
 TEACHER_HIDDEN = tuple(normal(B, L, D, seed=10 + i) + 1 for i in range(3))
-CHOSEN_TK = normal(B * L, E, seed=3).topk(K).indices
 
 
 # --- naive ------------------------------------------------------------------------------------
@@ -44,12 +42,23 @@ def naive_next_token(logits_BLV):
     return sum(terms) / len(terms)
 
 
-def naive_distillation(logits_BLV):
+def naive_distillation(logits_BLV, temperature=1.0, kept=V):
+    """Of each token's teacher the likeliest words one by one, and the others as one."""
     terms = []
     for b, i in MASK_BL.nonzero().tolist():
-        ours, theirs = log_softmax(logits_BLV[b, i]), log_softmax(TEACHER_BLV[b, i])
-        terms.append(sum(p.exp() * (p - q) for p, q in zip(theirs, ours, strict=True)))
-    return sum(terms) / len(terms)
+        ours = [z.exp() for z in log_softmax(logits_BLV[b, i] / temperature)]
+        theirs = [z.exp() for z in log_softmax(TEACHER_BLV[b, i] / temperature)]
+        order = sorted(range(V), key=lambda v: -theirs[v])
+        groups = [[v] for v in order[:kept]] + ([order[kept:]] if kept < V else [])
+        for group in groups:
+            p, q = sum(theirs[v] for v in group), sum(ours[v] for v in group)
+            terms.append(p * (p / q).log())
+    return temperature**2 * sum(terms) / int(MASK_BL.sum())
+
+
+def kept_distillation(logits_BLV, temperature, kept):
+    found = losses.kept_words(TEACHER_BLV[MASK_BL], kept, temperature)
+    return losses.kept_distillation_loss(logits_BLV[MASK_BL], found, temperature)
 
 
 def naive_layer_match(hidden_SBLD):
@@ -61,24 +70,6 @@ def naive_layer_match(hidden_SBLD):
     return sum(terms) / len(terms)
 
 
-COUNT_E = CHOSEN_TK[MASK_T].flatten().bincount(minlength=E)
-
-
-def naive_balance(scores_TE):
-    counted = MASK_T.nonzero().flatten().tolist()
-    total = 0.0
-    for e in range(E):
-        selections = sum(int(CHOSEN_TK[t, k] == e) for t in counted for k in range(K))
-        mean_score = sum(scores_TE[t, e] for t in counted) / len(counted)
-        total = total + selections / (len(counted) * K) * mean_score
-    return E * total
-
-
-def naive_z_loss(logits_TE):
-    counted = MASK_T.nonzero().flatten().tolist()
-    return sum(sum(z.exp() for z in logits_TE[t]).log() ** 2 for t in counted) / len(counted)
-
-
 LOSSES = {
     "next_token": (
         lambda z: losses.next_token_loss(z, TOKENS_BL, MASK_BL), naive_next_token, (B, L, V),
@@ -86,14 +77,20 @@ LOSSES = {
     "distill": (
         lambda z: losses.distillation_loss(z, TEACHER_BLV, MASK_BL), naive_distillation, (B, L, V),
     ),
+    "distill, softened": (
+        lambda z: losses.distillation_loss(z, TEACHER_BLV, MASK_BL, 2.5),
+        lambda z: naive_distillation(z, 2.5), (B, L, V),
+    ),
+    "distill, four words kept": (
+        lambda z: kept_distillation(z, 2.5, 4), lambda z: naive_distillation(z, 2.5, 4), (B, L, V),
+    ),
+    "distill, all words kept": (
+        lambda z: kept_distillation(z, 1.0, V + 3), naive_distillation, (B, L, V),
+    ),
     "match_layers": (
         lambda h: losses.layer_match_loss(tuple(h), TEACHER_HIDDEN, MASK_BL), naive_layer_match,
         (3, B, L, D),
     ),
-    "balance": (
-        lambda s: losses.balance_loss(s, COUNT_E, MASK_T), naive_balance, (B * L, E),
-    ),
-    "z_loss": (lambda z: losses.router_z_loss(z, MASK_T), naive_z_loss, (B * L, E)),
 }  # fmt: skip
 
 
@@ -116,12 +113,7 @@ def test_padding_does_not_count(name):
     loss, _, shape = LOSSES[name]
     x = normal(*shape, seed=4).float().requires_grad_()
     other = x.detach().clone()
-    # The last two sequences' dimension is the last but one, or the tokens are flat.
-    flat = other.view(-1, B * L, shape[-1])
-    if name in ("next_token", "distill"):
-        other[2, 4 if name == "distill" else 5 :] = 100.0
-    else:
-        flat[:, ~MASK_T] = 100.0
+    other[..., 2, 5 if name == "next_token" else 4 :, :] = 100.0
     other.requires_grad_()
     loss(x).backward()
     loss(other).backward()
@@ -138,20 +130,19 @@ def test_padded_tokens_do_not_count():
     assert torch.equal(one, losses.next_token_loss(z_BLV, tokens_BL, MASK_BL))
 
 
-def test_balance_is_one_at_uniform_and_more_when_scores_follow_load():
-    uniform_TE = torch.full((12, E), 1 / E)
-    even_E = torch.full((E,), 6)
-    all_T = torch.ones(12, dtype=torch.bool)
-    assert float(losses.balance_loss(uniform_TE, even_E, all_T)) == pytest.approx(1)
-    collapsed_TE = torch.eye(E)[:1].expand(12, E)
-    alone_E = torch.tensor([12] + [0] * (E - 1))
-    assert float(losses.balance_loss(collapsed_TE, alone_E, all_T)) == pytest.approx(E)
-
-
 def test_equal_distributions_and_hidden_states_lose_nothing():
     same = losses.distillation_loss(TEACHER_BLV + 3, TEACHER_BLV, MASK_BL)
     assert float(same) == pytest.approx(0, abs=1e-6)
     assert not float(losses.layer_match_loss(TEACHER_HIDDEN, TEACHER_HIDDEN, MASK_BL))
+
+
+def test_words_of_no_probability_that_were_not_kept_leave_a_number():
+    """As of logits that spread by hundreds."""
+    x = (300 * normal(B, L, V, seed=4)).float().requires_grad_()
+    loss = kept_distillation(x, 1.0, 2)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert bool(x.grad.isfinite().all())
 
 
 def test_low_precision_logits_are_summed_in_float32():
@@ -162,15 +153,3 @@ def test_low_precision_logits_are_summed_in_float32():
     assert float(actual) == pytest.approx(float(exact), rel=1e-6)
     kl = losses.distillation_loss(z_BLV, TEACHER_BLV.bfloat16(), MASK_BL)
     assert kl.dtype == torch.float32
-
-
-def test_tempered_logits_are_seen_at_ordinary_spread_with_their_own_gradient():
-    tempered_TE = (normal(B * L, E).float() * 1e-4).requires_grad_()
-    seen_TE = untempered(tempered_TE, Scale(router=1e-4))
-    torch.testing.assert_close(seen_TE, tempered_TE.detach() * 1e4)
-    losses.router_z_loss(seen_TE, MASK_T).backward()
-    ordinary_TE = (tempered_TE.detach() * 1e4).requires_grad_()
-    losses.router_z_loss(ordinary_TE, MASK_T).backward()
-    torch.testing.assert_close(tempered_TE.grad, ordinary_TE.grad)
-    assert math.isclose(float(ordinary_TE.std(-1).mean()), 1, rel_tol=0.3)
-    assert torch.equal(untempered(tempered_TE, Scale()), tempered_TE)

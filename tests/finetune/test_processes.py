@@ -27,10 +27,13 @@ from upcycle.finetune.run import finetune
 SETTINGS = {
     "preset": "heal", "steps": 3, "seq_len": 32, "batch_size": 4, "micro_batch": 1,
     "validation_tokens": 160, "lr": 1e-3, "balance": 0.1, "next_token": 0.5, "seed": 3,
+    "router_losses": {"cv2": 0.1, "adaptive_balance": 1}, "gating": "noisy_top_k",
 }  # fmt: skip
 DEVICE_LEFT_OPEN = [
     *"--recipe heal --steps 3 --seq-len 32 --batch-size 4 --set micro_batch=1 --lr 1e-3".split(),
     *"--balance 0.1 --set next_token=0.5 --seed 3 --set validation_tokens=160".split(),
+    *"--set router_losses.cv2=0.1 --set router_losses.adaptive_balance=1".split(),
+    *"--set gating=noisy_top_k".split(),
 ]
 FLAGS = [*DEVICE_LEFT_OPEN, "--device", "cpu"]
 CONFIGS = Path(upcycle.__file__).parent / "recipes" / "accelerate"
@@ -92,13 +95,16 @@ def check_log(alone, out, part=slice(None), tolerance=1e-4):
     assert len(log) == len(alone.log)
     for row, expected in zip(log[part], alone.log[part], strict=True):
         assert row.keys() == expected.keys()
-        for name in row.keys() - {"tokens_per_second"}:
+        about = [[alarm["about"] for alarm in r.get("alarms", ())] for r in (row, expected)]
+        assert about[0] == about[1]
+        for name in row.keys() - {"tokens_per_second", "alarms"}:
             assert row[name] == pytest.approx(expected[name], rel=tolerance), name
 
 
 def test_data_parallel_processes_learn_the_same(model, text, alone, tmp_path):
-    out = tmp_path / "out"
-    done = ddp(model, "--data", text, "-o", out, *DEVICE_LEFT_OPEN, "--json")
+    """Also from the teacher's predictions, of which each stores its part: all words of each."""
+    out, kept = tmp_path / "out", ["--set", "teacher_top_k=300"]
+    done = ddp(model, "--data", text, "-o", out, *DEVICE_LEFT_OPEN, *kept, "--json")
     check_same(alone, done.returncode, done.stdout, done.stderr, out)
 
 

@@ -4,19 +4,24 @@ import pytest
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.core.settings import shipped_presets
+from upcycle.core.settings import shipped_presets, shipped_recipes
 from upcycle.finetune.settings import DEFAULT_TOKENS, Training, load_training
 
-PRESETS = ["btx", "heal", "lora", "routers", "specialise"]
+PRESETS = """
+    btx domains dot-moe-alignment erc grin heal llama-moe-pretraining lora lte routers sigma-moe
+    skywork specialise tomoe-routers
+""".split()
+DISTILL = {"dot-moe-alignment", "heal", "tomoe-routers"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_load_and_say_what_they_are(name):
     assert sorted(shipped_presets()) == PRESETS
+    assert not shipped_presets().keys() & shipped_recipes().keys()  # `upcycle recipes NAME`
     preset = load_training(name, {}, "the/dense")
-    assert (preset.name, preset.teacher) == (name, "the/dense" if name == "heal" else None)
+    assert (preset.name, preset.teacher) == (name, "the/dense" if name in DISTILL else None)
     assert preset.summary
-    assert preset.paper.startswith("arXiv:")
+    assert preset.paper.startswith("arXiv:") or preset.paper == "ours"
     assert Training(**preset.settings()) == preset
 
 
@@ -34,6 +39,14 @@ def test_presets_load_and_say_what_they_are(name):
         ({"train": "experts", "z_loss": 0.5}, "`z_loss=0.5` has no effect"),
         ({"train": "experts", "router_warmup": 0.5}, "`router_warmup=0.5` has no effect"),
         ({"train": "experts", "dense_router_gradient": True}, "dense_router_gradient=True`"),
+        ({"train": "moe", "starts": {"attention": 0.1}}, "`starts=…` names attention, which does"),
+        ({"train": "all", "lora": 2, "starts": {"norms": 0}}, "names norms, which does not train"),
+        ({"starts": {"head": 0.1}}, "starts.head"),
+        ({"match_warmdown": 0.1}, "no effect without `match_layers=…`: give `match_layers=1` too"),
+        (
+            {"match_layers": 1, "match_warmdown": 0.1, "next_token": 0, "teacher": "x"},
+            "`match_warmdown=0.1` leaves no loss when it is over",
+        ),
         ({"leraning_rate": 1}, "unknown setting 'leraning_rate'"),
         ({"lr": 0}, "lr=0"),
         ({"lr": -1.0}, "lr=-1.0"),

@@ -3,11 +3,11 @@ transformers adds up, with the dense model's own neurons."""
 
 import pytest
 import torch
+from hosting import DECODER_TARGETS as TARGETS
 from reference import experts, ffn_of, load, logits, moe_layers, neurons, router_weights
 from tiny import PLAIN_SPLIT
 
 import upcycle
-from upcycle.models.targets import TARGETS
 
 FAMILY = {
     "qwen3_moe": "qwen3",

@@ -13,6 +13,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.router_init import ROUTERS
+from upcycle.router_init.low_rank import truncated
 from upcycle.router_init.representative import representatives
 from upcycle.router_init.ridge import expert_energies
 
@@ -134,6 +135,7 @@ def test_every_router_rejects_unknown_parameters_and_names_the_nearest(name):
     [
         ("normal", {"std": 0}),
         ("ridge", {"strength": 0}),
+        ("low_rank", {"rank": 0}),
         ("representative", {"tokens": 0}),
         ("static", {"strength": 0}),
     ],
@@ -315,6 +317,36 @@ def test_membership_shares_out_tokens_that_centroids_give_to_the_longest():
         load[name] = chosen_T.bincount(minlength=E).tolist()
     assert max(load["kmeans"]) == E * T
     assert load["membership"] == [T] * E
+
+
+def test_low_rank_is_the_best_of_its_rank_for_the_logits_of_the_tokens():
+    """Eckart and Young: as near to ridge's logits as their truncated singular values leave."""
+    activations, experts_EM = make_activations(), make_experts()
+    x_TD = activations.x_TD.double()
+    full_ED = route("ridge", activations, experts_EM).double()
+    logits_TE = x_TD @ full_ED.T
+    left, values, right = torch.linalg.svd(logits_TE, full_matrices=False)
+    for rank in (1, 2):
+        low_ED = route("low_rank", activations, experts_EM, rank=rank).double()
+        expected_TE = left[:, :rank] * values[:rank] @ right[:rank]
+        assert torch.linalg.matrix_rank(low_ED, atol=1e-5) == rank
+        torch.testing.assert_close(x_TD @ low_ED.T, expected_TE, rtol=1e-3, atol=1e-4)
+        plain = torch.linalg.svd(full_ED)  # cut down without the tokens, logits are further off
+        cut_ED = plain.U[:, :rank] * plain.S[:rank] @ plain.Vh[:rank]
+        assert (x_TD @ cut_ED.T - logits_TE).norm() > (expected_TE - logits_TE).norm()
+
+
+def test_low_rank_of_full_rank_chooses_the_same_experts():
+    activations, experts_EM = make_activations(), make_experts()
+    for rank in (E, D, 500):
+        low_ED = route("low_rank", activations, experts_EM, rank=rank)
+        torch.testing.assert_close(low_ED, route("ridge", activations, experts_EM))
+
+
+def test_low_rank_factors_are_as_small_as_the_rank():
+    x_TD = make_activations().x_TD
+    up_ER, down_RD = truncated(normal(E, D, seed=7), x_TD, 2)
+    assert (up_ER.shape, down_RD.shape) == ((E, 2), (2, D))
 
 
 def make_predictable():

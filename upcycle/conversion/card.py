@@ -56,6 +56,8 @@ class Conversion:
     """How the layers to keep dense were found, where they were measured."""
     findings: Findings | None = None
     """Of a merge."""
+    learned: str = ""
+    """What layers have learned, in words."""
 
 
 def plan_summary(plan: Plan, *, measured: bool = False) -> PlanPart:
@@ -208,7 +210,7 @@ def papers(plan: Plan) -> list[str]:
 def model_card(conversion: Conversion) -> str:
     """README.md of the output, with front matter for the hub."""
     plan, check = conversion.plan, conversion.check
-    task = "feature-extraction" if plan.source.arch.encoder else "text-generation"
+    task = plan.source.arch.task
     front = read_card(plan.source.folder)
     on_hub = [source for source in _sources(plan) if source.revision is not None]
     if on_hub:
@@ -237,6 +239,7 @@ def model_card(conversion: Conversion) -> str:
         name=public_name(plan.source.label),
         check=check,
         findings=conversion.findings,
+        learned=conversion.learned,
         kind_name=kind_name,
         verdict=verdict(check.ratios) if isinstance(check, CheckReport) else None,
         text=public_texts(plan.recipe.calibration),

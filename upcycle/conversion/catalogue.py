@@ -20,6 +20,7 @@ KINDS = {
     "split": "split",
     "shared_by": "shared-expert rule",
     "router": "router",
+    "fit": "fit",
     "compensate": "compensation",
     "rest": "rest rule",
 }
@@ -91,4 +92,8 @@ def describe_recipes() -> list[dict[str, Any]]:
 def describe_presets() -> list[dict[str, Any]]:
     """The presets of `upcycle finetune`: name, paper, what they do."""
     listed = [yaml_fields(path) for path in shipped_presets().values()]
-    return [{name: fields[name] for name in ("name", "summary", "paper")} for fields in listed]
+    return [
+        {name: fields[name] for name in ("name", "summary", "paper")}
+        | {"departures": list(fields.get("departures", ()))}
+        for fields in listed
+    ]

@@ -5,13 +5,13 @@ with all its experts on and equally weighted does too. Then routing: the experts
 planned. Then what the conversion did to the model, on several kinds of text that no method has
 seen, each by itself: a model may be fine on the kind that it was fitted on and broken on another.
 That is measured by predictions of the next token; of an encoder, which makes none, by its last
-hidden states.
+hidden states. An encoder-decoder predicts the second half of what the encoder sees the first of.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +150,11 @@ def dtype_that_fits(plan: Plan) -> torch.dtype:
 
 @contextmanager
 def _all_experts_on(model: Any, plan: Plan) -> Iterator[None]:
-    """Select every expert, each with weight 1, for the time of the context: with its rows at zero a
-    router weights all experts alike."""
-    blocks = moe_blocks(model)
-    rows = [block.router.weight.data.clone() for block in blocks]
-    for block in blocks:
-        block.select(plan.design.geometry.num_experts)
-        block.router.weight.data.zero_()
-        block.experts.down_proj.data.mul_(plan.design.gains.all_on)
-    yield
-    for block, rows_ED in zip(blocks, rows, strict=True):
-        block.select(plan.design.geometry.top_k)
-        block.router.weight.data.copy_(rows_ED)
-        block.experts.down_proj.data.div_(plan.design.gains.all_on)
+    """Every expert of every layer, each with weight 1, for the time of the context."""
+    with ExitStack() as stack:
+        for block in moe_blocks(model):
+            stack.enter_context(block.all_on(plan.design.gains.all_on))
+        yield
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
 """A converted layer, and what it is made from. Tensors in, tensors out."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from upcycle.conversion.design import Design
+from upcycle.conversion.fit.loop import Tell
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer, Selection, Weigh
+from upcycle.models.record import FitPart
 from upcycle.models.stream import BATCH_TOKENS
 
 
@@ -30,6 +32,8 @@ class Inputs:
     """Of a merge, the experts' own, read one at a time when asked for."""
     gate_ED: Tensor | None = None
     """The router's rows, where text made them; one more than experts, if a shared one has a row."""
+    tell: Tell = lambda done, steps: None
+    """Told of the steps of a fit."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class ConvertedLayer:
     router_ED: Tensor
     origin_F: Tensor
     """Which neuron of the dense FFN each of `ffn`'s comes from."""
+    fit: FitPart | None = field(default=None, kw_only=True)
+    """What learning it was worth, where there was something to learn."""
 
     @classmethod
     def of_pruned(cls, ffn: DenseFFN, origin_F: Tensor, router_ED: Tensor) -> Self:

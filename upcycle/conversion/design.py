@@ -1,22 +1,21 @@
 """The design: what every FFN becomes. All that making experts depends on, but the layer itself."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.compensate.base import Compensation
+from upcycle.conversion.fit import FITS
+from upcycle.conversion.fit.base import Fit
 from upcycle.conversion.merging.request import Merge
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.rest import RESTS
 from upcycle.conversion.rest.registry import Run as MergeRest
-from upcycle.core.errors import UpcycleError
-from upcycle.core.foreign import first_problem
-from upcycle.core.registry import Method, Params, Registry, check_parameters
+from upcycle.core.binding import Bound, bind
+from upcycle.core.registry import Method
 from upcycle.core.settings import Choice
 from upcycle.core.types import Geometry
 from upcycle.models.targets import Combine, Gains
@@ -30,41 +29,6 @@ from upcycle.split.base import Split
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
 
-M = TypeVar("M", bound=Method[Any])
-
-
-@dataclass(frozen=True)
-class Bound(Generic[M]):
-    """A method with its parameters."""
-
-    method: M
-    params: Params
-
-    @property
-    def name(self) -> str:
-        return self.method.name
-
-    def run(self, *arguments: Any) -> Any:
-        return self.method.run(*arguments)
-
-
-def bind(registry: Registry[M], choice: Choice) -> Bound[M]:
-    """The method of this name, with the parameters that were chosen.
-
-    Raises:
-        UpcycleError: there is none, it needs an extra that is not installed, or a parameter is
-            unknown or out of range.
-    """
-    method = registry[choice.name]
-    named = f"{registry.kind} {choice.name!r}"
-    if method.extra is not None and find_spec(method.extra[0]) is None:
-        raise UpcycleError(f"{named} needs `pip install upcycle[{method.extra[1]}]`")
-    check_parameters(named, choice.params, method.params.model_fields)
-    try:
-        return Bound(method, method.params(**choice.params))
-    except ValidationError as error:
-        raise UpcycleError(f"{named}: {first_problem(error)}") from error
-
 
 @dataclass(frozen=True)
 class Methods:
@@ -73,6 +37,7 @@ class Methods:
     split: Bound[Split]
     shared_by: Bound[Method[Any]]
     router: Bound[Router]
+    fit: Bound[Fit]
     compensate: Bound[Compensation]
     perturb: Bound[Method[Any]] | None
     """What makes copies differ, if anything does."""
@@ -98,6 +63,7 @@ class Methods:
             shared_by=bind(SHARED, recipe.shared_by),
             router=bind(ROUTERS, Choice(name=default_router) if gated else chosen),
             gate=bind(GATES, chosen) if gated else None,
+            fit=bind(FITS, recipe.fit),
             compensate=bind(COMPENSATIONS, recipe.compensate),
             perturb=bind(PERTURBS, recipe.method) if recipe.method.name in PERTURBS else None,
             rest=bind(RESTS, recipe.rest),
@@ -132,9 +98,16 @@ class Design:
 
     @property
     def refits(self) -> tuple[str, ...]:
-        """The matrices of a `DenseFFN` that are refit to make up for what is off."""
-        return self.methods.compensate.method.refits
+        """The matrices of a `DenseFFN` that do not stay the dense model's."""
+        methods = self.methods
+        return tuple(dict.fromkeys(methods.fit.method.refits + methods.compensate.method.refits))
+
+    @property
+    def fits(self) -> bool:
+        """Whether layers learn by gradient descent."""
+        return bool(self.methods.fit.method.learns)
 
     @property
     def compensates(self) -> bool:
-        return bool(self.refits)
+        """Whether weights are refit to make up for what is off."""
+        return bool(self.methods.compensate.method.refits)

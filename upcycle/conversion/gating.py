@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upcycle.conversion.design import Bound
+from upcycle.core.binding import Bound
 from upcycle.models.passages import Grouped
 from upcycle.router_init.gates.base import Gate, GateRows, LayerTexts
 

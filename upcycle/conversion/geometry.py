@@ -2,6 +2,7 @@
 asked for."""
 
 import math
+from dataclasses import replace
 
 from upcycle.conversion.recipe import Recipe
 from upcycle.core.errors import UpcycleError
@@ -38,6 +39,7 @@ def split_geometry(
     *,
     shared_width: SharedWidth,
     min_experts: int,
+    most_top_k: int | None = None,
 ) -> Geometry:
     """Of a split, what the recipe asks for, with what it leaves open.
 
@@ -46,12 +48,17 @@ def split_geometry(
         num_dense: how many of the layers stay dense; the others make up for it in the active share.
         shared_width: what the target has place for.
         min_experts: that the target wants to route.
+        most_top_k: experts that it gives a token at most, where it has such a limit.
 
     Raises:
         UpcycleError: the FFN can't be cut like this.
     """
     share = moe_share(recipe.active or ACTIVE, layers, num_dense)
+    if most_top_k and not recipe.experts:
+        recipe = recipe.model_copy(update={"experts": _fewest(num_neurons, share, most_top_k)})
     geometry = _split(recipe, num_neurons, share, shared_width, min_experts)
+    if most_top_k and geometry.top_k > most_top_k:
+        geometry = _with_fewer(geometry, recipe, most_top_k)
     if geometry.top_k < 1:
         raise _nothing_to_route(recipe, geometry, layers, num_dense)
     return _checked(geometry)
@@ -63,13 +70,20 @@ def pruned_geometry(recipe: Recipe, num_neurons: int, layers: int, num_dense: in
     return _checked(Geometry(num_neurons, recipe.experts or COPIES, recipe.top_k or 1, kept))
 
 
-def copied_geometry(recipe: Recipe, num_neurons: int) -> Geometry:
+def copied_geometry(recipe: Recipe, num_neurons: int, most_top_k: int | None = None) -> Geometry:
     """The same of whole copies, or of their shards."""
     granularity = recipe.granularity
     if granularity > 1:
         _check_cut("granularity", granularity, num_neurons)
+    if most_top_k and granularity > most_top_k:
+        raise UpcycleError(
+            f"{setting('granularity', granularity)} cuts a copy into shards, but the target gives "
+            f"a token no more than {most_top_k}, which is less than a copy: leave it out"
+        )
     experts = (recipe.experts or COPIES) * granularity
     top_k = recipe.top_k or COPIES_PER_TOKEN * granularity
+    if most_top_k:
+        top_k = min(top_k, most_top_k)
     size = num_neurons // granularity
     return _checked(Geometry(num_neurons, experts, top_k, size, granularity=granularity))
 
@@ -108,6 +122,28 @@ def _split(
         if top_k >= 1:
             break
     return Geometry(num_neurons, experts, top_k, size, rest)
+
+
+def _fewest(num_neurons: int, share: float, top_k: int) -> int:
+    """Experts of which so many are within the active share, and no more than that takes."""
+    fitting = (n for n in legal_parts(num_neurons) if top_k / n <= share + 1e-9)
+    found = next(fitting, 0)
+    if not found:
+        raise UpcycleError(
+            f"`active={share:g}` leaves less than {ALIGNMENT} of {num_neurons} neurons to a token, "
+            "which gets one expert: raise `active`"
+        )
+    return found
+
+
+def _with_fewer(geometry: Geometry, recipe: Recipe, top_k: int) -> Geometry:
+    """With as many experts per token as the target gives, unless a larger share is asked for."""
+    if recipe.active is not None:
+        raise UpcycleError(
+            f"`active={recipe.active:g}` takes {geometry.top_k} of {geometry.num_experts} experts, "
+            f"but the target gives a token {top_k}: leave one of `active` and `experts` out"
+        )
+    return replace(geometry, top_k=top_k)
 
 
 def _equal_parts(

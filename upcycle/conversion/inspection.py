@@ -8,11 +8,13 @@ import psutil
 import torch
 
 from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.fit import FITS
 from upcycle.conversion.geometry import legal_parts
 from upcycle.conversion.plan import refusals
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.rest import RESTS
 from upcycle.conversion.ways import WAYS
+from upcycle.core.registry import describe
 from upcycle.core.versions import versions
 from upcycle.evaluation.inspection import has_experts, inspect_dense, inspect_moe
 from upcycle.models.source import locate, open_located
@@ -47,21 +49,8 @@ def inspect_model(model: str, *, revision: str | None = None) -> dict[str, Any]:
 def registered() -> dict[str, Any]:
     """Every registered method with its parameters and their defaults, every way and every target:
     what catalogue.json holds."""
-    registries = (SPLITS, SHARED, ROUTERS, COMPENSATIONS, PERTURBS, GATES, RESTS)
-    methods = [
-        {
-            "kind": registry.kind,
-            "name": method.name,
-            "summary": method.summary,
-            "paper": method.paper,
-            "parameters": method.params().model_dump(),
-            "needs_text": method.needs_activations,
-            "needs_gradients": method.params().needs_gradients,
-        }
-        for registry in registries
-        for method in registry.values()
-    ]
-    return {"methods": methods, "ways": list(WAYS), "targets": list(TARGETS)}
+    registries = (SPLITS, SHARED, ROUTERS, FITS, COMPENSATIONS, PERTURBS, GATES, RESTS)
+    return {"methods": describe(registries), "ways": list(WAYS), "targets": list(TARGETS)}
 
 
 def describe_environment() -> dict[str, str]:

@@ -4,8 +4,8 @@ Counted as on a CPU, where layers run in float32; on a GPU it is less, and most 
 Formulas name what is alive at a phase's peak; `benchmarks/convert.py` measures the whole.
 """
 
-from upcycle.conversion.compensate.descent import BATCH
 from upcycle.conversion.dense_layers import DAMAGE_TOKENS
+from upcycle.conversion.fit.loop import BATCH
 from upcycle.conversion.plan import Plan
 from upcycle.core.types import CHUNK_ELEMENTS, HELD_ELEMENTS
 from upcycle.models.own_text import LENGTH, TOGETHER
@@ -123,6 +123,7 @@ def _fitting(plan: Plan) -> int:
     split = ffn * FLOAT + (FLOAT + 3 * DOUBLE) * hidden * (hidden + neurons)
     used = plan.way.used(plan.design.methods, plan.design.geometry)
     split += EDGE.get(used["split"].name, 0) * neurons**2 if "split" in used else 0
+    fitted = _learning(plan) if plan.design.fits else 0
     # The matrix, its factor and the solver's copy; the right-hand side and the solution.
     refit = chunks + DOUBLE * (3 * on**2 + 2 * on * hidden)
     # The refit weights, their gradient and Adam's two moments; a batch's activations.
@@ -137,7 +138,24 @@ def _fitting(plan: Plan) -> int:
         wanted + max(refit, descent * ("gate_FD" in plan.design.refits))
     ) * plan.design.compensates
     run = 3 * min(tokens, BATCH_TOKENS) * neurons * FLOAT + tokens * hidden * FLOAT
-    return weights + stream + held + max(chunks + split, compensation + pruned, run, _writing(plan))
+    return (
+        weights
+        + stream
+        + held
+        + max(chunks + split, chunks + fitted, compensation + pruned, run, _writing(plan))
+    )
+
+
+def _learning(plan: Plan) -> int:
+    """The tokens once more in random order, with their activations; a batch's; and what the
+    gradient is made from: weights as of descent, or all steps of a transport, forwards and back."""
+    arch, geometry, tokens = plan.source.arch, plan.design.geometry, plan.fit_tokens
+    hidden, neurons = arch.hidden_size, arch.intermediate_size
+    fit = plan.design.methods.fit
+    again = tokens * hidden + min(tokens * neurons, HELD_ELEMENTS)
+    weights = 5 * 3 * hidden * neurons if fit.method.refits else 0
+    plans = 2 * getattr(fit.params, "iterations", 0) * neurons * geometry.num_experts
+    return (again + 8 * BATCH * neurons + weights + plans) * FLOAT
 
 
 def _whole(plan: Plan) -> int:

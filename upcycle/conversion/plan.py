@@ -443,6 +443,7 @@ def _room(arch: Architecture, target: str, num_dense: int) -> Room:
         num_dense=num_dense,
         shared_width=TARGETS[target].shared_width,
         min_experts=TARGETS[target].min_experts,
+        most_top_k=TARGETS[target].most_top_k,
     )
 
 
@@ -530,7 +531,7 @@ def _calibration(
 
 def _mixed(way: Way, source: DenseSource, device: torch.device) -> tuple[str, tuple[str, ...]]:
     """What `mixed` stands for: both, or the first alone where the model can't write."""
-    if not way.lossy or source.arch.encoder:  # nothing is fitted, or it writes nothing
+    if not way.lossy or not source.arch.goes_on:  # nothing is fitted, or it writes nothing
         return "builtin", ()
     needed = WRITING * sum(info.nbytes for info in source.tensors.values())
     free = free_memory(device)
@@ -559,6 +560,7 @@ def refusals(
             shared=recipe.shared,
             gated=merge is not None and merge.gates_shared(_router_name(recipe)),
             experts=experts,
+            top_k=recipe.top_k,
         )
         for name, target in TARGETS.items()
     }
@@ -612,11 +614,13 @@ def _softmax(targets: Mapping[str, str]) -> list[str]:
 
 
 def _unhosted(arch: Architecture, targets: Mapping[str, str]) -> str:
-    """Why no target can host the model: what none has a place for, else what each lacks."""
+    """Why no target can host the model: what none has a place for, else what each lacks; of those
+    that are made for its kind, if there are any."""
     nowhere = unplaced(arch)
     if nowhere:
         return f"the source has {' and '.join(nowhere)}, which none has a place for"
-    return "; ".join(f"{name}: {why}" for name, why in targets.items())
+    near = [name for name in targets if not TARGETS[name].misfit(arch)]
+    return "; ".join(f"{name}: {targets[name]}" for name in near or targets)
 
 
 def _router_needs_plain_weights(recipe: Recipe, way: Way) -> bool:
@@ -637,7 +641,8 @@ def _combine(
     ones count 1 each."""
     if not way.averages:
         return "sum"
-    if not _router_needs_plain_weights(recipe, way):
+    never = TARGETS[target].routing.renormalises == "never"
+    if not never and not _router_needs_plain_weights(recipe, way):
         return "mean"
     if recipe.spread_gain:
         return "plain" if _plain_weights(target) else "mean"
@@ -738,10 +743,11 @@ def _check_ties(plan: Plan) -> None:
     if not plan.way.averages or design.combine != "sum":
         return
     if design.router_spread < design.routing.least_spread(design.dtype):
+        raised = "" if TARGETS[plan.target].most_top_k == 1 else "raise `top_k`, or "
         raise UpcycleError(
             f"`top_k=1`: {plan.target} rounds the scores of copies that count 1 each to one and "
-            "the same below float32, so that all tokens would get the same copy: raise `top_k`, or "
-            "pass `dtype=float32`"
+            f"the same below float32, so that all tokens would get the same copy: {raised}pass "
+            "`dtype=float32`"
         )
 
 
@@ -750,7 +756,9 @@ def _check_text(plan: Plan) -> None:
     check_calibration(plan.recipe, methods, streams=plan.streams)
     if plan.streams:
         used = plan.way.used(methods, plan.design.geometry)
-        check_tokens(plan.recipe, used, plan.fit_tokens, plan.most_routed)
+        # Each half of a sequence goes through one of an encoder-decoder's stacks.
+        tokens = plan.fit_tokens // (2 if plan.source.arch.encoder_layers else 1)
+        check_tokens(plan.recipe, used, tokens, plan.most_routed)
     if plan.fit_tokens + plan.held_tokens + plan.passage_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
         load_tokenizer(plan.source.folder)
@@ -762,6 +770,8 @@ def _check_gradients(plan: Plan) -> None:
     arch, why = plan.source.arch, ""
     if arch.encoder:
         why = "is an encoder, which has no loss of the next token"
+    elif arch.encoder_layers:
+        why = "is an encoder-decoder, through which no gradients are taken back"
     elif arch.fields.get("num_kv_shared_layers"):
         why = "has layers that share keys and values, through which no gradients are taken back"
     if why:

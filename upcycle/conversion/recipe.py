@@ -28,11 +28,11 @@ from upcycle.core.settings import (
 )
 from upcycle.models.runtimes import Runtime, runtimes_named
 
-PLUG_INS = ("method", "split", "shared_by", "router", "compensate", "rest")
+PLUG_INS = ("method", "split", "shared_by", "router", "fit", "compensate", "rest")
 """The fields that are a `Choice`."""
 SPLIT_ONLY = (
     *("experts", "top_k", "active", "shared", "split", "shared_by", "router"),
-    *("compensate", "sequential", "keep_dense"),
+    *("fit", "compensate", "sequential", "keep_dense"),
     *("summary", "paper", "departures"),
 )
 """What a recipe says of a split, which is void when another method takes its place."""
@@ -115,6 +115,8 @@ class Recipe(BaseModel):
     router: PlugIn | None = None
     """Who chooses the experts: the name of a router. By default ridge for a split, membership for
     pruned copies, normal for copies."""
+    fit: PlugIn = Choice(name="none")
+    """What a split's layers learn by gradient descent, one by one: the name of a fit."""
     compensate: PlugIn = Choice(name="none")
     """What makes up for inactive neurons: the name of a compensation."""
     rest: PlugIn = Choice(name="base")

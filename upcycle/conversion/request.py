@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.conversion.design import Bound, Methods
+from upcycle.conversion.design import Methods
 from upcycle.conversion.recipe import Recipe
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import sampled
 from upcycle.models.source import DenseSource
@@ -38,18 +39,22 @@ def suited(recipe: Recipe, source: DenseSource, *, merges: bool) -> Recipe:
     Raises:
         UpcycleError: it is asked for what only a decoder does.
     """
-    if not source.arch.encoder:
+    if source.arch.goes_on:
         return recipe
+    kind = "encoder" if source.arch.encoder else "encoder-decoder"
     if merges:
         raise UpcycleError(
-            f"{source.label} is an encoder, and a merge's gates and check are of decoders: convert "
+            f"{source.label} is an {kind}, and a merge's gates and check are of decoders: convert "
             "it alone"
         )
     if "self" in texts(recipe.calibration):
+        why = "no text" if source.arch.encoder else "no text unasked"
         raise UpcycleError(
-            f"`calibration={recipe.calibration}`: {source.label} is an encoder, which writes no "
-            "text: give builtin or a file"
+            f"`calibration={recipe.calibration}`: {source.label} is an {kind}, which writes {why}: "
+            "give builtin or a file"
         )
+    if not source.arch.encoder:
+        return recipe
     chosen = () if recipe.keep_dense == "auto" else recipe.keep_dense
     return recipe.model_copy(update={"keep_dense": chosen})
 

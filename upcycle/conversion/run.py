@@ -19,6 +19,8 @@ from upcycle.conversion.card import Conversion, conversion_record, model_card
 from upcycle.conversion.check import dtype_that_fits, run_check
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.dense_layers import choose_dense_layers
+from upcycle.conversion.fit.learn import said
+from upcycle.conversion.fit.loop import Tell
 from upcycle.conversion.gradients import loss_gradient, put_gradients_aside
 from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.layer import convert_layer
@@ -44,7 +46,15 @@ from upcycle.models.assemble import (
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.holders import HOLDERS
 from upcycle.models.names import EMBEDDINGS
-from upcycle.models.record import DOMAINS, RECORD, DenseLayers, Identity, Report, record_text
+from upcycle.models.record import (
+    DOMAINS,
+    RECORD,
+    DenseLayers,
+    FitPart,
+    Identity,
+    Report,
+    record_text,
+)
 from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
@@ -166,7 +176,12 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     dense_layers = None if chosen is None else TypeAdapter(DenseLayers).validate_python(chosen)
     units = [workspace.records[unit] for unit in plan.units if unit in workspace.records]
     found = findings(plan, units, beside)
-    conversion = Conversion(plan, workspace.run, out, check, seconds, peak, dense_layers, found)
+    learned = said(
+        [FitPart(**unit["fit"]) for unit in units if "fit" in unit], plan.design.geometry.top_k
+    )
+    conversion = Conversion(
+        plan, workspace.run, out, check, seconds, peak, dense_layers, found, learned
+    )
     layers = [
         {name: value for name, value in unit.items() if name not in (SEEN, GATE)}
         for unit in units
@@ -209,7 +224,7 @@ def _decide(plan: Plan, workspace: Workspace, tokens: Calibration, progress: Pro
 def _all_on(plan: Plan, workspace: Workspace) -> Iterator[tuple[int, DenseFFN]]:
     """The layers of which all experts together are not the source's FFN, with the FFN that they
     come to: for pruned copies, a wider one."""
-    if plan.exact != "all on" or (plan.partitions and not plan.design.compensates):
+    if plan.exact != "all on" or (plan.partitions and not plan.design.refits):
         return
     for layer in plan.moe_layers:
         ffn = dense_ffn(plan.source.canonical(plan.source.read_layer(layer)), plan.activation)
@@ -288,7 +303,7 @@ def _write_weights(plan: Plan, workspace: Workspace, fit_BL: Tensor, progress: P
         progress("converting layers", layer, layers)
         if layer > max(plan.moe_layers):
             stream = dense = None  # nobody looks at what comes after
-        _write_layer(plan, workspace, writer, stream, dense, gates, layer)
+        _write_layer(plan, workspace, writer, stream, dense, gates, layer, progress)
     _write_beside(plan, workspace, writer)
     progress("converting layers", layers, layers)
     if gates and gates.beside:
@@ -321,6 +336,7 @@ def _write_layer(
     dense: HiddenStream | None,
     gates: Gates | None,
     layer: int,
+    progress: Progress,
 ) -> None:
     """Convert a layer, unless an earlier run did. (A function of its own, so that its tensors are
     gone before the next layer's are read.)
@@ -354,13 +370,29 @@ def _write_layer(
     converted = None
     if converts:
         wanted_TD = _wanted(plan, stream, dense)
-        converted = convert_layer(plan, layer, ffn, activations, norm_T, wanted_TD, gate_ED, meter)
+        converted = convert_layer(
+            plan,
+            layer,
+            ffn,
+            activations,
+            norm_T,
+            wanted_TD,
+            gate_ED,
+            meter,
+            _tell(plan, layer, progress),
+        )
     elif layer in plan.moe_layers and plan.design.sequential:
         converted = _take_up(plan, workspace, unit, ffn)
     if stream:
         stream.advance(layer, _output(plan, converted, activations))
     if not finished:
         _write_converted(plan, workspace, writer, layer, tensors, converted, meter)
+
+
+def _tell(plan: Plan, layer: int, progress: Progress) -> Tell:
+    """Told of the steps of one layer's fit, tells of those of all."""
+    place, layers = plan.moe_layers.index(layer), len(plan.moe_layers)
+    return lambda done, steps: progress("learning", place * steps + done, layers * steps)
 
 
 def _attend(
@@ -430,7 +462,8 @@ def _put_aside(
         return {"dense": converted is None} | ({GATE: gate} if gate else {})
     refit = {name: getattr(converted.ffn, name) for name in _refit(plan, converted.ffn)}
     workspace.keep(unit, {"router": converted.router_ED} | refit)
-    return {"dense": False, "permutation": converted.permutation.tolist()}
+    fit = {"fit": converted.fit.plain()} if converted.fit else {}
+    return {"dense": False, "permutation": converted.permutation.tolist()} | fit
 
 
 def _refit(plan: Plan, ffn: DenseFFN) -> list[str]:

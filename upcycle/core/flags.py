@@ -55,7 +55,7 @@ def setting(field: str, value: Any = None) -> str:
 def as_flags(sentence: str) -> str:
     """A sentence that names settings, as the command line spells them: `top_k=2` becomes
     --top-k 2, and `granularity=2` --set granularity=2."""
-    return re.sub(r"`([a-z_]+)((?:\.\w+)?)(?:=([^`]*))?`", _as_flag, sentence)
+    return re.sub(r"`([a-z_]+)((?:\.\w+)*)(?:=([^`]*))?`", _as_flag, sentence)
 
 
 def _as_flag(found: re.Match[str]) -> str:

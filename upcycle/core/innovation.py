@@ -39,9 +39,9 @@ class Innovations(LayerActivations):
             foretold_SR=self.foretold_SR[:, neurons],
         )
 
-    def sample(self, tokens: int) -> "Innovations":
-        sample = self.everything.sample(tokens)
-        return replace(self, x_TD=sample.x_TD, loss=sample.loss, everything=sample)
+    def on(self, tokens: slice | Tensor) -> "Innovations":
+        some = self.everything.on(tokens)
+        return replace(self, x_TD=some.x_TD, loss=some.loss, everything=some)
 
 
 def innovations(

@@ -106,6 +106,23 @@ def registering(
     return register
 
 
+def describe(registries: Iterable[Registry[Any]]) -> list[dict[str, Any]]:
+    """Every method of some kinds, with its parameters and their defaults: rows of a catalogue."""
+    return [
+        {
+            "kind": registry.kind,
+            "name": method.name,
+            "summary": method.summary,
+            "paper": method.paper,
+            "parameters": method.params().model_dump(),
+            "needs_text": method.needs_activations,
+            "needs_gradients": method.params().needs_gradients,
+        }
+        for registry in registries
+        for method in registry.values()
+    ]
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The tail of an error about an unknown name: the nearest known one, then all of them."""
     names = sorted(known)

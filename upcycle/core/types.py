@@ -93,6 +93,16 @@ class DenseFFN:
         up_FD = torch.cat([part.up_FD for part in parts])
         return cls(gate_FD, up_FD, torch.cat([p.down_DF for p in parts], dim=1), parts[0].act)
 
+    def put(self, neurons: Tensor, other: "DenseFFN") -> "DenseFFN":
+        """The FFN with these neurons [M] in place of its own."""
+        made: dict[str, Any] = {
+            name: getattr(self, name).index_copy(
+                int(name == "down_DF"), neurons, getattr(other, name)
+            )
+            for name in self.matrices
+        }
+        return replace(self, **made)
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "DenseFFN":
         return self.changed(lambda matrix: matrix.to(device, dtype))
 
@@ -194,12 +204,12 @@ class LayerActivations:
 
     def sample(self, tokens: int) -> "LayerActivations":
         """At most this many tokens, evenly spread."""
-        return LayerActivations(self.ffn, evenly(self.x_TD, tokens), loss=self._loss_of(tokens))
+        return self.on(slice(None, None, _stride(len(self.x_TD), tokens)))
 
-    def _loss_of(self, tokens: int) -> LossGradient | None:
-        """The loss's gradient for a sample."""
-        every = slice(None, None, _stride(len(self.x_TD), tokens))
-        return None if self.loss is None else self.loss.take(every)
+    def on(self, tokens: slice | Tensor) -> "LayerActivations":
+        """On these tokens only, in this order."""
+        loss = None if self.loss is None else self.loss.take(tokens)
+        return LayerActivations(self.ffn, self.x_TD[tokens], loss=loss)
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from upcycle.evaluation.result import relative_error
 from upcycle.evaluation.routing import counting_pairs
 from upcycle.evaluation.run import Step
-from upcycle.models.head import Decoded, decode
+from upcycle.models.head import Decoded, decode, given
 from upcycle.models.record import HiddenResult
 
 
@@ -73,8 +73,8 @@ def _last(decoded: Decoded) -> Tensor:
 
 @torch.no_grad()
 def put_out(model: Any, window_L: Tensor) -> Tensor:
-    """What a model makes of one window of tokens [L] at last, in float32: logits [L, V], or where
-    it has no head, hidden states [L, D]."""
-    out = model(input_ids=window_L[None].to(model.device), use_cache=False)
+    """What a model makes of one window of tokens [L] at last, in float32: logits [T, V] of those
+    that tell the next, or where it has no head, hidden states [L, D]."""
+    out = model(**given(model, window_L), use_cache=False)
     found: Tensor = out.last_hidden_state if getattr(out, "logits", None) is None else out.logits
     return found[0].float()

@@ -56,14 +56,19 @@ def inspect_moe(label: str, found: Checkpoint) -> dict[str, Any]:
     routed = {n: torch.Size(i.shape).numel() for n, i in headers.items() if is_routed(n)}
     total = sum(torch.Size(info.shape).numel() for info in headers.values())
     experts = _first(config, "num_local_experts", "num_experts")
-    top_k = _first(config, "num_experts_per_tok", "top_k_experts")
+    names = ("num_experts_per_tok", "top_k_experts")
+    lone = target is not None and target.most_top_k == 1
+    top_k = 1 if lone else _first(config, *names)
+    layers = config.num_hidden_layers
+    if config.is_encoder_decoder:
+        layers += config.num_decoder_layers
     report = {
         "model": label,
         "kind": "moe",
         "architecture": target.name if target else config.model_type,
-        "layers": config.num_hidden_layers,
+        "layers": layers,
         "hidden_size": config.hidden_size,
-        "expert_size": _first(config, "moe_intermediate_size", "intermediate_size"),
+        "expert_size": _first(config, "moe_intermediate_size", "intermediate_size", "d_ff"),
         "experts": experts,
         "top_k": top_k,
         "tied_embeddings": config.tie_word_embeddings,

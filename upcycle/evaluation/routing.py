@@ -82,7 +82,7 @@ def relative_entropy(count_E: Tensor) -> float:
         return 1.0
     share_E = count_E.double() / count_E.sum()
     # xlogy gives a dead expert's term its limit, 0.
-    return float(-share_E.xlogy(share_E).sum()) / math.log(len(share_E))
+    return abs(float(share_E.xlogy(share_E).sum())) / math.log(len(share_E))
 
 
 def co_selection(pairs_EE: Tensor, tokens: int) -> Tensor:

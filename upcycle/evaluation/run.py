@@ -3,6 +3,7 @@
 Protocol: windows of the same length are taken evenly from all over a text, each is read on its own,
 and its first token is given: the beginning-of-sequence token, where the tokenizer puts one. (The
 first windows would be about one or two topics, and that is what the numbers would then differ by.)
+Of an encoder-decoder, the first half is given to the encoder, and the decoder's tokens are counted.
 Perplexity is the exponential of the mean over windows. One model's layers are in memory at a time,
 unless speed is measured, which takes both in turn: what is kept of the dense model are its hidden
 states and its head.
@@ -34,9 +35,9 @@ from upcycle.models.adapter import adapter_base
 from upcycle.models.blocks import MoEBlock, moe_blocks, selecting
 from upcycle.models.calibration import check_seq_len
 from upcycle.models.config_fields import check_layers
-from upcycle.models.head import Decoded, decode, drop_layers
+from upcycle.models.head import Decoded, decode, drop_layers, given
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.loading import check_decoder, load_whole
+from upcycle.models.loading import check_asked, check_decoder, load_whole
 from upcycle.models.source import checkpoint_folder, read_headers, read_text_config
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
@@ -233,6 +234,7 @@ def evaluate(
     ):
         adapter = None if named == folder else named
         check_decoder(model, folder)
+        check_asked(model, folder, speed=speed, tasks=bool(tasks))
         check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
         reader = open_reader(folder, shared_vocab_size(folder, dense_folder))
@@ -371,7 +373,7 @@ def _at_top_ks(
         run: measures the model as it stands.
         results, routing: what that gave at its own number.
     """
-    own, made = int(moe_blocks(model)[0].router.top_k), made_at(pair.folder)
+    own, made = moe_blocks(model)[0].top_k, made_at(pair.folder)
     found = []
     for top_k in sorted({own, *top_ks}):
         with selecting(model, top_k):
@@ -528,10 +530,8 @@ def _merged(model: Any, adapter: Path) -> Any:
 
 @torch.no_grad()
 def next_token_logits(model: Any, window_L: Tensor) -> Tensor:
-    """Logits [L, V] in float32 for one window of tokens [L]."""
-    logits: Tensor = (
-        model(input_ids=window_L[None].to(model.device), use_cache=False).logits[0].float()
-    )
+    """Logits [T, V] in float32 of all tokens in one window [L] that tell the next."""
+    logits: Tensor = model(**given(model, window_L), use_cache=False).logits[0].float()
     return logits
 
 
@@ -554,7 +554,7 @@ def compare(
         for i, window_L in enumerate(tokens_BL):
             step(i)
             dense = None if reference is None else reference[i]
-            windows.append(_compare_window(decode(model, window_L), dense, window_L))
+            windows.append(_compare_window(decode(model, window_L), dense))
     losses, losses_against, kl, agreement = zip(*windows, strict=True)
     return Comparison(
         losses=list(losses),
@@ -565,13 +565,13 @@ def compare(
     )
 
 
-def _compare_window(own: Decoded, dense: Decoded | None, window_L: Tensor) -> list[float]:
+def _compare_window(own: Decoded, dense: Decoded | None) -> list[float]:
     """A window's loss, the dense model's, KL and agreement, each the mean over its tokens."""
-    length, sums = len(window_L), torch.zeros(4, dtype=torch.float64)
+    length, sums = len(own.tokens_T), torch.zeros(4, dtype=torch.float64)
     rows = max(1, CHUNK // own.model.config.get_text_config().vocab_size)
     for start in range(0, length, rows):
         some = slice(start, start + rows)
-        targets_T = window_L[start + 1 : start + rows + 1]
+        targets_T = own.tokens_T[start + 1 : start + rows + 1]
         own_TV = own.logits(some)
         own_top_T, own_TV = own_TV.argmax(-1), own_TV.log_softmax(-1)
         sums[0] += _loss(own_TV, targets_T)

@@ -78,7 +78,9 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
             max_new_tokens=TOKENS,
             pad_token_id=tokenizer.eos_token_id,
         )
-        text: str = tokenizer.decode(written_1L[0, ids_1L.shape[1] :], skip_special_tokens=True)
+        # What a decoder writes begins with the prompt.
+        given = 0 if model.config.is_encoder_decoder else ids_1L.shape[1]
+        text: str = tokenizer.decode(written_1L[0, given:], skip_special_tokens=True)
     return text
 
 

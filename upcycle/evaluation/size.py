@@ -46,8 +46,7 @@ def flops(matmul_parameters: int) -> int:
 
 def idle_parameters(block: MoEBlock) -> int:
     """Of the experts that a token does not select."""
-    expert = sum(p[0].numel() for p in block.experts.parameters())
-    return int((block.num_experts - block.top_k) * expert)
+    return int((block.num_experts - block.top_k) * block.expert_parameters)
 
 
 @torch.no_grad()
@@ -63,8 +62,7 @@ def expert_similarity(block: MoEBlock) -> float:
     # For unit vectors u, the sum over pairs e ≠ f of u_e · u_f is |Σ u|² − Σ |u|².
     total, lengths = torch.zeros(()), 0.0
     for expert in range(number):
-        weights = [block.first[expert], block.experts.down_proj[expert]]
-        flat = torch.cat([part.flatten() for part in weights]).float()
+        flat = torch.cat([part.flatten() for part in block.matrices(expert)]).float()
         unit = nn.functional.normalize(flat, dim=0)  # all 0 stays 0
         total = total.to(unit.device) + unit
         lengths += float(unit.square().sum())

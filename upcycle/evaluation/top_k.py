@@ -18,6 +18,11 @@ def check_top_ks(wanted: list[int], blocks: list[MoEBlock], model: str) -> None:
     if wanted and not blocks:
         raise UpcycleError(f"`top_k`: {model} is dense, without experts to select")
     for top_k in wanted:
+        most = min(block.most_top_k for block in blocks)
+        if most < top_k <= min(block.num_experts for block in blocks):
+            raise UpcycleError(
+                f"`top_k={top_k}`: the class of {model} gives a token at most {most} of its experts"
+            )
         fewest = min(block.num_experts for block in blocks)
         if not 1 <= top_k <= fewest:
             raise UpcycleError(f"`top_k={top_k}`: {model} has {fewest} experts: give 1 to {fewest}")

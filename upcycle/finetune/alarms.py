@@ -13,8 +13,9 @@ from upcycle.core.flags import setting
 from upcycle.models.record import Alarm
 
 JUMP = 10.0
-"""The norm of a step's gradient over the median of the steps before. Single sequences of one kind
-of text differ by two or three, those of several kinds by five; beyond ten a step is no chance."""
+"""The norm of a step's gradient over the median of the steps before. In the runs of SmolLM2 that
+were looked at, of up to 64 steps of one sequence, no step came to four; beyond ten one is no
+chance."""
 RECENT = 64
 """Steps that the median is of: the norm falls during a run, so old steps say little."""
 FEWEST = 8
@@ -27,7 +28,7 @@ MORE_STARVED = 0.01
 come and go at the edge of the threshold."""
 HALFWAY = 0.5
 """Of the way, by ratio, from the imbalance before training to the worst there is, all tokens at the
-same experts. Training splits without a balancing loss moves it by less than a fifth."""
+same experts. In a short healing of SmolLM2, without a balancing loss, it went 5 % of that way."""
 WORSE = 1.02
 """Perplexity of a text over that before training. The tokens are the same ones, so a difference is
 no chance of sampling; what the first steps lose and win back is less."""

@@ -1,5 +1,6 @@
 """Training text: packed sequences from all over it, its end held out."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from upcycle.core.paths import public_name
 from upcycle.core.rng import generator
 from upcycle.finetune.assistant import chat_stream
 from upcycle.models.record import Used
-from upcycle.models.text import documents, parse, texts
+from upcycle.models.text import documents, parse, texts, weighted
 from upcycle.models.tokens import Drawn, Reader, open_reader
 
 SPREAD = 2
@@ -31,6 +32,8 @@ class Data:
     scored_BL: Tensor
     text_B: Tensor
     """Which of the texts each sequence is of."""
+    place_B: Tensor
+    """Its number among all of the data."""
     used: tuple[Used, ...] = ()
     """Of each text, where this is all of what is trained or validated on."""
 
@@ -39,7 +42,11 @@ class Data:
 
     def take(self, rows: Tensor) -> "Data":
         return Data(
-            self.tokens_BL[rows], self.mask_BL[rows], self.scored_BL[rows], self.text_B[rows]
+            self.tokens_BL[rows],
+            self.mask_BL[rows],
+            self.scored_BL[rows],
+            self.text_B[rows],
+            self.place_B[rows],
         )
 
     @property
@@ -67,10 +74,10 @@ def training_data(
 ) -> tuple[Data, Data]:
     """What to train on, and what to validate on.
 
-    Of several texts joined by +, each gives an equal part. Sequences are taken evenly from all over
-    a text, but of a hub dataset the first ones; the last of them validate, the others train. A
-    text that holds less than is asked for is used whole, its last sequence padded; training then
-    goes over it several times.
+    Of several texts joined by +, each gives an equal part, or as `weighted` says. Sequences are
+    taken evenly from all over a text, but of a hub dataset the first ones; the last of them
+    validate, the others train. A text that holds less than is asked for is used whole, its last
+    sequence padded; training then goes over it several times.
 
     Args:
         folder: holds the tokenizer.
@@ -83,11 +90,12 @@ def training_data(
     Raises:
         UpcycleError: a text can't be read, or holds less than two sequences.
     """
-    names = texts(text)
-    reader = open_reader(folder, vocab_size)
+    named = weighted(text)
+    reader, all_weights = open_reader(folder, vocab_size), sum(weight for _, weight in named)
     parts, used = [], []
-    for number, name in enumerate(names):
-        wanted = -(-(train_tokens + validation_tokens) // len(names))
+    for number, (name, weight) in enumerate(named):
+        share = weight / all_weights
+        wanted = math.ceil(share * (train_tokens + validation_tokens))
         rows, spread = -(-wanted // seq_len), SPREAD if parse(name).local else 1
         if assistant_only:
             drawn, scored = _chats(reader, name, rows, seq_len, seed)
@@ -96,7 +104,7 @@ def training_data(
             scored = torch.ones_like(drawn.ids, dtype=torch.bool)
         whole = _pack(name, reader, drawn.ids, scored, seq_len, number)
         rows = len(whole)
-        last = max(1, min(validation_tokens // len(names) // seq_len, rows // 10))
+        last = max(1, min(math.floor(share * validation_tokens / seq_len), rows // 10))
         train, held = (whole.take(part) for part in torch.arange(rows).split([rows - last, last]))
         parts.append((train, held))
         used.append(_used(name, reader.total(name, drawn, seed=seed), train, held))
@@ -161,7 +169,12 @@ def _pack(
     scored_BT[: len(ids)] = scored[: len(ids)]
     unscored_BF = mask_BL[:, : len(reader.front)] & False  # what begins every window is not learnt
     scored_BL = torch.cat([unscored_BF, scored_BT.view(rows, length)], 1)
-    return Data(tokens_BL, mask_BL, scored_BL, torch.full((rows,), number))
+    return _numbered(tokens_BL, mask_BL, scored_BL, number)
+
+
+def _numbered(tokens_BL: Tensor, mask_BL: Tensor, scored_BL: Tensor, text: int) -> Data:
+    rows = len(tokens_BL)
+    return Data(tokens_BL, mask_BL, scored_BL, torch.full((rows,), text), torch.arange(rows))
 
 
 def with_texts(
@@ -183,7 +196,7 @@ def with_texts(
         mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
         scored_BL = mask_BL.clone()
         scored_BL[:, : len(reader.front)] = False
-        parts.append(Data(tokens_BL, mask_BL, scored_BL, torch.full((count,), number)))
+        parts.append(_numbered(tokens_BL, mask_BL, scored_BL, number))
         used.append(Used(public_name(name), 0, tokens_BL.numel(), None))
     return _join(parts, used)
 
@@ -194,6 +207,7 @@ def _join(parts: Sequence[Data], used: Sequence[Used]) -> Data:
         torch.cat([p.mask_BL for p in parts]),
         torch.cat([p.scored_BL for p in parts]),
         torch.cat([p.text_B for p in parts]),
+        torch.arange(sum(map(len, parts))),
         tuple(used),
     )
 

@@ -14,7 +14,7 @@ from upcycle.finetune.preflight import check_texts
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
-from upcycle.models.loading import check_decoder
+from upcycle.models.loading import check_decoder, check_trainable
 from upcycle.models.quantised import UNQUANTISED
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
 from upcycle.models.source import (
@@ -45,6 +45,7 @@ def open_job(
 ) -> Job:
     folder = stack.enter_context(checkpoint_folder(model))
     check_decoder(model, folder)
+    check_trainable(model, folder)
     check_own_files(folder)
     path = folder / RECORD
     record = read_record(path) if path.is_file() else Trained()
@@ -53,6 +54,12 @@ def open_job(
     check_texts(request)
     check_seq_len(request.seq_len, read_text_config(folder))
     _check_dtypes(model, folder)
+    made = record.plan.method if isinstance(record, Made) else "split"
+    if request.train == "partition" and made != "split":
+        raise UpcycleError(
+            f"`train=partition` deals the neurons of a split out anew, but {model} was made by "
+            f"`{made}`: train moe"
+        )
     teacher = _teacher_folder(request, folder, stack)
     if teacher is not None and isinstance(record, Made) and settings.get("teacher") is None:
         _check_origin(record.source, teacher, folder)

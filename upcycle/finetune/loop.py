@@ -12,24 +12,25 @@ from safetensors.torch import load_file
 from torch import nn
 
 from upcycle.finetune.budget import Budget, budget
+from upcycle.finetune.partition import Dealer
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import load_state, put_back, read_notes, save_state
-from upcycle.finetune.step import Progress, Setup, note, take_step
+from upcycle.finetune.step import Progress, Setup, note, pass_of, take_step
 from upcycle.finetune.trainable import Trained
 from upcycle.finetune.validation import validate
 from upcycle.models.record import LogLine, log_text
 
 
 def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.AdamW:
-    """AdamW with one group per learning rate; matrices other than routers decay, all by the same
-    share of themselves a step, whatever the scale of their learning rate."""
+    """AdamW with one group per part and learning rate; matrices other than routers decay, all by
+    the same share of themselves a step, whatever the scale of their learning rate."""
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for item in training:
         router = item.member.group == "router"
         lr = (settings.router_lr or settings.lr) if router else settings.lr
         decays = item.parameter.dim() > 1 and not router
         decay = settings.weight_decay / item.scale if decays else 0.0
-        key = ("router" if router else "other", lr * item.scale, decay)
+        key = (item.member.part, lr * item.scale, decay)
         groups.setdefault(key, []).append(item.parameter)
     return torch.optim.AdamW(
         [
@@ -87,6 +88,14 @@ def restore_best(setup: Setup, progress: Progress) -> None:
         put_back(setup.plain, load_file(setup.folder / "best.safetensors"))
 
 
+def settle(setup: Setup, progress: Progress) -> None:
+    """Make the model one of its class, where something else was learnt."""
+    if isinstance(setup.gater, Dealer):
+        kept = progress.best_step if setup.settings.keep_best else progress.step
+        setup.gater.now = pass_of(setup, max(0, kept - 1))
+        setup.gater.settle()
+
+
 def _told_to_stop(setup: Setup, progress: Progress) -> bool:
     """Whether any process was: all must leave after the same step."""
     if setup.accelerator.num_processes == 1:
@@ -101,6 +110,7 @@ def _take_up(setup: Setup, progress: Progress) -> None:
         load_state(setup.folder, setup.plain, setup.optimizer)
         progress.step, progress.seconds = notes["step"], notes["seconds"]
         progress.best, progress.best_step = float(notes["best"]), notes["best_step"]
+        setup.router_terms.coefficients = notes["coefficients"]
     lines = setup.log_file.read_text().splitlines(True) if notes and setup.log_file.exists() else []
     # A kill may have cut the last line short.
     rows = [LogLine(**json.loads(line)).plain() for line in lines if line.endswith("\n")]
@@ -116,6 +126,7 @@ def _save(setup: Setup, progress: Progress) -> None:
         "seconds": progress.seconds,
         "best": progress.best,
         "best_step": progress.best_step,
+        "coefficients": setup.router_terms.coefficients,
     }
     main = setup.accelerator.is_main_process
     save_state(setup.folder, setup.plain, setup.optimizer, notes, write=main)

@@ -3,9 +3,10 @@ its settings, and the names of what it reads."""
 
 from typing import Any
 
+from upcycle.core.errors import UpcycleError
 from upcycle.core.paths import check_model
 from upcycle.finetune.settings import Training, load_training
-from upcycle.models.text import check_text, texts
+from upcycle.models.text import check_text, texts, weighted
 
 
 def check_finetuning(model: str, preset: str | None, settings: dict[str, Any]) -> None:
@@ -26,7 +27,9 @@ def check_texts(request: Training) -> None:
     Raises:
         UpcycleError: a text is none, or is not for that.
     """
-    for text in texts(request.data):
+    for text, weight in weighted(request.data):
         check_text(text, "data")
+        if not weight:
+            raise UpcycleError(f"`data={request.data}` has {text!r} count 0 times: leave it out")
     for text in texts(request.validate_also or "probes"):
         check_text(text, "text")

@@ -374,4 +374,15 @@ before.{% endif %}
 | KL to the dense model | {{ "%.4f" | format(done.before.kl) }} \
 | {{ "%.4f" | format(done.after.kl) }} nats |
 {% endif %}
+{% if done.texts | length > 1 %}
+{% for name, (before, after) in done.texts.items() %}
+| perplexity of {{ name }} | {{ "%.3f" | format(before) }} | {{ "%.3f" | format(after) }} |
+{% endfor %}
+{% endif %}
+{% if done.alarms %}
+
+{% for alarm in done.alarms %}
+- Alarm after step {{ alarm.step }}: {{ alarm.says }}.
+{% endfor %}
+{% endif %}
 """

@@ -48,6 +48,10 @@ class Routed:
     logits_TE: Tensor
     chosen_TK: Tensor
     weights_TK: Tensor
+    noise_TE: Tensor | None = None
+    """What was added to the logits before experts were selected, in units of their first spread."""
+    noise: float = 0.0
+    """Its standard deviation."""
 
 
 @dataclass
@@ -63,11 +67,15 @@ class RouterTap:
     dense_gradient: bool = False
     """Let each router see all experts' outputs (see `DenseRouterGradient`)."""
     score: Callable[[Tensor], Tensor] = field(default=lambda logits: logits.softmax(-1))
+    gate: Callable[[int, Tensor, Tensor, Tensor], Any] | None = None
+    """Makes of a block's place, logits and the experts and weights that its class selects the
+    `Gates` of training."""
     routed: list[Routed] = field(default_factory=list)
     _on: bool = False
 
     def __post_init__(self) -> None:
         self._logits: list[Tensor] = [torch.empty(0)] * len(self.blocks)
+        self._selecting: list[Tensor] = [torch.empty(0)] * len(self.blocks)
         for place, block in enumerate(self.blocks):
             block.router.register_forward_hook(self._see_router(place))
             block.experts.register_forward_pre_hook(self._see_experts(place))
@@ -90,11 +98,18 @@ class RouterTap:
         return hook
 
     def _see_experts(self, place: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> Any:
-            x_TD, chosen_TK, weights_TK = args
+        def hook(experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> Any:
+            (x_TD, chosen_TK, weights_TK), logits_TE = args, self._logits[place]
+            routed, self._selecting[place] = Routed(logits_TE, chosen_TK, weights_TK), logits_TE
+            if self.gate is not None and experts.training:
+                gates = self.gate(place, logits_TE, chosen_TK, weights_TK)
+                chosen_TK, weights_TK = gates.chosen_TK, gates.weights_TK.to(weights_TK.dtype)
+                selected_TK = chosen_TK if gates.selected_TK is None else gates.selected_TK
+                routed = Routed(logits_TE, selected_TK, weights_TK, gates.noise_TE, gates.noise)
+                self._selecting[place] = gates.logits_TE
             if self._on:
-                self.routed.append(Routed(self._logits[place], chosen_TK, weights_TK))
-            return (x_TD, chosen_TK, weights_TK.detach()) if self.dense_gradient else None
+                self.routed.append(routed)
+            return x_TD, chosen_TK, weights_TK.detach() if self.dense_gradient else weights_TK
 
         return hook
 
@@ -102,9 +117,9 @@ class RouterTap:
         def hook(experts: Any, args: tuple[Tensor, Tensor, Tensor], y_TD: Tensor) -> Tensor:
             x_TD, chosen_TK, weights_TK = args
             router = self.blocks[place].router
-            scores_TE = self.score(self._logits[place])
+            scores_TE = self.score(self._selecting[place])
             nothing_TD: Tensor = DenseRouterGradient.apply(  # type: ignore[no-untyped-call]
-                all_weights(scores_TE, chosen_TK, weights_TK, _renormalises(router)),
+                all_weights(scores_TE, chosen_TK, weights_TK, renormalises(router)),
                 x_TD,
                 self.blocks[place].first,
                 experts.down_proj,
@@ -130,7 +145,7 @@ def all_weights(
     return weights_TE.scatter(1, chosen_TK, own_TK * factor_T1) if renormalised else weights_TE
 
 
-def _renormalises(router: Any) -> bool:
+def renormalises(router: Any) -> bool:
     """Routers that always do have no such setting."""
     return bool(getattr(router, "norm_topk_prob", True))
 
@@ -147,7 +162,12 @@ def untempered(logits_TE: Tensor, scale: Scale) -> Tensor:
     Their gradient is that of the tempered logits: else these losses would outweigh all others by
     the temperature's inverse.
     """
-    return logits_TE + (logits_TE / scale.router - logits_TE).detach()
+    return of_spread(logits_TE, scale.router)
+
+
+def of_spread(logits_TE: Tensor, spread: float) -> Tensor:
+    """Logits in units of a spread, with the gradient of the logits themselves."""
+    return logits_TE + (logits_TE / spread - logits_TE).detach()
 
 
 class DenseRouterGradient(torch.autograd.Function):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.flags import setting
@@ -22,7 +22,9 @@ from upcycle.evaluation.run import load_model
 from upcycle.finetune.budget import Budget, Proposal
 from upcycle.finetune.data import Data, training_data, with_texts
 from upcycle.finetune.job import Job, job_identity, open_job
-from upcycle.finetune.loop import make_optimizer, restore_best, train
+from upcycle.finetune.loop import make_optimizer, restore_best, settle, train
+from upcycle.finetune.partition import add_affinities
+from upcycle.finetune.plugins import facts_of, gater_for, router_terms
 from upcycle.finetune.processes import accelerator_for
 from upcycle.finetune.publish import Finetuning, publish
 from upcycle.finetune.rehearsal import propose
@@ -30,6 +32,8 @@ from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import read_notes, torch_dtype
 from upcycle.finetune.step import Progress, Row, Setup, score_of
+from upcycle.finetune.teacher import Stored, fill, is_stored, open_store
+from upcycle.finetune.teacher import size as stored_size
 from upcycle.finetune.trainable import (
     Groups,
     add_lora,
@@ -66,6 +70,8 @@ class Watch:
     """Every line of the log, with the steps done and all steps."""
     budget: Callable[[Budget], None] = lambda budget: None
     """After the first step of a run that is not resumed."""
+    teacher: Callable[[int, int], None] = lambda done, total: None
+    """While its predictions are stored: the sequences done, and all of them."""
 
 
 def finetune(
@@ -84,8 +90,9 @@ def finetune(
         model: a folder or hub id, such as what `convert` wrote.
         out: the folder for the result: a checkpoint of the same layout, or with `lora` and
             without `merge` an adapter.
-        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or a YAML file; by default `heal`
-            for a split, `specialise` for copies and merges.
+        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or another that `upcycle recipes`
+            lists, or a YAML file; by default `heal` for a split, `specialise` for copies and
+            merges.
         overwrite: replace a former result.
         resume: go on from the saved state of a run that was stopped. The result has the same
             bytes as that of an uninterrupted run, on a CPU.
@@ -119,6 +126,7 @@ def finetune(
         watch.begin(job.settings, groups, setup.train.used)
         stopped = _train(setup, progress)
         restore_best(setup, progress)
+        settle(setup, progress)
         done = publish(setup, progress, groups, job)
     if stopped is not None:
         raise Diverged(
@@ -138,7 +146,8 @@ def rehearse(
         Diverged: a loss or a gradient is no number.
     """
     with ExitStack() as stack:
-        job = open_job(model, Path.cwd(), preset, settings | {"tracker": None}, stack)
+        unwritten = {"tracker": None, "teacher_top_k": 0}
+        job = open_job(model, Path.cwd(), preset, settings | unwritten, stack)
         accelerator = stack.enter_context(accelerator_for(job.settings))
         watch = watch if watch is not None and accelerator.is_main_process else Watch()
         setup, groups = _prepare(job, accelerator, watch)
@@ -179,9 +188,13 @@ def _identity(job: Job, processes: int, *, overwrite: bool, resume: bool) -> Ide
 
 
 def _room(job: Job) -> int:
-    """Bytes that a run writes, in float32: weights, two moments, the best weights, the result."""
+    """Bytes that a run writes: in float32 weights, two moments, the best weights, the result; and
+    what it keeps of the teacher's predictions."""
     sizes = [torch.Size(info.shape).numel() for info in read_headers(job.folder).values()]
-    return 5 * 4 * sum(sizes)
+    settings = job.settings
+    tokens = settings.total_steps * settings.step_tokens + settings.validation_tokens
+    kept = stored_size(tokens, settings.teacher_top_k) if settings.teacher_top_k else 0
+    return 5 * 4 * sum(sizes) + kept
 
 
 @contextmanager
@@ -226,6 +239,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     """Model, data, optimizer: all that the loop needs."""
     settings, folder = job.settings, job.folder
     train_data, validation = _data(job)
+    stored = _stored(job, accelerator, train_data, validation, watch)
     model = load_model(folder, _dtype(job), accelerator.device)
     blocks = moe_blocks(model)
     if not blocks:
@@ -240,6 +254,8 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     keep_float32(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)
     scales = measure_scales(model, blocks, window_1L)
+    if settings.train == "partition":
+        add_affinities(blocks)
     known = members(model, blocks, scales)
     torch.manual_seed(settings.seed)  # low-rank changes start at random
     if settings.lora:
@@ -249,7 +265,11 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = trained(model, known)
-    tap = RouterTap(blocks, settings.dense_router_gradient, score_of(model.config))
+    score = score_of(model.config)
+    facts = facts_of(model.config, blocks, train_data, accelerator)
+    terms = router_terms(settings, facts, blocks, scales, score)
+    gater = gater_for(settings, facts, blocks, scales, score)
+    tap = RouterTap(blocks, settings.dense_router_gradient, score, gater)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
     model.train()
     if settings.tracker is not None:
@@ -261,9 +281,12 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         model=model,
         optimizer=optimizer,
         teacher=_teacher(job, accelerator),
+        stored=stored,
         blocks=blocks,
         scales=scales,
         tap=tap,
+        gater=gater,
+        router_terms=terms,
         train=train_data,
         validation=validation,
         folder=workspace / ASIDE,
@@ -308,9 +331,44 @@ def _dtype(job: Job) -> torch.dtype:
     return torch.float32
 
 
-def _teacher(job: Job, accelerator: Accelerator) -> nn.Module | None:
-    if job.teacher is None:
+def _stored(
+    job: Job, accelerator: Accelerator, train_data: Data, validation: Data, watch: Watch
+) -> Stored | None:
+    """The teacher's predictions for all text, made if an earlier start of this run has not left
+    them; the teacher is then no longer needed."""
+    settings, folder = job.settings, partial_folder(job.out) / ASIDE
+    if not settings.teacher_top_k:
         return None
+    words = min(settings.teacher_top_k, read_text_config(job.folder).vocab_size)
+    wanted = (
+        (folder / "teacher-train.bin", train_data, settings.distill_temperature),
+        (folder / "teacher-validation.bin", validation, 1.0),
+    )
+    missing = [each for each in wanted if not is_stored(each[0], each[1], words)]
+    if missing:
+        model: Any = _load_teacher(job, accelerator)
+
+        def teach(tokens_BL: Tensor) -> Tensor:
+            with accelerator.autocast():
+                logits_BLV: Tensor = model(input_ids=tokens_BL.to(accelerator.device)).logits
+            return logits_BLV
+
+        wait = accelerator.wait_for_everyone
+        processes = (accelerator.process_index, accelerator.num_processes, wait)
+        for path, data, temperature in missing:
+            fill(path, data, teach, words, temperature, processes, watch.teacher)
+    return Stored(*(open_store(path, data, words) for path, data, _ in wanted))
+
+
+def _teacher(job: Job, accelerator: Accelerator) -> nn.Module | None:
+    """The teacher, if it is run in every step."""
+    if job.teacher is None or job.settings.teacher_top_k:
+        return None
+    return _load_teacher(job, accelerator)
+
+
+def _load_teacher(job: Job, accelerator: Accelerator) -> nn.Module:
+    assert job.teacher is not None
     dtype = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
     model: nn.Module = load_model(job.teacher, dtype, accelerator.device)
     return model.requires_grad_(False)

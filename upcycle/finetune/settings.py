@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -17,11 +18,25 @@ from pydantic import (
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
-from upcycle.core.settings import find_recipe, shipped_presets, validated, yaml_fields
+from upcycle.core.settings import PlugIn, find_recipe, shipped_presets, validated, yaml_fields
+from upcycle.finetune.catalogue import OF_FLAGS, RouterLosses, Weighed, check_names, override
 
-Train = Literal["router", "experts", "moe", "all"]
-OF_ROUTERS = ("balance", "z_loss", "dense_router_gradient", "router_warmup")
+Train = Literal["router", "partition", "experts", "moe", "all"]
+Part = Literal["norms", "embeddings", "ffn", "attention"]
+PARTS: dict[Train, tuple[Part, ...]] = {
+    "router": (),
+    "partition": (),
+    "experts": ("ffn",),
+    "moe": ("ffn",),
+    "all": ("norms", "embeddings", "ffn", "attention"),
+}
+"""What trains besides routers."""
+OF_MATRICES: tuple[Part, ...] = ("ffn", "attention")
+"""What low-rank changes are of."""
+OF_ROUTERS = ("balance", "z_loss", "router_losses", "dense_router_gradient", "router_warmup")
 """Settings that have an effect only where routers train."""
+OF_ORDINARY_PASSES = ("lora", "gating", "dense_router_gradient")
+"""Settings that do not go with learning a partition."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -38,9 +53,12 @@ class Training(BaseModel):
     name: str = "custom"
     summary: str = ""
     paper: str = ""
+    departures: tuple[str, ...] = ()
+    """Where a preset can't or does not follow its paper."""
 
     train: Train = "moe"
-    """Which weights change: `router` | `experts` | `moe` (both) | `all`."""
+    """Which weights change: `router` | `experts` | `moe` (both) | `all`; or `partition`: none but
+    the router's, and which expert of a split each neuron belongs to."""
     lora: Annotated[PositiveInt, Field(le=2**20)] | None = None
     """Train low-rank changes of this rank, in place of the weights themselves."""
     lora_alpha: PositiveInt | None = None
@@ -50,7 +68,8 @@ class Training(BaseModel):
 
     data: str = "builtin"
     """Text to train on: a file or folder of text or chats, `builtin` or
-    `hf:DATASET[@config][:split[:column]]`; several, joined by +, in equal parts."""
+    `hf:DATASET[@config][:split[:column]]`; several, joined by +, in equal parts,
+    or of `a.txt*2+b.txt` the first twice as much."""
     assistant_only_loss: bool = False
     """Learn the assistant's turns of chats alone, by the tokenizer's chat template."""
     tokens: PositiveInt | None = None
@@ -85,6 +104,9 @@ class Training(BaseModel):
     """Share of the learning rate that a cosine falls to."""
     router_warmup: Share = 0.0
     """Share of the steps, at the start, in which only the routers move."""
+    starts: dict[Part, Share] = {}
+    """Share of the steps before a part moves, where that is not router_warmup's: `{norms: 0, ffn:
+    0.1, attention: 0.3}`, of `norms`, `embeddings`, `ffn` and `attention`."""
     clip: PositiveFloat = 1.0
     """Largest norm of a step's gradient."""
 
@@ -94,8 +116,15 @@ class Training(BaseModel):
     """Weight of the next-token loss."""
     distill: NonNegativeFloat = 0.0
     """Weight of the KL divergence from the teacher."""
+    distill_temperature: PositiveFloat = 1.0
+    """What both models' logits are divided by for that; the divergence counts its square."""
+    teacher_top_k: NonNegativeInt = 0
+    """Run the teacher once over all text before the first step and keep, on the disk, its so many
+    likeliest words per token; the others count as one. 0 runs it in every step."""
     match_layers: NonNegativeFloat = 0.0
     """Weight of the distance from the teacher's hidden states."""
+    match_warmdown: Annotated[Share, Field(gt=0)] | None = None
+    """Share of the steps, at the start, over which that weight falls to 0. By default it stays."""
     balance: NonNegativeFloat = 0.0
     """Weight of the load-balancing loss, over all sequences of a step."""
     z_loss: NonNegativeFloat = 0.0
@@ -104,6 +133,12 @@ class Training(BaseModel):
     """What a step moves the selection bias by, where the target has one (glm4_moe, deepseek_v3,
     laguna, ernie4_5_moe, lfm2_moe, nemotron_h): balance without a loss. DeepSeek-V3 has 0.001
     (arXiv:2412.19437). Scaled down for a tempered router."""
+    router_losses: RouterLosses | None = None
+    """Weights of further losses of routers, by name: `--set router_losses.cv2=0.01`, and of their
+    parameters: `--set router_losses.erc.alpha=0.9`."""
+    gating: PlugIn | None = None
+    """Which experts tokens get while the model trains, such as `noisy_top_k`. By default what they
+    get afterwards."""
     dense_router_gradient: bool = False
     """Let routers learn from experts not selected, too."""
 
@@ -124,19 +159,41 @@ class Training(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Training":
+        check_names(self.gating, self.router_losses)
         if self.tokens is not None and self.steps is not None:
             raise UpcycleError("`tokens` and `steps` both say how long to train: give one of them")
+        if not (self.next_token or self.distill or self.match_layers):
+            raise UpcycleError(
+                f"{setting('next_token', 0)} leaves no loss: give `distill=1` or "
+                f"{setting('match_layers', 1)}"
+            )
+        self._check_teacher()
+        self._check_schedules()
+        self._check_low_rank()
+        self._check_trained()
+        return self
+
+    def _check_teacher(self) -> None:
         for name in ("distill", "match_layers"):
             if getattr(self, name) and self.teacher is None:
                 raise UpcycleError(
                     f"{setting(name, getattr(self, name))} compares with a dense model: name it "
                     "by `teacher=DENSE`"
                 )
-        if not (self.next_token or self.distill or self.match_layers):
+        if self.teacher_top_k and self.match_layers:
             raise UpcycleError(
-                f"{setting('next_token', 0)} leaves no loss: give `distill=1` or "
-                f"{setting('match_layers', 1)}"
+                f"{setting('teacher_top_k', self.teacher_top_k)} keeps the teacher's predictions "
+                f"alone, but {setting('match_layers', self.match_layers)} compares hidden states: "
+                "set one of them to 0"
             )
+        for name, default in (("teacher_top_k", 0), ("distill_temperature", 1.0)):
+            if getattr(self, name) != default and not self.distill:
+                raise UpcycleError(
+                    f"{setting(name, getattr(self, name))} is about the divergence from the "
+                    f"teacher, which does not count: give `distill=1`, or set it to {default:g}"
+                )
+
+    def _check_low_rank(self) -> None:
         if self.merge and self.lora is None:
             raise UpcycleError("`merge` merges low-rank changes: give `lora=RANK` too")
         if self.lora and self.balance_bias:
@@ -144,15 +201,58 @@ class Training(BaseModel):
                 f"{setting('balance_bias', self.balance_bias)} changes the checkpoint itself, "
                 "which `lora` leaves as it is: give `balance`, or drop `lora`"
             )
-        if self.train == "experts":
-            for name in OF_ROUTERS:
-                if getattr(self, name):
-                    raise UpcycleError(
-                        f"{setting(name, getattr(self, name))} has no effect with "
-                        "`train=experts`, which leaves the routers as they are: set it to 0, or "
-                        "train moe"
-                    )
-        return self
+
+    def _check_trained(self) -> None:
+        """What has no effect on what trains."""
+        void = {"partition": OF_ORDINARY_PASSES, "experts": OF_ROUTERS}.get(self.train, ())
+        for name in filter(lambda name: getattr(self, name), void):
+            what = setting(name, getattr(self, name))
+            if self.train == "partition":
+                raise UpcycleError(
+                    f"{what} does not go with `train=partition`, which runs the experts in a way "
+                    "of its own: leave it out"
+                )
+            raise UpcycleError(
+                f"{what} has no effect with `train=experts`, which leaves the routers as they "
+                "are: set it to 0, or train moe"
+            )
+
+    def _check_schedules(self) -> None:
+        parts = [part for part in PARTS[self.train] if not self.lora or part in OF_MATRICES]
+        for part in self.starts.keys() - set(parts):
+            raise UpcycleError(
+                f"{setting('starts')} names {part}, which does not train here: leave it out, or "
+                "give `train=all` without `lora`"
+            )
+        if self.match_warmdown is None:
+            return
+        warmdown = setting("match_warmdown", self.match_warmdown)
+        if not self.match_layers:
+            raise UpcycleError(
+                f"{warmdown} has no effect without {setting('match_layers')}: give "
+                f"{setting('match_layers', 1)} too"
+            )
+        if not (self.next_token or self.distill):
+            raise UpcycleError(
+                f"{warmdown} leaves no loss when it is over: give `distill=1` too, or leave it out"
+            )
+
+    def start(self, part: str) -> float:
+        """Share of the steps before a part moves."""
+        if part == "router":
+            return 0.0
+        starts: Mapping[Any, float] = self.starts
+        return starts.get(part, self.router_warmup)
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        """Of the losses that are not the routers', in the step after so many."""
+        over = 1.0 if self.match_warmdown is None else self.match_warmdown * self.total_steps
+        left = 1.0 if self.match_warmdown is None else max(0.0, 1 - step / over)
+        return {
+            "next_token": self.next_token,
+            "distill": self.distill,
+            "match_layers": left * self.match_layers,
+        }
 
     @property
     def step_tokens(self) -> int:
@@ -163,6 +263,18 @@ class Training(BaseModel):
         if self.steps is not None:
             return self.steps
         return max(1, (self.tokens or DEFAULT_TOKENS) // self.step_tokens)
+
+    @property
+    def weighed_router_losses(self) -> dict[str, Weighed]:
+        """All losses of routers that count."""
+        own = {name: Weighed(weight=getattr(self, name)) for name in OF_FLAGS}
+        return {
+            n: each for n, each in (own | dict(self.router_losses or {})).items() if each.weight
+        }
+
+    def field_of(self, router_loss: str) -> str:
+        """The setting of a router loss's weight."""
+        return router_loss if router_loss in OF_FLAGS else f"router_losses.{router_loss}"
 
     @property
     def validation_steps(self) -> int:
@@ -200,7 +312,8 @@ def load_training(
             fields.pop(other, None)
     if overrides.get("train") == "experts":
         fields = {name: value for name, value in fields.items() if name not in OF_ROUTERS}
-    fields |= overrides
+    for key, value in sorted(overrides.items(), key=lambda item: item[0].count(".")):
+        override(fields, key, value)
     if fields.get("teacher") is None and (fields.get("distill") or fields.get("match_layers")):
         fields["teacher"] = origin
     return validated(Training, fields, "the request")

@@ -1,7 +1,7 @@
 """One step of training: the losses of a batch, their gradients, and what the routers did."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +19,12 @@ from upcycle.finetune import losses
 from upcycle.finetune.alarms import new_alarms
 from upcycle.finetune.budget import Budget
 from upcycle.finetune.data import Data, batch_rows
-from upcycle.finetune.routers import RouterTap, Scale, untempered, update_bias
+from upcycle.finetune.gating.base import Gater, Pass
+from upcycle.finetune.partition import Dealer
+from upcycle.finetune.router_terms import Means, RouterTerms
+from upcycle.finetune.routers import RouterTap, Scale, update_bias
 from upcycle.finetune.settings import Training
+from upcycle.finetune.teacher import Stored
 from upcycle.models.blocks import MoEBlock
 from upcycle.models.hosted import target_of
 from upcycle.models.record import log_text
@@ -38,9 +42,14 @@ class Setup:
     model: nn.Module
     optimizer: Any
     teacher: nn.Module | None
+    """Where it is run in every step."""
+    stored: Stored | None
+    """Its predictions, where it is not."""
     blocks: list[MoEBlock]
     scales: list[Scale]
     tap: RouterTap
+    gater: Gater | Dealer | None
+    router_terms: RouterTerms
     train: Data
     validation: Data
     folder: Path
@@ -85,7 +94,8 @@ def note(setup: Setup, progress: Progress, row: Row) -> None:
     if setup.accelerator.is_main_process:
         with setup.log_file.open("a") as file:
             file.write(log_text(row))
-    flat = row | row.get("validation", {})
+    texts = {f"perplexity of {name}": value for name, value in row.get("texts", {}).items()}
+    flat = row | row.get("validation", {}) | row.get("routing", {}) | texts
     numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
     setup.accelerator.log(numbers, step=row["step"])
     setup.watch(row, progress.step, setup.settings.total_steps)
@@ -94,10 +104,9 @@ def note(setup: Setup, progress: Progress, row: Row) -> None:
 def learning_rate(settings: Training, step: int, part: str) -> float:
     """What the base learning rate is multiplied by in a step: a linear rise, then a cosine."""
     total = settings.total_steps
-    alone = round(settings.router_warmup * total)
-    if step < alone and part != "router":
+    start = round(settings.start(part) * total)
+    if step < start:
         return 0.0
-    start = 0 if part == "router" else alone
     rise = max(1, round(settings.warmup * total))
     if step - start < rise:
         return (step - start + 1) / rise
@@ -149,34 +158,62 @@ def _gradients(
     torch.manual_seed(
         draw_seed(generator(settings.seed, f"step {accelerator.process_index}", step))
     )
-    load = _load(setup, mine) if settings.balance and len(batches) > 1 else counts
+    means = None
+    if setup.router_terms.of_steps and len(batches) > 1:
+        means = _means_of_step(setup, step, mine, scored)
+    weights = settings.loss_weights(step) | setup.router_terms.weights
     for number, batch in enumerate(mine, 1):
         last = number == len(mine)
         with nullcontext() if last else accelerator.no_sync(setup.model):
-            terms = dict(_terms(setup, batch, counts, load))
+            _begin_pass(setup, step, number)
+            terms = dict(_terms(setup, step, batch, counts, means))
             if step == 0 and number == 1:
                 _check_effect(setup, terms)
             # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
             share = batch.scored / scored * accelerator.num_processes
-            weighted = {name: getattr(settings, name) * term for name, term in terms.items()}
-            loss = share * torch.stack(list(weighted.values())).sum()
+            loss = share * torch.stack([weights[name] * term for name, term in terms.items()]).sum()
             accelerator.backward(loss)
         for name, value in {"loss": loss / share, **terms}.items():
             row[name] = row.get(name, 0.0) + share * float(value.detach())
     return row
 
 
+def _begin_pass(setup: Setup, step: int, number: int) -> None:
+    """Tell the gating what passes through the model next: this process's micro-batch of that
+    number, counted from 1."""
+    if setup.gater is not None:
+        settings, accelerator = setup.settings, setup.accelerator
+        place = accelerator.process_index + (number - 1) * accelerator.num_processes
+        rows = range(place * settings.micro_batch, (place + 1) * settings.micro_batch)
+        setup.gater.now = pass_of(setup, step, rows)
+
+
+def pass_of(setup: Setup, step: int, rows: Sequence[int] = ()) -> Pass:
+    """A pass of a step's sequences."""
+    return Pass(setup.settings.seed, step, step / setup.settings.total_steps, rows)
+
+
 @torch.no_grad()
-def _load(setup: Setup, mine: list[Data]) -> list[Tensor]:
-    """Per block [E], how often the whole batch selects each expert, by a pass of its own: balance
-    is of all of it, so every part must know it before the first gradient."""
-    device = setup.accelerator.device
-    counts = [torch.zeros(block.num_experts, device=device) for block in setup.blocks]
-    for batch in mine:
+def _means_of_step(setup: Setup, step: int, mine: list[Data], scored: int) -> Means:
+    """What router losses are functions of, over the whole step, by a pass of its own: every part
+    must know it before the first gradient."""
+    parts = []
+    for number, batch in enumerate(mine, 1):
+        _begin_pass(setup, step, number)
         with setup.tap.recording(), setup.accelerator.autocast():
-            setup.model(input_ids=batch.tokens_BL.to(device), use_cache=False)
-        count(setup, batch.mask_BL.flatten().to(device), counts)
-    return [setup.accelerator.reduce(count_E, "sum") for count_E in counts]
+            tokens_BL = batch.tokens_BL.to(setup.accelerator.device)
+            setup.model(input_ids=tokens_BL, use_cache=False)
+        means = setup.router_terms.means(setup.router_terms.seen(setup.tap.routed, batch, step))
+        parts.append((batch.scored / scored, means))
+    return {
+        name: [
+            setup.accelerator.reduce(
+                sum(share * means[name][place] for share, means in parts), "sum"
+            )
+            for place in range(len(setup.blocks))
+        ]
+        for name in parts[0][1]
+    }
 
 
 def count(setup: Setup, mask_T: Tensor, counts: list[Tensor]) -> None:
@@ -217,25 +254,21 @@ def _micro_batches(setup: Setup, step: int) -> list[Data]:
 
 
 def _terms(
-    setup: Setup, batch: Data, counts: list[Tensor], load: list[Tensor]
+    setup: Setup, step: int, batch: Data, counts: list[Tensor], means: Means | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The losses of a micro-batch that count, each unweighted, under their settings' names; its
-    selections are added to the step's counts.
+    """The losses of a micro-batch that count, each unweighted, by name; its selections are added to
+    the step's counts.
 
     Args:
-        load: the whole batch's counts, or `counts` itself if this is the whole of it.
+        means: what router losses are functions of, over the whole step; None if this is all of it.
     """
     settings, device = setup.settings, setup.accelerator.device
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
-    scored_BL, foretelling_BL = batch.scored_BL.to(device), batch.foretelling_BL.to(device)
     mask_T = mask_BL.flatten()
-    arguments = {
-        "input_ids": tokens_BL,
-        "use_cache": False,
-        "output_hidden_states": settings.match_layers > 0,
-    }
+    match = settings.loss_weights(step)["match_layers"] > 0
+    arguments = {"input_ids": tokens_BL, "use_cache": False, "output_hidden_states": match}
     expected = None
-    if setup.teacher is not None:
+    if setup.teacher is not None and (settings.distill or match):
         with torch.no_grad(), setup.accelerator.autocast():
             expected = setup.teacher(**arguments)
     # Of itself, accelerate rounds in all models but sharded ones.
@@ -243,24 +276,30 @@ def _terms(
         out = setup.model(**arguments)
     count(setup, mask_T, counts)
     if settings.next_token:
+        scored_BL = batch.scored_BL.to(device)
         yield "next_token", losses.next_token_loss(out.logits, tokens_BL, scored_BL)
-    if settings.distill and expected is not None:
-        yield "distill", losses.distillation_loss(out.logits, expected.logits, foretelling_BL)
-    if settings.match_layers and expected is not None:
+    yield from _from_teacher(setup, batch, out, expected)
+    seen = setup.router_terms.seen(setup.tap.routed, batch, step)
+    yield from setup.router_terms.losses(seen, means)
+
+
+def _from_teacher(
+    setup: Setup, batch: Data, out: Any, expected: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """What the model's outputs are held to, by the teacher's, if it was run, or by what was
+    stored of its predictions."""
+    settings, device = setup.settings, setup.accelerator.device
+    foretelling_BL, temperature = batch.foretelling_BL.to(device), settings.distill_temperature
+    if setup.stored is not None:
+        kept = setup.stored.train.kept(batch.place_B, device)
+        loss = losses.kept_distillation_loss(out.logits[foretelling_BL], kept, temperature)
+        yield "distill", loss
+    elif settings.distill:
+        args = out.logits, expected.logits, foretelling_BL
+        yield "distill", losses.distillation_loss(*args, temperature)
+    if out.hidden_states is not None:
         hidden = out.hidden_states[1:], expected.hidden_states[1:]
-        yield "match_layers", losses.layer_match_loss(*hidden, mask_BL)
-    logits = [
-        untempered(r.logits_TE, s) for r, s in zip(setup.tap.routed, setup.scales, strict=True)
-    ]
-    if settings.balance:
-        each = [
-            losses.balance_loss(_shares(setup, z_TE), count_E, mask_T)
-            for z_TE, count_E in zip(logits, load, strict=True)
-        ]
-        yield "balance", torch.stack(each).mean()
-    if settings.z_loss:
-        each = [losses.router_z_loss(z_TE, mask_T) for z_TE in logits]
-        yield "z_loss", torch.stack(each).mean()
+        yield "match_layers", losses.layer_match_loss(*hidden, batch.mask_BL.to(device))
 
 
 def score_of(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
@@ -271,27 +310,22 @@ def score_of(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
     return lambda logits_TE: logits_TE.softmax(-1)
 
 
-def _shares(setup: Setup, logits_TE: Tensor) -> Tensor:
-    """Scores that add up to 1 for each token."""
-    scores_TE = setup.tap.score(logits_TE)
-    return scores_TE / scores_TE.sum(-1, keepdim=True)
-
-
 def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
     """A router loss that moves nothing is a mistake, whoever made it; but where all experts are
     on for every token, as in a merge of two, there is nothing to balance."""
     # The last block's alone: from the others, the way leads through the blocks after them.
-    routed = setup.tap.routed[-1]
-    logits_TE, all_on = routed.logits_TE, routed.weights_TK.shape[1] == routed.logits_TE.shape[1]
-    for name in ("balance", "z_loss"):
-        if name not in terms or (name == "balance" and all_on):
+    routed, router = setup.tap.routed[-1], setup.blocks[-1].router
+    all_on = routed.chosen_TK.shape[1] == routed.logits_TE.shape[1]
+    moving = [each for each in (routed.logits_TE, router.weight) if each.requires_grad]
+    for name, weight in setup.router_terms.weights.items():
+        if not float(terms[name].detach()) or (name == "balance" and all_on):
             continue
-        grad_TE = None
-        if logits_TE.requires_grad:
-            (grad_TE,) = torch.autograd.grad(terms[name], logits_TE, retain_graph=True)
-        if grad_TE is None or not grad_TE.any():
+        grads: tuple[Tensor | None, ...] = ()
+        if moving and terms[name].requires_grad:
+            grads = torch.autograd.grad(terms[name], moving, retain_graph=True, allow_unused=True)
+        if not any(grad is not None and bool(grad.any()) for grad in grads):
             raise UpcycleError(
-                f"{setting(name, getattr(setup.settings, name))} has no effect on this model's "
+                f"{setting(setup.settings.field_of(name), weight)} has no effect on this model's "
                 "routers: set it to 0, or train them (`train=moe`)"
             )
 
@@ -311,7 +345,7 @@ def _fixed_weights(setup: Setup) -> bool:
     """Whether the routers' weights do not depend on their logits, so that a gradient would be
     rounding; several alike, as those of a copy's shards, are not fixed."""
     settings = setup.settings
-    if settings.dense_router_gradient or settings.balance or settings.z_loss:
+    if settings.dense_router_gradient or settings.train == "partition" or setup.router_terms.terms:
         return False
     return all(
         routed.weights_TK.shape[1] == 1
@@ -324,6 +358,7 @@ def _fixed_weights(setup: Setup) -> bool:
 def _balance(setup: Setup, counts: list[Tensor]) -> Row:
     """How evenly the experts were used in a step, with the selection biases moved accordingly."""
     counts = [setup.accelerator.reduce(count_E, "sum") for count_E in counts]
+    setup.router_terms.adapt(counts)
     if setup.settings.balance_bias:
         for block, scale, count_E in zip(setup.blocks, setup.scales, counts, strict=True):
             update_bias(block, count_E, setup.settings.balance_bias * scale.bias)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from upcycle.core.errors import UpcycleError
+from upcycle.finetune.partition import AFFINITY
 from upcycle.finetune.routers import Scale
 from upcycle.finetune.settings import Train
 from upcycle.models.blocks import MoEBlock, text_modules
@@ -13,6 +14,8 @@ from upcycle.models.blocks import MoEBlock, text_modules
 NORMS, PARTS = "norms, embeddings", "other parts"
 GROUPS = ("router", "experts", "shared experts", "attention", "dense FFNs", NORMS, PARTS)
 """The last are what text does not pass through, as a vision tower: nothing could train there."""
+PARTITION = "which neuron is whose"
+"""A group that no checkpoint has."""
 FFNS = (".mlp.", ".feed_forward.", ".mixer.up_proj.", ".mixer.down_proj.")
 MIXERS = (".self_attn.", ".linear_attn.", ".conv.", ".mamba.", ".mixer.")
 """Attention, and what some layers have in its place."""
@@ -20,6 +23,7 @@ PAST_MODULES = (".mamba.out_proj.weight", ".mixer.out_proj.weight")
 """What Mamba's kernels read past its module, where a change of low rank would have no effect."""
 TRAINS: dict[Train, tuple[str, ...]] = {
     "router": ("router",),
+    "partition": ("router", PARTITION),
     "experts": ("experts", "shared experts"),
     "moe": ("router", "experts", "shared experts"),
     "all": GROUPS[:-1],
@@ -36,6 +40,16 @@ class Member:
     """What its learning rate is multiplied by."""
     size: int
     dimensions: int
+
+    @property
+    def part(self) -> str:
+        """What begins to move at once: the router, or one of `settings.Part`; among the norms
+        whatever else is no matrix."""
+        if self.group in ("router", "attention"):
+            return self.group
+        if self.group == NORMS:
+            return "embeddings" if self.dimensions == 2 else "norms"
+        return "ffn"
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,8 @@ def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Me
         parts |= {id(p): ("router", scale.router) for p in block.router.parameters()}
         parts |= {id(p): ("experts", 1.0) for p in block.experts.parameters()}
         parts[id(block.experts.down_proj)] = ("experts", scale.down_proj)
+        if hasattr(block.experts, AFFINITY):
+            parts[id(getattr(block.experts, AFFINITY))] = (PARTITION, 1.0)
     return {
         id(p): Member(name, *parts.get(id(p), (_group(name, p), 1.0)), p.numel(), p.dim())
         for name, p in model.named_parameters()
@@ -151,7 +167,7 @@ def trained(model: nn.Module, known: Members) -> list[Trained]:
 
 def summary(known: Members, training: list[Trained]) -> Groups:
     """What trains."""
-    table = {group: {"parameters": 0, "trained": 0} for group in GROUPS}
+    table = {group: {"parameters": 0, "trained": 0} for group in (*GROUPS, PARTITION)}
     for member in known.values():
         table[member.group]["parameters"] += member.size
     for item in training:

@@ -28,7 +28,7 @@ def validate(setup: Setup, progress: Progress) -> None:
     row = measure(setup)
     measured, texts = row["validation"], row["texts"]
     objective = measured["loss"]
-    if setup.teacher is not None and settings.distill:
+    if settings.distill:
         objective = settings.next_token * objective + settings.distill * measured["kl"]
     each = {f"perplexity of {name}": perplexity for name, perplexity in texts.items()}
     check_finite(setup, {"validation loss": objective} | measured | each, progress.step)
@@ -87,13 +87,18 @@ def _means(setup: Setup, batch: Data, counts: list[Tensor] | None) -> Tensor:
             expected_BLV = setup.teacher(input_ids=tokens_BL, use_cache=False).logits
         means[2] = float(losses.next_token_loss(expected_BLV, tokens_BL, scored_BL))
         means[3] = float(losses.distillation_loss(logits_BLV, expected_BLV, foretelling_BL))
+    if setup.stored is not None:
+        store = setup.stored.validation
+        kept = store.kept(batch.place_B, accelerator.device)
+        means[2] = store.loss(int(batch.place_B), batch.scored)
+        means[3] = float(losses.kept_distillation_loss(logits_BLV[foretelling_BL], kept))
     return torch.tensor(means, device=accelerator.device)
 
 
 def _losses(setup: Setup, sums_4: Tensor) -> dict[str, float]:
     loss, teacher_loss, kl = (sums_4[1:] / sums_4[0]).tolist()
     measured = {"loss": loss, "perplexity": _exp(loss)}
-    if setup.teacher is not None:
+    if setup.teacher is not None or setup.stored is not None:
         measured |= {"perplexity_ratio": _exp(loss - teacher_loss), "kl": kl}
     return measured
 

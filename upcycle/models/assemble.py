@@ -68,11 +68,13 @@ def assemble_layer(
 def assemble_head(target: MoETarget, arch: Architecture, outer: Mapping[str, Tensor]) -> Named:
     """What comes after the layers: the last norm, and the head where it is not tied; the
     embeddings again, where it is no longer."""
-    for name, tensor in outer.items():
+    outer = dict(outer)
+    if arch.head and not arch.tied:
+        outer.setdefault(HEAD, outer[EMBEDDINGS])
+    extra = dict(target.outer(arch, outer))
+    for name, tensor in (outer | extra).items():
         if name != EMBEDDINGS:
             yield target.spelled.get(name, name), tensor
-    if arch.head and not arch.tied and HEAD not in outer:
-        yield HEAD, outer[EMBEDDINGS]
 
 
 def in_whole(target: MoETarget, layout: Layout, named: Named) -> Named:

@@ -1,4 +1,4 @@
-"""A causal language model in two halves: its decoder is run once, its head as often as wanted.
+"""A language model in two halves: its decoder is run once, its head as often as wanted.
 
 A window's logits are as many as its tokens times the vocabulary, its hidden states a hundredth of
 that. So hidden states are what is kept of a model, with the head that makes logits of them again.
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upcycle.models.halves import halves
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -17,8 +19,10 @@ class Decoded:
 
     model: Any
     output: Any
-    """What its decoder returns, of the class that its head expects: last_hidden_state [1, L, D],
+    """What its decoder returns, of the class that its head expects: last_hidden_state [1, T, D],
     in the model's dtype, on the CPU."""
+    tokens_T: Tensor
+    """That the decoder was given, each of which tells the next: of a decoder alone, the window."""
 
     @torch.no_grad()
     def logits(self, rows: slice) -> Tensor:
@@ -30,9 +34,14 @@ class Decoded:
         decoder, hidden_BTD = _decoder(self.model), self.output.last_hidden_state[:, rows]
         known = type(self.output)(last_hidden_state=hidden_BTD.to(self.model.device))
         decoder.forward = lambda *_, **__: known
+        ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=self.model.device)
+        if self.model.config.is_encoder_decoder:
+            # What the encoder put out no longer matters either.
+            asked = {"decoder_input_ids": ids_BT, "encoder_outputs": known}
+        else:
+            asked = {"input_ids": ids_BT}
         try:
-            ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=self.model.device)
-            logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
+            logits_BTV: Tensor = self.model(**asked, use_cache=False).logits
         finally:
             del decoder.forward
         return logits_BTV[0].float()
@@ -40,17 +49,30 @@ class Decoded:
 
 @torch.no_grad()
 def decode(model: Any, window_L: Tensor) -> Decoded:
-    """Run a model's decoder over a window of tokens [L]."""
-    output = _decoder(model)(input_ids=window_L[None].to(model.device), use_cache=False)
-    return Decoded(model, type(output)(last_hidden_state=output.last_hidden_state.cpu()))
+    """Run a model's decoder over a window of tokens [L], or its second half after the encoder."""
+    asked = given(model, window_L)
+    tokens_T = asked.pop("decoder_input_ids", asked["input_ids"])
+    if model.config.is_encoder_decoder:
+        asked = {"encoder_hidden_states": model.get_encoder()(**asked).last_hidden_state}
+    output = _decoder(model)(**asked | {"input_ids": tokens_T}, use_cache=False)
+    last = type(output)(last_hidden_state=output.last_hidden_state.cpu())
+    return Decoded(model, last, tokens_T[0].cpu())
+
+
+def given(model: Any, window_L: Tensor) -> dict[str, Tensor]:
+    """What a model is called with for a window of tokens [L]."""
+    parts = halves(model.config, window_L[None].to(model.device))
+    return dict(zip(("input_ids", "decoder_input_ids"), parts, strict=False))
 
 
 def drop_layers(model: Any) -> None:
     """Free everything of a model but its head, which then still makes logits of what was decoded
     before; the model itself can't be run any more."""
-    decoder = _decoder(model)
-    for name, _ in list(decoder.named_children()):
-        setattr(decoder, name, None)
+    both = [_decoder(model)]
+    both += [model.get_encoder()] if model.config.is_encoder_decoder else []
+    for stack in both:
+        for name, _ in list(stack.named_children()):
+            setattr(stack, name, None)
 
 
 def _decoder(model: Any) -> Any:

@@ -6,7 +6,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import read_json
 from upcycle.core.paths import public_name
 from upcycle.models.record import OURS, RECORD, Made, Record, record_of
-from upcycle.models.text import texts
+from upcycle.models.text import weighted
 
 
 def fitted_on(folder: Path) -> set[str]:
@@ -23,7 +23,7 @@ def fitted_on(folder: Path) -> set[str]:
         named = _texts(record_of(fields, path))
     except UpcycleError:
         return set()  # damaged, which is said by the commands that need it
-    return {identity(text) for joined in named for text in texts(joined)}
+    return {identity(text) for joined in named for text, _ in weighted(joined)}
 
 
 def _texts(record: Record) -> list[str]:

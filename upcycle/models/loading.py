@@ -27,6 +27,31 @@ def check_decoder(label: str, folder: Path) -> None:
         )
 
 
+def check_asked(label: str, folder: Path, *, speed: bool, tasks: bool) -> None:
+    """Of what is measured of models that go on from a text alone.
+
+    Raises:
+        UpcycleError: the model in the folder is an encoder-decoder, and it is asked for.
+    """
+    asked = [flag for flag, on in (("`speed`", speed), ("`tasks`", tasks)) if on]
+    if asked and read_config(folder).is_encoder_decoder:
+        raise UpcycleError(
+            f"{asked[0]}: {label} is an encoder-decoder, of which upcycle measures perplexity "
+            "and routing alone: leave it out"
+        )
+
+
+def check_trainable(label: str, folder: Path) -> None:
+    """Raises:
+    UpcycleError: the model in the folder is an encoder-decoder, whose data are pairs of texts.
+    """
+    if read_config(folder).is_encoder_decoder:
+        raise UpcycleError(
+            f"{label} is an encoder-decoder, whose data are pairs of texts: train it with "
+            "transformers' Seq2SeqTrainer, and add a balancing loss on its routers' logits"
+        )
+
+
 def load_whole(folder: Path, **settings: Any) -> Any:
     """What `from_pretrained` returns for a folder. Quantised weights are dequantised on the way,
     one at a time and as a conversion reads them, and need none of their kernels.

@@ -290,6 +290,7 @@ class RecipePart(Part):
     shared: float | None = None
     shared_by: Choice
     router: Choice | None
+    fit: Choice | None = None
     compensate: Choice | None = None
     rest: Choice | None = None
     sequential: bool = False
@@ -484,6 +485,19 @@ class PlanPart(Part):
     """Of several models."""
 
 
+class FitPart(Part):
+    """What a fit made of a layer's error, |y - ŷ|² / |y|² of its routed neurons' output, on tokens
+    that it was not learned from."""
+
+    error_before: FiniteFloat
+    error_after: float
+    kept: bool
+    """Whether what was learned is in the model."""
+    budget: FiniteFloat
+    smallest_k: int | None = None
+    """The fewest experts per token that keep the error within the budget; None: no number does."""
+
+
 class LayerPart(Part):
     """What became of a layer."""
 
@@ -492,6 +506,7 @@ class LayerPart(Part):
     permutation: list[int] | None = None
     """The dense neurons in their new order, shared first, then expert by expert (of a split that is
     no partition, with some of them twice or more and some left out); None of whole copies."""
+    fit: FitPart | None = None
 
 
 class ConversionResult(Part):

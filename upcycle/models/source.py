@@ -522,12 +522,15 @@ def _open_folder(
     expected = {layout.full(name) for name in layout.expected}
     begun = {**family.stored, **HOLDERS.get(whole.model_type, {})}
     stored = plain_names(headers, expected, layout.base, begun)
-    found = {layout.short(n): headers[old] for n, old in stored.items() if not BUFFER.search(n)}
+    kept = {n for n in stored if not BUFFER.search(n) and not family.unread.search(n)}
+    found = {layout.short(n): headers[old] for n, old in stored.items() if n in kept}
     config.tie_word_embeddings |= whole.tie_word_embeddings
     config.tie_word_embeddings &= family.ties
-    if remote is not None and config.tie_word_embeddings and {HEAD, EMBEDDINGS} <= found.keys():
+    alike = found.keys() & {HEAD, EMBEDDINGS, *layout.twins}
+    if remote is not None and config.tie_word_embeddings and len(alike) > 1:
         # Whether they are one is not in the headers.
-        remote.fetch({found[HEAD].file, found[EMBEDDINGS].file})
+        remote.fetch({found[name].file for name in alike})
+    _settle_twins(folder, layout.twins, found)
     notes = (*_settle_head(folder, config, found), *_dequantised(found.values()))
     headless = is_headless(config, found)
     _verify(folder, layout, found, tied=config.tie_word_embeddings or headless)
@@ -546,6 +549,22 @@ def is_headless(config: PreTrainedConfig, names: Iterable[str]) -> bool:
     hidden states, as it is stored for what is built on these."""
     tied = config.tie_word_embeddings
     return is_encoder(config) and not tied and not any(name.endswith(HEAD) for name in names)
+
+
+def _settle_twins(folder: Path, twins: frozenset[str], tensors: dict[str, TensorInfo]) -> None:
+    """Make one tensor of embeddings that are stored several times.
+
+    Raises:
+        UpcycleError: they are not the same.
+    """
+    for name in sorted(twins & tensors.keys()):
+        info = tensors.pop(name)
+        first = tensors.setdefault(EMBEDDINGS, info)
+        if first is not info and not _equal_matrices(folder, first, info):
+            raise UpcycleError(
+                f"{name} in {info.file} holds other values than {first.name}, whose embeddings it "
+                "shares: a model with both has no native MoE"
+            )
 
 
 def _settle_head(

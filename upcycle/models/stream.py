@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
+from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.types import DenseFFN
 from upcycle.models.families import FAMILIES, auto_class
+from upcycle.models.families.base import Blocks, Stack
+from upcycle.models.halves import halves
 from upcycle.models.names import HEAD
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
@@ -37,8 +41,11 @@ class HiddenStream:
     layer is called with. A layer is passed in two halves, so that another FFN can take the place
     of the dense one: `attend` up to what the FFN sees, `advance` from what it puts out.
 
+    Of an encoder-decoder, the first half of every sequence goes through the encoder; then the
+    other half goes through the decoder, whose layers are told what came of the first.
+
     Tokens that went `through` all layers can turn round: `to_loss` begins the way back, which
-    `back` goes on, one layer in memory at a time again.
+    `back` goes on, one layer in memory at a time again. (Not those of an encoder-decoder.)
 
     Args:
         config: of the dense model.
@@ -56,15 +63,16 @@ class HiddenStream:
         tokens_BL: Tensor | Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        self.blocks = FAMILIES[config.model_type].blocks
+        family = FAMILIES[config.model_type]
+        self.config, self.blocks = config, family.blocks
         self.model = model = skeleton(config).requires_grad_(False)
-        self.decoder = decoder = model.model
-        self.layers, self.norm = decoder.layers, getattr(decoder, self.blocks.norm)
         self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
         self.device = device
-        self.recorders = [_Recorder(layer) for layer in self.layers]
-        decoder.layers = nn.ModuleList(self.recorders)
-        setattr(decoder, self.blocks.norm, nn.Identity())
+        self.stacks = [_Stacked(model, stack, self.blocks) for stack in family.stacks]
+        self.layers = [layer for stack in self.stacks for layer in stack.layers]
+        self.recorders = [recorder for stack in self.stacks for recorder in stack.recorders]
+        self.ffns = [stack.ffn for stack in self.stacks for _ in stack.layers]
+        self.decoder = decoder = self.stacks[-1].module
         if getattr(decoder, "rotary_emb", None) is not None:
             decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
         for i, rotary in enumerate(getattr(decoder, "rotary_embs", ())):  # one for each base
@@ -73,16 +81,38 @@ class HiddenStream:
         self.hidden: list[Tensor] = []
         self.branches: list[Tensor] = []
         # By the place in `hidden`: what its layers leave for later ones, and whose batch it is of.
-        self.left: list[dict[str, MutableMapping[str, Any]]] = []
+        self.left: list[dict[str, Any]] = []
+        # By the same place, embeddings of what the stacks after the first are given.
+        self.waiting: list[list[Tensor]] = []
+        embed = getattr(decoder, self.blocks.embeddings[0])
         with torch.no_grad():
             for ids_bL in self._batches():
-                decoder(input_ids=ids_bL, use_cache=False)
-                self.hidden.append(self.recorders[0].hidden)
-                self.left.append(self.recorders[0].left(ids_bL.shape[1]))
+                first_bL, *others = halves(config, ids_bL)
+                self._enter(self.stacks[0], input_ids=first_bL)
+                self.waiting.append([embed(ids) for ids in others])
         self.batches = list(range(len(self.hidden)))
         # They are not needed again before the end: a large vocabulary's may be gigabytes.
-        for name in self._embeddings:
-            _unload(getattr(decoder, name))
+        for stack in self.stacks:
+            for name in self._embeddings:
+                _unload(getattr(stack.module, name))
+
+    def _enter(self, stack: "_Stacked", **given: Any) -> None:
+        """Let a batch come before a stack's first layer."""
+        stack.module(use_cache=False, **given)
+        first = stack.recorders[0]
+        self.hidden.append(first.hidden)
+        self.left.append(first.left(first.hidden.shape[1]))
+
+    @torch.no_grad()
+    def _cross(self, before: "_Stacked", after: "_Stacked") -> None:
+        """Go on with what the decoder is given, once the encoder is passed."""
+        encoded = [before.norm(hidden_bLD) for hidden_bLD in self.hidden]
+        _unload(before.norm)
+        self.hidden, self.left = [], []
+        for encoded_bLD, waiting in zip(encoded, self.waiting, strict=True):
+            seen = {"encoder_hidden_states": encoded_bLD}
+            self._enter(after, inputs_embeds=waiting.pop(0), **seen)
+            self.left[-1] |= seen
 
     def _batches(self) -> Iterator[Tensor]:
         """Token ids [b, L] as they go through a layer together."""
@@ -97,15 +127,20 @@ class HiddenStream:
     def _load_embeddings(self, outer: Mapping[str, Tensor]) -> torch.dtype:
         """Give the modules before the layers their weights; the dtype in which layers run."""
         for name in self._embeddings:
-            module, place = getattr(self.decoder, name), f"model.{name}."
+            place = f"model.{name}."
             own = {n.removeprefix(place): t for n, t in outer.items() if n.startswith(place)}
             on_cpu = self.device.type == "cpu"
             dtype = torch.float32 if on_cpu else next(iter(own.values())).dtype
-            module.load_state_dict(
-                {n: t.to(self.device, dtype) for n, t in own.items()}, assign=True
-            )
-            if hasattr(module, "embed_scale"):
-                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
+            weights = {n: t.to(self.device, dtype) for n, t in own.items()}
+            for module in (getattr(stack.module, name) for stack in self.stacks):
+                module.load_state_dict(weights, assign=True)
+                if hasattr(module, "embed_scale"):
+                    module.embed_scale = torch.tensor(module.scalar_embed_scale, device=self.device)
+        for stack in self.stacks[:-1]:
+            place = f"{stack.name}.{self.blocks.norm}."
+            own = {n.removeprefix(place): t for n, t in outer.items() if n.startswith(place)}
+            weights = {n: t.to(self.device, dtype) for n, t in own.items()}
+            stack.norm.load_state_dict(weights, assign=True)
         return dtype
 
     @torch.no_grad()
@@ -120,11 +155,11 @@ class HiddenStream:
             What its FFN sees, x [T, D], and the norm [T] of what the FFN's output is added to.
         """
         block, blocks = self._load(layer, weights), self.blocks
-        self.ffn, silent = getattr(block, blocks.ffn), _SilentFFN()
+        self.ffn, silent = block.get_submodule(self.ffns[layer]), _SilentFFN()
         self.after = {name: getattr(block, name) for name in blocks.after}
-        self._set(layer, {blocks.ffn: silent} | dict(blocks.after))
-        mixers = [name for name in blocks.mixers if getattr(block, name, None) is not None]
-        stand_ins = {name: _SilentMixer(getattr(block, name)) for name in mixers}
+        self._set(layer, {self.ffns[layer]: silent} | dict(blocks.after))
+        mixers = {name: module for name, module in block.named_modules() if name in blocks.mixers}
+        stand_ins = {name: _SilentMixer(module) for name, module in mixers.items()}
         self._set(layer, stand_ins)
         x_TD, room = self._room(self.dtype)
         for i, hidden_bLD in enumerate(self.hidden):
@@ -161,7 +196,7 @@ class HiddenStream:
     def branch(self, layer: int, y_TD: Tensor) -> None:
         """Between `attend` and `advance`: let the first batch also go on in another way, with
         this output of its FFN, and through the dense layers after it."""
-        self._set(layer, {self.blocks.ffn: _Replay(y_TD)} | self.after)
+        self._set(layer, {self.ffns[layer]: _Replay(y_TD)} | self.after)
         self.branches.append(self._run(layer, self.hidden[0], 0))
 
     @torch.no_grad()
@@ -169,7 +204,7 @@ class HiddenStream:
         """Move all tokens through the rest of the layer: its own FFN, or one in its place that
         puts out y for the x of `attend`."""
         ffn = self.ffn if y_TD is None else _Replay(y_TD)
-        self._set(layer, {self.blocks.ffn: ffn} | self.after)
+        self._set(layer, {self.ffns[layer]: ffn} | self.after)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD, i)
         self.hidden += self.branches
@@ -239,7 +274,7 @@ class HiddenStream:
         """
         block, heard = self._load(layer, weights), list[Tensor]()
         if not bare:
-            ffn = getattr(block, self.blocks.ffn)
+            ffn = block.get_submodule(self.ffns[layer])
             ffn.register_forward_hook(lambda module, given, y_bLD: heard.append(y_bLD))
         sizes = [leaving_bLD[..., 0].numel() for leaving_bLD in self.gradients]
         of_output: list[Tensor] = []
@@ -262,6 +297,9 @@ class HiddenStream:
         return nothing
 
     def _load(self, layer: int, weights: Mapping[str, Tensor]) -> nn.Module:
+        for before, after in pairwise(self.stacks):
+            if self.recorders[layer] is after.recorders[0]:
+                self._cross(before, after)
         block: nn.Module = self.layers[layer]
         block.load_state_dict(
             {k: v.to(self.device, self.dtype) for k, v in weights.items()}, assign=True
@@ -270,7 +308,8 @@ class HiddenStream:
 
     def _set(self, layer: int, attributes: Mapping[str, Any]) -> None:
         for name, value in attributes.items():
-            setattr(self.layers[layer], name, value)
+            place, _, own = name.rpartition(".")
+            setattr(self.layers[layer].get_submodule(place), own, value)
 
     def last_log_probs(self, outer: Mapping[str, Tensor], tokens: int) -> Iterator[Tensor]:
         """After the last layer: log-probabilities [t, V] of the last tokens, in order,
@@ -291,7 +330,7 @@ class HiddenStream:
             yield self._logits(hidden_bLD).log_softmax(-1)
 
     def _load_head(self, outer: Mapping[str, Tensor]) -> None:
-        setattr(self.decoder, self.blocks.norm, self.norm)
+        setattr(self.decoder, self.blocks.norm, self.stacks[-1].norm)
         weights = {k: v.to(self.device, self.dtype) for k, v in outer.items()}
         weights.setdefault(HEAD, weights[f"model.{self.blocks.embeddings[0]}.weight"])
         self.model.load_state_dict(weights, assign=True, strict=False)
@@ -308,17 +347,22 @@ class HiddenStream:
         beside = self.recorders[layer].beside[self.batches[place]]
         arguments = self._arguments(layer, *hidden_bLD.shape[:2]) | self.left[place]
         out = self.layers[layer](hidden_bLD, *beside, **arguments)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+        hidden, *others = out if isinstance(out, tuple) else (out,)
+        # A layer whose mixers are silent puts out nothing else.
+        handed_on = zip(self.blocks.handed_on, others, strict=False)
+        self.left[place] |= {name: x for name, x in handed_on if x is not None}
+        left: Tensor = hidden
+        return left
 
     def _arguments(self, layer: int, batch: int, length: int) -> dict[str, Any]:
         """What transformers called the layer with for sequences of this length; the last batch of
         them may be the shorter one."""
         arguments = dict(self.recorders[layer].arguments[length])
-        mask = arguments.get("attention_mask")
-        if isinstance(mask, Tensor):
-            mask = mask[:1].expand(batch, *mask.shape[1:])
-            arguments["attention_mask"] = mask.to(self.dtype) if mask.is_floating_point() else mask
+        for name in ("attention_mask", "encoder_attention_mask"):
+            mask = arguments.get(name)
+            if isinstance(mask, Tensor):
+                mask = mask[:1].expand(batch, *mask.shape[1:])
+                arguments[name] = mask.to(self.dtype) if mask.is_floating_point() else mask
         if arguments.get("position_embeddings") is not None:
             angles = arguments["position_embeddings"]
             arguments["position_embeddings"] = tuple(each[:1].to(self.dtype) for each in angles)
@@ -331,6 +375,19 @@ def _unload(module: nn.Module) -> None:
     """Let go of a module's weights."""
     gone = {name: weight.to("meta") for name, weight in module.state_dict().items()}
     module.load_state_dict(gone, assign=True)
+
+
+class _Stacked:
+    """A stack of a model, with recorders in place of its layers and without its norm."""
+
+    def __init__(self, model: nn.Module, stack: Stack, blocks: Blocks) -> None:
+        self.name, self.ffn = stack.module, stack.ffn + blocks.ffn
+        self.module: Any = model.get_submodule(stack.module)
+        self.layers: nn.ModuleList = getattr(self.module, stack.layers)
+        self.recorders = [_Recorder(layer, len(blocks.handed_on)) for layer in self.layers]
+        self.norm: nn.Module = getattr(self.module, blocks.norm)
+        setattr(self.module, stack.layers, nn.ModuleList(self.recorders))
+        setattr(self.module, blocks.norm, nn.Identity())
 
 
 class _StandIn(nn.Module):
@@ -348,20 +405,24 @@ class _Recorder(_StandIn):
 
     hidden: Tensor
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, handed_on: int) -> None:
         super().__init__(layer)
+        self.names, self.handed_on = list(signature(layer.forward).parameters)[1:], handed_on
         self.arguments: dict[int, dict[str, Any]] = {}
         """By the sequences' length."""
         self.beside: list[tuple[Any, ...]] = []
         """By batch, what each token has of its own beside its hidden state."""
 
-    def forward(self, hidden: Tensor, *beside: Any, **arguments: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *beside: Any, **arguments: Any) -> Any:
         self.hidden = hidden
+        if self.handed_on:
+            arguments |= zip(self.names, beside, strict=False)
+            beside = ()
         self.arguments[hidden.shape[1]] = arguments
         self.beside.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in beside))
-        return hidden
+        return (hidden, *[None] * self.handed_on) if self.handed_on else hidden
 
-    def left(self, length: int) -> dict[str, MutableMapping[str, Any]]:
+    def left(self, length: int) -> dict[str, Any]:
         """Arguments in which layers leave something for later ones: as yet, nothing."""
         given = self.arguments[length].items()
         return {name: copy(x) for name, x in given if isinstance(x, MutableMapping)}
@@ -384,15 +445,15 @@ class _SilentMixer(nn.Module):
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer: nn.Module | None = mixer
-        self.pair = False
+        self.others = 0
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
         if self.mixer is not None:
             out = self.mixer(hidden_states, **arguments)
-            self.pair = isinstance(out, tuple)
+            self.others = len(out) - 1 if isinstance(out, tuple) else 0
             return out
         nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if self.pair else nothing
+        return (nothing, *[None] * self.others) if self.others else nothing
 
 
 class _Replay(nn.Module):
@@ -422,10 +483,18 @@ class _Constant(_StandIn):
 
 def replace_ffn(model: PreTrainedModel, layer: int, ffn: DenseFFN) -> None:
     """Let a whole dense model use another FFN in a layer."""
-    text = model.config.get_text_config()
-    blocks, weight = FAMILIES[text.model_type].blocks, next(model.parameters())
+    family, weight = FAMILIES[model.config.get_text_config().model_type], next(model.parameters())
     given = _Given(ffn.to(weight.device, weight.dtype))
-    setattr(model.get_decoder().layers[layer], blocks.ffn, given)
+    if len(family.stacks) == 1:  # a model of several parts has it elsewhere
+        setattr(model.get_decoder().layers[layer], family.blocks.ffn, given)
+        return
+    for stack in family.stacks:
+        place = f"{stack.module}.{stack.layers}"
+        count = len(model.get_submodule(place))
+        if layer < count:
+            model.set_submodule(f"{place}.{layer}.{stack.ffn}{family.blocks.ffn}", given)
+            return
+        layer -= count
 
 
 class _Given(nn.Module):

@@ -12,9 +12,11 @@ A text is a file, a data set in a folder or on the hub, or one of those that nee
 
 import json
 import random
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 
@@ -120,9 +122,25 @@ def texts(text: str) -> list[str]:
     return text.split("+")
 
 
+def weighted(text: str) -> list[tuple[str, Fraction]]:
+    """The texts that are joined by +, and how much each counts: of `a.txt*2+b.txt` the first one
+    twice as much."""
+    return list(map(_weighted, texts(text)))
+
+
+def _weighted(name: str) -> tuple[str, Fraction]:
+    found = re.fullmatch(r"(.+)\*(\d+(?:\.\d+)?)", name)
+    if found is None or local_path(name).exists():
+        return name, Fraction(1)
+    return found[1], Fraction(found[2])
+
+
 def public_texts(text: str) -> str:
     """The texts that are joined by +, files by their names alone."""
-    return "+".join(map(public_name, texts(text)))
+    return "+".join(
+        public_name(name) + ("" if weight == 1 else f"*{float(weight):g}")
+        for name, weight in weighted(text)
+    )
 
 
 def parse(text: str, field: str = "text") -> Text:
@@ -178,7 +196,7 @@ def check_text(text: str, field: str = "calibration") -> None:
 
 def text_files(text: str) -> list[Path]:
     """The files here that texts, joined by +, are read from."""
-    named = (name for name in texts(text) if name not in NAMES["calibration"])
+    named = (name for name, _ in weighted(text) if name not in NAMES["calibration"])
     return [path for name in named for path in parse(name).files]
 
 

@@ -12,6 +12,8 @@ class Trait(StrEnum):
     """What a forward pass may do besides plain llama; a target accepts a trait or refuses it."""
 
     BIDIRECTIONAL = "attention to both sides"
+    ENCODER = "an encoder that its decoder looks at"
+    RELATIVE_POSITIONS = "learned biases of attention by distance"
     QKV_BIAS = "biases on q, k and v"
     O_BIAS = "a bias on the attention output"
     QK_NORM = "a norm per head on q and k"
@@ -57,6 +59,8 @@ class Architecture:
     """The model_type of the model that it is the text model of, if that has other parts, too."""
     head: bool = True
     """Whether it makes logits of hidden states; some encoders are stored without what does."""
+    encoder_layers: int = 0
+    """Of an encoder-decoder, how many of the layers are the encoder's, which come first."""
 
     @property
     def encoder(self) -> bool:
@@ -64,11 +68,25 @@ class Architecture:
         return Trait.BIDIRECTIONAL in self.traits
 
     @property
+    def goes_on(self) -> bool:
+        """Whether it goes on from a text with nothing beside it, as decoders do."""
+        return not self.encoder and not self.encoder_layers
+
+    @property
     def loader(self) -> str:
-        """The class of transformers that loads it by its folder."""
+        """The class of transformers that loads it by its folder, or its host."""
         if self.encoder:
             return "AutoModel"
+        if self.encoder_layers:
+            return "AutoModelForSeq2SeqLM"
         return "AutoModelForImageTextToText" if self.whole in HOLDERS else "AutoModelForCausalLM"
+
+    @property
+    def task(self) -> str:
+        """What the hub calls what it does."""
+        if self.encoder:
+            return "feature-extraction"
+        return "text2text-generation" if self.encoder_layers else "text-generation"
 
     @property
     def output(self) -> str:

@@ -55,12 +55,6 @@ REASONS = {
     "which no native MoE does",
 }
 
-UNCONVERTED = {
-    "t5": "is an encoder-decoder, whose copies switch_transformers would host where FFNs have no "
-    "gate, but upcycle writes one stack of layers",
-}
-"""Families that a native MoE hosts, each with what upcycle lacks."""
-
 MOE_BY_ANOTHER_NAME = set(
     "mixtral dbrx flex_olmo gpt_oss deepseek_v2 deepseek_v3 jamba qwen3_next llama4_text "
     "switch_transformers".split()

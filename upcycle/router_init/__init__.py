@@ -2,6 +2,7 @@
 
 import upcycle.router_init.centroid
 import upcycle.router_init.kmeans
+import upcycle.router_init.low_rank
 import upcycle.router_init.membership
 import upcycle.router_init.normal
 import upcycle.router_init.random

@@ -6,25 +6,18 @@ the output of what the router selects, by Adam, without a gradient through any o
 selection stays fixed. Every batch takes its tokens from all over the text, and one batch is held
 out: if its error does not fall, the layer keeps what least squares gave.
 
-The steps are relative: to each matrix's root mean square, because Adam's have no unit, and over √n
-for rows of n inputs, whose outputs would otherwise move the more the wider the layer (μP,
-arXiv:2203.03466).
+The steps are relative (`unit_step`).
 """
 
-import math
-
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from upcycle.conversion.compensate.base import compensation
 from upcycle.conversion.compensate.least_squares import LeastSquaresParams, refit
+from upcycle.conversion.fit.loop import BATCH, follow, unit_step
 from upcycle.core.types import DenseFFN, LayerActivations, Selection
 
-BATCH = 512  # tokens a step
-WARM_UP = 10  # steps
 MATRICES = ("gate_FD", "up_FD", "down_DF")
-BETAS = (0.9, 0.95)
 
 
 class DescentParams(LeastSquaresParams):
@@ -61,24 +54,11 @@ def descend(
     before = error(start, held_out)
     if batches == 1 or not before > 0:
         return start
-    ffn = start.changed(torch.clone)
-    matrices = [getattr(ffn, name).requires_grad_() for name in ffn.matrices]
-    optimiser = torch.optim.Adam(
-        [{"params": matrix, "lr": params.rate * _step(matrix)} for matrix in matrices], betas=BETAS
+    ffn = start.changed(lambda matrix: matrix.clone())
+    follow(
+        [(m, params.rate * unit_step(m)) for m in (getattr(ffn, name) for name in ffn.matrices)],
+        (slice(step, None, batches) for step in range(batches - 1)),
+        lambda batch: error(ffn, batch) / unit,
+        batches - 1,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / batches)
-    )
-    with torch.enable_grad():
-        for step in range(batches - 1):
-            optimiser.zero_grad()
-            (error(ffn, slice(step, None, batches)) / unit).backward()
-            optimiser.step()
-            schedule.step()
-    for matrix in matrices:
-        matrix.requires_grad_(False)
     return ffn if error(ffn, held_out) < before else start
-
-
-def _step(matrix: Tensor) -> float:
-    return matrix.detach().square().mean().sqrt().item() / math.sqrt(matrix.shape[1])

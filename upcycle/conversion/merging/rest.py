@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upcycle.conversion.design import Bound
 from upcycle.conversion.merging.sources import Sources, is_ffn
 from upcycle.conversion.rest.registry import Run
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Method
 from upcycle.core.rng import generator

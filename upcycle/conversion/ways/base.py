@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from upcycle.conversion.converted import ConvertedLayer, Inputs
-from upcycle.conversion.design import Bound, Design, Methods
+from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.recipe import Recipe
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.registry import Registry
@@ -38,6 +39,8 @@ class Room:
     """How many of the layers stay dense; the others make up for it in the active share."""
     shared_width: SharedWidth = "none"
     min_experts: int = 1
+    most_top_k: int | None = None
+    """Experts that the target gives a token at most, where it has such a limit."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,19 @@ def check_no_copies(recipe: Recipe) -> None:
         raise UpcycleError(
             f"{setting('granularity', recipe.granularity)} goes with copies: for a split, raise "
             "`experts`"
+        )
+
+
+def check_no_fit(recipe: Recipe) -> None:
+    """Nothing is asked to be learned layer by layer.
+
+    Raises:
+        UpcycleError: it is.
+    """
+    if recipe.fit.name != "none":
+        raise UpcycleError(
+            f"{setting('fit', recipe.fit)} goes with a split: give `fit=none`, and train the "
+            "result by upcycle finetune"
         )
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from upcycle.conversion.converted import ConvertedLayer, Inputs, route, stored
-from upcycle.conversion.design import Bound, Design, Methods
+from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import copied_geometry
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_alike
+from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_alike, check_no_fit
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.rng import generator
@@ -33,6 +34,7 @@ class Copy(Way):
 
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_alike(recipe, methods)
+        check_no_fit(recipe)
         if recipe.compensate.name != "none":
             raise UpcycleError(
                 f"{setting('compensate', recipe.compensate)} goes with a split: copies lose nothing"
@@ -45,7 +47,7 @@ class Copy(Way):
             raise UpcycleError("`keep_dense=auto` goes with a split: copies do no damage")
 
     def geometry(self, recipe: Recipe, room: Room) -> Geometry:
-        return copied_geometry(recipe, room.num_neurons)
+        return copied_geometry(recipe, room.num_neurons, room.most_top_k)
 
     def make(self, design: Design, inputs: Inputs) -> ConvertedLayer:
         """N copies of G shards; a copy's shards share a router row, so they are chosen together

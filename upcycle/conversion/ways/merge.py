@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from upcycle.conversion.converted import ConvertedLayer, Inputs, route, stored
-from upcycle.conversion.design import Bound, Design, Methods
+from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import merged_geometry
 from upcycle.conversion.merging.request import RANDOM, Expert, Merge
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies
+from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies, check_no_fit
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.rng import generator
@@ -54,6 +55,7 @@ class MergeWay(Way):
 
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_no_copies(recipe)
+        check_no_fit(recipe)
         if recipe.compensate.name != "none" or recipe.active is not None:
             field = "active" if recipe.active is not None else "compensate"
             raise UpcycleError(

@@ -24,6 +24,7 @@ from upcycle.conversion.ways.base import (
     Way,
     check_alike,
     check_no_copies,
+    check_no_fit,
 )
 from upcycle.core.errors import UpcycleError
 from upcycle.core.rng import generator
@@ -51,6 +52,7 @@ class Prune(Way):
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_alike(recipe, methods)
         check_no_copies(recipe)
+        check_no_fit(recipe)
         if recipe.top_k not in (None, 1):
             raise UpcycleError(
                 f"`top_k={recipe.top_k}` goes with a split or copies: a token takes one pruned "

@@ -11,15 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle.conversion.converted import ConvertedLayer, Inputs, refit, route, stored
-from upcycle.conversion.design import Bound, Design, Methods
+from upcycle.conversion.converted import ConvertedLayer, Inputs, refit, route, scaled, stored
+from upcycle.conversion.design import Design, Methods
+from upcycle.conversion.fit.base import Experts
+from upcycle.conversion.fit.learn import learn
 from upcycle.conversion.geometry import split_geometry
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies
+from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.innovation import innovations
 from upcycle.core.rng import generator
-from upcycle.core.types import DenseFFN, ExpertLayout, Geometry
+from upcycle.core.types import DenseFFN, ExpertLayout, Geometry, LayerActivations
+from upcycle.models.record import FitPart
 from upcycle.models.targets.base import MoETarget
 
 
@@ -42,42 +46,85 @@ class Split(Way):
             room.num_dense,
             shared_width=room.shared_width,
             min_experts=room.min_experts,
+            most_top_k=room.most_top_k,
         )
 
     def make(self, design: Design, inputs: Inputs) -> ConvertedLayer:
-        activations, weight_T = inputs.activations, inputs.weight_T
-        router_ED, layout = self._cut(design, inputs)
-        router_ED = stored(design, inputs, router_ED)
-        ffn = inputs.ffn
-        if weight_T is not None:
-            selection = layout.selection(router_ED.to(activations.x_TD), design.weigh)
-            y_TD = activations.output()
-            if inputs.wanted_TD is not None:
-                y_TD.lerp_(inputs.wanted_TD, design.feedback)
-            ffn = refit(design, activations, selection, y_TD, weight_T)
-        ffn = ffn.to("cpu", design.dtype)
-        return ConvertedLayer(ffn, layout, router_ED, torch.arange(ffn.num_neurons))
+        shared_S, routed_R = self._shared(design, inputs)
+        experts, part = self._cut(design, inputs, shared_S, routed_R)
+        layout = ExpertLayout(routed_R[experts.experts_EM.cpu()], shared_S)
+        router_ED = stored(design, inputs, experts.router_ED)
+        learned = None
+        if design.methods.fit.method.refits:
+            routed_R = routed_R.to(inputs.activations.x_TD.device)
+            learned = inputs.activations.ffn.put(routed_R, experts.ffn)
+        ffn = self._weights(design, inputs, layout, router_ED, learned).to("cpu", design.dtype)
+        return ConvertedLayer(ffn, layout, router_ED, torch.arange(ffn.num_neurons), fit=part)
 
-    def _cut(self, design: Design, inputs: Inputs) -> tuple[Tensor, ExpertLayout]:
-        """Take the shared neurons out, cut the rest into experts, fit the router."""
-        methods, geometry = design.methods, design.geometry
-        activations, weight_T = inputs.activations, inputs.weight_T
-        # One stream for all three, which so find the same clusters of tokens.
-        stream = (design.seed, "split", inputs.layer)
+    def _shared(self, design: Design, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Neurons that are always on, [S], and the others, [R], ascending."""
+        activations, geometry = inputs.activations, design.geometry
         score_F = torch.zeros(activations.ffn.num_neurons)
         if geometry.shared_size:
-            by = methods.shared_by
-            score_F = by.run(activations, geometry, by.params, generator(*stream)).cpu()
+            by, rng = design.methods.shared_by, self._rng(design, inputs)
+            score_F = by.run(activations, geometry, by.params, rng).cpu()
         order_F = score_F.argsort(descending=True, stable=True)
         shared_S = order_F[: geometry.shared_size].sort().values
-        routed_R = order_F[geometry.shared_size :].sort().values
-        routed = activations.take(routed_R)
-        if weight_T is not None:  # what the shared neurons can stand in for then counts no more
+        return shared_S, order_F[geometry.shared_size :].sort().values
+
+    def _rng(self, design: Design, inputs: Inputs) -> torch.Generator:
+        """One stream for shared neurons, split and router, which so find the same clusters of
+        tokens."""
+        return generator(design.seed, "split", inputs.layer)
+
+    def _cut(
+        self, design: Design, inputs: Inputs, shared_S: Tensor, routed_R: Tensor
+    ) -> tuple[Experts, FitPart | None]:
+        """Cut the routed neurons into experts, fit the router, and let them learn."""
+        activations, weight_T = inputs.activations, inputs.weight_T
+        routed = own = activations.take(routed_R)
+        if design.compensates and weight_T is not None:
+            # What the shared neurons can stand in for then counts no more.
             routed = innovations(activations, routed_R, shared_S, weight_T)
-        split = methods.split
-        members_EM = split.run(routed, geometry.num_experts, split.params, generator(*stream))
-        router_ED = route(design, routed, members_EM, generator(*stream))
-        return router_ED, ExpertLayout(routed_R[members_EM], shared_S)
+        split = design.methods.split
+        count = design.geometry.num_experts
+        members_EM = split.run(routed, count, split.params, self._rng(design, inputs))
+        router_ED = route(design, routed, members_EM, self._rng(design, inputs))
+        if not design.fits:
+            return Experts(own.ffn, members_EM, router_ED), None
+        seen = own if design.methods.fit.method.refits else routed
+        return self._learn(design, inputs, seen, Experts(seen.ffn, members_EM, router_ED))
+
+    def _learn(
+        self, design: Design, inputs: Inputs, routed: LayerActivations, experts: Experts
+    ) -> tuple[Experts, FitPart | None]:
+        fit, x_TD = design.methods.fit, routed.x_TD
+        spread_ED = scaled(experts.router_ED, x_TD, 1.0).to(x_TD)
+        start = Experts(experts.ffn, experts.experts_EM, spread_ED)
+        weight_T = torch.ones_like(x_TD[:, 0]) if inputs.weight_T is None else inputs.weight_T
+        rng, top_k = generator(design.seed, "fit", inputs.layer), design.geometry.top_k
+        return learn(fit.method, fit.params, start, routed, weight_T, top_k, rng, inputs.tell)
+
+    def _weights(
+        self,
+        design: Design,
+        inputs: Inputs,
+        layout: ExpertLayout,
+        router_ED: Tensor,
+        learned: DenseFFN | None,
+    ) -> DenseFFN:
+        """What all neurons come to have: the dense FFN's weights, or learned ones, refit if that is
+        asked for."""
+        activations, weight_T = inputs.activations, inputs.weight_T
+        if not design.compensates or weight_T is None:
+            return learned or inputs.ffn
+        y_TD = activations.output()
+        if inputs.wanted_TD is not None:
+            y_TD.lerp_(inputs.wanted_TD, design.feedback)
+        if learned is not None:
+            activations = LayerActivations(learned, activations.x_TD)
+        selection = layout.selection(router_ED.to(activations.x_TD), design.weigh)
+        return refit(design, activations, selection, y_TD, weight_T)
 
     def exact(self, recipe: Recipe, design: Design) -> Exact:
         return "all on"
@@ -100,7 +147,8 @@ class Split(Way):
 
     def used(self, methods: Methods, geometry: Geometry) -> dict[str, Bound[Any]]:
         used: dict[str, Bound[Any]] = {"router": methods.router, "split": methods.split}
-        return used | ({"shared_by": methods.shared_by} if geometry.shared_size else {})
+        used |= {"shared_by": methods.shared_by} if geometry.shared_size else {}
+        return used | ({"fit": methods.fit} if methods.fit.method.learns else {})
 
     def usage(self, geometry: Geometry) -> str:
         each = f"{100 * geometry.expert_size / geometry.num_neurons:.1f}"
@@ -114,7 +162,8 @@ class Split(Way):
     def made(self, design: Design) -> str:
         methods = design.methods
         shared = f", shared by {methods.shared_by.name}" if design.geometry.shared_size else ""
-        return f"split by {methods.split.name}{shared}, router {methods.router.name}"
+        fit = f", fit {methods.fit.name}" if design.fits else ""
+        return f"split by {methods.split.name}{shared}, router {methods.router.name}{fit}"
 
     def card(self, design: Design) -> str:
         geometry = design.geometry

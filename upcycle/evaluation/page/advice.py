@@ -14,6 +14,7 @@ from upcycle.models.record import CheckReport, Made
 from upcycle.models.text import texts
 
 NO_TRAINING_TEXT = ("self", "none")
+SEQ2SEQ = "AutoModelForSeq2SeqLM"
 LOADING = """\
 from transformers import {1}, AutoTokenizer
 
@@ -51,6 +52,8 @@ def _ratio(made: Made | None, evaluation: Evaluation) -> float | None:
 
 
 def _training(facts: Facts, evaluation: Evaluation, preset: str, suffix: str) -> str:
+    if facts.loader == SEQ2SEQ:  # which others train
+        return _use(facts)
     out = shlex.quote(f"{PurePath(public_name(facts.model)).name}-{suffix}")
     # upcycle.json names the dense model; beside an MoE of other origin only the page does.
     teacher = ""

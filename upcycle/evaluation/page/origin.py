@@ -61,6 +61,7 @@ def _methods(recipe: RecipePart) -> dict[str, str]:
         "Split by": recipe.split.name if method == "split" else "",
         "Shared by": recipe.shared_by.name if recipe.shared else "",
         "Router": router,
+        "Fit": recipe.fit.name.replace("_", " ") if recipe.fit else "",
         "Compensation": compensation,
     }
 

@@ -25,6 +25,7 @@ import upcycle.models.families.qwen3
 import upcycle.models.families.qwen3_5_text
 import upcycle.models.families.seed_oss
 import upcycle.models.families.smollm3
+import upcycle.models.families.t5
 import upcycle.models.families.youtu
 from upcycle.models.families.base import (
     FAMILIES,

@@ -7,6 +7,7 @@ known to have no effect on the forward pass, or an error: nothing is lost silent
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
 )
 
@@ -24,7 +26,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.registry import Registry
 from upcycle.models.holders import HOLDERS
 from upcycle.models.traits import Architecture, Trait
-from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS, UNCONVERTED
+from upcycle.models.unhosted import MOE_BY_ANOTHER_NAME, REASONS
 
 Rewrite = Callable[[str, Tensor, PreTrainedConfig], Mapping[str, Tensor]]
 
@@ -47,6 +49,22 @@ class Blocks:
     after: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of a layer with the values by which nothing is done to what it is when its FFN's
     output has been added."""
+    handed_on: tuple[str, ...] = ()
+    """What a layer puts out beside hidden states, by the names by which the next one takes it."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that follow one another."""
+
+    module: str = "model"
+    """What holds them, and embeddings and a norm around them."""
+    layers: str = "layers"
+    """Their name there."""
+    count: str = "num_hidden_layers"
+    """The config field that says how many there are."""
+    ffn: str = ""
+    """What the name of an FFN in a layer begins with, in the dense model as in its host."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +107,17 @@ class DenseFamily:
     """Whether a config of this model_type is an MoE's."""
     drafts: Drafts | None = None
     blocks: Blocks = Blocks()
+    stacks: tuple[Stack, ...] = (Stack(),)
+    """Where its layers are; of an encoder-decoder, the encoder's before the decoder's."""
     bare_layers: Callable[[PreTrainedConfig], tuple[int, ...]] = lambda config: ()
     """Layers without an FFN."""
     ties: bool = True
     """Whether its class ties embeddings where config.json says so."""
     stored: Mapping[str, str] = field(default_factory=dict)
     """What names begin with in its checkpoints, with what transformers puts in its place."""
+    unread: re.Pattern[str] = re.compile("(?!)")
+    """Names of tensors that some of its checkpoints hold, but its class passes over, as nothing was
+    ever done with them."""
     rewrite: Rewrite = keep
     """One tensor of the source as tensors under llama's names."""
     auto: Any = AutoModelForCausalLM
@@ -170,6 +193,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
         intermediate_size=family.width(config),
         bare_layers=family.bare_layers(config),
         whole="" if whole is config else whole.model_type,
+        encoder_layers=sum(getattr(config, stack.count) for stack in family.stacks[:-1]),
     )
 
 
@@ -194,7 +218,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
     if config.model_type in HOLDERS and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
     kind = config.model_type
-    return FAMILIES[kind].auto if kind in FAMILIES else AutoModelForCausalLM
+    if kind in FAMILIES:
+        return FAMILIES[kind].auto
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -290,8 +316,6 @@ def unsupported_reason(
             f"{model_type} with gated FFNs can't become a native MoE: it is an encoder-decoder, "
             f"and no native MoE of these has gated experts {known}"
         )
-    if model_type in UNCONVERTED:
-        return f"{model_type} is not converted: it {UNCONVERTED[model_type]} {known}"
     if encoder_decoder:
         return f"{model_type} is an encoder-decoder of a family that upcycle does not know {known}"
     nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)

@@ -15,6 +15,7 @@ import upcycle.models.targets.nemotron_h
 import upcycle.models.targets.qwen2_moe
 import upcycle.models.targets.qwen3_5_moe
 import upcycle.models.targets.qwen3_moe
+import upcycle.models.targets.switch_transformers
 from upcycle.models.runtimes import Runtime
 from upcycle.models.targets.base import (
     TARGETS,

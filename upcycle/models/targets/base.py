@@ -61,7 +61,7 @@ class Routing:
     """How the target's router weights the experts that it selects."""
 
     score: Literal["softmax", "sigmoid"]
-    renormalises: Literal["always", "usually", "optional"]
+    renormalises: Literal["always", "usually", "optional", "never"]
     """Whether the weights of the selected experts are divided by their sum. `usually`: the config
     decides it in transformers, but llama.cpp always does."""
     shared_gate: float | None = 1.0
@@ -74,8 +74,12 @@ class Routing:
 
     def least_spread(self, dtype: torch.dtype) -> float:
         """The least spread of logits of which scores in this dtype show enough."""
-        # Sigmoid scores near a half are eps / 2 apart, and change a quarter as fast as logits.
-        return 2 * LEVELS * torch.finfo(dtype).eps if self.in_model_dtype else 0.0
+        if not self.in_model_dtype:
+            return 0.0
+        # Sigmoid scores near a half are eps / 2 apart, and change a quarter as fast as logits; a
+        # softmax's are eps of themselves apart, and change by as much of themselves as logits do.
+        steps = 2 * LEVELS if self.score == "sigmoid" else LEVELS
+        return steps * torch.finfo(dtype).eps
 
     def weights(self, logits_TE: Tensor, top_k: int, gains: Gains) -> Tensor:
         """What each expert counts for a token in the end, [T, E], its gains included: nothing where
@@ -154,7 +158,15 @@ class MoETarget:
     older: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     """Fields of a config.json as transformers 4 and other runtimes spell them, where they are to
     stand in place of transformers 5's spelling, which reads both."""
+    outer: Callable[[Architecture, Mapping[str, Tensor]], Named] = lambda arch, outer: iter(())
+    """The same of the tensors that belong to no layer."""
+    fields: tuple[str, ...] | None = None
+    """The fields of a dense config that it has place for, where that is not all of them."""
+    limit: Callable[[Architecture], str] = lambda arch: ""
+    """What of the traits that it accepts it has no place for, as the end of a sentence."""
     min_experts: int = 1
+    most_top_k: int | None = None
+    """Experts of a token at most, where the class has such a limit."""
     groups: bool = False
     """Whether a token gets copies whole where two score the same: because it can be held to the
     best groups of experts (`n_group`, `topk_group`), or in another way."""
@@ -198,7 +210,7 @@ class MoETarget:
         share = geometry.granularity / top_k if combine == "plain" else 1
         # Of one weight there is nothing to renormalise, and a router that should learn needs it.
         one_of_each = renormalises == "usually" and top_k == 1
-        if combine == "plain" or renormalises == "optional" or one_of_each:
+        if combine == "plain" or renormalises in ("optional", "never") or one_of_each:
             whole = 2.0 if self.routing.score == "sigmoid" else num_experts
             return self._gains(whole * share, norm_topk_prob=False)
         return self._gains(top_k, norm_topk_prob=True, all_on=num_experts / top_k)
@@ -209,22 +221,8 @@ class MoETarget:
         shared = 1 / (self.routing.shared_gate or 1.0)
         return Gains(routed, shared, norm_topk_prob=norm_topk_prob, scale=scale, all_on=all_on)
 
-    def refusal(
-        self,
-        arch: Architecture,
-        *,
-        dense_layers: tuple[int, ...] = (),
-        shared: float | None = None,
-        gated: bool = False,
-        experts: int | None = None,
-    ) -> str:
-        """Why this target can't host the model, as the end of a sentence; empty if it can.
-
-        Args:
-            shared: the share of the neurons that is asked to be always on.
-            gated: whether that is to have a gate with a row of its own.
-            experts: as many as are asked for.
-        """
+    def misfit(self, arch: Architecture) -> str:
+        """What of the model it has no place for, or asks for, as the end of a sentence."""
         held = arch.whole in HOLDERS and self.root == "model."
         if arch.whole and self.whole is None and not held:
             return f"{self.name} has no place for the other parts of a {arch.whole} model"
@@ -234,11 +232,38 @@ class MoETarget:
             )
         for trait in sorted(self.requires - set(arch.traits)):
             return f"{self.name} always has {trait}, which the source has not"
+        return ""
+
+    def refusal(
+        self,
+        arch: Architecture,
+        *,
+        dense_layers: tuple[int, ...] = (),
+        shared: float | None = None,
+        gated: bool = False,
+        experts: int | None = None,
+        top_k: int | None = None,
+    ) -> str:
+        """Why this target can't host the model, as the end of a sentence; empty if it can.
+
+        Args:
+            shared: the share of the neurons that is asked to be always on.
+            gated: whether that is to have a gate with a row of its own.
+            experts: as many as are asked for.
+            top_k: the same of experts per token.
+        """
+        if misfit := self.misfit(arch):
+            return misfit
         if self.made_for and not self.made_for & set(arch.traits):
             return (
                 f"{self.name} is only for models with {' or '.join(sorted(self.made_for))}, "
                 "as others run faster on other targets"
             )
+        if own := self.limit(arch):
+            return own
+        if top_k and self.most_top_k and top_k > self.most_top_k:
+            most = self.most_top_k
+            return f"{self.name} gives a token at most {most} of its experts (`top_k={top_k}`)"
         if shared and self.shared_width == "none":
             asked = f" (`shared={shared:g}`)" if shared < 1 else ""
             return f"{self.name} has no shared expert{asked}"
@@ -281,7 +306,9 @@ def moe_range(dense_layers: tuple[int, ...], layers: int) -> range | None:
 def common_fields(arch: Architecture, target: MoETarget, dtype: torch.dtype) -> dict[str, Any]:
     """The config fields that every target spells as the source does."""
     carried = {k: v for k, v in arch.fields.items() if k not in _PLACED_BY_TARGETS}
-    if not carried["rope_parameters"]:
+    if target.fields is not None:
+        carried = {k: carried[k] for k in target.fields if k in carried}
+    if not carried.get("rope_parameters", True):
         del carried["rope_parameters"]
     if target.doubles(arch):
         carried["hidden_act"] = "relu"  # times what it was of, relu²
