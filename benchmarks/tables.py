@@ -20,13 +20,14 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/tables.py -->\n", "<!-- end -->\n"
 SECTIONS = {
     "Quality without training": ("kinds", "shares", "second-model"),
-    "Training": ("heal", "heal-131k", "plain-training", "copies", "training-loop"),
+    "Training": ("frontier", "heal-131k", "plain-training", "copies", "training-loop"),
     "Merging": ("merge",),
     "Time and memory": ("conversion-time", "copying", "memory", "granules"),
     "Other runtimes": ("vllm", "llama-cpp", "llama-cpp-quantised", "llama-cpp-speed"),
     "What the choices are worth": ("calibration", "spread", "clustering", "routers"),
 }
 TEXTS = ("web", "code", "encyclopaedia", "technical", "news")
+MOST_TOKENS = 131_072
 OLDER_TEXTS = ("WikiText-2", "code", "prose")
 WORDS = {
     1: "as much",
@@ -120,6 +121,13 @@ def section(result: Result) -> str:
     )
 
 
+def healed(results: dict[str, Result], tokens: int) -> list[float]:
+    """Of SmolLM2's default split at half, by kind of text, after so many tokens of `heal`."""
+    frontier = results["frontier"]
+    cell = ["smollm2", "ours", 0.5, tokens]
+    return frontier.cells([row[:4] for row in frontier.rows].index(cell), TEXTS)
+
+
 def in_words(ratio: float) -> str:
     """About a ratio, without decimals, such as `twice`."""
     return WORDS[min(WORDS, key=lambda known: abs(math.log(known / ratio)))]
@@ -134,7 +142,7 @@ def readme_table(results: dict[str, Result]) -> str:
     """What to use when, in five rows."""
     kinds, shares = results["kinds"], results["shares"]
     half, eight = kinds.cells(0, TEXTS), kinds.cells(1, TEXTS)
-    healed = results["heal"].cells(1, TEXTS)
+    trained = healed(results, MOST_TOKENS)
     split, pruned = shares.cells(1, OLDER_TEXTS), shares.cells(8, OLDER_TEXTS)
     weights = in_words(float(str(shares.rows[8][4]).removesuffix(" x")))
     rows = [
@@ -154,7 +162,7 @@ def readme_table(results: dict[str, Result]) -> str:
         (
             "part of that back",
             "`upcycle finetune out --data notes.txt -o healed`",
-            f"{in_words(mean(healed))} after 16k tokens",
+            f"{in_words(mean(trained))} after {MOST_TOKENS // 1000}k tokens",
         ),
         (
             "a smaller loss, for memory",
@@ -180,9 +188,9 @@ def with_table(readme: str, table: str) -> str:
 def bars(results: dict[str, Result]) -> dict[str, list[float]]:
     """What the picture shows: for each way, perplexity over the dense model's by kind of text."""
     return {
-        "half active": results["kinds"].cells(0, TEXTS),
-        "--experts 8 --top-k 2": results["kinds"].cells(1, TEXTS),
-        "half active, healed on 16k tokens": results["heal"].cells(1, TEXTS),
+        "half active": healed(results, 0),
+        "healed on 32k tokens": healed(results, 32_768),
+        f"healed on {MOST_TOKENS // 1000}k tokens": healed(results, MOST_TOKENS),
     }
 
 

@@ -167,8 +167,7 @@ def test_what_does_not_help_is_not_kept_unless_it_aims_at_something_else():
     aimed, part = taught("prior_approximate", seed=1, epochs=8)
     assert part.kept
     assert not torch.equal(aimed.router_ED, make_experts(make_activations(1), 1).router_ED)
-    assert not taught("prior_approximate", rate=1e40)[1].kept
-    learned, part = taught("distillation", rate=1e4)
+    learned, part = taught("distillation", rate=100)
     start = make_experts(make_activations())
     assert not part.kept
     assert not part.error_after < part.error_before
@@ -502,7 +501,9 @@ def test_a_fit_goes_with_a_split(dense, method):
         upcycle.plan(str(dense()), method=method, fit="transport")
 
 
-@pytest.mark.parametrize("wrong", [{"rate": 0}, {"epochs": 0}, {"budget": 2}, {"rat": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"rate": 0}, {"rate": 1e40}, {"epochs": 0}, {"budget": 2}, {"rat": 1}]
+)
 def test_values_out_of_range_are_rejected(wrong):
     with pytest.raises(UpcycleError, match=next(iter(wrong))):
         taught("distillation", **wrong)

@@ -249,6 +249,14 @@ def test_damage_that_was_not_measured_is_left_out():
     assert ids(render(found)) == SECTIONS - {"damage"}
 
 
+def test_alarms_of_the_training_are_on_the_page():
+    found = all_facts()
+    assert "Alarm" not in words(render(found))
+    alarm = {"step": 2, "about": "gradient norm", "says": "the norm was <9>: lower `lr`"}
+    found["log"][-1]["alarms"] = [alarm]
+    assert "Alarm after step 2: the norm was <9>: lower --lr." in words(render(found))
+
+
 def test_pictures_that_would_say_nothing_are_left_out():
     found = all_facts(layers=1)
     found["made"]["dense_layers"]["damage"] = [0.1]

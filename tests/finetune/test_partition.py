@@ -5,7 +5,7 @@ import torch
 from reference import gap, load, logits, weights
 
 from upcycle import UpcycleError
-from upcycle.core.transport import partition, transport
+from upcycle.core.transport import transport
 from upcycle.finetune.partition import AFFINITY, Dealer, add_affinities
 from upcycle.finetune.routers import RouterTap
 from upcycle.finetune.run import Watch, finetune
@@ -46,24 +46,6 @@ def neurons(folder):
         rows = torch.cat([*first, down_EMD], dim=2).flatten(0, 1)
         found.append(rows[rows[:, 0].argsort()])
     return found
-
-
-# --- transport ------------------------------------------------------------------------------------
-
-
-def test_a_plan_has_its_margins_and_rounds_to_equal_parts():
-    affinity_FE = 0.3 * torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
-    for temperature in (1.0, 0.1):
-        plan_FE = transport(affinity_FE, temperature, 50).exp()
-        torch.testing.assert_close(plan_FE.sum(1), torch.ones(24), atol=1e-3, rtol=0)
-        torch.testing.assert_close(plan_FE.sum(0), torch.full((4,), 6.0), atol=1e-3, rtol=0)
-        # Of the form u a v: what is left of affinities is alike in all rows, and in all columns.
-        rest_FE = plan_FE.log() - affinity_FE / temperature
-        rest_FE = rest_FE - rest_FE[:1] - rest_FE[:, :1] + rest_FE[:1, :1]
-        assert rest_FE.abs().max() < 1e-3
-        part_FE = partition(plan_FE)
-        assert part_FE.sum(0).tolist() == [6.0] * 4
-        assert part_FE.sum(1).tolist() == [1.0] * 24
 
 
 # --- the model while it learns --------------------------------------------------------------------

@@ -109,6 +109,24 @@ def test_matrices_that_nobody_uses_come_along(dense, tmp_path):
     assert opened.parts == {"model.layers.2.self_attn.v_proj.weight"}
 
 
+def test_granite_4_without_mamba_layers_is_stored_as_a_granite(dense, tmp_path):
+    of_hybrids = {
+        "attention.head_count_kv": [2, 2, 2],
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "expert_shared_feed_forward_length": 192,
+        "rope.scaling.finetuned": True,
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": 96,
+    }
+    folder = dense("granite")
+    keys = {f"granite.{key}": value for key, value in of_hybrids.items()}
+    opened = open_source(str(write_gguf(tmp_path / "tiny.gguf", folder, keys=keys)))
+    assert opened.config.num_key_value_heads == 2
+    model = load_model(opened.folder, torch.float32, torch.device("cpu"))
+    assert gap(logits(model), dense_logits(folder)) < 1e-5
+
+
 def test_mistral_3_without_scaled_queries_is_a_mistral(dense, tmp_path):
     folder = dense("mistral", sliding_window=None)
     path = write_gguf(tmp_path / "tiny.gguf", folder)

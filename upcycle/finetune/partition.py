@@ -48,6 +48,8 @@ class Dealer:
     now: Pass | None = None
     """None before the first step."""
     _counts: dict[int, Tensor] = field(default_factory=dict)
+    _rounded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By place, which affinities over the temperature were rounded last, and to what."""
 
     def __post_init__(self) -> None:
         for place, block in enumerate(self.blocks):
@@ -65,16 +67,25 @@ class Dealer:
         progress = 0.0 if self.now is None else self.now.progress
         return float(HOTTEST * (COLDEST / HOTTEST) ** progress)
 
-    def held(self, block: MoEBlock) -> Tensor:
-        """1 where an expert holds a neuron, [F, E], else 0; with the gradient of the plan."""
-        affinity_FE: Tensor = getattr(block.experts, AFFINITY)
+    def held(self, place: int) -> Tensor:
+        """1 where an expert of a block holds a neuron, [F, E], else 0; where gradients are wanted,
+        with those of the plan."""
+        affinity_FE: Tensor = getattr(self.blocks[place].experts, AFFINITY)
+        # Rounding takes longer than all else, and micro-batches have one partition.
+        cooled_FE = affinity_FE.detach() / self.temperature
+        last = self._rounded.get(place)
+        same = last is not None and torch.equal(last[0], cooled_FE)
+        if last is not None and same and not torch.is_grad_enabled():
+            return last[1]
         plan_FE = transport(affinity_FE, self.temperature, ITERATIONS).exp()
-        return partition(plan_FE) + (plan_FE - plan_FE.detach())
+        part_FE = last[1] if last is not None and same else partition(plan_FE)
+        self._rounded[place] = cooled_FE, part_FE
+        return part_FE + (plan_FE - plan_FE.detach())
 
     def _forward(self, place: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def forward(x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
             block = self.blocks[place]
-            held_FE = self.held(block)
+            held_FE = self.held(place)
             nothing_TE = torch.zeros(len(x_TD), held_FE.shape[1]).to(weights_TK)
             on_TE = nothing_TE.scatter(1, chosen_TK, weights_TK)
             if block.experts.training:
@@ -89,8 +100,8 @@ class Dealer:
     @torch.no_grad()
     def settle(self) -> None:
         """Move the neurons to their experts, and let the classes run again."""
-        for block in self.blocks:
-            order_F = self.held(block).argmax(1).argsort(stable=True)
+        for place, block in enumerate(self.blocks):
+            order_F = self.held(place).argmax(1).argsort(stable=True)
             down_FD = block.experts.down_proj.transpose(1, 2).flatten(0, 1)[order_F]
             shape = block.experts.down_proj.transpose(1, 2).shape
             block.experts.down_proj.copy_(down_FD.view(shape).transpose(1, 2))

@@ -1,6 +1,6 @@
 """How llama.cpp's converter stores each family: under which keys, names and values.
 
-Read in llama.cpp's conversion scripts (b7600), whose files the tests were first compared with.
+Read in llama.cpp's conversion scripts of November 2026, with whose files this was compared.
 """
 
 import re

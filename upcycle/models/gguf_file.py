@@ -131,6 +131,8 @@ class Metadata:
         value = self.take(key, default)
         if value is None:
             raise UpcycleError(f"{self.label} lacks the key {self.prefix}{key}: it is not whole")
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # the same for every layer
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise UpcycleError(
                 f"{self.label} sets {self.prefix}{key}={_short(value)}, where upcycle understands "

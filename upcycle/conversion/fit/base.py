@@ -19,6 +19,7 @@ from upcycle.core.types import DenseFFN, LayerActivations
 
 P = TypeVar("P", bound=Params, contravariant=True)
 Part = Literal["split", "router", "weights"]
+Rate = Annotated[float, Field(gt=0, le=100)]
 
 
 class FitParams(Params):

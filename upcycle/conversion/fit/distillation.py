@@ -6,13 +6,13 @@ read; what it does not say (where experts begin, what the router is, rates) is o
 passes straight through the router's top k.
 """
 
-from pydantic import PositiveFloat
 from torch import Tensor
 
 from upcycle.conversion.fit.base import (
     Experts,
     FitParams,
     Lesson,
+    Rate,
     fit,
     membership,
     straight_through_top_k,
@@ -21,7 +21,7 @@ from upcycle.conversion.fit.loop import follow, unit_step
 
 
 class DistillationParams(FitParams):
-    rate: PositiveFloat = 0.7
+    rate: Rate = 0.7
     """Of the first steps, over each matrix's root mean square / √inputs."""
 
 

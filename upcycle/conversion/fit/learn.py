@@ -1,7 +1,7 @@
 """A layer learns, by a fit, from most of its tokens; the others say what that is worth.
 
 What was learned is kept if it lessens the layer's error on the tokens that it was not learned from,
-unless the fit aims at something else; what diverged is not.
+unless the fit aims at something else.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from upcycle.conversion.fit.base import Experts, Fit, FitParams, Lesson
 from upcycle.conversion.fit.loop import BATCH, Tell
 from upcycle.core.registry import Params
-from upcycle.core.types import CHUNK_ELEMENTS, LayerActivations, all_finite
+from upcycle.core.types import CHUNK_ELEMENTS, LayerActivations
 from upcycle.models.record import FitPart
 
 HELD = 16
@@ -53,8 +53,7 @@ def learn(
     lesson = Lesson(activations.on(ours_T), weight_T[ours_T], unit, top_k, BATCH, rng, tell)
     learned = fit.run(experts, lesson, params)
     after_E = held.errors(learned)
-    better = not fit.guarded or after_E[top_k - 1] < before
-    kept = better and all_finite(learned.router_ED)
+    kept = not fit.guarded or after_E[top_k - 1] < before
     errors_E = after_E if kept else before_E
     met = [k for k, error in enumerate(errors_E, 1) if error <= params.budget]
     part = FitPart(

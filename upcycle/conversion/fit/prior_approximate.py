@@ -11,13 +11,14 @@ An expert that puts out all of y is as far from y / 2 as one that puts out nothi
 error need not fall: what is learned is kept all the same.
 """
 
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from upcycle.conversion.fit.base import (
     Experts,
     FitParams,
     Lesson,
+    Rate,
     fit,
     hard_top_k,
 )
@@ -26,7 +27,7 @@ from upcycle.core.types import LayerActivations
 
 
 class PriorApproximateParams(FitParams):
-    rate: PositiveFloat = 0.7
+    rate: Rate = 0.7
     """Of the first steps, over the router's root mean square / √hidden."""
     balance: NonNegativeFloat = 0.2
     """Weight of the mean of softmax over all experts, where only those that are on count."""

@@ -12,8 +12,6 @@ loss is that of the whole model, the re-implementation's the layer's mean square
 that over the output's own, and tokens count as in a refit.
 """
 
-from math import log
-
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -22,13 +20,14 @@ from upcycle.conversion.fit.base import (
     Experts,
     FitParams,
     Lesson,
+    Rate,
     fit,
     hard_top_k,
     straight_through,
     straight_through_top_k,
 )
 from upcycle.conversion.fit.loop import follow, unit_step
-from upcycle.core.clustering import greedy_assignment
+from upcycle.core.transport import partition, transport
 
 NOISE = 0.01  # standard deviation of the affinities at the start
 
@@ -37,9 +36,9 @@ class TransportParams(FitParams):
     epochs: PositiveInt = 5
     """Passes over the calibration tokens; five over 32,768 are the re-implementation's 300 steps.
     """
-    rate: PositiveFloat = 3e-3
+    rate: Rate = 3e-3
     """Of the affinities' first steps."""
-    router_rate: PositiveFloat = 0.7
+    router_rate: Rate = 0.7
     """Of the router's, over its root mean square / √hidden."""
     iterations: PositiveInt = 50
     """Of Sinkhorn's algorithm."""
@@ -86,23 +85,6 @@ def learn(experts: Experts, lesson: Lesson, params: TransportParams) -> Experts:
     owner_F = partition(plan_FE).argmax(1)
     experts_EM = owner_F.argsort(stable=True).view(len(router_ED), -1)
     return Experts(experts.ffn, experts_EM, router_ED)
-
-
-def transport(affinity_FE: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Logarithms of the plan [F, E] nearest to exp(affinity / temperature) in relative entropy
-    whose rows add up to 1 and whose columns to F / E."""
-    plan_FE = affinity_FE / temperature
-    log_size = log(plan_FE.shape[0] / plan_FE.shape[1])
-    for _ in range(iterations):
-        plan_FE = plan_FE - plan_FE.logsumexp(1, keepdim=True)
-        plan_FE = plan_FE - plan_FE.logsumexp(0, keepdim=True) + log_size
-    return plan_FE
-
-
-def partition(plan_FE: Tensor) -> Tensor:
-    """The plan rounded, [F, E]: 1 for a neuron's only expert, the largest shares first."""
-    owner_F = greedy_assignment(plan_FE.detach().T.cpu())
-    return torch.nn.functional.one_hot(owner_F, plan_FE.shape[1]).float()
 
 
 def imbalance(logits_TE: Tensor, top_k: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from upcycle.core.flags import as_flags
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits
@@ -29,4 +30,9 @@ def curves(log: Sequence[LogLine]) -> Section:
         return None
     rates = [line.tokens_per_second for line in log if line.tokens_per_second is not None]
     rate = f", {digits(sum(rates) / len(rates))} tokens per second" if rates else ""
-    return {"note": f"{log[-1].step:,} steps{rate}.", "panels": panels}
+    alarms = "".join(
+        f" Alarm after step {alarm.step:,}: {as_flags(alarm.says)}."
+        for line in log
+        for alarm in line.alarms
+    )
+    return {"note": f"{log[-1].step:,} steps{rate}.{alarms}", "panels": panels}
