@@ -27,6 +27,7 @@ from upcycle.conversion import geometry as budget
 from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.fit import FITS
 from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, load_recipe
 from upcycle.conversion.rest import RESTS
 from upcycle.core import flags as settings
@@ -863,7 +864,7 @@ def test_inspect_for_people_names_divisors_and_targets(dense):
 def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
-    names = {*SPLITS, *SHARED, *ROUTERS, *COMPENSATIONS, *PERTURBS, *GATES, *RESTS}
+    names = {*SPLITS, *SHARED, *ROUTERS, *FITS, *COMPENSATIONS, *PERTURBS, *GATES, *RESTS}
     names |= {*ROUTER_LOSSES, *GATINGS}
     assert {method["name"] for method in listed["methods"]} == names
     shown = run("recipes").stdout

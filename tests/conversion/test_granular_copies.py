@@ -203,8 +203,8 @@ def test_the_gain_counts_the_dense_ffn_once_at_even_weights(dense, moe, target):
 
 def test_a_spread_gain_is_said_not_to_be_exact_and_goes_with_copies(dense):
     made = upcycle.plan(str(dense()), top_k=SHARDS, spread_gain=True, check="none", **PER_COPY)
-    assert any("spread_gain=true multiplies gate_proj, too" in note for note in made.warnings)
-    with pytest.raises(UpcycleError, match="spread_gain=true goes with copies"):
+    assert any("`spread_gain=True` multiplies gate_proj, too" in note for note in made.warnings)
+    with pytest.raises(UpcycleError, match="`spread_gain=True` goes with copies"):
         upcycle.plan(str(dense()), experts=8, top_k=2, spread_gain=True)
 
 

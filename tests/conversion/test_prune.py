@@ -68,9 +68,10 @@ def convert(dense, text, tmp_path_factory):
             original = conversion.convert_layer
 
             def watch(plan, layer, ffn, activations, norm_T, *fitted):
-                assert set(fitted) == {None}
+                *unused, _ = fitted
+                assert set(unused) == {None}
                 seen[layer] = activations.x_TD.clone(), norm_T.clone()
-                return original(plan, layer, ffn, activations, norm_T)
+                return original(plan, layer, ffn, activations, norm_T, *fitted)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(conversion, "convert_layer", watch)

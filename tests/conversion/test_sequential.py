@@ -848,8 +848,8 @@ def test_same_request_same_bytes(convert, attempt, tmp_path, variant):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"method": "copy", "router": "normal", **REFIT}, "least_squares goes with a split"),
-        ({"method": "drop", "router": "normal", **REFIT}, "least_squares goes with a split"),
+        ({"method": "copy", "router": "normal", **REFIT}, "least_squares` goes with a split"),
+        ({"method": "drop", "router": "normal", **REFIT}, "least_squares` goes with a split"),
         ({"compensate": "last_squares"}, "'last_squares', did you mean 'least_squares'"),
         ({"compensate": "some"}, "unknown compensation 'some'"),
         ({"compensate": {"name": "least_squares", "strength": 0}}, "strength=0: input should be"),

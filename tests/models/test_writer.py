@@ -448,7 +448,7 @@ def test_abandoned_folder_is_gone_unless_it_can_be_resumed(out):
 
 def test_mount_point_is_no_place(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "volume")
-    with pytest.raises(UpcycleError, match=r"volume is a mount point, .* a folder inside it"):
+    with pytest.raises(UpcycleError, match=r"volume` is a mount point, .* a folder inside it"):
         check_out(tmp_path / "volume", tmp_path / "source", 1, overwrite=False)
     check_out(tmp_path / "volume" / "out", tmp_path / "source", 1, overwrite=False)
 

@@ -194,8 +194,14 @@ def _room(job: Job) -> int:
     sizes = [torch.Size(info.shape).numel() for info in read_headers(job.folder).values()]
     settings = job.settings
     tokens = settings.total_steps * settings.step_tokens + settings.validation_tokens
-    kept = stored_size(tokens, settings.teacher_top_k) if settings.teacher_top_k else 0
+    words = _stored_words(job)
+    kept = stored_size(tokens, words) if words else 0
     return 5 * 4 * sum(sizes) + kept
+
+
+def _stored_words(job: Job) -> int:
+    """Of the teacher's predictions, per token; 0 if it runs in every step."""
+    return min(job.settings.teacher_top_k, int(read_text_config(job.folder).vocab_size))
 
 
 @contextmanager
@@ -340,9 +346,9 @@ def _stored(
     """The teacher's predictions for all text, made if an earlier start of this run has not left
     them; the teacher is then no longer needed."""
     settings, folder = job.settings, partial_folder(job.out) / ASIDE
-    if not settings.teacher_top_k:
+    words = _stored_words(job)
+    if not words:
         return None
-    words = min(settings.teacher_top_k, read_text_config(job.folder).vocab_size)
     wanted = (
         (folder / "teacher-train.bin", train_data, settings.distill_temperature),
         (folder / "teacher-validation.bin", validation, 1.0),
