@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import TOLERANCE, gap, load, load_all_on, logits, read_json, weights
+from tiny import make_holder
 from torch.nn import functional
 
 from upcycle import UpcycleError
@@ -156,6 +157,16 @@ def test_relufy_leaves_a_dense_model_that_transformers_loads_and_convert_splits(
     split = moe(done.out, target="qwen2_moe", shared=0.25)
     assert gap(logits(load_all_on(split)), logits(load(done.out))) < TOLERANCE["sum"]
     assert read_json(split / "config.json")["hidden_act"] == "relu"
+
+
+def test_a_model_with_a_vision_tower_gets_relu_in_its_text_model_alone(relufy, tmp_path):
+    source = make_holder(tmp_path / "llava", "llava")
+    done = relufy(source, steps=2)
+    before, after = read_json(source / "config.json"), read_json(done.out / "config.json")
+    assert after == before | {"text_config": before["text_config"] | {"hidden_act": "relu"}}
+    assert done.zeros.original == 0
+    assert done.zeros.before > 0.3
+    assert done.reload_error < 1e-6
 
 
 def test_pressure_rises_over_the_steps_and_makes_more_zeros(dense, relufy, tmp_path):

@@ -43,7 +43,7 @@ from upcycle.finetune.trainable import (
     summary,
     trained,
 )
-from upcycle.models.blocks import moe_blocks
+from upcycle.models.blocks import MoEBlock, moe_blocks
 from upcycle.models.record import TRAIN_LOG, Identity, Used
 from upcycle.models.source import read_headers, read_text_config
 from upcycle.models.writer import (
@@ -85,15 +85,16 @@ def finetune(
     watch: Watch | None = None,
     **settings: Any,
 ) -> Finetuning:
-    """Train a Mixture-of-Experts further, alone or as one of the processes of `torchrun`.
+    """Train a Mixture-of-Experts further, or with `relufy` a dense model before it becomes one,
+    alone or as one of the processes of `torchrun`.
 
     Args:
         model: a folder or hub id, such as what `convert` wrote.
         out: the folder for the result: a checkpoint of the same layout, or with `lora` and
             without `merge` an adapter.
-        preset: `heal`, `specialise`, `routers`, `btx`, `lora` or another that `upcycle recipes`
-            lists, or a YAML file; by default `heal` for a split, `specialise` for copies and
-            merges.
+        preset: `heal`, `specialise`, `routers`, `btx`, `lora`, `relufy` or another that
+            `upcycle recipes` lists, or a YAML file; by default `heal` for a split, `specialise`
+            for copies and merges.
         overwrite: replace a former result.
         resume: go on from the saved state of a run that was stopped. The result has the same
             bytes as that of an uninterrupted run, on a CPU.
@@ -249,16 +250,8 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     stored = _stored(job, accelerator, train_data, validation, watch)
     model = load_model(folder, _dtype(job), accelerator.device)
     blocks = moe_blocks(model)
-    if not blocks and settings.activation is None:
-        raise UpcycleError(
-            f"{job.label} has no experts: it is dense, so `upcycle convert` it first"
-        )
+    _check_blocks(job, blocks, model.config.model_type)
     activations = settings.activation and swap(model, settings.activation, validation)
-    if settings.balance_bias and any(b.selection_bias is None for b in blocks):
-        raise UpcycleError(
-            f"{setting('balance_bias', settings.balance_bias)} has no effect on "
-            f"{model.config.model_type}, which has no selection bias: use `balance`"
-        )
     keep_float32(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)
     scales = measure_scales(model, blocks, window_1L)
@@ -304,6 +297,19 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         say_budget=watch.budget,
     )
     return setup, summary(known, training)
+
+
+def _check_blocks(job: Job, blocks: list[MoEBlock], model_type: str) -> None:
+    settings = job.settings
+    if not blocks and settings.activation is None:
+        raise UpcycleError(
+            f"{job.label} has no experts: it is dense, so `upcycle convert` it first"
+        )
+    if settings.balance_bias and any(b.selection_bias is None for b in blocks):
+        raise UpcycleError(
+            f"{setting('balance_bias', settings.balance_bias)} has no effect on {model_type}, "
+            "which has no selection bias: use `balance`"
+        )
 
 
 def _data(job: Job) -> tuple[Data, Data]:
