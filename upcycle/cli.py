@@ -388,7 +388,6 @@ def finetune(
     * `upcycle finetune copies --recipe specialise --data hf:DATASET -o out`
     * `upcycle finetune merged --recipe routers --data code.txt+law.txt -o out`
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
-    * `upcycle finetune dense --recipe relufy -o relu`
     """
     with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):
         from upcycle.finetune.preflight import check_finetuning
