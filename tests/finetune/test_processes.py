@@ -55,10 +55,9 @@ def launch(*arguments):
 
 
 def ddp(*arguments):
-    return launch(
-        *"torch.distributed.run --nproc_per_node 2 --master_port".split(), free_port(),
-        *"-m upcycle finetune".split(), *arguments,
-    )  # fmt: skip
+    # It finds a port of its own: one that was free a moment ago may be another test's by now.
+    processes = "torch.distributed.run --standalone --nproc_per_node 2 -m upcycle finetune".split()
+    return launch(*processes, *arguments)
 
 
 @pytest.fixture(scope="module")
