@@ -358,7 +358,9 @@ EvalDtype = Annotated[
 @with_options(TRAINING)
 def finetune(
     options: Options,
-    model: Annotated[str, typer.Argument(help="An MoE: a folder or a hub id.", metavar="MODEL")],
+    model: Annotated[
+        str, typer.Argument(help="An MoE (relufy: dense), a folder or hub id.", metavar="MODEL")
+    ],
     recipe: Annotated[
         str | None,
         option(

@@ -23,3 +23,8 @@ def partition(plan_FE: Tensor) -> Tensor:
     """The plan rounded, [F, E]: 1 for an item's only bin, the largest shares first."""
     owner_F = greedy_assignment(plan_FE.detach().T.cpu())
     return torch.nn.functional.one_hot(owner_F, plan_FE.shape[1]).to(plan_FE)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The hard values, with the gradient of the soft ones (Bengio et al., arXiv:1308.3432)."""
+    return hard + (soft - soft.detach())

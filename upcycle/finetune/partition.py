@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from upcycle.core.transport import partition, transport
+from upcycle.core.transport import partition, straight_through, transport
 from upcycle.finetune.gating.base import Gates, Pass
 from upcycle.finetune.routers import all_weights, renormalises
 from upcycle.models.blocks import MoEBlock
@@ -80,7 +80,7 @@ class Dealer:
         plan_FE = transport(affinity_FE, self.temperature, ITERATIONS).exp()
         part_FE = last[1] if last is not None and same else partition(plan_FE)
         self._rounded[place] = cooled_FE, part_FE
-        return part_FE + (plan_FE - plan_FE.detach())
+        return straight_through(part_FE, plan_FE)
 
     def _forward(self, place: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def forward(x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Dealer:
             on_TE = nothing_TE.scatter(1, chosen_TK, weights_TK)
             if block.experts.training:
                 counts_TE = self._counts[place]
-                on_TE = on_TE.detach() + (counts_TE - counts_TE.detach())
+                on_TE = straight_through(on_TE.detach(), counts_TE)
             h_TF = hidden(block, x_TD) * (on_TE @ held_FE.T).to(x_TD)
             down_FD: Tensor = block.experts.down_proj.transpose(1, 2).flatten(0, 1)
             return h_TF @ down_FD.to(x_TD)

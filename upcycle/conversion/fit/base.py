@@ -15,6 +15,7 @@ from torch import Tensor
 
 from upcycle.conversion.fit.loop import Tell
 from upcycle.core.registry import About, Method, Params, Registry, registering
+from upcycle.core.transport import straight_through
 from upcycle.core.types import DenseFFN, LayerActivations
 
 P = TypeVar("P", bound=Params, contravariant=True)
@@ -89,11 +90,6 @@ def membership(experts_EM: Tensor, num_neurons: int) -> Tensor:
 def hard_top_k(logits_TE: Tensor, top_k: int) -> Tensor:
     """1 for the experts of the largest logits, [T, E], else 0."""
     return torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(top_k).indices, 1)
-
-
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The hard values, with the gradient of the soft ones (Bengio et al., arXiv:1308.3432)."""
-    return hard + (soft - soft.detach())
 
 
 def straight_through_top_k(logits_TE: Tensor, top_k: int) -> Tensor:

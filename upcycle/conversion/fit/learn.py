@@ -6,6 +6,7 @@ unless the fit aims at something else.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class Held:
     activations: LayerActivations
     weight_T: Tensor
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """Σ w |y|², of what all routed neurons put out."""
         down_DF = self.activations.ffn.down_DF

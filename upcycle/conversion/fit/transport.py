@@ -23,11 +23,10 @@ from upcycle.conversion.fit.base import (
     Rate,
     fit,
     hard_top_k,
-    straight_through,
     straight_through_top_k,
 )
 from upcycle.conversion.fit.loop import follow, unit_step
-from upcycle.core.transport import partition, transport
+from upcycle.core.transport import partition, straight_through, transport
 
 NOISE = 0.01  # standard deviation of the affinities at the start
 
