@@ -18,8 +18,17 @@ from pydantic import (
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
-from upcycle.core.settings import PlugIn, find_recipe, shipped_presets, validated, yaml_fields
-from upcycle.finetune.catalogue import OF_FLAGS, RouterLosses, Weighed, check_names, override
+from upcycle.core.settings import (
+    PlugIn,
+    Weighed,
+    WeighedPlugIns,
+    find_recipe,
+    override,
+    shipped_presets,
+    validated,
+    yaml_fields,
+)
+from upcycle.finetune.catalogue import OF_FLAGS, check_names
 
 Train = Literal["router", "partition", "experts", "moe", "all"]
 Part = Literal["norms", "embeddings", "ffn", "attention"]
@@ -145,7 +154,7 @@ class Training(BaseModel):
     """What a step moves the selection bias by, where the target has one (glm4_moe, deepseek_v3,
     laguna, ernie4_5_moe, lfm2_moe, nemotron_h): balance without a loss. DeepSeek-V3 has 0.001
     (arXiv:2412.19437). Scaled down for a tempered router."""
-    router_losses: RouterLosses | None = None
+    router_losses: WeighedPlugIns | None = None
     """Weights of further losses of routers, by name: `--set router_losses.cv2=0.01`, and of their
     parameters: `--set router_losses.erc.alpha=0.9`."""
     gating: PlugIn | None = None
@@ -375,8 +384,7 @@ def load_training(
             fields.pop(other, None)
     if overrides.get("train") == "experts":
         fields = {name: value for name, value in fields.items() if name not in OF_ROUTERS}
-    for key, value in sorted(overrides.items(), key=lambda item: item[0].count(".")):
-        override(fields, key, value)
+    override(fields, overrides, {"gating": None}, {"router_losses"})
     if fields.get("teacher") is None and (fields.get("distill") or fields.get("match_layers")):
         fields["teacher"] = origin
     return validated(Training, fields, "the request")
