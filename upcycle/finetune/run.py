@@ -383,11 +383,15 @@ def _teacher(
     wanted.append((held, 1.0, list(range(len(validation)))))
     missing = [each for each in wanted if not is_stored(*each[0])]
     model = _load_teacher(job, accelerator) if missing or not train_words else None
+    number, world = accelerator.process_index, accelerator.num_processes
+    processes = number, world, accelerator.wait_for_everyone
+    if steps is not None:  # a rehearsal's processes have folders of their own
+        processes = 0, 1, lambda: None
     start = time.monotonic()
     for (path, data, words), temperature, rows in missing:
         run = partial(_logits, model, accelerator)
-        fill(path, data, run, words, temperature, _processes(accelerator), watch.teacher, rows)
-    read = sum(len(rows) for *_, rows in missing)
+        fill(path, data, run, words, temperature, processes, watch.teacher, rows)
+    read = sum(len(rows) for *_, rows in missing) * (world // processes[1])
     return Teacher(
         held=open_store(*held),
         train=open_store(*train) if train_words else None,
@@ -411,10 +415,6 @@ def _logits(model: Any, accelerator: Accelerator, tokens_BL: Tensor) -> Tensor:
         tokens_BL = tokens_BL.to(accelerator.device)
         logits_BLV: Tensor = model(input_ids=tokens_BL, use_cache=False).logits
     return logits_BLV
-
-
-def _processes(accelerator: Accelerator) -> tuple[int, int, Callable[[], None]]:
-    return accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
 
 
 def _load_teacher(job: Job, accelerator: Accelerator) -> nn.Module:
