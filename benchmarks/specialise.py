@@ -44,7 +44,7 @@ def train_dense(folder: str, out: Path, settings: Training) -> float:
         settings.data,
         seq_len=settings.seq_len,
         train_tokens=settings.total_steps * settings.step_tokens,
-        validation_tokens=settings.validation_tokens,
+        validation_tokens=settings.held_tokens,
         seed=settings.seed,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
