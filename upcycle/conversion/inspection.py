@@ -10,9 +10,9 @@ import torch
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.fit import FITS
 from upcycle.conversion.geometry import legal_parts
-from upcycle.conversion.plan import refusals
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.rest import RESTS
+from upcycle.conversion.target import refusals
 from upcycle.conversion.ways import WAYS
 from upcycle.core.registry import describe
 from upcycle.core.versions import versions

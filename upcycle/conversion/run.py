@@ -28,7 +28,8 @@ from upcycle.conversion.merging.findings import findings, measure_beside
 from upcycle.conversion.merging.finished import check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
 from upcycle.conversion.merging.own_texts import own_texts
-from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.plan import Plan
+from upcycle.conversion.planning import make_plan
 from upcycle.conversion.units import GATE, PARTS, SEEN, write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
