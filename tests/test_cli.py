@@ -37,7 +37,7 @@ from upcycle.core.settings import shipped_recipes
 from upcycle.finetune.gating import GATINGS
 from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.settings import Training
-from upcycle.models.source import copy_companions
+from upcycle.models.companions import copy_companions
 from upcycle.models.text import PROBES, kind_name
 from upcycle.options import as_set
 from upcycle.router_init import ROUTERS

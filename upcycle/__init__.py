@@ -56,7 +56,7 @@ def plan(
     """
     from upcycle.conversion.planning import make_plan
     from upcycle.conversion.recipe import load_recipe
-    from upcycle.models.source import open_source
+    from upcycle.models.opening import open_source
 
     loaded = load_recipe(recipe, settings)
     source = open_source(model, revision=revision)

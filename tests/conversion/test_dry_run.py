@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import upcycle
 from upcycle.evaluation.inspection import is_routed
-from upcycle.models.source import DTYPES
+from upcycle.models.shards import DTYPES
 
 QUICK = {"calibration_tokens": 64, "seq_len": 64, "check": "none"}
 WRITTEN = {

@@ -18,7 +18,7 @@ import upcycle
 from upcycle.conversion.card import model_card
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.recipe import Recipe
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 from upcycle.models.text import PROBES
 
 SETTINGS = {"calibration_tokens": 128, "seq_len": 64}

@@ -7,7 +7,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.machine import free_memory, total_memory
 from upcycle.models.calibration import check_seq_len
-from upcycle.models.source import check_own_files
+from upcycle.models.companions import check_own_files
 from upcycle.models.targets import TARGETS
 from upcycle.models.tokens import load_tokenizer
 from upcycle.models.writer import check_out

@@ -17,7 +17,8 @@ from upcycle.conversion.ways import WAYS
 from upcycle.core.registry import describe
 from upcycle.core.versions import versions
 from upcycle.evaluation.inspection import has_experts, inspect_dense, inspect_moe
-from upcycle.models.source import locate, open_located
+from upcycle.models.checkpoint import locate
+from upcycle.models.opening import open_located
 from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.gates import GATES

@@ -45,6 +45,7 @@ from upcycle.models.assemble import (
     in_whole,
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
+from upcycle.models.companions import copy_companions
 from upcycle.models.holders import HOLDERS
 from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import (
@@ -56,7 +57,6 @@ from upcycle.models.record import (
     Report,
     record_text,
 )
-from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
 from upcycle.models.targets.base import Whole
