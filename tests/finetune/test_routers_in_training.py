@@ -102,7 +102,7 @@ def one_step(model, scaled: bool):
     before = [each.sort().values for each in before]
     down = [block.experts.down_proj.detach().clone() for block in blocks]
     known = members(model, blocks, scales if scaled else [Scale()] * len(scales))
-    freeze_all_but(model, known, "moe")
+    freeze_all_but(model, known, Training())
     settings = Training(train="moe", lr=1e-3, steps=1)
     optimizer = make_optimizer(settings, trained(model, known))
     z_BLV = model(input_ids=TOKENS_BL, use_cache=False).logits
@@ -124,7 +124,7 @@ def test_matrices_decay_by_the_same_share_and_routers_not_at_all(dense, moe):
     scales = measure_scales(model, blocks, TOKENS_BL)
     assert scales[0].down_proj > 2
     known = members(model, blocks, scales)
-    freeze_all_but(model, known, "moe")
+    freeze_all_but(model, known, Training())
     training = trained(model, known)
     before = [(item, item.parameter.detach().clone()) for item in training]
     settings = Training(train="moe", lr=1e-2, weight_decay=0.1, steps=1)

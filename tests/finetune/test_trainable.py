@@ -7,6 +7,7 @@ from tiny import make_holder
 from torch import nn
 
 from upcycle.finetune.routers import Scale
+from upcycle.finetune.settings import Training
 from upcycle.finetune.trainable import add_lora, freeze_all_but, members, summary, trained
 from upcycle.models.blocks import moe_blocks
 
@@ -57,7 +58,7 @@ def test_towers_are_parts_that_text_does_not_pass(several):
 
 def test_all_is_all_that_text_passes(several):
     model, table = several, known(several)
-    freeze_all_but(model, table, "all")
+    freeze_all_but(model, table, Training(train="all"))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad and p.numel()}
     assert frozen == {name for name, group in groups(model).items() if group == "other parts"}
     shown = summary(table, trained(model, table))
@@ -65,9 +66,19 @@ def test_all_is_all_that_text_passes(several):
     assert shown["attention"]["trained"] == shown["attention"]["parameters"]
 
 
+def test_a_part_that_starts_after_the_last_step_is_frozen(several):
+    model, table = several, known(several)
+    starts = {"embeddings": 1.0, "attention": 1.0}
+    freeze_all_but(model, table, Training(train="all", starts=starts))
+    parts = {item.member.part for item in trained(model, table)}
+    assert parts == {"router", "norms", "ffn"}
+    changed = add_lora(model, table, Training(train="all", lora=2, starts={"attention": 1.0}))
+    assert {item.member.part for item in trained(changed, table)} == {"router", "ffn"}
+
+
 def test_low_rank_changes_leave_towers_alone(several):
     table = known(several)
-    changed = add_lora(several, table, "all", rank=2, alpha=4)
+    changed = add_lora(several, table, Training(train="all", lora=2))
     reached = {item.member.group for item in trained(changed, table)}
     assert {"attention", "experts", "router"} <= reached
     assert "other parts" not in reached

@@ -38,6 +38,7 @@ def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.A
             for (part, lr, decay), params in groups.items()
         ],
         betas=(0.9, 0.95),
+        fused=True,
     )
 
 

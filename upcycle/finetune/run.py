@@ -260,9 +260,9 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
     known = members(model, blocks, scales)
     torch.manual_seed(settings.seed)  # low-rank changes start at random
     if settings.lora:
-        model = add_lora(model, known, settings.train, settings.lora, settings.alpha)
+        model = add_lora(model, known, settings)
     else:
-        freeze_all_but(model, known, settings.train)
+        freeze_all_but(model, known, settings)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = trained(model, known)

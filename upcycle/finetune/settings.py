@@ -117,7 +117,8 @@ class Training(BaseModel):
     """Share of the steps, at the start, in which only the routers move."""
     starts: dict[Part, Share] = {}
     """Share of the steps before a part moves, where that is not router_warmup's: `{norms: 0, ffn:
-    0.1, attention: 0.3}`, of `norms`, `embeddings`, `ffn` and `attention`."""
+    0.1, attention: 0.3}`, of `norms`, `embeddings`, `ffn` and `attention`. One that starts at 1
+    does not train."""
     clip: PositiveFloat = 1.0
     """Largest norm of a step's gradient."""
 

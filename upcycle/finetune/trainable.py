@@ -8,7 +8,7 @@ from torch import nn
 from upcycle.core.errors import UpcycleError
 from upcycle.finetune.partition import AFFINITY
 from upcycle.finetune.routers import Scale
-from upcycle.finetune.settings import Train
+from upcycle.finetune.settings import Train, Training
 from upcycle.models.blocks import MoEBlock, text_modules
 
 NORMS, PARTS = "norms, embeddings", "other parts"
@@ -95,20 +95,26 @@ def _group(name: str, parameter: nn.Parameter) -> str:
     return NORMS
 
 
-def freeze_all_but(model: nn.Module, known: Members, train: Train) -> None:
-    """Let only the asked groups train.
+def asked(member: Member, settings: Training) -> bool:
+    """Whether it is to train: a part that would move after the last step alone is not."""
+    return member.group in TRAINS[settings.train] and settings.start(member.part) < 1
+
+
+def freeze_all_but(model: nn.Module, known: Members, settings: Training) -> None:
+    """Let only what is asked for train.
 
     Raises:
-        UpcycleError: the model has no parameter in any of them.
+        UpcycleError: the model has no such parameter.
     """
     for parameter in model.parameters():
         member = known.get(id(parameter))
-        parameter.requires_grad_(member is not None and member.group in TRAINS[train])
+        parameter.requires_grad_(member is not None and asked(member, settings))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UpcycleError(f"`train={train}`: the model has no {' or '.join(TRAINS[train])}")
+        groups = " or ".join(TRAINS[settings.train])
+        raise UpcycleError(f"`train={settings.train}`: the model has no {groups}")
 
 
-def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: int) -> Any:
+def add_lora(model: nn.Module, known: Members, settings: Training) -> Any:
     """The model with low-rank changes (arXiv:2106.09685) of the asked groups' matrices, all else
     frozen; norms and embeddings get none.
 
@@ -123,27 +129,26 @@ def add_lora(model: nn.Module, known: Members, train: Train, rank: int, alpha: i
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UpcycleError("`lora` needs `pip install upcycle[lora]`") from error
-    asked = [
+    matrices = [
         m
         for m in known.values()
-        if m.group in TRAINS[train] and m.dimensions > 1 and not m.name.endswith(PAST_MODULES)
+        if asked(m, settings) and m.dimensions > 1 and not m.name.endswith(PAST_MODULES)
     ]
-    attention = {m.name.removesuffix(".weight") for m in asked if m.group == "attention"}
-    parameters = {m.name for m in asked if m.group in GROUPS[:3] + GROUPS[4:5]}
+    attention = {m.name.removesuffix(".weight") for m in matrices if m.group == "attention"}
+    parameters = {m.name for m in matrices if m.group in GROUPS[:3] + GROUPS[4:5]}
     if not attention | parameters:
-        raise UpcycleError(
-            f"`lora` with `train={train}`: the model has no {' or '.join(TRAINS[train])}"
-        )
+        groups = " or ".join(TRAINS[settings.train])
+        raise UpcycleError(f"`lora` with `train={settings.train}`: the model has no {groups}")
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        r=settings.lora,
+        lora_alpha=settings.alpha,
         target_modules=sorted(attention),
         target_parameters=sorted(parameters),
         task_type="CAUSAL_LM",
     )
     changed = get_peft_model(model, config)
     reached = {item.member.name for item in trained(changed, known)}
-    for name in sorted({m.name for m in asked if m.group != NORMS} - reached):
+    for name in sorted({m.name for m in matrices if m.group != NORMS} - reached):
         raise UpcycleError(f"`lora`: this version of peft can't change {name}: upgrade it")
     return changed
 
