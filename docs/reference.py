@@ -15,7 +15,7 @@ import typer
 from transformers import CONFIG_MAPPING
 
 from upcycle.cli import app, every_method, every_setting
-from upcycle.conversion.catalogue import describe_presets, describe_recipes
+from upcycle.conversion.catalogue import UNMEASURED, describe_presets, describe_recipes
 from upcycle.models.families import FAMILIES, describe
 from upcycle.models.holders import HOLDERS
 from upcycle.models.runtimes import RUNTIMES, Runtime
@@ -75,15 +75,15 @@ def methods_page() -> str:
         f"# Methods and recipes\n\n{NOTE} from what is registered, as `upcycle recipes` does.\n",
         "## Recipes of `convert`\n\n`upcycle convert MODEL --recipe NAME -o out`\n",
         table(
-            ("recipe", "method", "what it does", "paper"),
-            ((f"`{r['name']}`", r["method"], r["summary"], paper(r["paper"])) for r in recipes),
+            ("recipe", "method", "what it does", "paper", "measured"),
+            ((f"`{r['name']}`", r["method"], *about(r)) for r in recipes),
         ),
         "Where they depart from their papers:\n",
         "".join(departures(recipe) for recipe in recipes if recipe["departures"]),
         "## Presets of `finetune`\n\n`upcycle finetune MODEL --recipe NAME -o out`\n",
         table(
-            ("preset", "what it does", "paper"),
-            ((f"`{p['name']}`", p["summary"], paper(p["paper"])) for p in presets),
+            ("preset", "what it does", "paper", "measured"),
+            ((f"`{p['name']}`", *about(p)) for p in presets),
         ),
         "Where they depart from their papers:\n",
         "".join(departures(preset) for preset in presets if preset["departures"]),
@@ -91,6 +91,10 @@ def methods_page() -> str:
     for kind, methods in groupby(every_method(), key=lambda method: str(method["kind"])):
         parts += [f"## {OF_KIND.get(kind, kind)}\n", methods_table(methods)]
     return "\n".join(parts)
+
+
+def about(recipe: dict[str, Any]) -> tuple[str, str, str]:
+    return recipe["summary"], paper(recipe["paper"]), recipe["measured"] or UNMEASURED
 
 
 def departures(recipe: dict[str, Any]) -> str:

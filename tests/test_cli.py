@@ -32,7 +32,7 @@ from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, load_recipe
 from upcycle.conversion.rest import RESTS
 from upcycle.core import flags as settings
-from upcycle.core.flags import as_flags
+from upcycle.core.flags import ABOUT, as_flags
 from upcycle.core.settings import shipped_recipes
 from upcycle.finetune.gating import GATINGS
 from upcycle.finetune.router_losses import ROUTER_LOSSES
@@ -356,7 +356,7 @@ def strings(path: Path) -> str:
 def test_every_setting_is_described(command):
     model = {"convert": Recipe, "finetune": Training}[command]
     rows = {row["name"]: row for row in report("recipes")["settings"][command]}
-    assert rows.keys() == set(model.model_fields) - {"name", "summary", "paper", "departures"}
+    assert rows.keys() == set(model.model_fields) - set(ABOUT)
     shown = run("recipes").stdout
     for name, row in rows.items():
         assert row["meaning"].endswith("."), name
@@ -865,6 +865,9 @@ def test_inspect_for_people_names_divisors_and_targets(dense):
 def test_recipes_are_listed(dense):
     listed = report("recipes")
     assert [recipe["name"] for recipe in listed["recipes"]] == list(shipped_recipes())
+    measured = {row["name"]: row["measured"] for row in listed["recipes"] + listed["presets"]}
+    assert measured["relufy"].startswith("from 342 to 4.70 times the dense perplexity")
+    assert measured["emoe"] is measured["grin"] is None
     names = {*SPLITS, *SHARED, *ROUTERS, *FITS, *COMPENSATIONS, *PERTURBS, *GATES, *RESTS}
     names |= {*ROUTER_LOSSES, *GATINGS}
     assert {method["name"] for method in listed["methods"]} == names

@@ -218,6 +218,20 @@ def test_recipes_and_methods_read_well_on_eighty_columns(listed):
         assert all(f"{name}=" in cell for name in row.get("parameters", {}))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cmoe", "split · measured: 9 to 22 times the dense perplexity"),
+        ("emoe", "split · not measured on a real model"),
+        ("relufy", "measured: from 342 to 4.70 times the dense perplexity"),
+        ("grin", "not measured on a real model"),
+    ],
+)
+def test_recipe_says_what_was_measured_or_that_nobody_has(listed, name, words):
+    rows = [line.strip("│").split("│") for line in listed.splitlines() if line.startswith("│")]
+    assert words in next(cells_of(rows, name))
+
+
 def cells_of(rows, name):
     """What stands beside the name, which begins a cell of several lines."""
     begins = [i for i, cells in enumerate(rows) if cells[0].strip()] + [len(rows)]

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from upcycle.conversion.catalogue import UNMEASURED
 from upcycle.core.flags import as_flags
 from upcycle.core.paths import public_name
 from upcycle.core.words import count, duration, size
@@ -717,8 +718,8 @@ def show_recipes(
 ) -> None:
     """The shipped recipes, the presets of training, then by kind the methods that a recipe can
     name."""
-    _show_listed("recipes", [_described(row, row["method"]) for row in recipes])
-    _show_listed("presets of finetune", [_described(row, "") for row in presets])
+    _show_listed("recipes", [_described(row, row["method"], _measured(row)) for row in recipes])
+    _show_listed("presets of finetune", [_described(row, _measured(row)) for row in presets])
     for kind in dict.fromkeys(method["kind"] for method in methods):
         of_kind = [row for row in methods if row["kind"] == kind]
         called = "perturbation of copies" if kind == "method" else kind
@@ -740,8 +741,12 @@ Listed = tuple[str, str, tuple[str, ...]]
 """A name, what it means, and what is to be said below that."""
 
 
-def _described(row: Mapping[str, Any], more: str) -> Listed:
-    return row["name"], row["summary"], (row["paper"], more)
+def _described(row: Mapping[str, Any], *more: str) -> Listed:
+    return row["name"], row["summary"], (row["paper"], *more)
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    return f"measured: {row['measured']}" if row["measured"] else UNMEASURED
 
 
 def _show_listed(title: str, rows: Iterable[Listed]) -> None:

@@ -40,6 +40,7 @@ def test_default_recipe_is_shipped_and_these_are_its_settings():
     assert {key: value for key, value in written.items() if value != library[key]} == {
         "name": "default",
         "summary": written["summary"],
+        "measured": written["measured"],
         "split": {"name": "predictability"},
         "router": {"name": "ridge"},
         "compensate": {"name": "least_squares"},

@@ -15,6 +15,8 @@ from upcycle.core.registry import check_parameters, suggest
 from upcycle.core.settings import Choice, shipped_presets, shipped_recipes, yaml_fields
 
 CATALOGUE = "catalogue.json"
+UNMEASURED = "not measured on a real model"
+"""What is said of a recipe or a preset that does not say what it cost or brought."""
 KINDS = {
     "method": "method",
     "split": "split",
@@ -75,7 +77,7 @@ def _check_choice(kinds: tuple[str, ...], choice: Choice) -> None:
 
 
 def describe_recipes() -> list[dict[str, Any]]:
-    """The shipped recipes: name, paper, what they do."""
+    """The shipped recipes: name, paper, what they do and cost."""
     recipes = [load_recipe(name) for name in shipped_recipes()]
     return [
         {
@@ -84,16 +86,17 @@ def describe_recipes() -> list[dict[str, Any]]:
             "summary": recipe.summary,
             "paper": recipe.paper,
             "departures": list(recipe.departures),
+            "measured": recipe.measured,
         }
         for recipe in recipes
     ]
 
 
 def describe_presets() -> list[dict[str, Any]]:
-    """The presets of `upcycle finetune`: name, paper, what they do."""
+    """The presets of `upcycle finetune`: name, paper, what they do and bring."""
     listed = [yaml_fields(path) for path in shipped_presets().values()]
     return [
         {name: fields[name] for name in ("name", "summary", "paper")}
-        | {"departures": list(fields.get("departures", ()))}
+        | {"departures": list(fields.get("departures", ())), "measured": fields.get("measured")}
         for fields in listed
     ]

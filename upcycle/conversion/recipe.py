@@ -31,7 +31,7 @@ PLUG_INS = ("method", "split", "shared_by", "router", "fit", "compensate", "rest
 SPLIT_ONLY = (
     *("experts", "top_k", "active", "shared", "split", "shared_by", "router"),
     *("fit", "compensate", "sequential", "keep_dense"),
-    *("summary", "paper", "departures"),
+    *("summary", "paper", "departures", "measured"),
 )
 """What a recipe says of a split, which is void when another method takes its place."""
 LOSSY = ("active", "compensate", "sequential", "keep_dense")
@@ -85,6 +85,8 @@ class Recipe(BaseModel):
     paper: str = ""
     departures: tuple[str, ...] = ()
     """Where the recipe can't or does not follow its paper."""
+    measured: str | None = None
+    """What it has cost on a real model."""
 
     method: PlugIn = Choice(name="split")
     """What becomes of each FFN: `split` | `prune` | `copy`, or a perturbation of copies, `drop` |

@@ -37,7 +37,7 @@ PARAMETERS = (
 """Flags that are no setting of a recipe or a preset."""
 SPELLED = {"runtimes": "--for", "prompts": "--prompt", "out": "-o"}
 """Flags that are not called as their field is."""
-ABOUT = ("name", "summary", "paper", "departures")
+ABOUT = ("name", "summary", "paper", "departures", "measured")
 """Fields that say what a recipe is, and change nothing."""
 
 

@@ -66,6 +66,8 @@ class Training(BaseModel):
     paper: str = ""
     departures: tuple[str, ...] = ()
     """Where a preset can't or does not follow its paper."""
+    measured: str | None = None
+    """What it has brought a real model."""
 
     train: Train = "moe"
     """Which weights change: `router` | `experts` | `moe` (both) | `all`; or `partition`: none but

@@ -26,9 +26,10 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from upcycle.core.errors import UpcycleError
 from upcycle.models.families.base import unsupported_reason
 from upcycle.models.frontmatter import write_gguf_card
-from upcycle.models.gguf_families import STORED, Stored
-from upcycle.models.gguf_file import GgufFile, Metadata, open_gguf, some
-from upcycle.models.gguf_rope import TABLES
+from upcycle.models.gguf.architectures import STORED, Stored
+from upcycle.models.gguf.file import GgufFile, open_gguf, some
+from upcycle.models.gguf.metadata import Metadata
+from upcycle.models.gguf.rope import TABLES
 from upcycle.models.quantised import LINK, Packed, Part
 from upcycle.models.stream import skeleton
 

@@ -1,13 +1,15 @@
 """The rotary embedding of a GGUF file in transformers' words, or a refusal."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from upcycle.core.errors import UpcycleError
-from upcycle.models.gguf_file import GgufFile, Metadata
+from upcycle.models.gguf.file import GgufFile
+from upcycle.models.gguf.metadata import Metadata
 
 DIVISORS = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
@@ -20,17 +22,19 @@ original_max_position_embeddings may be, the most likely first."""
 
 
 def rope_fields(
-    file: GgufFile, meta: Metadata, head_dim: int, context: int, *, partial: bool
+    file: GgufFile, meta: Metadata, shape: Mapping[str, Any], *, partial: bool = False
 ) -> dict[str, Any]:
     """The config fields of the rotary embedding.
 
     Args:
+        shape: what `shape_fields` found.
         partial: whether transformers' class can rotate a part of each head.
 
     Raises:
         UpcycleError: its keys or tensors say what transformers has no words for.
     """
     theta = {"rope_theta": meta.number("rope.freq_base", 10000.0)}
+    head_dim, context = shape["head_dim"], shape["max_position_embeddings"]
     rotary = meta.number("rope.dimension_count", head_dim)
     if rotary != head_dim:
         if not partial:
@@ -43,10 +47,7 @@ def rope_fields(
     meta.take("rope.scaling.finetuned")
     original = meta.number("rope.scaling.original_context_length", context)
     scaling = _scaling(file, meta, theta["rope_theta"], rotary, original)
-    fields: dict[str, Any] = {"rope_parameters": theta | scaling}
-    if file.architecture == "phi3":  # which takes it from there
-        fields["original_max_position_embeddings"] = original
-    return fields
+    return {"rope_parameters": theta | scaling}
 
 
 def _scaling(

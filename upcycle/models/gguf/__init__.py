@@ -1,0 +1,1 @@
+"""GGUF files as llama.cpp's converter makes them of dense models."""

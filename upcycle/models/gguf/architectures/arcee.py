@@ -1,0 +1,7 @@
+"""Arcee: a bias on attention and FFN, each if its tensors are there."""
+
+from upcycle.models.gguf.architectures.base import STORED, Stored
+from upcycle.models.gguf.fields import ATTENTION_AND_MLP, with_biases
+from upcycle.models.gguf.restored import from_halves
+
+STORED.add("arcee", Stored("arcee", with_biases(**ATTENTION_AND_MLP), restored=from_halves))

@@ -1,0 +1,6 @@
+"""OLMo 2, whose attention has biases if asked."""
+
+from upcycle.models.gguf.architectures.base import STORED, Stored
+from upcycle.models.gguf.fields import with_biases
+
+STORED.add("olmo2", Stored("olmo2", with_biases(attention_bias="attn_q")))
