@@ -11,8 +11,8 @@ from upcycle.conversion.ways import WAYS, Room
 from upcycle.core.settings import Choice, shipped_recipes
 from upcycle.core.types import Geometry
 
-WIDE = {"intermediate_size": 512, "num_hidden_layers": 1}
-"""Wide enough for 64 experts of 8 neurons."""
+WIDE = {"intermediate_size": 1024, "num_hidden_layers": 1}
+"""Wide enough for 64 experts of 8 neurons beside those that are always on."""
 SHIPPED = sorted(shipped_recipes())
 
 
@@ -226,7 +226,7 @@ PAPERS = {
 @pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_recipes_layer_is_its_papers(dense, name, target):
-    plan = upcycle.plan(str(dense(**WIDE)), recipe=name, target=target)
+    plan = upcycle.plan(str(dense(**WIDE | {"intermediate_size": 512})), recipe=name, target=target)
     assert plan.design.geometry == Geometry(512, *PAPERS[name])
     assert not any(each.startswith("`shared=") for each in plan.warnings)
 
