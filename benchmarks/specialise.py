@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upcycle.finetune.data import batch_rows, training_data
 from upcycle.finetune.settings import Training, load_training
 from upcycle.finetune.step import learning_rate
-from upcycle.models.source import read_config
+from upcycle.models.config import read_config
 
 
 def flag(setting: str) -> str:

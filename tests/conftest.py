@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def dense(tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"dense-{family}-")
             made[key] = make_dense(folder, family, dtype=dtype, shards=shards, **fields)
         return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copy(dense, tmp_path):
+    """Makes a copy of a tiny one-layer model that a test may spoil."""
+
+    def make(**options) -> Path:
+        folder = tmp_path / "model"
+        return shutil.copytree(dense(num_hidden_layers=1, **options), folder)
 
     return make
 

@@ -207,8 +207,8 @@ def _share(used: "Used") -> str:
 
 def show_finetuning(done: "Finetuning") -> None:
     """What training changed and what it cost."""
+    from upcycle.models.config import read_config
     from upcycle.models.families import auto_class
-    from upcycle.models.source import read_config
 
     rows = {
         name.replace("_", " "): (f"{value:.4f}", f"{done.after[name]:.4f}")

@@ -136,6 +136,12 @@ def test_presets_leave_routers_alone_where_only_experts_train():
     assert (training.balance, training.z_loss) == (0, 0)
 
 
+@pytest.mark.parametrize("other", [{"train": "router"}, {"train": "moe"}, {"lora": 4}])
+def test_a_preset_goes_with_another_share_of_the_weights(other):
+    """That a part does not train is no contradiction where it would not anyway."""
+    assert load_training("heal", {"teacher": "x", **other}).starts == {"embeddings": 1.0}
+
+
 def test_no_is_a_precision_in_yaml(tmp_path):
     (tmp_path / "mine.yaml").write_text("precision: no")
     assert load_training(tmp_path / "mine.yaml", {}).precision == "no"

@@ -162,6 +162,11 @@ class Recipe(BaseModel):
     check: Literal["fast", "full", "none"] = "fast"
     """How much text to compare the result on: `fast` | `full` | `none`."""
 
+    @property
+    def router_name(self) -> str:
+        """Empty where the plan chooses."""
+        return "" if self.router is None else self.router.name
+
     def settings(self) -> dict[str, Any]:
         """All fields as plain values that make the same recipe again."""
         return self.model_dump(mode="json", exclude_defaults=False)

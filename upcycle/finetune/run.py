@@ -47,8 +47,9 @@ from upcycle.finetune.trainable import (
     trained,
 )
 from upcycle.models.blocks import MoEBlock, moe_blocks
+from upcycle.models.config import read_text_config
 from upcycle.models.record import TRAIN_LOG, Identity, Used
-from upcycle.models.source import read_headers, read_text_config
+from upcycle.models.shards import read_headers
 from upcycle.models.writer import (
     ASIDE,
     Workspace,

@@ -262,7 +262,8 @@ class Training(BaseModel):
 
     def _check_schedules(self) -> None:
         parts = [part for part in PARTS[self.train] if not self.lora or part in OF_MATRICES]
-        for part in self.starts.keys() - set(parts):
+        moving = {part for part, start in self.starts.items() if start < 1}
+        for part in sorted(moving - set(parts)):
             raise UpcycleError(
                 f"{setting('starts')} names {part}, which does not train here: leave it out, or "
                 "give `train=all` without `lora`"
