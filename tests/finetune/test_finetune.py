@@ -15,6 +15,7 @@ from processes import kill, killed
 from reference import experts, gap, load, logits, read_json, routers, weights
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
+from training import held_out
 from transformers import PreTrainedModel
 
 import upcycle
@@ -23,8 +24,7 @@ from upcycle.core.errors import Diverged
 from upcycle.evaluation.run import load_model
 from upcycle.finetune import run as run_module
 from upcycle.finetune import step
-from upcycle.finetune.data import training_data
-from upcycle.finetune.run import Watch, finetune
+from upcycle.finetune.run import Watch
 from upcycle.finetune.settings import Training
 from upcycle.finetune.step import learning_rate
 from upcycle.models.frontmatter import split_card
@@ -32,18 +32,6 @@ from upcycle.models.record import read_log, read_record
 from upcycle.models.writer import partial_folder
 
 TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]
-QUICK = {
-    "preset": "specialise", "steps": 4, "seq_len": 32, "batch_size": 4, "micro_batch": 2,
-    "validation_tokens": 64, "lr": 3e-3,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def repeated(tmp_path_factory):
-    """A text that is easily learnt by heart."""
-    path = tmp_path_factory.mktemp("repeated") / "repeated.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 40)
-    return path
 
 
 @pytest.fixture
@@ -55,19 +43,6 @@ def split(dense, moe):
         return moe(source or dense(), target=target, shared=shared, **settings)
 
     return make
-
-
-@pytest.fixture
-def train(repeated, tmp_path):
-    """Trains a folder's model for a few steps, to `tmp_path / "out"` by default."""
-
-    def run(folder, out=None, **settings):
-        settings = QUICK | {"data": str(repeated)} | settings
-        if "tokens" in settings:
-            del settings["steps"]
-        return finetune(str(folder), out or tmp_path / "out", **settings)
-
-    return run
 
 
 def group(name):
@@ -95,14 +70,10 @@ def layout(folder):
     return {name: (tuple(t.shape), t.dtype) for name, t in weights(folder).items()}
 
 
-def held_out_loss(done, settings, folder=None):
+def held_out_loss(done, folder=None):
     """Of the written checkpoint or of another, by plain transformers."""
     model = load(folder or done.out)
-    _, held = training_data(
-        done.out, 272, done.settings.data, seq_len=settings["seq_len"],
-        train_tokens=done.settings.total_steps * settings["seq_len"] * settings["batch_size"],
-        validation_tokens=settings["validation_tokens"], seed=0,
-    )  # fmt: skip
+    held = held_out(done.out, done.settings.data, steps=done.settings.total_steps)
     total, count = 0.0, 0
     for tokens_L, mask_L in zip(held.tokens_BL, held.mask_BL, strict=True):
         tokens_L = tokens_L[mask_L]
@@ -128,7 +99,7 @@ def test_result_is_the_trained_model_in_the_same_layout(split, train, target):
     assert layout(done.out) == layout(source)
     assert (done.out / "config.json").read_bytes() == (source / "config.json").read_bytes()
     assert done.reload_error < 1e-6
-    assert held_out_loss(done, QUICK) == pytest.approx(done.after["loss"], abs=1e-4)
+    assert held_out_loss(done) == pytest.approx(done.after["loss"], abs=1e-4)
     expected = {"model.safetensors", "train_log.jsonl"} | {p.name for p in source.iterdir()}
     assert {path.name for path in done.out.iterdir()} == expected
     assert not partial_folder(done.out).exists()
@@ -195,7 +166,7 @@ def test_a_bfloat16_checkpoint_stays_one(dense, split, train, settings):
     assert layout(done.out) == layout(source)
     assert {t.dtype for t in weights(source).values()} == {torch.bfloat16, torch.float32}
     assert done.after["loss"] < done.before["loss"]
-    assert held_out_loss(done, QUICK) == pytest.approx(done.after["loss"], abs=0.1)
+    assert held_out_loss(done) == pytest.approx(done.after["loss"], abs=0.1)
 
 
 def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monkeypatch):
@@ -262,7 +233,7 @@ def test_healing_learns_from_the_dense_model_that_it_was_made_from(dense, split,
     assert done.settings.teacher == str(dense())
     assert done.after["kl"] < done.before["kl"] * 0.95
     assert not any("next_token" in row for row in done.log)
-    ratio = math.exp(done.after["loss"] - held_out_loss(done, QUICK, dense()))
+    ratio = math.exp(done.after["loss"] - held_out_loss(done, dense()))
     assert done.after["perplexity_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
@@ -431,10 +402,10 @@ def test_the_best_state_is_the_result(split, train, tmp_path):
     assert 0 < best < 8
     assert done.result_step == best
     assert done.after["loss"] == validations[best]
-    assert held_out_loss(done, QUICK) == pytest.approx(validations[best], abs=1e-4)
+    assert held_out_loss(done) == pytest.approx(validations[best], abs=1e-4)
     last = train(split(), tmp_path / "last", keep_best=False, **settings)
     assert last.result_step == 8
-    assert held_out_loss(last, QUICK) == pytest.approx(validations[8], abs=1e-4)
+    assert held_out_loss(last) == pytest.approx(validations[8], abs=1e-4)
 
 
 def test_balance_is_of_the_whole_batch_whatever_its_parts(split, train, tmp_path):

@@ -1,47 +1,28 @@
 """ReLU in place of a dense model's activation, before a split."""
 
+from functools import partial
+
 import pytest
 import torch
 from reference import TOLERANCE, gap, load, load_all_on, logits, read_json, weights
 from tiny import make_holder
 from torch.nn import functional
+from training import held_out
 
 from upcycle import UpcycleError
 from upcycle.evaluation.run import load_model
 from upcycle.finetune.activations import swap
-from upcycle.finetune.data import Data, training_data
+from upcycle.finetune.data import Data
 from upcycle.finetune.losses import square_hoyer_loss
-from upcycle.finetune.run import Watch, finetune
+from upcycle.finetune.run import Watch
 from upcycle.models.record import read_log, read_record
 
-QUICK = {
-    "preset": "relufy", "steps": 12, "seq_len": 32, "batch_size": 4, "micro_batch": 2,
-    "validation_tokens": 64, "lr": 3e-3,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def repeated(tmp_path_factory):
-    """A text that is easily learnt by heart."""
-    path = tmp_path_factory.mktemp("repeated") / "repeated.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 40)
-    return path
+STEPS = 12
 
 
 @pytest.fixture
-def relufy(repeated, tmp_path):
-    def run(folder, out=None, **settings):
-        settings = QUICK | {"data": str(repeated)} | settings
-        return finetune(str(folder), out or tmp_path / "relu", **settings)
-
-    return run
-
-
-def held_out(folder, data):
-    """What a run of `QUICK` validates on."""
-    return training_data(
-        folder, 272, str(data), seq_len=32, train_tokens=12 * 4 * 32, validation_tokens=64, seed=0
-    )[1]  # fmt: skip
+def relufy(train):
+    return partial(train, preset="relufy", steps=STEPS)
 
 
 def naive_zeros(model, held: Data):
@@ -63,7 +44,7 @@ def naive_zeros(model, held: Data):
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma", "gemma4_text"])
 def test_the_swapped_model_is_the_class_with_relu(dense, repeated, family):
     folder = dense(family)
-    held = held_out(folder, repeated)
+    held = held_out(folder, repeated, steps=STEPS)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     tap = swap(model, "relu", held)
     name = "hidden_activation" if family == "gemma4_text" else "hidden_act"
@@ -77,7 +58,7 @@ def test_the_swapped_model_is_the_class_with_relu(dense, repeated, family):
 
 def test_zeros_are_counted_exactly(dense, repeated):
     folder = dense()
-    held = held_out(folder, repeated)
+    held = held_out(folder, repeated, steps=STEPS)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     tap = swap(model, "relu", held)
     assert tap.zeros_of_original == naive_zeros(load(folder), held) == 0
@@ -144,7 +125,7 @@ def test_relufy_leaves_a_dense_model_that_transformers_loads_and_convert_splits(
 ):
     source = dense()
     done = relufy(source, hoyer=0.2)
-    held = held_out(source, repeated)
+    held = held_out(source, repeated, steps=STEPS)
     assert done.after["loss"] < done.before["loss"] - 0.3
     assert done.zeros.original == 0
     assert done.zeros.after > done.zeros.before + 0.02
@@ -175,7 +156,7 @@ def test_pressure_rises_over_the_steps_and_makes_more_zeros(dense, relufy, tmp_p
     assert pressed.zeros.after > without.zeros.after
     for row in read_log(pressed.out / "train_log.jsonl"):
         if row.hoyer is not None:
-            pressure = row.step / 12 * 0.02 * row.hoyer
+            pressure = row.step / STEPS * 0.02 * row.hoyer
             assert row.loss == pytest.approx(row.next_token + row.distill + pressure, rel=1e-5)
 
 
