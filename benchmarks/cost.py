@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from upcycle.models.calibration import calibration_tokens
+from upcycle.models.calibration import calibration
 from upcycle.models.opening import open_source
 
 
@@ -47,7 +47,15 @@ def main() -> None:
     args = parser.parse_args()
 
     source, sequences = open_source(args.model), args.tokens // args.seq_len
-    tokens_BL = calibration_tokens(source, args.calibration, sequences, args.seq_len, seed=0)
+    tokens_BL = calibration(
+        source,
+        args.calibration,
+        sequences=sequences,
+        windows=0,
+        seq_len=args.seq_len,
+        seed=0,
+        device=torch.device("cpu"),
+    ).fit_BL
     rows: list[dict[str, float]] = []
     for _ in range(args.rounds):
         report = upcycle(

@@ -20,7 +20,7 @@ from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
 if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
     from upcycle.conversion.plan import Plan
-    from upcycle.conversion.run import Progress
+    from upcycle.core.progress import Progress
     from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.run import Watch
 

@@ -25,7 +25,7 @@ from upcycle.models.text import kind_name
 if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
     from upcycle.conversion.plan import Plan
-    from upcycle.conversion.run import Progress as OnProgress
+    from upcycle.core.progress import Progress as OnProgress
     from upcycle.evaluation.encoders import HiddenEvaluation
     from upcycle.evaluation.run import Evaluation, TextResult
     from upcycle.evaluation.tasks import TaskScores

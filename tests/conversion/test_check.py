@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import CheckFailed, UpcycleError
 from upcycle.cli import app
-from upcycle.conversion import check, dry_run
+from upcycle.conversion import check, dry_run, writing
 from upcycle.conversion import run as conversion
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.evaluation import result as comparison
@@ -136,7 +136,7 @@ def test_tensor_under_a_wrong_name_is_caught(dense, out, monkeypatch):
         for name, tensor in assemble_head(*arguments):
             yield name.replace("norm", "nrom"), tensor
 
-    for module in (dry_run, conversion):
+    for module in (dry_run, writing):
         monkeypatch.setattr(module, "assemble_head", misspelt)
     assert_caught(dense, out, "does not load whole: ")
 

@@ -16,7 +16,7 @@ from tiny import PLAIN_SPLIT, SIZES
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.conversion import dense_layers
+from upcycle.conversion import dense_layers, writing
 from upcycle.conversion import run as conversion
 from upcycle.conversion.dense_layers import (
     Sample,
@@ -552,9 +552,9 @@ def started(sensitive, own_text, tmp_path, monkeypatch):
     def go_on(out="out", **more):
         return upcycle.convert(source, tmp_path / out, **AUTO | more).plan
 
-    def start(name):
+    def start(module, name):
         with monkeypatch.context() as patch:
-            patch.setattr(conversion, name, stop)
+            patch.setattr(module, name, stop)
             with pytest.raises(RuntimeError, match="stopped"):
                 go_on(resume=True)
         return go_on
@@ -563,7 +563,7 @@ def started(sensitive, own_text, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_does_not_measure_twice(started, tmp_path, monkeypatch):
-    go_on = started("convert_layer")
+    go_on = started(writing, "convert_layer")
     journal = (partial_folder(tmp_path / "out") / "journal.jsonl").read_text().splitlines()
     (record,) = (e["record"] for e in map(json.loads, journal) if "keep dense" in e.get("unit", ""))
     assert record["layers"] == [0]
@@ -578,7 +578,8 @@ def test_a_resumed_run_does_not_measure_twice(started, tmp_path, monkeypatch):
 
 
 def test_a_run_stopped_while_it_measures_measures_again(started, monkeypatch):
-    go_on, choose, calls = started("choose_dense_layers"), conversion.choose_dense_layers, []
+    go_on = started(conversion, "choose_dense_layers")
+    choose, calls = conversion.choose_dense_layers, []
     monkeypatch.setattr(conversion, "choose_dense_layers", lambda *a: calls.append(a) or choose(*a))
     assert go_on(resume=True).spec.dense_layers == (0,)
     assert len(calls) == 1

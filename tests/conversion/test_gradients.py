@@ -129,11 +129,11 @@ def test_a_conversion_gives_methods_the_dense_models_gradients(dense, tmp_path, 
         seen.append((layer, activations.loss))
         return made(plan, layer, ffn, activations, *rest)
 
-    from upcycle.conversion import run
+    from upcycle.conversion import run, writing
 
-    made, put = run.convert_layer, run.put_gradients_aside
+    made, put = writing.convert_layer, run.put_gradients_aside
     given = []
-    monkeypatch.setattr(run, "convert_layer", convert_layer)
+    monkeypatch.setattr(writing, "convert_layer", convert_layer)
     monkeypatch.setattr(
         run, "put_gradients_aside", lambda p, ids, *rest: given.append(ids) or put(p, ids, *rest)
     )

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import CheckFailed, UpcycleError, console
 from upcycle.cli import app
-from upcycle.conversion import run as conversion
+from upcycle.conversion import writing
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.recipe import load_recipe
@@ -65,7 +65,7 @@ def convert(dense, text, tmp_path_factory):
         key = json.dumps([family, target, settings], sort_keys=True)
         if key not in made:
             out, seen = tmp_path_factory.mktemp("prune") / "out", {}
-            original = conversion.convert_layer
+            original = writing.convert_layer
 
             def watch(plan, layer, ffn, activations, norm_T, *fitted):
                 *unused, _ = fitted
@@ -74,7 +74,7 @@ def convert(dense, text, tmp_path_factory):
                 return original(plan, layer, ffn, activations, norm_T, *fitted)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(conversion, "convert_layer", watch)
+                patch.setattr(writing, "convert_layer", watch)
                 done = upcycle.convert(
                     str(dense(family)),
                     out,

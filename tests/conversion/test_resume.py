@@ -19,6 +19,7 @@ import upcycle
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.cli import app
 from upcycle.conversion import run as conversion
+from upcycle.conversion import writing
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.machine import torch_threads
 from upcycle.models.stream import HiddenStream
@@ -271,9 +272,9 @@ def test_a_run_that_learns_resumed_after_a_kill_in_a_layer_gives_the_same_bytes(
 
 def test_resuming_does_not_repeat_finished_layers(dense, out, monkeypatch):
     start_and_kill(dense, out, "before layer 2")
-    layers, convert_layer = [], conversion.convert_layer
+    layers, convert_layer = [], writing.convert_layer
     monkeypatch.setattr(
-        conversion,
+        writing,
         "convert_layer",
         lambda p, i, *rest: layers.append(i) or convert_layer(p, i, *rest),
     )
@@ -429,14 +430,14 @@ def test_threads_are_those_of_before_after_a_run():
 
 def at_layer(monkeypatch, layer, act) -> None:
     """Arranges for something to happen while the layer is converted."""
-    convert_layer = conversion.convert_layer
+    convert_layer = writing.convert_layer
 
     def convert(plan, at, *rest):
         if at == layer:
             act()
         return convert_layer(plan, at, *rest)
 
-    monkeypatch.setattr(conversion, "convert_layer", convert)
+    monkeypatch.setattr(writing, "convert_layer", convert)
 
 
 def fail():

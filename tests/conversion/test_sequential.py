@@ -34,6 +34,7 @@ from torch.nn.functional import silu
 import upcycle
 from upcycle import CheckFailed, UpcycleError
 from upcycle.conversion import run as conversion
+from upcycle.conversion import writing
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
@@ -148,7 +149,7 @@ def watched_stream():
             return x_TD, norm_T
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "HiddenStream", Watched)
+        patch.setattr(writing, "HiddenStream", Watched)
         yield tokens, seen, added_to
 
 
@@ -738,9 +739,9 @@ def kill_while_putting_aside(patch):
 
 
 def kill_before_layer_2(patch):
-    convert_layer = conversion.convert_layer
+    convert_layer = writing.convert_layer
     patch.setattr(
-        conversion,
+        writing,
         "convert_layer",
         lambda plan, at, *rest: kill() if at == 2 else convert_layer(plan, at, *rest),
     )
@@ -799,9 +800,9 @@ def test_resuming_fits_on_the_same_and_does_not_repeat_finished_layers(
 ):
     expected = convert(**SEQUENTIAL).seen
     start_and_kill(attempt, "both", "before layer 2")
-    layers, convert_layer = [], conversion.convert_layer
+    layers, convert_layer = [], writing.convert_layer
     monkeypatch.setattr(
-        conversion,
+        writing,
         "convert_layer",
         lambda plan, at, *rest: layers.append(at) or convert_layer(plan, at, *rest),
     )

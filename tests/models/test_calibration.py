@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 import upcycle
 from upcycle import UpcycleError
 from upcycle.conversion import run as conversion
+from upcycle.conversion import writing
 from upcycle.models import calibration as calibrate
 from upcycle.models import own_text as writer
 from upcycle.models import tokens as packing
@@ -561,7 +562,7 @@ def test_tokenizer_that_is_corrupt(dense, tmp_path, content):
 
 def test_held_back_tokens_are_not_among_the_fitted(dense, tmp_path, monkeypatch):
     seen = {}
-    stream = conversion.HiddenStream
+    stream = writing.HiddenStream
 
     def spy_on_stream(config, embed_VD, fit_BL, device):
         seen["fit"] = fit_BL
@@ -570,7 +571,7 @@ def test_held_back_tokens_are_not_among_the_fitted(dense, tmp_path, monkeypatch)
     def spy_on_check(plan, folder, held, progress, all_on):
         seen["held"] = held[plan.recipe.calibration]
 
-    monkeypatch.setattr(conversion, "HiddenStream", spy_on_stream)
+    monkeypatch.setattr(writing, "HiddenStream", spy_on_stream)
     monkeypatch.setattr(conversion, "run_check", spy_on_check)
     text = tmp_path / "a.txt"
     text.write_text("".join(map(chr, range(33, 126))) * 60)

@@ -21,6 +21,7 @@ from torch import Tensor
 from upcycle.conversion.plan import Plan
 from upcycle.core.errors import CheckFailed
 from upcycle.core.machine import free_memory
+from upcycle.core.progress import Progress
 from upcycle.core.types import DenseFFN
 from upcycle.evaluation.hidden import HiddenComparison, compare_hidden, hidden_result, put_out
 from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
@@ -53,7 +54,7 @@ def run_check(
     plan: Plan,
     folder: Path,
     held: Mapping[str, Tensor],
-    progress: Any,
+    progress: Progress,
     all_on: Iterable[tuple[int, DenseFFN]] = (),
 ) -> Report:
     """Compare the checkpoint in `folder` with the plan's source.
@@ -125,7 +126,7 @@ def _kind(kind: str, tokens: int, compared: Comparison) -> KindResult:
     )
 
 
-def _steps(progress: Any, total: int) -> Callable[[int], None]:
+def _steps(progress: Progress, total: int) -> Callable[[int], None]:
     """Tells `progress` of every window of all kinds and both models."""
     windows = itertools.count(1)
     return lambda _: progress("checking", next(windows), total)

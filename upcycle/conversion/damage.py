@@ -6,23 +6,20 @@ a branch leaves that has this layer's FFN cut down, and no other's. Where a bran
 divergence from the dense model is that layer's damage.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers.activations import ACT2FN
 
 from upcycle.conversion.plan import Plan
+from upcycle.core.progress import Progress
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.models.assemble import dense_ffn
 from upcycle.models.stream import HiddenStream
 
 
 @torch.no_grad()
-def measure_damage(
-    plan: Plan, tokens_BL: Tensor, progress: Callable[[str, int, int], None]
-) -> list[float]:
+def measure_damage(plan: Plan, tokens_BL: Tensor, progress: Progress) -> list[float]:
     """KL(dense ‖ branch) per layer that has an FFN, in nats per token."""
     source = plan.source
     outer = source.read(source.outer_names())

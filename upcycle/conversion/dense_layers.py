@@ -22,6 +22,7 @@ from upcycle.conversion.layer import convert_layer
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.planning import make_plan
 from upcycle.core.errors import UpcycleError
+from upcycle.core.progress import Progress
 from upcycle.core.types import LayerActivations, LossGradient
 from upcycle.models.assemble import dense_ffn
 from upcycle.models.record import DenseLayers, Trial
@@ -40,7 +41,6 @@ GAIN = 1.02
 and a choice the mean, to be preferred to one with fewer dense layers."""
 FEW, ONE_IN = 2, 10
 """Dense layers for which the others don't pay: at most two, or one in ten."""
-Progress = Callable[[str, int, int], None]
 
 
 class Gradients(Protocol):

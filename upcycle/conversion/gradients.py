@@ -6,19 +6,17 @@ layer's weights are in memory at a time, as in the rest of a conversion, and a f
 not be repeated when a run is resumed.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from upcycle.conversion.plan import Plan
 from upcycle.core.errors import UpcycleError
+from upcycle.core.progress import Progress
 from upcycle.core.types import LossGradient, all_finite
 from upcycle.models.stream import HiddenStream
 from upcycle.models.writer import Workspace
 
 GRADIENTS = "loss gradients"
-Progress = Callable[[str, int, int], None]
 
 
 def put_gradients_aside(

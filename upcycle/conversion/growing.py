@@ -24,6 +24,7 @@ from upcycle.conversion.merging.sources import Sources, read_ffn
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.units import GATE, write_unit
 from upcycle.core.foreign import blaming
+from upcycle.core.progress import Progress
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, LayerActivations, MoELayer
 from upcycle.evaluation.distance import Meter
@@ -111,7 +112,7 @@ class Growth:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
-def write_grown(plan: Plan, finished: Finished, workspace: Workspace, progress: Any) -> None:
+def write_grown(plan: Plan, finished: Finished, workspace: Workspace, progress: Progress) -> None:
     """Write the weights of a merge with an expert more, and what its gate leaves beside them."""
     writer = CheckpointWriter(workspace.result, plan.specs, plan.recipe.max_shard_size)
     growth = _start(plan, finished, progress)
@@ -141,7 +142,7 @@ def write_grown_files(plan: Plan, finished: Finished, folder: Path) -> None:
     copy_companions(finished.folder, folder)
 
 
-def _start(plan: Plan, finished: Finished, progress: Any) -> Growth:
+def _start(plan: Plan, finished: Finished, progress: Progress) -> Growth:
     sources, gate = plan.sources, plan.design.methods.gate
     if sources is None:
         raise ValueError("the plan has no models")
@@ -166,7 +167,7 @@ def _start(plan: Plan, finished: Finished, progress: Any) -> Growth:
     return Growth(plan, finished, sources, gating, stream, kept)
 
 
-def _losses(models: list[Any], grouped: Grouped, plan: Plan, progress: Any) -> list[Tensor]:
+def _losses(models: list[Any], grouped: Grouped, plan: Plan, progress: Progress) -> list[Tensor]:
     """Of the base, in place of every expert that there is, and of the new model, [L - 1, E]."""
 
     def step(place: int) -> Any:

@@ -11,6 +11,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.machine import choose_device
 from upcycle.core.paths import local_path, public_name
+from upcycle.core.progress import Progress
 from upcycle.evaluation.hidden import compare_hidden, hidden_result
 from upcycle.evaluation.routing import LayerRouting
 from upcycle.evaluation.run import (
@@ -19,7 +20,6 @@ from upcycle.evaluation.run import (
     Flops,
     LayerSimilarity,
     Parameters,
-    Progress,
     choose_dtype,
     counter,
     decode_windows,

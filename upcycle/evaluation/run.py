@@ -26,6 +26,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.machine import choose_device
 from upcycle.core.paths import public_name
+from upcycle.core.progress import Progress
 from upcycle.evaluation.routing import LayerRouting, counting_pairs, layer_routing, utilisation
 from upcycle.evaluation.size import Size, expert_similarity, flops, measure_size
 from upcycle.evaluation.speed import Speed, measure_speed
@@ -46,8 +47,6 @@ from upcycle.models.tokens import open_reader
 
 Step = Callable[[int], None]
 """Told how many windows are done."""
-Progress = Callable[[str, int, int], None]
-"""Told the stage, how much of it is done, and how much there is."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 CHUNK = 2**24

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import blaming
 from upcycle.core.paths import write_whole
+from upcycle.core.progress import Progress
 from upcycle.core.versions import versions
 from upcycle.models.chat import ChatRefused, render_chat
 from upcycle.models.companions import companions
@@ -40,7 +41,6 @@ FOREIGN = 2.0
 """A model knows a language in which a paragraph costs it at most so many times the tokens, and the
 nats, of the same paragraph in English."""
 MOST_LANGUAGES = 8
-Progress = Callable[[str, int, int], None]
 
 
 def written_tokens(

@@ -12,6 +12,7 @@ from upcycle.conversion.merging.request import TEXTUAL
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.units import GATE, SEEN
+from upcycle.core.progress import Progress
 from upcycle.evaluation.beside import measured, perplexities
 from upcycle.evaluation.distance import Distances as FFNDistances
 from upcycle.evaluation.distance import remarks
@@ -163,7 +164,7 @@ def _left_out_note(text: str) -> str:
 
 
 def measure_beside(
-    plan: Plan, check: Report, own: OwnTexts, dtype: Any, progress: Any
+    plan: Plan, check: Report, own: OwnTexts, dtype: Any, progress: Progress
 ) -> Beside | None:
     """The perplexities of every source and of their mean on the experts' texts, beside those of
     merge and base, which the check has measured; of a merge that gets an expert more, those of the
@@ -195,7 +196,7 @@ def measure_beside(
 
 
 def _measured(
-    plan: Plan, sources: Sources, windows: Mapping[str, Tensor], dtype: Any, progress: Any
+    plan: Plan, sources: Sources, windows: Mapping[str, Tensor], dtype: Any, progress: Progress
 ) -> Iterator[ModelPerplexities]:
     models = len(sources.apart) + 1
     total = models * sum(map(len, windows.values()))

@@ -9,11 +9,10 @@ from upcycle.conversion.gating import Gating
 from upcycle.conversion.merging.passages import gated_experts, passages
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
+from upcycle.core.progress import Progress
 from upcycle.core.rng import generator
 from upcycle.models.passages import Grouped, losses_of_models, next_token_losses
 from upcycle.models.tokens import open_reader
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

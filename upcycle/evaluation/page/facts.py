@@ -13,8 +13,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem, read_json
+from upcycle.core.progress import Progress
 from upcycle.evaluation.inspection import inspect_found
-from upcycle.evaluation.run import Evaluation, Progress, evaluate
+from upcycle.evaluation.run import Evaluation, evaluate
 from upcycle.evaluation.sample import Sample, samples
 from upcycle.models.checkpoint import locate
 from upcycle.models.config import read_config
