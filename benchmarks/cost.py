@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from upcycle.models.calibration import calibration_tokens
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 
 
 @torch.inference_mode()

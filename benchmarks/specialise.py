@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upcycle.finetune.data import batch_rows, training_data
 from upcycle.finetune.settings import Training, load_training
 from upcycle.finetune.step import learning_rate
-from upcycle.models.source import read_config
+from upcycle.models.config import read_config
 
 
 def flag(setting: str) -> str:
@@ -44,7 +44,7 @@ def train_dense(folder: str, out: Path, settings: Training) -> float:
         settings.data,
         seq_len=settings.seq_len,
         train_tokens=settings.total_steps * settings.step_tokens,
-        validation_tokens=settings.validation_tokens,
+        validation_tokens=settings.held_tokens,
         seed=settings.seed,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import upcycle
 from upcycle.finetune.data import batch_rows, training_data
-from upcycle.models.source import read_config
+from upcycle.models.config import read_config
 
 LR, CLIP, BETAS = 1e-5, 1.0, (0.9, 0.95)
 # glibc gives back what it got by mmap. Left to itself it raises the threshold and hoards up to a

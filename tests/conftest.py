@@ -1,6 +1,7 @@
 """Fixtures that every test file may use."""
 
 import random
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def whole(tmp_path_factory):
     def make(name: str, *, dtype=torch.float32, **fields) -> Path:
         write = make_holder if name in HOLDERS else make_published
         return write(tmp_path_factory.mktemp(name), name, dtype=dtype, **fields)
+
+    return make
+
+
+@pytest.fixture
+def copy(dense, tmp_path):
+    """Makes a copy of a tiny one-layer model that a test may spoil."""
+
+    def make(**options) -> Path:
+        folder = tmp_path / "model"
+        return shutil.copytree(dense(num_hidden_layers=1, **options), folder)
 
     return make
 

@@ -24,10 +24,11 @@ import upcycle
 from upcycle import CheckFailed
 from upcycle.cli import app
 from upcycle.conversion import geometry as budget
-from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.compensate import COMPENSATIONS
+from upcycle.conversion.designing import SPREAD, UNFITTED_SPREAD
 from upcycle.conversion.fit import FITS
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe, load_recipe
 from upcycle.conversion.rest import RESTS
 from upcycle.core import flags as settings
@@ -36,7 +37,7 @@ from upcycle.core.settings import shipped_recipes
 from upcycle.finetune.gating import GATINGS
 from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.settings import Training
-from upcycle.models.source import copy_companions
+from upcycle.models.companions import copy_companions
 from upcycle.models.text import PROBES, kind_name
 from upcycle.options import as_set
 from upcycle.router_init import ROUTERS
@@ -403,7 +404,7 @@ def test_default_in_the_help_is_the_plans_where_the_recipe_has_none(option, defa
             f"about {3 * budget.FEWEST // 4} to {budget.MOST} parts, or {budget.COPIES} copies",
         ),
         ("active", f"{budget.ACTIVE}"),
-        ("router_spread", f"{planning.SPREAD} with a refit, else {planning.UNFITTED_SPREAD}"),
+        ("router_spread", f"{SPREAD} with a refit, else {UNFITTED_SPREAD}"),
     ],
 )
 def test_default_in_a_description_is_the_plans(field, default):
@@ -434,7 +435,7 @@ def test_process_prints_one_json_object_and_leaves_with_0(dense, tmp_path):
 
 
 def test_convert_for_people_names_the_result(dense, tmp_path, monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 64)
     result = run("convert", dense(), "-o", tmp_path / "out", *QUICK, "--check", "fast")
     assert result.exit_code == 0
     assert "out loads with AutoModelForCausalLM" in " ".join(result.stdout.split())

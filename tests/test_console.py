@@ -13,8 +13,8 @@ from tiny import PLAIN_SPLIT, once
 import upcycle
 from upcycle import console
 from upcycle.cli import every_method
-from upcycle.conversion import plan as planning
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.models.record import DenseLayers, Findings, Trial
 from upcycle.models.text import PROBES
 
@@ -29,7 +29,7 @@ def converted(dense, text, tmp_path_factory):
     @once
     def convert(**settings):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(planning.CHECK_TOKENS, "fast", 128)
+            patch.setitem(CHECK_TOKENS, "fast", 128)
             asked = QUICK | {"calibration": f"builtin+{text}"} | settings
             out = tmp_path_factory.mktemp("console") / "out"
             return upcycle.convert(str(dense()), out, **asked)

@@ -13,7 +13,7 @@ from tiny import make_moved
 from typer.testing import CliRunner
 
 from upcycle.cli import app
-from upcycle.conversion import plan as planning
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.models.runtimes import Run
 from upcycle.models.targets import TARGETS
 
@@ -84,7 +84,7 @@ def place(dense, moe, tmp_path, monkeypatch):
     """A folder with what the commands name: a dense model, two fine-tunes of it and a file that
     merges them, results of a split and of copies, and texts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 64)
     source = dense(num_hidden_layers=1, intermediate_size=256)
     Path("MODEL").symlink_to(source)
     Path("my-llama").symlink_to(source)

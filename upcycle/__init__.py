@@ -54,9 +54,9 @@ def plan(
     Raises:
         UpcycleError: the request can't be carried out; the sentence says why and what to change.
     """
-    from upcycle.conversion.plan import make_plan
+    from upcycle.conversion.planning import make_plan
     from upcycle.conversion.recipe import load_recipe
-    from upcycle.models.source import open_source
+    from upcycle.models.opening import open_source
 
     loaded = load_recipe(recipe, settings)
     source = open_source(model, revision=revision)
@@ -134,7 +134,7 @@ def merge(
     Raises:
         AlreadyFinished, UpcycleError, CheckFailed: as `convert` does.
     """
-    from upcycle.conversion.merging.plan import plan_merge
+    from upcycle.conversion.merging.planning import plan_merge
     from upcycle.conversion.merging.preflight import merge_request
     from upcycle.conversion.run import run
 

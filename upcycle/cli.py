@@ -242,7 +242,7 @@ def merge(
             prompts=options["prompt"] or [],
         )
         with _importing():
-            from upcycle.conversion.merging.plan import plan_merge
+            from upcycle.conversion.merging.planning import plan_merge
 
         _quiet_model_loading()
         overwrite, resume = options["overwrite"], options["resume"]

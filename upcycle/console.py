@@ -108,7 +108,8 @@ def _say_budget(budget: "Budget") -> None:
     rate = budget.tokens / budget.steps / budget.step_seconds
     err.print(
         f"budget: {budget.tokens:,} tokens in about {duration(budget.seconds)} here, by the first "
-        f"step ({rate:.0f} tokens/s) and {budget.validations + 1} validations.",
+        f"step ({rate:.0f} tokens/s) and {budget.validations + 1} validations of "
+        f"{budget.validation_tokens:,} ({budget.measuring_seconds / budget.seconds:.0%} of that).",
         highlight=False,
     )
     err.print(f"expected: {_expected(budget)}", highlight=False)
@@ -134,20 +135,25 @@ def show_proposal(proposal: "Proposal") -> None:
     def row(budget: "Budget") -> tuple[str, ...]:
         expected = "–" if budget.expected is None else f"{budget.expected:.2f} ×"
         mark = "asked for" if budget is asked else ""
-        return f"{budget.steps:,}", duration(budget.seconds), expected, mark
+        held = f"{budget.validations + 1} × {budget.validation_tokens:,}"
+        return f"{budget.steps:,}", held, duration(budget.seconds), expected, mark
 
     each = sorted((asked, *proposal.others), key=lambda budget: budget.tokens)
     rows = {f"{budget.tokens:,}": row(budget) for budget in each}
-    table("tokens, and what they take here", rows, "steps", "time", "perplexity", "")
+    table("tokens, and what they take here", rows, "steps", "held out", "time", "perplexity", "")
     again = ""
     if asked.tokens > AGAIN * proposal.held:
         times = asked.tokens / proposal.held
         again = (
             f" The text holds {proposal.held:,} to train on, which would be read {times:.1f} times."
         )
+    teacher = ""
+    if asked.teacher_seconds:
+        teacher = f", the teacher runs once for {duration(asked.teacher_seconds)}"
     out.print(
         f"Timed by a step of {asked.step_seconds:.2g} s and a validation of "
-        f"{asked.validation_seconds:.2g} s; loading and writing come on top.{again}",
+        f"{asked.validation_seconds:.2g} s ({asked.measuring_seconds / asked.seconds:.0%} of the "
+        f"time goes to those){teacher}; loading and writing come on top.{again}",
         highlight=False,
     )
     out.print(f"Expected: {_expected(asked)}", highlight=False)
@@ -202,8 +208,8 @@ def _share(used: "Used") -> str:
 
 def show_finetuning(done: "Finetuning") -> None:
     """What training changed and what it cost."""
+    from upcycle.models.config import read_config
     from upcycle.models.families import auto_class
-    from upcycle.models.source import read_config
 
     rows = {
         name.replace("_", " "): (f"{value:.4f}", f"{done.after[name]:.4f}")

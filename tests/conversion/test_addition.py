@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import UpcycleError
 from upcycle.cli import app
-from upcycle.conversion import plan as planning
-from upcycle.conversion.merging.plan import plan_merge
+from upcycle.conversion.merging.planning import plan_merge
 from upcycle.conversion.merging.preflight import merge_request
+from upcycle.conversion.plan import CHECK_TOKENS
 
 QUICK = {"check": "none", "router": "uniform_random"}
 SHORT = {"check": "none", "seq_len": 64, "calibration_tokens": 512}
@@ -244,7 +244,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(merged, shelf, texts, tmp_path)
 def test_the_record_and_the_card_tell_which_expert_came_when(
     merged, shelf, texts, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 128)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 128)
     train = {"data": texts["m1"], "steps": 1, "seq_len": 16, "validation_tokens": 16}
     upcycle.finetune(str(merged("text")), tmp_path / "tuned", preset="specialise", **train)
     for place, before, name in ((2, "tuned", "m3"), (3, before_last := "first", "base")):

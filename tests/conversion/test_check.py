@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import CheckFailed, UpcycleError
 from upcycle.cli import app
-from upcycle.conversion import check
-from upcycle.conversion import plan as planning
+from upcycle.conversion import check, dry_run
 from upcycle.conversion import run as conversion
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.evaluation import result as comparison
 from upcycle.evaluation.run import Comparison
 from upcycle.evaluation.verdict import verdict
@@ -32,7 +32,7 @@ SETTINGS = PLAIN_SPLIT | {"router_spread": 0.1, "calibration_tokens": 128, "seq_
 
 @pytest.fixture(autouse=True)
 def short_check(monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", TOKENS)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", TOKENS)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_tensor_under_a_wrong_name_is_caught(dense, out, monkeypatch):
         for name, tensor in assemble_head(*arguments):
             yield name.replace("norm", "nrom"), tensor
 
-    for module in (planning, conversion):
+    for module in (dry_run, conversion):
         monkeypatch.setattr(module, "assemble_head", misspelt)
     assert_caught(dense, out, "does not load whole: ")
 
@@ -182,7 +182,7 @@ def checked(request, dense, text, tmp_path_factory):
     family, settings = request.param
     out, calibration = tmp_path_factory.mktemp("checked") / "out", {"calibration": str(text)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(planning.CHECK_TOKENS, "fast", TOKENS)
+        patch.setitem(CHECK_TOKENS, "fast", TOKENS)
         done = upcycle.convert(str(dense(family)), out, **SETTINGS | settings | calibration)
         held = conversion._tokens(done.plan, lambda *_: None).held
     kinds = {kind.kind: kind for kind in done.check.kinds}
@@ -399,7 +399,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(dense):
         return upcycle.plan(str(dense()), seq_len=64, **settings).check_bytes(*dtype)
 
     assert needed(check="none") == 0
-    more_tokens = planning.CHECK_TOKENS["full"] - TOKENS
+    more_tokens = CHECK_TOKENS["full"] - TOKENS
     more = KINDS * more_tokens * SIZES["hidden_size"] * 4
     assert needed(check="full") - needed(check="fast") == more
     plan = upcycle.plan(str(dense()), seq_len=64)

@@ -24,7 +24,7 @@ from upcycle.conversion.dense_layers import (
     choose_dense_layers,
     try_layers,
 )
-from upcycle.conversion.plan import make_plan
+from upcycle.conversion.planning import make_plan
 from upcycle.models import own_text as writer
 from upcycle.models.record import Trial
 from upcycle.models.writer import partial_folder

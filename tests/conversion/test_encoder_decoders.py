@@ -22,7 +22,7 @@ from upcycle.finetune.run import finetune
 from upcycle.models import families
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.calibration import probes
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 from upcycle.models.stream import HiddenStream, replace_ffn
 from upcycle.models.tokens import open_reader
 

@@ -15,10 +15,10 @@ from reference import (
 from tiny import PLAIN_SPLIT
 
 import upcycle
-from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.check import LOW_PRECISION_TOLERANCE
 from upcycle.conversion.converted import scaled
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.evaluation.result import TOLERANCE
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -169,7 +169,7 @@ def agreement(selected_TK, expected_TK):
 @pytest.mark.parametrize("method", ["split", "copy"])
 @dtypes
 def test_the_check_measures_the_same(dense, moe, monkeypatch, method, dtype):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 64)
     source = dense(dtype=getattr(torch, dtype))
     settings = SPLIT | {"router_spread": 0.1} if method == "split" else COPY
     out = moe(source, check="fast", calibration="builtin", target="mixtral", **settings)

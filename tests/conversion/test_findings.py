@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tiny import make_dense, make_moved
 
 import upcycle
-from upcycle.conversion import plan as planning
 from upcycle.conversion.merging.own_texts import MIXED, mixed, own_texts
 from upcycle.conversion.merging.passages import passages
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.run import run
 from upcycle.evaluation.beside import MEAN
 from upcycle.models.record import read_record
@@ -173,11 +173,11 @@ def test_experts_that_the_router_cannot_tell_apart_are_named(models, tmp_path):
 
 @pytest.fixture
 def few_windows(monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 128)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 128)
 
 
 def plan(models, texts, out, **settings):
-    from upcycle.conversion.merging.plan import plan_merge
+    from upcycle.conversion.merging.planning import plan_merge
     from upcycle.conversion.merging.preflight import merge_request
 
     asked = SHORT | settings
@@ -281,7 +281,7 @@ def test_a_run_that_was_stopped_finds_the_same(models, texts, tmp_path):
 
 
 def addition(moe, model, out, texts=None, **settings):
-    from upcycle.conversion.merging.plan import plan_merge
+    from upcycle.conversion.merging.planning import plan_merge
     from upcycle.conversion.merging.preflight import merge_request
 
     request = merge_request([str(moe)], settings, add=model, texts=texts)

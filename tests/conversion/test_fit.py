@@ -11,11 +11,11 @@ from torch.nn.functional import silu
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.conversion import plan as planning
 from upcycle.conversion.design import bind
 from upcycle.conversion.fit import FITS, distillation, prior_approximate, transport
 from upcycle.conversion.fit.base import Experts, Lesson, hard_top_k, straight_through_top_k
 from upcycle.conversion.fit.learn import Held, learn, said
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.models.record import FitPart
@@ -450,7 +450,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def short_check(monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 64)
 
 
 CONVERTED = {

@@ -12,7 +12,7 @@ from reference import load
 import upcycle
 from upcycle.conversion.memory import peak_bytes
 from upcycle.core.machine import peak_memory
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 
 CLOSE = 1.4
 """Of an estimate over what was measured: the interpreter differs between machines and runs, too."""

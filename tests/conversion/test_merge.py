@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import UpcycleError
 from upcycle.cli import app
-from upcycle.conversion import plan as planning
-from upcycle.conversion.merging.plan import plan_merge
+from upcycle.conversion.merging.planning import plan_merge
 from upcycle.conversion.merging.preflight import merge_request
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.types import DenseFFN
 
 QUICK = {"check": "none", "router": "uniform_random"}
@@ -267,7 +267,7 @@ def test_fine_tunes_whose_ffns_have_no_gate(
 ):
     """Each expert is its model's FFN, in Mixtral with its first matrix as gate, too; and each model
     is measured on each text."""
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 128)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 128)
     base = dense(family)
     moved = {f"m{seed}": make_moved(tmp_path / f"m{seed}", base, seed) for seed in (1, 2)}
     how = SHORT | {"check": "fast", "router": router, "rest": rest, "text": texts}
@@ -364,7 +364,7 @@ def test_the_command_merges_and_prints_one_json_object(models, tmp_path):
 
 
 def test_the_command_tells_people_what_was_made(models, tmp_path, monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 64)
     shown = command(models["m1"], models["m2"], "-o", tmp_path / "out")
     assert shown.exit_code == 0
     words = " ".join(shown.stdout.split())

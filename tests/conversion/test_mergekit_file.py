@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import upcycle
 from upcycle import UpcycleError
 from upcycle.conversion.merging.mergekit_file import read_file
-from upcycle.conversion.merging.plan import plan_merge
+from upcycle.conversion.merging.planning import plan_merge
 from upcycle.conversion.merging.preflight import merge_request
 
 LAYERS = 3

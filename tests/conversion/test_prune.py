@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import CheckFailed, UpcycleError, console
 from upcycle.cli import app
-from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.converted import ConvertedLayer
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.recipe import load_recipe
 from upcycle.conversion.ways.prune import ALL_TOKENS, overall_strength, strongest_neurons
 from upcycle.core.types import DenseFFN, LayerActivations
@@ -52,7 +52,7 @@ TARGETS = pytest.mark.parametrize(
 @pytest.fixture(autouse=True, scope="module")
 def short_check():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(planning.CHECK_TOKENS, "fast", 64)
+        patch.setitem(CHECK_TOKENS, "fast", 64)
         yield
 
 

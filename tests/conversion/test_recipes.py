@@ -5,7 +5,7 @@ import yaml
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.conversion import plan as planning
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.recipe import Recipe, load_recipe
 from upcycle.conversion.ways import WAYS, Room
 from upcycle.core.settings import Choice, shipped_recipes
@@ -68,7 +68,7 @@ def test_shipped_recipe_plans_on_most_families(dense, name, family):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe_converts_and_passes_its_check(dense, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 64)
     tokens = {"calibration_tokens": 128, "seq_len": 64}
     done = upcycle.convert(str(dense(**WIDE)), tmp_path / "out", recipe=name, **tokens)
     changed_on_purpose = done.plan.recipe.method.name not in ("split", "prune", "copy")

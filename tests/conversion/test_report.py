@@ -15,10 +15,10 @@ from reference import read_json, weights
 from tiny import PLAIN_SPLIT
 
 import upcycle
-from upcycle.conversion import plan as planning
 from upcycle.conversion.card import model_card
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.recipe import Recipe
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 from upcycle.models.text import PROBES
 
 SETTINGS = {"calibration_tokens": 128, "seq_len": 64}
@@ -27,7 +27,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(autouse=True)
 def short_check(monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 64)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import upcycle
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.cli import app
-from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.machine import torch_threads
 from upcycle.models.stream import HiddenStream
 from upcycle.models.writer import CheckpointWriter, Workspace, partial_folder
@@ -38,7 +38,7 @@ FLAGS = """
 
 @pytest.fixture(autouse=True)
 def short_check(monkeypatch):
-    monkeypatch.setitem(planning.CHECK_TOKENS, "fast", 64)
+    monkeypatch.setitem(CHECK_TOKENS, "fast", 64)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def uninterrupted(dense, tmp_path_factory):
     """The bytes of a conversion that nothing disturbed."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(planning.CHECK_TOKENS, "fast", 64)
+        patch.setitem(CHECK_TOKENS, "fast", 64)
         upcycle.convert(str(dense()), out, **SETTINGS)
     assert len(list(out.glob("*.safetensors"))) > 1
     return content(out)
@@ -216,7 +216,7 @@ TAYLOR = SETTINGS | {"shared_by": "taylor", "keep_dense": "auto"}
 def uninterrupted_by_taylor(dense, tmp_path_factory):
     out = tmp_path_factory.mktemp("taylor") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(planning.CHECK_TOKENS, "fast", 64)
+        patch.setitem(CHECK_TOKENS, "fast", 64)
         upcycle.convert(str(dense()), out, **TAYLOR)
     return content(out)
 

@@ -1,6 +1,7 @@
 """`runtimes`: what is chosen runs where it was asked to, or the sentence says why nothing does."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import upcycle
 from upcycle import UpcycleError
 from upcycle.cli import app
 from upcycle.models.runtimes import runtimes_named
-from upcycle.models.targets import TARGETS
+from upcycle.models.targets import TARGETS, Runtime
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 COPIES = {"method": "copy", "experts": 4, "top_k": 2}
@@ -173,3 +174,179 @@ def test_a_runtime_that_is_none(dense, name, words):
     done = CliRunner().invoke(app, ["plan", str(dense()), "--for", name])
     assert done.exit_code == 2
     assert words in done.stderr
+
+
+# --- what is said of runtimes that nobody asked for ------------------------------------------
+
+
+def runtime_refusal(runtime, dense, family="llama", fields=None, **settings):
+    """What the plan says of a runtime, nothing if that runs the result."""
+    return upcycle.plan(str(dense(family, **(fields or {}))), **settings).runtimes[runtime]
+
+
+ROUTED = {"experts": 8, "keep_dense": "none"}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
+MIXED_WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 6,
+        "long_factor": [4.0] * 6,
+        "original_max_position_embeddings": 64,
+    }
+}
+NONE_SHARED = ROUTED | {"shared": 0, "top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "family", "fields", "settings"),
+    [
+        ("llama.cpp", "llama", UNTIED, ROUTED),
+        ("llama.cpp", "llama", UNTIED, NONE_SHARED),
+        ("llama.cpp", "llama", UNTIED, {"target": "granitemoeshared"}),
+        ("llama.cpp", "llama", TIED, {"target": "granitemoeshared"}),
+        ("llama.cpp", "llama", {}, COPIES),
+        ("llama.cpp", "llama", {}, {"method": "prune", "target": "mixtral"}),
+        ("llama.cpp", "qwen2", {}, {"target": "granitemoeshared"}),
+        ("llama.cpp", "qwen3", {}, ROUTED),
+        ("llama.cpp", "granite", {}, {}),
+        ("MLX", "llama", TIED, COPIES),
+        ("MLX", "llama", UNTIED, ROUTED),
+        ("MLX", "llama", UNTIED, {"target": "glm4_moe"}),
+        ("MLX", "qwen2", UNTIED, {"target": "glm4_moe"}),
+        ("MLX", "qwen3", TIED, {}),
+        ("vLLM", "llama", TIED, {}),
+        ("vLLM", "llama", UNTIED, {"keep_dense": [1]}),
+        ("vLLM", "llama", {}, COPIES),
+        ("vLLM", "llama", {}, {"method": "prune"}),
+        ("vLLM", "llama", {}, {"target": "granitemoeshared"}),
+        ("vLLM", "llama", {"head_dim": 32}, {"target": "glm4_moe"}),
+        ("vLLM", "mistral", {}, COPIES),
+        ("vLLM", "qwen2", {}, {}),
+        ("vLLM", "qwen2", {}, COPIES),
+        ("vLLM", "qwen3", {}, {}),
+        ("vLLM", "granite", {}, {}),
+        ("vLLM", "olmo2", {}, {}),
+        ("vLLM", "cwm", {}, {"target": "granitemoe_swa"}),
+        ("llama.cpp", "cwm", {"head_dim": 12}, {"target": "granitemoe_swa"}),
+        ("transformers 4", "llama", TIED, {"keep_dense": [1]}),
+        ("transformers 4", "llama", {"head_dim": 32}, COPIES),
+        ("transformers 4", "llama", LONGROPE, {}),
+        ("transformers 4", "mistral", {"head_dim": 12}, {"target": "qwen2_moe"}),
+        ("transformers 4", "qwen2", {}, {"target": "granitemoeshared"}),
+        ("transformers 4", "olmo2", {}, {}),
+    ],
+)
+def test_nothing_is_said_of_a_runtime_that_runs_the_result(
+    dense, runtime, family, fields, settings
+):
+    assert runtime_refusal(runtime, dense, family, fields, **settings) == ""
+
+
+@pytest.mark.parametrize(
+    ("runtime", "family", "fields", "settings", "obstacle"),
+    [
+        ("llama.cpp", "llama", UNTIED, {}, "every layer must have experts (`keep_dense=none`)"),
+        ("llama.cpp", "llama", UNTIED, {"keep_dense": [1]}, "every layer must have experts"),
+        ("llama.cpp", "llama", TIED, ROUTED, "embeddings must be tensors of their own"),
+        ("llama.cpp", "llama", {}, COPIES | {"target": "qwen2_moe"}, "are not renormalised"),
+        ("llama.cpp", "qwen3", {}, COPIES | {"top_k": 1}, "experts are renormalised"),
+        ("llama.cpp", "llama", {}, {"target": "glm4_moe"}, "GLM's own tokenizers"),
+        ("llama.cpp", "olmo2", {}, {}, "it does not know the architecture"),
+        ("llama.cpp", "gemma", {}, {}, "experts compute silu, not gelu"),
+        ("llama.cpp", "mistral", {}, COPIES, "attention sees further than 16 tokens"),
+        ("MLX", "llama", UNTIED, {}, "every layer must have experts (`keep_dense=none`)"),
+        ("MLX", "llama", TIED, ROUTED, "embeddings must be tensors of their own"),
+        ("MLX", "llama", TIED, {"target": "glm4_moe"}, "must be tensors of their own"),
+        ("MLX", "llama", UNTIED, COPIES | {"target": "glm4_moe"}, "must be a shared expert"),
+        ("MLX", "llama", {}, COPIES | {"target": "qwen2_moe"}, "are not renormalised"),
+        ("MLX", "llama", {"head_dim": 32}, COPIES, "heads must be of 48 / 4 channels, not 32"),
+        ("MLX", "llama", LINEAR, COPIES, "embeddings are not scaled (rope_type linear)"),
+        ("MLX", "qwen3", {"attention_bias": True}, {}, "attention has no biases"),
+        ("MLX", "mistral", {}, COPIES, "attention sees further than 16 tokens"),
+        ("MLX", "granite", {}, {}, "it does not know the architecture"),
+        ("transformers 4", "llama", {"head_dim": 32}, {}, "heads must be of 48 / 4 channels"),
+        ("transformers 4", "gemma", {}, {}, "heads must be of 48 / 4 channels, not 16"),
+        (
+            "transformers 4",
+            "qwen2",
+            MIXED_WINDOW,
+            {},
+            "all layers must have the same sliding window",
+        ),
+        ("vLLM", "gemma", {}, {}, "experts compute silu, not gelu_pytorch_tanh"),
+        ("vLLM", "qwen2", {}, {"target": "granitemoeshared"}, "attention has no biases"),
+        ("vLLM", "qwen3", {"attention_bias": True}, {}, "attention has no bias on its output"),
+        ("vLLM", "qwen2", MIXED_WINDOW, {}, "all layers must have the same sliding window"),
+        ("vLLM", "llama", {"head_dim": 32}, {}, "heads must be of 48 / 4 channels, not 32"),
+        ("vLLM", "llama", {}, COPIES | {"target": "glm4_moe"}, "must be a shared expert"),
+        ("vLLM", "ministral3", {}, COPIES, "yarn may not heed mscale and mscale_all_dim"),
+        ("llama.cpp", "ministral3", {}, COPIES, "yarn may not heed mscale and mscale_all_dim"),
+        ("vLLM", "smollm3", {}, {}, "all layers must have the same rotary embedding"),
+        ("vLLM", "smollm3", {"attention_bias": True}, {}, "attention has no biases"),
+        ("llama.cpp", "smollm3", {}, {}, "some layer must have a sliding window"),
+        ("llama.cpp", "granite_swa", {}, {}, "rotary embeddings must have the same base"),
+        ("transformers 4", "smollm3", {}, {}, "it does not know the architecture"),
+    ],
+)
+def test_what_a_runtime_can_not_run_is_said(dense, runtime, family, fields, settings, obstacle):
+    assert obstacle in runtime_refusal(runtime, dense, family, fields, **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "settings", "lost"),
+    [
+        ("llama", UNTIED, {}, ["llama.cpp", "MLX"]),
+        ("llama", TIED, {}, []),  # they would not run it anyway
+        ("qwen3", TIED, {}, ["llama.cpp"]),
+        ("olmo2", {}, {"keep_dense": "none"}, []),
+        ("llama", UNTIED, {"keep_dense": "none"}, []),
+    ],
+)
+def test_runtimes_that_dense_layers_cost(dense, family, fields, settings, lost):
+    model, settings = str(dense(family, **fields)), {"keep_dense": [0]} | settings
+    plan = upcycle.plan(model, **settings)
+    assert plan.runtimes_lost == lost
+    without = upcycle.plan(model, **settings | {"keep_dense": "none", "target": plan.target})
+    assert [
+        name for name, why in plan.runtimes.items() if why and not without.runtimes[name]
+    ] == lost
+
+
+@pytest.mark.parametrize(
+    ("runtime", "family", "fields", "settings", "end"),
+    [
+        (
+            "llama.cpp",
+            "llama",
+            {},
+            {"experts": 8},
+            "; it runs `target=granitemoeshared or mixtral`",
+        ),
+        ("llama.cpp", "llama", {}, {"method": "prune"}, "`target=granitemoeshared or mixtral`"),
+        (
+            "llama.cpp",
+            "llama",
+            {},
+            {"keep_dense": [1]},
+            "it runs `target=granitemoeshared or mixtral`",
+        ),
+        ("llama.cpp", "llama", {}, {"shared": 0.25}, "; it runs `target=granitemoeshared`"),
+        ("llama.cpp", "gemma", {}, {}, "not gelu_pytorch_tanh"),
+        ("vLLM", "llama", {"head_dim": 32}, {}, "not 32; it runs `target=glm4_moe or mixtral`"),
+        ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1]}, "32; it runs `target=mixtral`"),
+        ("vLLM", "llama", {"head_dim": 32}, {"keep_dense": [1], "shared": 0.125}, "not 32"),
+        ("MLX", "llama", TIED, {}, "of their own; it runs `target=mixtral`"),
+        ("MLX", "llama", TIED, {"shared": 0.25}, "of their own"),
+        ("MLX", "llama", UNTIED, {}, "; it runs `target=glm4_moe or mixtral`"),
+        ("MLX", "llama", UNTIED, {"shared": 0.25}, "; it runs `target=glm4_moe`"),
+        ("vLLM", "gemma", {}, {}, "channels, not 16"),
+    ],
+)
+def test_targets_that_a_runtime_runs_are_named(dense, runtime, family, fields, settings, end):
+    assert runtime_refusal(runtime, dense, family, fields, **settings).endswith(end)
+
+
+def test_every_target_says_what_each_runtime_can_not_run():
+    assert {tuple(target.runtimes) for target in TARGETS.values()} == {get_args(Runtime)}

@@ -32,9 +32,9 @@ from torch.nn.functional import silu
 
 import upcycle
 from upcycle import CheckFailed, UpcycleError
-from upcycle.conversion import plan as planning
 from upcycle.conversion import run as conversion
 from upcycle.conversion.converted import ConvertedLayer
+from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
 from upcycle.models.stream import HiddenStream
 from upcycle.models.writer import CheckpointWriter, Workspace
@@ -105,7 +105,7 @@ def settings_for(target, **settings):
 @pytest.fixture(autouse=True, scope="module")
 def short_check_and_small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(planning.CHECK_TOKENS, "fast", 64)
+        patch.setitem(CHECK_TOKENS, "fast", 64)
         patch.setattr("upcycle.conversion.compensate.descent.BATCH", 32)
         yield
 

@@ -7,7 +7,7 @@ import torch
 from reference import load
 
 from upcycle.evaluation.beside import MEAN, perplexities
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 
 CPU = torch.device("cpu")
 WINDOWS = {

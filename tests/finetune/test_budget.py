@@ -11,7 +11,7 @@ from upcycle.cli import app
 from upcycle.core.words import duration
 from upcycle.evaluation.verdict import healed
 from upcycle.finetune import rehearsal
-from upcycle.finetune.budget import budget
+from upcycle.finetune.budget import Look, budget
 from upcycle.finetune.settings import Training
 
 QUICK = "--steps 4 --seq-len 32 --batch-size 2 --set validation_tokens=32 --lr 1e-3".split()
@@ -36,11 +36,20 @@ def test_law_goes_through_the_runs_that_it_is_from():
     assert healed(2.0, 100) == 2.0
 
 
-def test_time_is_that_of_all_steps_and_validations():
-    made = budget(Training(**HEAL, tokens=131_072), 6.0, 30.0, 2.0)
-    assert (made.tokens, made.steps, made.validations) == (131_072, 256, 11)
-    assert made.seconds == 256 * 6 + 12 * 30
+def seen(settings, trained=256, ratio=2.0):
+    """A step of 6 s, a validation of 12 sequences of 30 s, half a second a sequence once."""
+    return Look(settings, trained, 12, 12 * 512, 6.0, 30.0, 0.5, ratio)
+
+
+def test_time_is_that_of_all_steps_and_validations_and_of_the_teacher():
+    asked = Training(**HEAL, tokens=131_072)
+    made = budget(asked, seen(asked))
+    assert (made.tokens, made.steps) == (131_072, 256)
+    assert (made.validations, made.validation_tokens) == (4, 12 * 512)
+    assert made.seconds == 256 * 6 + 5 * 30 + 12 * 0.5
     assert made.expected == pytest.approx(2**0.633, rel=0.01)
+    stored = Training(**HEAL, tokens=131_072, teacher_top_k=8)
+    assert budget(stored, seen(stored)).teacher_seconds == (12 + 256) * 0.5
     assert [duration(s) for s in (89.4, 91, 3600, 5 * 3600)] == ["89 s", "2 min", "60 min", "5.0 h"]
 
 
@@ -56,7 +65,21 @@ def test_time_is_that_of_all_steps_and_validations():
     ],
 )
 def test_nothing_is_foretold_of_what_was_not_measured(change, ratio):
-    assert budget(Training(**HEAL | {"steps": 100} | change), 1.0, 1.0, ratio).expected is None
+    settings = Training(**HEAL | {"steps": 100} | change)
+    assert budget(settings, seen(settings, ratio=ratio)).expected is None
+
+
+def test_others_hold_back_as_much_as_their_length_lets_them():
+    """But no more than there is, of a text that is read several times."""
+    asked = Training(**HEAL, tokens=65_536, teacher_top_k=8)
+    longer = asked.model_copy(update={"tokens": 2**20})
+    made = budget(longer, seen(asked, trained=128))
+    assert (made.validations, made.validation_tokens) == (10, round(12 * 512 * 8192 / 3072))
+    assert made.validation_seconds == pytest.approx(30 * 8192 / 3072)
+    assert made.teacher_seconds == pytest.approx(0.5 * (12 * 8192 / 3072 + 2048))
+    again = budget(longer, seen(asked, trained=100))
+    assert (again.validation_tokens, again.validation_seconds) == (12 * 512, 30)
+    assert again.teacher_seconds == 0.5 * (12 + 100)
 
 
 def test_a_dry_run_writes_nothing_and_foretells_the_run(model, text, tmp_path, monkeypatch):
@@ -70,10 +93,24 @@ def test_a_dry_run_writes_nothing_and_foretells_the_run(model, text, tmp_path, m
     assert dry.stdout.count("\n") == 1
     assert (found["tokens"], found["steps"], found["held"]) == (256, 4, 256)
     assert (found["step_seconds"], found["validation_seconds"]) == (20, 20)
-    assert found["seconds"] == 20 * (4 + 5)
+    assert found["seconds"] == 20 * (4 + 2) + 20
     assert [other["steps"] for other in found["others"]] == [1, 2, 8, 16, 32]
+    assert found["teacher_seconds"] == 20
     done = json.loads(run(model, "--data", text, "-o", tmp_path / "out", *QUICK, "--json").stdout)
     assert found["ratio"] == done["before"]["perplexity_ratio"]
+
+
+def test_a_dry_run_foretells_what_a_stored_teacher_takes(model, text, monkeypatch):
+    """By the four sequences of two steps and the one that is held out, of nine in all."""
+    clock = itertools.count(step=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearsal.time, "monotonic", lambda: next(clock))
+        stored = ("--set", "teacher_top_k=8")
+        found = json.loads(
+            run(model, "--data", text, *QUICK, *stored, "--dry-run", "--json").stdout
+        )
+    assert found["teacher_seconds"] == pytest.approx(20 / 5 * 9)
+    assert found["seconds"] == pytest.approx(20 * (4 + 2) + 20 / 5 * 9)
 
 
 def test_a_run_says_its_budget_after_the_first_step(model, text, tmp_path):
@@ -85,4 +122,4 @@ def test_a_run_says_its_budget_after_the_first_step(model, text, tmp_path):
     said = run(model, "--data", text, "-o", tmp_path / "out", *QUICK).stderr
     lines = said.splitlines()
     assert sum(line.startswith("budget: 256 tokens in about") for line in lines) == 1
-    assert "and 5 validations" in " ".join(said.split())
+    assert "and 2 validations of 32" in " ".join(said.split())

@@ -7,7 +7,7 @@ import torch
 from reference import load, logits, routers, selected, selections
 from torch import nn
 
-from upcycle.conversion.plan import EXACT_SPREAD, SPREAD, UNFITTED_SPREAD
+from upcycle.conversion.designing import EXACT_SPREAD, SPREAD, UNFITTED_SPREAD
 from upcycle.finetune.loop import make_optimizer
 from upcycle.finetune.routers import (
     RouterTap,

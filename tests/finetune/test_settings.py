@@ -7,6 +7,7 @@ from upcycle import UpcycleError
 from upcycle.core.settings import shipped_presets, shipped_recipes
 from upcycle.finetune.settings import DEFAULT_TOKENS, Training, load_training
 
+HEAL = {"seq_len": 512, "batch_size": 1}
 PRESETS = """
     btx domains dot-moe-alignment erc grin heal llama-moe-pretraining lora lte relufy routers
     sigma-moe skywork specialise tomoe-routers
@@ -23,6 +24,31 @@ def test_presets_load_and_say_what_they_are(name):
     assert preset.summary
     assert preset.paper.startswith("arXiv:") or preset.paper == "ours"
     assert Training(**preset.settings()) == preset
+
+
+@pytest.mark.parametrize(
+    ("tokens", "settings", "held", "validations"),
+    [
+        (131_072, {}, 12 * 512, 4),
+        (32_768, {}, 3 * 512, 4),
+        (2**20, {}, 8192, 10),
+        (262_144, {}, 8192, 7),
+        (4096, {}, 512, 1),
+        (512, {}, 512, 1),
+        (131_072, {"validate_also": "probe:code"}, 6 * 512, 4),
+        (131_072, {"validation_tokens": 2048}, 2048, 10),
+        (131_072, {"validation_tokens": 65_536}, 65_536, 1),
+        (131_072, {"validate_every": 26}, 5 * 512, 10),
+        (131_072, {"validate_every": 1}, 512, 256),
+    ],
+)
+def test_validations_read_a_quarter_of_what_trains(tokens, settings, held, validations):
+    """Unless they are asked for, or there would be none."""
+    made = Training(tokens=tokens, **HEAL, **settings)
+    assert made.held_tokens == held
+    assert -(-made.total_steps // made.validation_steps) == validations
+    if not settings and tokens > 4096:
+        assert (1 + validations) * held <= tokens / 4
 
 
 @pytest.mark.parametrize(
@@ -108,6 +134,12 @@ def test_alpha_is_twice_the_rank():
 def test_presets_leave_routers_alone_where_only_experts_train():
     training = load_training("specialise", {"train": "experts"})
     assert (training.balance, training.z_loss) == (0, 0)
+
+
+@pytest.mark.parametrize("other", [{"train": "router"}, {"train": "moe"}, {"lora": 4}])
+def test_a_preset_goes_with_another_share_of_the_weights(other):
+    """That a part does not train is no contradiction where it would not anyway."""
+    assert load_training("heal", {"teacher": "x", **other}).starts == {"embeddings": 1.0}
 
 
 def test_no_is_a_precision_in_yaml(tmp_path):

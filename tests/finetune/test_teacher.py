@@ -1,4 +1,5 @@
-"""The teacher's predictions, stored once in place of a teacher that runs in every step."""
+"""The teacher's predictions, stored once: those for held-out text, and those for all text in place
+of a teacher that runs in every step."""
 
 import gc
 import weakref
@@ -102,6 +103,23 @@ def test_a_stopped_run_goes_on_from_the_stored_predictions(train, teachers, tmp_
     one, other = (done.out / "model.safetensors" for done in (resumed, whole))
     assert one.read_bytes() == other.read_bytes()
     assert resumed.after == whole.after
+
+
+def test_the_teacher_reads_held_out_text_once(train, monkeypatch):
+    """Besides a batch in every step, however often the model is validated."""
+    calls, read, load_teacher = [], [], run_module._load_teacher
+
+    def counted(*args):
+        model = load_teacher(*args)
+        model.register_forward_hook(lambda *_: calls.append(1))
+        return model
+
+    monkeypatch.setattr(run_module, "_load_teacher", counted)
+    watch = Watch(teacher=lambda done, total: read.append((done, total)))
+    done = train(validate_every=1, watch=watch)
+    assert sum("validation" in row for row in done.log) == 7
+    assert read == [(number, len(read)) for number in range(1, len(read) + 1)]
+    assert len(calls) == 6 + len(read)
 
 
 def test_only_tokens_that_are_learnt_from_are_stored(dense, text, tmp_path):

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 import upcycle.models.stream
 from upcycle.core.types import LayerActivations, LossGradient
 from upcycle.models.assemble import dense_ffn
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 from upcycle.models.stream import HiddenStream
 
 TOKENS_BL = torch.randint(0, 256, (7, 40), generator=torch.Generator().manual_seed(3))

@@ -20,8 +20,8 @@ from upcycle.models import calibration as calibrate
 from upcycle.models import own_text as writer
 from upcycle.models import tokens as packing
 from upcycle.models.calibration import CHECK_WINDOW, calibration
+from upcycle.models.opening import open_source
 from upcycle.models.rows import Exchange
-from upcycle.models.source import open_source
 from upcycle.models.text import PROBES, shipped
 from upcycle.models.tokens import open_reader
 

@@ -17,8 +17,9 @@ import upcycle
 from upcycle import UpcycleError
 from upcycle.cli import app
 from upcycle.conversion.inspection import inspect_model
+from upcycle.models.opening import open_source
 from upcycle.models.record import DOMAINS
-from upcycle.models.source import INDEX, SINGLE, open_source
+from upcycle.models.shards import INDEX, SINGLE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 QUICK = {"method": "copy", "experts": 2, "router": "normal", "check": "none"}

@@ -4,6 +4,7 @@ They are made by the gguf package from a model of transformers, which is the ref
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -20,8 +21,8 @@ import upcycle
 from upcycle import UpcycleError
 from upcycle.conversion.inspection import inspect_model
 from upcycle.evaluation.run import load_model
-from upcycle.models import source
-from upcycle.models.source import open_source
+from upcycle.models import weights
+from upcycle.models.opening import open_source
 
 QUICK = {
     "split": "contiguous",
@@ -204,7 +205,7 @@ def test_gguf_yields_the_tokenizer(tiny, tmp_path):
 def test_gguf_converts_and_leaves_no_temporary_folder(tiny, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    monkeypatch.setattr(source.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     path = write_gguf(tmp_path / "tiny.gguf", tiny)
     conversion = upcycle.convert(str(path), tmp_path / "out", **QUICK)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
@@ -215,7 +216,7 @@ def test_gguf_converts_and_leaves_no_temporary_folder(tiny, tmp_path, monkeypatc
 
 def test_plan_dequantises_nothing(tiny, tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "tiny.gguf", tiny, quantise=gguf.GGMLQuantizationType.F16)
-    monkeypatch.setattr(source, "read_tensors", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(weights, "_put_together", lambda *_: pytest.fail("weights were read"))
     folder = upcycle.plan(str(path), **QUICK).source.folder
     assert not list(folder.glob("*.safetensors"))
     assert inspect_model(str(path))["params_total"] == inspect_model(str(tiny))["params_total"]

@@ -14,7 +14,7 @@ from upcycle import UpcycleError
 from upcycle.evaluation.run import load_model
 from upcycle.models.families import FAMILIES as DENSE
 from upcycle.models.gguf.architectures import STORED
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 
 GEMMA4 = {"tie_word_embeddings": True}
 FAMILIES = [

@@ -9,8 +9,8 @@ from reference import load
 
 from upcycle import UpcycleError
 from upcycle.models import own_text as writer
+from upcycle.models.opening import open_source
 from upcycle.models.own_text import repetition, written_tokens
-from upcycle.models.source import open_source
 from upcycle.models.text import KINDS, openers, paragraphs
 from upcycle.models.tokens import load_tokenizer
 

@@ -12,6 +12,7 @@ from upcycle.conversion.gating import Gating
 from upcycle.core.errors import UpcycleError
 from upcycle.core.passages import Passage
 from upcycle.core.settings import Choice
+from upcycle.models.opening import open_source
 from upcycle.models.passages import (
     Grouped,
     losses_of_models,
@@ -19,7 +20,6 @@ from upcycle.models.passages import (
     prompt_passage,
     text_passages,
 )
-from upcycle.models.source import open_source
 from upcycle.models.stream import HiddenStream
 from upcycle.models.tokens import open_reader
 from upcycle.router_init.gates import GATES

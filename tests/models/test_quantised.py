@@ -15,8 +15,10 @@ from tiny import PLAIN_SPLIT
 import upcycle
 from upcycle import UpcycleError
 from upcycle.evaluation.run import load_model
-from upcycle.models import source
-from upcycle.models.source import SINGLE, fingerprint, open_source
+from upcycle.models import weights
+from upcycle.models.opening import open_source
+from upcycle.models.shards import INDEX, SINGLE
+from upcycle.models.weights import fingerprint
 
 FP8 = torch.float8_e4m3fn
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -235,7 +237,7 @@ def test_quantised_experts_are_not_trained(quantised, tmp_path):
 
 def test_plan_reads_no_weights_and_says_what_they_are(quantised, monkeypatch):
     packed, _ = quantised("awq")
-    monkeypatch.setattr(source, "read_tensors", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(weights, "_put_together", lambda *_: pytest.fail("weights were read"))
     made = upcycle.plan(str(packed), **QUICK)
     (note,) = [note for note in made.warnings if "quantised" in note]
     assert "14 of its tensors are dequantised to bfloat16" in note
@@ -265,7 +267,7 @@ def test_parts_may_lie_in_several_files(quantised):
     for file, names in files.items():
         save_file({name: state[name] for name in names}, packed / file)
     places = {name: file for file, names in files.items() for name in names}
-    (packed / source.INDEX).write_text(json.dumps({"weight_map": places}))
+    (packed / INDEX).write_text(json.dumps({"weight_map": places}))
     found, expected = (open_source(str(folder)).read_layer(1) for folder in (packed, plain))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import upcycle
 from upcycle import UpcycleError
 from upcycle.models.names import KEY_MAPPING
-from upcycle.models.source import INDEX, SINGLE, open_source
+from upcycle.models.opening import open_source
+from upcycle.models.shards import INDEX, SINGLE
 
 IDS = torch.arange(3, 60)[None]
 COPIES = {"method": "copy", "experts": 2, "top_k": 2, "allow_frozen_router": True, "check": "none"}
@@ -80,7 +81,7 @@ def test_tied_with_the_same_head_stored_beside(spoil):
 
 
 def test_head_that_differs_in_its_last_row_only(spoil, monkeypatch):
-    monkeypatch.setattr("upcycle.models.source.COMPARED", 1000)
+    monkeypatch.setattr("upcycle.models.shards.COMPARED", 1000)
 
     def change(state):
         head = state[EMBED].clone()

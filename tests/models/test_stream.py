@@ -10,7 +10,7 @@ from tiny import FAMILIES, SIZES
 
 import upcycle.models.stream
 from upcycle.core.errors import UpcycleError
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 from upcycle.models.stream import HiddenStream
 
 D, LAYERS = SIZES["hidden_size"], SIZES["num_hidden_layers"]

@@ -21,7 +21,7 @@ from upcycle.finetune.data import training_data
 from upcycle.models import calibration as calibrate
 from upcycle.models import own_text as writer
 from upcycle.models import reading
-from upcycle.models.source import open_source
+from upcycle.models.opening import open_source
 from upcycle.models.text import PROBES
 from upcycle.models.tokens import front_tokens, open_reader
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.models import writer as sink
 from upcycle.models.record import Identity
-from upcycle.models.source import INDEX, SINGLE
+from upcycle.models.shards import INDEX, SINGLE
 from upcycle.models.writer import (
     JOURNAL,
     WRITE_BYTES,

@@ -258,7 +258,7 @@ def _history(plan: Plan, finished: Finished) -> str:
     card = finished.folder / "README.md"
     before = card.read_text("utf-8") if card.is_file() else ""
     start = HISTORY.search(before)
-    router = plan.recipe.router.name if plan.recipe.router else ""
+    router = plan.recipe.router_name
     trained = " (trained further by now)" if finished.record.training else ""
     told = f"{before[start.start() :].rstrip()}\n" if start else ""
     return (

@@ -19,7 +19,8 @@ from transformers.activations import ACT2FN
 from upcycle.conversion.damage import measure_damage
 from upcycle.conversion.geometry import moe_share
 from upcycle.conversion.layer import convert_layer
-from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.plan import Plan
+from upcycle.conversion.planning import make_plan
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import LayerActivations, LossGradient
 from upcycle.models.assemble import dense_ffn

@@ -97,6 +97,12 @@ class Design:
         return self.routing.weights(logits_TE, self.geometry.top_k, self.gains)
 
     @property
+    def streams(self) -> bool:
+        """Whether calibration tokens go through the dense model: always when the router's scale
+        must be known, else only if a method looks at activations."""
+        return self.combine == "sum" or self.methods.router.method.needs_activations
+
+    @property
     def refits(self) -> tuple[str, ...]:
         """The matrices of a `DenseFFN` that do not stay the dense model's."""
         methods = self.methods

@@ -10,14 +10,15 @@ import torch
 from upcycle.conversion.compensate import COMPENSATIONS
 from upcycle.conversion.fit import FITS
 from upcycle.conversion.geometry import legal_parts
-from upcycle.conversion.plan import refusals
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.rest import RESTS
+from upcycle.conversion.target import refusals
 from upcycle.conversion.ways import WAYS
 from upcycle.core.registry import describe
 from upcycle.core.versions import versions
 from upcycle.evaluation.inspection import has_experts, inspect_dense, inspect_moe
-from upcycle.models.source import locate, open_located
+from upcycle.models.checkpoint import locate
+from upcycle.models.opening import open_located
 from upcycle.models.targets import TARGETS
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.gates import GATES

@@ -15,13 +15,11 @@ from pydantic import (
 )
 
 from upcycle.core.errors import UpcycleError
-from upcycle.core.flags import setting
-from upcycle.core.registry import suggest
 from upcycle.core.settings import (
     Choice,
     PlugIn,
-    as_choice,
     find_recipe,
+    override,
     shipped_recipes,
     validated,
     yaml_fields,
@@ -166,6 +164,11 @@ class Recipe(BaseModel):
     check: Literal["fast", "full", "none"] = "fast"
     """How much text to compare the result on: `fast` | `full` | `none`."""
 
+    @property
+    def router_name(self) -> str:
+        """Empty where the plan chooses."""
+        return "" if self.router is None else self.router.name
+
     def settings(self) -> dict[str, Any]:
         """All fields as plain values that make the same recipe again."""
         return self.model_dump(mode="json", exclude_defaults=False)
@@ -186,9 +189,7 @@ def load_recipe(
     path = find_recipe(recipe, shipped_recipes())
     given = dict(overrides or {})
     fields = _not_void(yaml_fields(path), given)
-    # A method first, then its parameters, in whichever order they were given.
-    for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
-        _override(fields, key, value)
+    override(fields, given, {name: Recipe.model_fields[name].default for name in PLUG_INS})
     if "shared_experts" in fields:
         raise UpcycleError(SHARED_EXPERTS)
     where = str(path) if path.suffix and str(recipe) == str(path) else "the request"
@@ -217,19 +218,3 @@ def _method_name(method: Any) -> Any:
     if isinstance(method, Choice):
         return method.name
     return method.get("name") if isinstance(method, Mapping) else method or "split"
-
-
-def _override(fields: dict[str, Any], key: str, value: Any) -> None:
-    name, dot, parameter = key.partition(".")
-    if not dot:
-        fields[key] = value
-        return
-    if name not in PLUG_INS:
-        raise UpcycleError(f"`{key}`: {name!r} has no parameters{suggest(name, PLUG_INS)}")
-    default = Recipe.model_fields[name].default
-    current = as_choice(fields.get(name)) or (default.model_dump() if default else None)
-    if not isinstance(current, dict):
-        raise UpcycleError(
-            f"`{key}`: name the {name} itself first, by {setting(name, 'NAME')} or in a recipe"
-        )
-    fields[name] = current | {parameter: value}

@@ -28,7 +28,8 @@ from upcycle.conversion.merging.findings import findings, measure_beside
 from upcycle.conversion.merging.finished import check_base
 from upcycle.conversion.merging.gates import Gates, make_gates
 from upcycle.conversion.merging.own_texts import own_texts
-from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.plan import Plan
+from upcycle.conversion.planning import make_plan
 from upcycle.conversion.units import GATE, PARTS, SEEN, write_unit
 from upcycle.core.errors import CheckFailed, UpcycleError
 from upcycle.core.machine import peak_memory, torch_threads
@@ -44,6 +45,7 @@ from upcycle.models.assemble import (
     in_whole,
 )
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
+from upcycle.models.companions import copy_companions
 from upcycle.models.holders import HOLDERS
 from upcycle.models.names import EMBEDDINGS
 from upcycle.models.record import (
@@ -55,7 +57,6 @@ from upcycle.models.record import (
     Report,
     record_text,
 )
-from upcycle.models.source import copy_companions
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
 from upcycle.models.targets.base import Whole

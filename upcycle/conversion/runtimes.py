@@ -1,10 +1,11 @@
 """Which runtimes run a result, and what is chosen so that those run it that were asked for."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from upcycle.conversion.recipe import Recipe
+from upcycle.conversion.target import spec_in
 from upcycle.core.errors import UpcycleError
 from upcycle.models.runtimes import RUNTIMES, Runtime
 from upcycle.models.targets import TARGETS, Combine, MoESpec
@@ -14,10 +15,6 @@ from upcycle.models.traits import Architecture
 
 Refusals = dict[str, str]
 """Every target, with why it can't be chosen; empty if it can."""
-Specs = Callable[[Recipe, Architecture, str], MoESpec]
-"""What the request makes of the model in a target; raises UpcycleError if it can't be made."""
-
-
 IN_GENERAL: Mapping[Runtime, tuple[Limit, ...]] = {
     "llama.cpp": (looks_back, no_moe_inside),
     "vLLM": (looks_back,),
@@ -44,7 +41,7 @@ def _limits(runtime: Runtime, arch: Architecture, target: str, spec: MoESpec) ->
 
 
 def for_runtimes(
-    recipe: Recipe, arch: Architecture, targets: Mapping[str, str], specs: Specs
+    recipe: Recipe, arch: Architecture, targets: Mapping[str, str]
 ) -> tuple[Architecture, Refusals]:
     """The refusals of the targets with those of the runtimes that are asked for; and the
     architecture, whose output embeddings become tensors of their own if no target does else.
@@ -61,7 +58,7 @@ def for_runtimes(
         return arch, dict(targets)
     wanted = hosts if recipe.target == "auto" else [recipe.target]
     for layout in (arch, arch.untied()) if arch.tied else (arch,):
-        held = {name: why or _refusal(recipe, layout, name, specs) for name, why in targets.items()}
+        held = {name: why or _refusal(recipe, layout, name) for name, why in targets.items()}
         if not all(held[name] for name in wanted):
             return layout, held
     if not all(held.values()):  # other targets run there than the one that is asked for
@@ -71,20 +68,20 @@ def for_runtimes(
     reasons = "; ".join(f"{name}: {held[name]}" for name in hosts)
     raise UpcycleError(
         f"{_flags(recipe.runtimes)}: no target of this model runs there: {reasons}; "
-        f"{_instead(recipe, layout, specs)}"
+        f"{_instead(recipe, layout)}"
     )
 
 
-def _refusal(recipe: Recipe, arch: Architecture, target: str, specs: Specs) -> str:
+def _refusal(recipe: Recipe, arch: Architecture, target: str) -> str:
     """Why a target can't be chosen: it does not host what is asked, or a runtime's limit."""
     try:
-        spec = specs(recipe, arch, target)
+        spec = spec_in(recipe, arch, target)
     except UpcycleError as error:
         return str(error)
     return "; ".join(obstacles(recipe.runtimes, arch, target, spec))
 
 
-def _instead(recipe: Recipe, arch: Architecture, specs: Specs) -> str:
+def _instead(recipe: Recipe, arch: Architecture) -> str:
     """What could be asked for in its place: less that is fixed, one of several runtimes, or another
     one."""
     changes: dict[str, dict[str, Any]] = {}
@@ -99,7 +96,7 @@ def _instead(recipe: Recipe, arch: Architecture, specs: Specs) -> str:
     found = []
     for words, change in changes.items():
         changed = recipe.model_copy(update={"target": "auto"} | change)
-        run = [name for name in TARGETS if not _refusal(changed, arch, name, specs)]
+        run = [name for name in TARGETS if not _refusal(changed, arch, name)]
         found += [f"{words} gives {' or '.join(run)}"] if run else []
     return ", ".join(found) or "transformers 5 runs it, without `runtimes`"
 

@@ -100,6 +100,18 @@ def read_json(path: Path, expected: str = "JSON") -> Any:
     return parse_json(read_text(path, expected), path, expected)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        UpcycleError: it holds none.
+    """
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise UpcycleError(f"{path} is not a JSON object")
+    return fields
+
+
 def read_text(path: Path, expected: str) -> str:
     """A file's text.
 

@@ -1,13 +1,14 @@
 """Settings: what a YAML file or a request says, as fields of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeFloat, ValidationError
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.foreign import first_problem, parse_yaml
 from upcycle.core.paths import local_path
 from upcycle.core.registry import suggest
@@ -34,6 +35,26 @@ def as_choice(value: Any) -> Any:
 
 
 PlugIn = Annotated[Choice, BeforeValidator(as_choice)]
+
+
+class Weighed(BaseModel):
+    """A weight, and the parameters of what is weighed."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    weight: NonNegativeFloat
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def as_weighed(value: Any) -> Any:
+    return value if isinstance(value, Mapping | Weighed) else {"weight": value}
+
+
+WeighedPlugIns = Mapping[str, Annotated[Weighed, BeforeValidator(as_weighed)]]
+"""Several of one kind, by name."""
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -81,6 +102,52 @@ def yaml_fields(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UpcycleError(f"{path} is not a mapping of settings to values")
     return {"name": path.stem} | fields
+
+
+def override(
+    fields: dict[str, Any],
+    given: Mapping[str, Any],
+    plug_ins: Mapping[str, Choice | None],
+    weighed: Collection[str] = (),
+) -> None:
+    """Replace settings, and parameters of plug-ins by dotted keys: `split.rows`, `gating.noise`,
+    `router_losses.cv2`, `router_losses.erc.alpha`. A plug-in comes before its parameters, in
+    whichever order they were given.
+
+    Args:
+        plug_ins: settings that are a `Choice`, and what they are where nothing is chosen.
+        weighed: settings that are `WeighedPlugIns`.
+
+    Raises:
+        UpcycleError: a setting has no parameters, or its plug-in is not named.
+    """
+    for key, value in sorted(given.items(), key=lambda item: item[0].count(".")):
+        name, dot, parameter = key.partition(".")
+        if not dot:
+            fields[name] = value
+        elif name in plug_ins:
+            fields[name] = _choice_of(fields, name, plug_ins[name], key) | {parameter: value}
+        elif name in weighed:
+            one, _, parameter = parameter.partition(".")
+            table = dict(fields.get(name) or {})
+            table[one] = as_weighed(table.get(one, {})) | {parameter or "weight": value}
+            fields[name] = table
+        else:
+            known = [*plug_ins, *weighed]
+            raise UpcycleError(f"`{key}`: {name!r} has no parameters{suggest(name, known)}")
+
+
+def _choice_of(
+    fields: Mapping[str, Any], name: str, default: Choice | None, key: str
+) -> dict[str, Any]:
+    chosen = as_choice(fields.get(name)) or default
+    if isinstance(chosen, Choice):
+        return chosen.model_dump()
+    if not isinstance(chosen, Mapping):
+        raise UpcycleError(
+            f"`{key}`: name the {name} itself first, by {setting(name, 'NAME')} or in a recipe"
+        )
+    return dict(chosen)
 
 
 def validated(kind: type[M], fields: Mapping[str, Any], where: str) -> M:

@@ -36,10 +36,11 @@ from upcycle.evaluation.size import measure_size
 from upcycle.models.adapter import adapter_base
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.calibration import check_seq_len
+from upcycle.models.config import read_config, read_text_config
 from upcycle.models.families import is_encoder
 from upcycle.models.head import drop_layers
+from upcycle.models.opening import checkpoint_folder
 from upcycle.models.record import HiddenResult
-from upcycle.models.source import checkpoint_folder, read_config, read_text_config
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
 

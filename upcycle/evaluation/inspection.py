@@ -6,9 +6,12 @@ from typing import Any
 import torch
 
 from upcycle.models.blocks import SELECTION_BIAS
+from upcycle.models.checkpoint import Checkpoint
+from upcycle.models.config import read_config
 from upcycle.models.hosted import target_of
+from upcycle.models.opening import open_located
 from upcycle.models.record import RECORD, Made, check_summary, read_record
-from upcycle.models.source import Checkpoint, DenseSource, open_located, read_config
+from upcycle.models.source import DenseSource
 
 
 def inspect_dense(source: DenseSource) -> dict[str, Any]:

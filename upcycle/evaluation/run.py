@@ -34,11 +34,13 @@ from upcycle.evaluation.top_k import check_top_ks, made_at, sum_note
 from upcycle.models.adapter import adapter_base
 from upcycle.models.blocks import MoEBlock, moe_blocks, selecting
 from upcycle.models.calibration import check_seq_len
+from upcycle.models.config import read_text_config
 from upcycle.models.config_fields import check_layers
 from upcycle.models.head import Decoded, decode, drop_layers, given
 from upcycle.models.history import fitted_on, identity
 from upcycle.models.loading import check_asked, check_decoder, load_whole
-from upcycle.models.source import checkpoint_folder, read_headers, read_text_config
+from upcycle.models.opening import checkpoint_folder
+from upcycle.models.shards import read_headers
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
 

@@ -11,7 +11,7 @@ from upcycle.core.foreign import blaming
 from upcycle.core.machine import choose_device
 from upcycle.evaluation.run import choose_dtype, load_model
 from upcycle.models.chat import ChatRefused, render_chat
-from upcycle.models.source import checkpoint_folder
+from upcycle.models.opening import checkpoint_folder
 from upcycle.models.tokens import load_tokenizer
 
 PROMPTS = (

@@ -24,6 +24,10 @@ class Budget:
     """That one validation took."""
     validations: int
     """After steps; one more comes before them."""
+    validation_tokens: int
+    """That each of them reads."""
+    teacher_seconds: float
+    """For what the teacher predicts once, before all steps."""
     ratio: float | None
     """Perplexity over the teacher's on the held-out text before training; None without one."""
     expected: float | None
@@ -32,7 +36,12 @@ class Budget:
     @property
     def seconds(self) -> float:
         """All of it, but for loading and writing."""
-        return self.steps * self.step_seconds + (self.validations + 1) * self.validation_seconds
+        return self.steps * self.step_seconds + self.measuring_seconds + self.teacher_seconds
+
+    @property
+    def measuring_seconds(self) -> float:
+        """Of it, those of all validations."""
+        return (self.validations + 1) * self.validation_seconds
 
     def plain(self) -> dict[str, Any]:
         """As plain values, with what follows from them."""
@@ -54,27 +63,50 @@ class Proposal:
         return self.asked.plain() | {"held": self.held, "others": others}
 
 
-def budget(
-    settings: Training, step_seconds: float, validation_seconds: float, ratio: float | None
-) -> Budget:
-    """Of a run.
+@dataclass(frozen=True)
+class Look:
+    """What a run has shown of itself at first, by which others like it are foretold."""
 
-    Args:
-        ratio: perplexity over the teacher's before training.
-    """
-    steps, tokens = settings.total_steps, settings.total_steps * settings.step_tokens
-    whole = settings.train == "all" and not settings.lora and settings.activation is None
-    known = settings.distill and whole
-    foretold = ratio is not None and ratio > 1 and known and tokens >= LAW_TOKENS
+    settings: Training
+    trained: int
+    """Sequences that there are to train on."""
+    held: int
+    """Sequences that are validated on."""
+    held_tokens: int
+    """In these."""
+    step_seconds: float
+    validation_seconds: float
+    sequence_seconds: float
+    """For each sequence that the teacher reads once."""
+    ratio: float | None
+    """Perplexity over the teacher's before training; None without one."""
+
+
+def budget(settings: Training, look: Look) -> Budget:
+    """Of a run, by a look at it or at one that differs in its length alone."""
+    steps, sequences = settings.total_steps, settings.total_steps * settings.batch_size
+    share = settings.held_tokens / look.settings.held_tokens
+    if look.trained < look.settings.total_steps * settings.batch_size:  # all of the text
+        sequences, share = min(sequences, look.trained), min(1.0, share)
+    once = share * look.held + (sequences if settings.teacher_top_k else 0)
     return Budget(
-        tokens=tokens,
+        tokens=steps * settings.step_tokens,
         steps=steps,
-        step_seconds=step_seconds,
-        validation_seconds=validation_seconds,
+        step_seconds=look.step_seconds,
+        validation_seconds=share * look.validation_seconds,
         validations=-(-steps // settings.validation_steps),
-        ratio=ratio,
-        expected=healed(ratio, tokens) if ratio is not None and foretold else None,
+        validation_tokens=round(share * look.held_tokens),
+        teacher_seconds=once * look.sequence_seconds,
+        ratio=look.ratio,
+        expected=_expected(settings, look.ratio),
     )
+
+
+def _expected(settings: Training, ratio: float | None) -> float | None:
+    tokens = settings.total_steps * settings.step_tokens
+    whole = settings.train == "all" and not settings.lora and settings.activation is None
+    known = settings.distill and whole and tokens >= LAW_TOKENS
+    return healed(ratio, tokens) if ratio is not None and ratio > 1 and known else None
 
 
 def others(settings: Training) -> Iterator[Training]:

@@ -15,19 +15,15 @@ from upcycle.finetune.preflight import check_texts
 from upcycle.finetune.settings import Training, load_training
 from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
+from upcycle.models.companions import check_own_files
+from upcycle.models.config import read_config, read_text_config
 from upcycle.models.families import is_dense
 from upcycle.models.loading import check_decoder, check_trainable
+from upcycle.models.opening import checkpoint_folder, open_source
 from upcycle.models.quantised import UNQUANTISED
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
-from upcycle.models.source import (
-    check_own_files,
-    checkpoint_folder,
-    fingerprint,
-    open_source,
-    read_config,
-    read_headers,
-    read_text_config,
-)
+from upcycle.models.shards import read_headers
+from upcycle.models.weights import fingerprint
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from upcycle.finetune.budget import Budget, budget
+from upcycle.finetune.budget import budget
 from upcycle.finetune.partition import Dealer
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import load_state, put_back, read_notes, save_state
 from upcycle.finetune.step import Progress, Setup, note, pass_of, take_step
 from upcycle.finetune.trainable import Trained
-from upcycle.finetune.validation import validate
+from upcycle.finetune.validation import look, validate
 from upcycle.models.record import LogLine, log_text
 
 
@@ -66,7 +66,8 @@ def train(setup: Setup, progress: Progress) -> None:
         tokens = row.pop("tokens")
         note(setup, progress, row | {"tokens_per_second": round(tokens / seconds, 1)})
         if progress.step == 1 and validated is not None:
-            setup.say_budget(_budget(setup, progress, seconds, validated))
+            ratio = progress.log[0]["validation"].get("perplexity_ratio")
+            setup.say_budget(budget(setup.settings, look(setup, seconds, validated, ratio)))
         due = progress.step % every == 0 or progress.step == total
         if due:
             validate(setup, progress)
@@ -75,12 +76,6 @@ def train(setup: Setup, progress: Progress) -> None:
             _save(setup, progress)
         if stop and progress.step < total:
             raise KeyboardInterrupt
-
-
-def _budget(setup: Setup, progress: Progress, step: float, validation: float) -> Budget:
-    """By the seconds of the first step, and of the validation before it."""
-    ratio = progress.log[0]["validation"].get("perplexity_ratio")
-    return budget(setup.settings, step, validation, ratio)
 
 
 def restore_best(setup: Setup, progress: Progress) -> None:

@@ -24,6 +24,7 @@ from upcycle.finetune.state import whole_model
 from upcycle.finetune.step import Progress, Row, Setup
 from upcycle.finetune.trainable import Groups
 from upcycle.models.blocks import SELECTION_BIAS
+from upcycle.models.companions import copy_companions
 from upcycle.models.frontmatter import read_card, split_card, with_results
 from upcycle.models.record import (
     DOMAINS,
@@ -40,7 +41,7 @@ from upcycle.models.record import (
     log_text,
     record_text,
 )
-from upcycle.models.source import INDEX, SINGLE, copy_companions, read_headers, reading
+from upcycle.models.shards import INDEX, SINGLE, read_headers, reading
 from upcycle.models.text import public_texts
 from upcycle.models.writer import begun_run, result_folder
 

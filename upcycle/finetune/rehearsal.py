@@ -2,11 +2,12 @@
 
 import time
 
-from upcycle.finetune.budget import Budget, Proposal, budget, others
-from upcycle.finetune.settings import Training
+from upcycle.finetune.budget import Proposal, budget, others
 from upcycle.finetune.step import Setup, take_step
-from upcycle.finetune.validation import measure
+from upcycle.finetune.validation import look, measure
 
+STEPS = 2
+"""That are taken at most."""
 QUICK_SECONDS = 10.0
 """A first step that took less is followed by another, which is timed instead: the first one also
 makes room for what the others use again."""
@@ -24,12 +25,10 @@ def propose(setup: Setup) -> Proposal:
     step_seconds = _timed_step(setup, 0)
     if step_seconds < QUICK_SECONDS:
         step_seconds = _timed_step(setup, 1)
-
-    def of(settings: Training) -> Budget:
-        return budget(settings, step_seconds, validation_seconds, ratio)
-
-    held = int(setup.train.mask_BL.sum())
-    return Proposal(of(setup.settings), tuple(map(of, others(setup.settings))), held)
+    seen = look(setup, step_seconds, validation_seconds, ratio)
+    other = tuple(budget(settings, seen) for settings in others(setup.settings))
+    held = sum(used.tokens for used in setup.train.used)
+    return Proposal(budget(setup.settings, seen), other, held)
 
 
 def _timed_step(setup: Setup, step: int) -> float:

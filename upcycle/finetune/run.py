@@ -4,10 +4,13 @@ import errno
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,19 +24,19 @@ from upcycle.core.paths import local_path
 from upcycle.evaluation.run import load_model
 from upcycle.finetune.activations import swap
 from upcycle.finetune.budget import Budget, Proposal
-from upcycle.finetune.data import Data, training_data, with_texts
+from upcycle.finetune.data import Data, batch_rows, training_data, with_texts
 from upcycle.finetune.job import Job, job_identity, open_job
 from upcycle.finetune.loop import make_optimizer, restore_best, settle, train
 from upcycle.finetune.partition import add_affinities
 from upcycle.finetune.plugins import facts_of, gater_for, router_terms
 from upcycle.finetune.processes import accelerator_for
 from upcycle.finetune.publish import Finetuning, publish
-from upcycle.finetune.rehearsal import propose
+from upcycle.finetune.rehearsal import STEPS, propose
 from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import read_notes, torch_dtype
 from upcycle.finetune.step import Progress, Row, Setup, score_of
-from upcycle.finetune.teacher import Stored, fill, is_stored, open_store
+from upcycle.finetune.teacher import HELD_WORDS, Teacher, fill, is_stored, open_store
 from upcycle.finetune.teacher import size as stored_size
 from upcycle.finetune.trainable import (
     Groups,
@@ -44,8 +47,9 @@ from upcycle.finetune.trainable import (
     trained,
 )
 from upcycle.models.blocks import MoEBlock, moe_blocks
+from upcycle.models.config import read_text_config
 from upcycle.models.record import TRAIN_LOG, Identity, Used
-from upcycle.models.source import read_headers, read_text_config
+from upcycle.models.shards import read_headers
 from upcycle.models.writer import (
     ASIDE,
     Workspace,
@@ -148,11 +152,13 @@ def rehearse(
         Diverged: a loss or a gradient is no number.
     """
     with ExitStack() as stack:
-        unwritten = {"tracker": None, "teacher_top_k": 0}
-        job = open_job(model, Path.cwd(), preset, settings | unwritten, stack)
+        # What the teacher predicts is kept for as long as this takes.
+        out = Path(stack.enter_context(TemporaryDirectory())) / "rehearsal"
+        job = open_job(model, out, preset, settings | {"tracker": None}, stack)
+        (partial_folder(out) / ASIDE).mkdir(parents=True)
         accelerator = stack.enter_context(accelerator_for(job.settings))
         watch = watch if watch is not None and accelerator.is_main_process else Watch()
-        setup, groups = _prepare(job, accelerator, watch)
+        setup, groups = _prepare(job, accelerator, watch, steps=STEPS)
         watch.begin(job.settings, groups, setup.train.used)
         return propose(setup)
 
@@ -194,15 +200,19 @@ def _room(job: Job) -> int:
     what it keeps of the teacher's predictions."""
     sizes = [torch.Size(info.shape).numel() for info in read_headers(job.folder).values()]
     settings = job.settings
-    tokens = settings.total_steps * settings.step_tokens + settings.validation_tokens
-    words = _stored_words(job)
-    kept = stored_size(tokens, words) if words else 0
+    kept = 0
+    if job.teacher is not None:
+        train, held = _stored_words(job)
+        kept = stored_size(settings.total_steps * settings.step_tokens, train) if train else 0
+        kept += stored_size(settings.held_tokens, held)
     return 5 * 4 * sum(sizes) + kept
 
 
-def _stored_words(job: Job) -> int:
-    """Of the teacher's predictions, per token; 0 if it runs in every step."""
-    return min(job.settings.teacher_top_k, int(read_text_config(job.folder).vocab_size))
+def _stored_words(job: Job) -> tuple[int, int]:
+    """Of the teacher's predictions, per token that is trained on, 0 if it runs in every step, and
+    per token that is validated on."""
+    vocab_size = int(read_text_config(job.folder).vocab_size)
+    return min(job.settings.teacher_top_k, vocab_size), min(HELD_WORDS, vocab_size)
 
 
 @contextmanager
@@ -243,11 +253,13 @@ def _no_room(out: Path, error: OSError, saved: dict[str, Any] | None) -> Upcycle
     return UpcycleError(f"can't write beside {out}: {error.strerror}; make room, then {after}")
 
 
-def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, Groups]:
-    """Model, data, optimizer: all that the loop needs."""
+def _prepare(
+    job: Job, accelerator: Accelerator, watch: Watch, steps: int | None = None
+) -> tuple[Setup, Groups]:
+    """Model, data, optimizer: all that the loop needs, for all steps or the first ones."""
     settings, folder = job.settings, job.folder
     train_data, validation = _data(job)
-    stored = _stored(job, accelerator, train_data, validation, watch)
+    teacher = _teacher(job, accelerator, train_data, validation, watch, steps)
     model = load_model(folder, _dtype(job), accelerator.device)
     blocks = moe_blocks(model)
     _check_blocks(job, blocks, model.config.model_type)
@@ -281,8 +293,7 @@ def _prepare(job: Job, accelerator: Accelerator, watch: Watch) -> tuple[Setup, G
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        teacher=_teacher(job, accelerator),
-        stored=stored,
+        teacher=teacher,
         blocks=blocks,
         scales=scales,
         tap=tap,
@@ -320,7 +331,7 @@ def _data(job: Job) -> tuple[Data, Data]:
         settings.data,
         seq_len=settings.seq_len,
         train_tokens=settings.total_steps * settings.step_tokens,
-        validation_tokens=settings.validation_tokens,
+        validation_tokens=settings.held_tokens,
         seed=settings.seed,
         assistant_only=settings.assistant_only_loss,
     )
@@ -331,7 +342,7 @@ def _data(job: Job) -> tuple[Data, Data]:
             vocab_size,
             settings.validate_also,
             seq_len=settings.seq_len,
-            tokens=settings.validation_tokens,
+            tokens=settings.held_tokens,
             seed=settings.seed,
         )
     return train_data, held
@@ -346,40 +357,65 @@ def _dtype(job: Job) -> torch.dtype:
     return torch.float32
 
 
-def _stored(
-    job: Job, accelerator: Accelerator, train_data: Data, validation: Data, watch: Watch
-) -> Stored | None:
-    """The teacher's predictions for all text, made if an earlier start of this run has not left
-    them; the teacher is then no longer needed."""
+def _teacher(
+    job: Job,
+    accelerator: Accelerator,
+    train_data: Data,
+    validation: Data,
+    watch: Watch,
+    steps: int | None,
+) -> Teacher | None:
+    """The teacher, if it runs in every step, and its predictions for what is read again and again,
+    made if an earlier start of this run has not left them.
+
+    Args:
+        steps: for which alone those of what is trained on are needed; None for all.
+    """
+    if job.teacher is None:
+        return None
     settings, folder = job.settings, partial_folder(job.out) / ASIDE
-    words = _stored_words(job)
-    if not words:
-        return None
-    wanted = (
-        (folder / "teacher-train.bin", train_data, settings.distill_temperature),
-        (folder / "teacher-validation.bin", validation, 1.0),
+    train_words, held_words = _stored_words(job)
+    train = folder / "teacher-train.bin", train_data, train_words
+    held = folder / "teacher-validation.bin", validation, held_words
+    wanted: list[tuple[tuple[Path, Data, int], float, list[int]]] = []
+    if train_words:
+        rows = _rows(settings, len(train_data), steps)
+        wanted.append((train, settings.distill_temperature, rows))
+    wanted.append((held, 1.0, list(range(len(validation)))))
+    missing = [each for each in wanted if not is_stored(*each[0])]
+    model = _load_teacher(job, accelerator) if missing or not train_words else None
+    number, world = accelerator.process_index, accelerator.num_processes
+    processes = number, world, accelerator.wait_for_everyone
+    if steps is not None:  # a rehearsal's processes have folders of their own
+        processes = 0, 1, lambda: None
+    start = time.monotonic()
+    for (path, data, words), temperature, rows in missing:
+        run = partial(_logits, model, accelerator)
+        fill(path, data, run, words, temperature, processes, watch.teacher, rows)
+    read = sum(len(rows) for *_, rows in missing) * (world // processes[1])
+    return Teacher(
+        held=open_store(*held),
+        train=open_store(*train) if train_words else None,
+        model=None if train_words else model,
+        seconds=(time.monotonic() - start) / max(1, read),
     )
-    missing = [each for each in wanted if not is_stored(each[0], each[1], words)]
-    if missing:
-        model: Any = _load_teacher(job, accelerator)
-
-        def teach(tokens_BL: Tensor) -> Tensor:
-            with accelerator.autocast():
-                logits_BLV: Tensor = model(input_ids=tokens_BL.to(accelerator.device)).logits
-            return logits_BLV
-
-        wait = accelerator.wait_for_everyone
-        processes = (accelerator.process_index, accelerator.num_processes, wait)
-        for path, data, temperature in missing:
-            fill(path, data, teach, words, temperature, processes, watch.teacher)
-    return Stored(*(open_store(path, data, words) for path, data, _ in wanted))
 
 
-def _teacher(job: Job, accelerator: Accelerator) -> nn.Module | None:
-    """The teacher, if it is run in every step."""
-    if job.teacher is None or job.settings.teacher_top_k:
-        return None
-    return _load_teacher(job, accelerator)
+def _rows(settings: Training, sequences: int, steps: int | None) -> list[int]:
+    """The sequences that the first steps train on, or all of them."""
+    if steps is None:
+        return list(range(sequences))
+    batch_size, seed = settings.batch_size, settings.seed
+    seen = [batch_rows(sequences, batch_size, step, seed) for step in range(steps)]
+    rows: list[int] = torch.cat(seen).unique().tolist()
+    return rows
+
+
+def _logits(model: Any, accelerator: Accelerator, tokens_BL: Tensor) -> Tensor:
+    with accelerator.autocast():
+        tokens_BL = tokens_BL.to(accelerator.device)
+        logits_BLV: Tensor = model(input_ids=tokens_BL, use_cache=False).logits
+    return logits_BLV
 
 
 def _load_teacher(job: Job, accelerator: Accelerator) -> nn.Module:

@@ -18,8 +18,17 @@ from pydantic import (
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
-from upcycle.core.settings import PlugIn, find_recipe, shipped_presets, validated, yaml_fields
-from upcycle.finetune.catalogue import OF_FLAGS, RouterLosses, Weighed, check_names, override
+from upcycle.core.settings import (
+    PlugIn,
+    Weighed,
+    WeighedPlugIns,
+    find_recipe,
+    override,
+    shipped_presets,
+    validated,
+    yaml_fields,
+)
+from upcycle.finetune.catalogue import OF_FLAGS, check_names
 
 Train = Literal["router", "partition", "experts", "moe", "all"]
 Part = Literal["norms", "embeddings", "ffn", "attention"]
@@ -93,13 +102,16 @@ class Training(BaseModel):
     """Sequences per step, over all processes."""
     micro_batch: PositiveInt = 1
     """Sequences that a process holds activations of at a time."""
-    validation_tokens: PositiveInt = 8192
-    """Held back from the end of the text, to validate on."""
+    validation_tokens: PositiveInt | None = None
+    """Held back from the end of the text, to validate on. By default a twentieth of the tokens to
+    train on, at most 8192."""
     validate_also: str | None = None
     """Texts, joined by +, that are validated on, too, and never decide which state is kept, such
     as `probe:code+probe:news`: whether training costs what it is not about."""
     validate_every: PositiveInt | None = None
-    """Steps between validations. By default a tenth of them."""
+    """Steps between validations, after which the state is saved, too. By default up to ten times in
+    a run, as long as all validations together read no more than a quarter of what training does,
+    which takes about a tenth of the time."""
     keep_best: bool = True
     """The result is the state with the lowest validation perplexity, not the last one."""
 
@@ -145,7 +157,7 @@ class Training(BaseModel):
     """What a step moves the selection bias by, where the target has one (glm4_moe, deepseek_v3,
     laguna, ernie4_5_moe, lfm2_moe, nemotron_h): balance without a loss. DeepSeek-V3 has 0.001
     (arXiv:2412.19437). Scaled down for a tempered router."""
-    router_losses: RouterLosses | None = None
+    router_losses: WeighedPlugIns | None = None
     """Weights of further losses of routers, by name: `--set router_losses.cv2=0.01`, and of their
     parameters: `--set router_losses.erc.alpha=0.9`."""
     gating: PlugIn | None = None
@@ -252,7 +264,8 @@ class Training(BaseModel):
 
     def _check_schedules(self) -> None:
         parts = [part for part in PARTS[self.train] if not self.lora or part in OF_MATRICES]
-        for part in self.starts.keys() - set(parts):
+        moving = {part for part, start in self.starts.items() if start < 1}
+        for part in sorted(moving - set(parts)):
             raise UpcycleError(
                 f"{setting('starts')} names {part}, which does not train here: leave it out, or "
                 "give `train=all` without `lora`"
@@ -311,9 +324,29 @@ class Training(BaseModel):
         return router_loss if router_loss in OF_FLAGS else f"router_losses.{router_loss}"
 
     @property
+    def held_tokens(self) -> int:
+        """To validate on; of the texts of `validate_also` as many again."""
+        if self.validation_tokens is not None:
+            return self.validation_tokens
+        times = FEWEST_VALIDATIONS
+        if self.validate_every is not None:
+            times = 1 + -(-self.total_steps // self.validate_every)
+        tokens = min(MOST_HELD, self._read_by_validations // times)
+        return max(1, tokens // self.seq_len) * self.seq_len
+
+    @property
     def validation_steps(self) -> int:
         """Steps from one validation to the next."""
-        return self.validate_every or max(1, self.total_steps // 10)
+        if self.validate_every is not None:
+            return self.validate_every
+        times = self._read_by_validations // self.held_tokens - 1  # one comes before all steps
+        return -(-self.total_steps // max(1, min(MOST_VALIDATIONS, times)))
+
+    @property
+    def _read_by_validations(self) -> int:
+        """Tokens of each text that is held back, by all of them together."""
+        kinds = 1 if self.validate_also is None else 2
+        return self.total_steps * self.step_tokens // (TRAINED_PER_VALIDATED * kinds)
 
     @property
     def alpha(self) -> int:
@@ -325,6 +358,15 @@ class Training(BaseModel):
 
 
 DEFAULT_TOKENS = 262_144
+MOST_HELD = 8192
+"""Tokens to validate on, unless more are asked for."""
+TRAINED_PER_VALIDATED = 4
+"""Tokens that steps read for each that validations do, which takes three to four times as long."""
+FEWEST_VALIDATIONS = 5
+"""Of a run, with the one before all steps: a short one has fewer held-out tokens instead, as long
+as they make one sequence."""
+MOST_VALIDATIONS = 10
+"""After steps."""
 
 
 def load_training(
@@ -346,8 +388,7 @@ def load_training(
             fields.pop(other, None)
     if overrides.get("train") == "experts":
         fields = {name: value for name, value in fields.items() if name not in OF_ROUTERS}
-    for key, value in sorted(overrides.items(), key=lambda item: item[0].count(".")):
-        override(fields, key, value)
+    override(fields, overrides, {"gating": None}, {"router_losses"})
     if fields.get("teacher") is None and (fields.get("distill") or fields.get("match_layers")):
         fields["teacher"] = origin
     return validated(Training, fields, "the request")

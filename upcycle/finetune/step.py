@@ -25,7 +25,7 @@ from upcycle.finetune.partition import Dealer
 from upcycle.finetune.router_terms import Means, RouterTerms
 from upcycle.finetune.routers import RouterTap, Scale, update_bias
 from upcycle.finetune.settings import Training
-from upcycle.finetune.teacher import Stored
+from upcycle.finetune.teacher import Teacher
 from upcycle.models.blocks import MoEBlock
 from upcycle.models.hosted import target_of
 from upcycle.models.record import log_text
@@ -42,10 +42,7 @@ class Setup:
     accelerator: Accelerator
     model: nn.Module
     optimizer: Any
-    teacher: nn.Module | None
-    """Where it is run in every step."""
-    stored: Stored | None
-    """Its predictions, where it is not."""
+    teacher: Teacher | None
     blocks: list[MoEBlock]
     scales: list[Scale]
     tap: RouterTap
@@ -265,15 +262,15 @@ def _terms(
     Args:
         means: what router losses are functions of, over the whole step; None if this is all of it.
     """
-    settings, device = setup.settings, setup.accelerator.device
+    settings, device, teacher = setup.settings, setup.accelerator.device, setup.teacher
     tokens_BL, mask_BL = batch.tokens_BL.to(device), batch.mask_BL.to(device)
     mask_T = mask_BL.flatten()
     match = settings.loss_weights(step)["match_layers"] > 0
     arguments = {"input_ids": tokens_BL, "use_cache": False, "output_hidden_states": match}
     expected = None
-    if setup.teacher is not None and (settings.distill or match):
+    if teacher is not None and teacher.model is not None and (settings.distill or match):
         with torch.no_grad(), setup.accelerator.autocast():
-            expected = setup.teacher(**arguments)
+            expected = teacher.model(**arguments)
     # Of itself, accelerate rounds in all models but sharded ones.
     watching = nullcontext() if setup.activations is None else setup.activations.recording()
     with setup.tap.recording(), watching, setup.accelerator.autocast():
@@ -296,8 +293,8 @@ def _from_teacher(
     stored of its predictions."""
     settings, device = setup.settings, setup.accelerator.device
     foretelling_BL, temperature = batch.foretelling_BL.to(device), settings.distill_temperature
-    if setup.stored is not None:
-        kept = setup.stored.train.kept(batch.place_B, device)
+    if setup.teacher is not None and setup.teacher.train is not None:
+        kept = setup.teacher.train.kept(batch.place_B, device)
         loss = losses.kept_distillation_loss(out.logits[foretelling_BL], kept, temperature)
         yield "distill", loss
     elif settings.distill:

@@ -1,21 +1,26 @@
-"""The teacher's predictions, stored once, so that it need not be run or be in memory while the
-model learns from them.
+"""The teacher's predictions, stored once: for the text that is validated on, and, where it is to be
+neither run nor in memory while the model learns from them, for what is trained on.
 
 T tokens after which one comes that is to be learnt, N words kept of V.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upcycle.core.paths import disk_errors, sync
 from upcycle.finetune.data import Data
 from upcycle.finetune.losses import Kept, kept_words
+
+HELD_WORDS = 4096
+"""Kept of each prediction for held-out text, however few of those for what is trained on: the more
+are kept, the nearer is the divergence to that over the whole vocabulary."""
 
 RunTeacher = Callable[[Tensor], Tensor]
 """Logits [B, L, V] of tokens [B, L]."""
@@ -56,12 +61,17 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Of all that is trained and validated on."""
+class Teacher:
+    """What a run has of the dense model that it learns from."""
 
-    train: Store
-    validation: Store
-    """At a temperature of 1."""
+    held: Store
+    """Predictions for what is validated on, at a temperature of 1."""
+    train: Store | None
+    """Those for what is trained on, where it does not run in every step."""
+    model: nn.Module | None
+    """It itself, where it does."""
+    seconds: float
+    """That it took for a sequence of the predictions; 0 if all were there."""
 
 
 def size(tokens: int, words: int) -> int:
@@ -88,6 +98,7 @@ def fill(
     temperature: float,
     processes: tuple[int, int, Callable[[], None]],
     watch: Callable[[int, int], None],
+    rows: Sequence[int] | None = None,
 ) -> None:
     """Write the predictions for all sequences, each once, to a file that is whole or absent.
 
@@ -96,21 +107,25 @@ def fill(
         temperature: of the words' probabilities; not of the loss on the word that comes.
         processes: this process's number, how many there are, and what waits for all of them.
         watch: told of the sequences done, and of all.
+        rows: the only sequences to do it for; nothing can be had of the others then.
     """
     number, world, wait = processes
     draft, starts = path.with_suffix(".draft"), _starts(data)
+    rows = range(len(data)) if rows is None else rows
     if number == 0:
         draft.write_bytes(b"")
     wait()
     with disk_errors(), draft.open("r+b") as file:
-        for row in range(number, len(data), world):
+        for done in range(number, len(rows), world):
+            row = rows[done]
             batch = data.take(torch.tensor([row]))
             records_T = _records(teacher(batch.tokens_BL), batch, words, temperature)
             file.seek(starts[row] * records_T.itemsize)
             file.write(records_T.tobytes())
-            watch(row + 1, len(data))
+            watch(done + 1, len(rows))
     wait()
     if number == 0:
+        os.truncate(draft, size(starts[-1], words))
         sync(draft)
         draft.replace(path)
     wait()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from upcycle.finetune import losses
 from upcycle.finetune.alarms import STARVED
+from upcycle.finetune.budget import Look
 from upcycle.finetune.data import Data
 from upcycle.finetune.state import save_tensors, trained_tensors
 from upcycle.finetune.step import Progress, Row, Setup, check_finite, count, note
@@ -69,6 +70,24 @@ def measure(setup: Setup) -> Row:
     return row | {"routing": _routing(setup, counts)} if counts else row
 
 
+def look(setup: Setup, step: float, validation: float, ratio: float | None) -> Look:
+    """What is known of a run by the seconds of a step and of the validation before it.
+
+    Args:
+        ratio: perplexity over the teacher's, by that validation.
+    """
+    return Look(
+        settings=setup.settings,
+        trained=len(setup.train),
+        held=len(setup.validation),
+        held_tokens=int(setup.validation.mask_BL.sum()),
+        step_seconds=step,
+        validation_seconds=validation,
+        sequence_seconds=0.0 if setup.teacher is None else setup.teacher.seconds,
+        ratio=ratio,
+    )
+
+
 def _means(setup: Setup, batch: Data, counts: list[Tensor] | None) -> Tensor:
     """Of a sequence: 1, its loss, the teacher's, and the divergence from it; its selections are
     added to the counts, if there are any."""
@@ -83,12 +102,7 @@ def _means(setup: Setup, batch: Data, counts: list[Tensor] | None) -> Tensor:
         count(setup, batch.mask_BL.flatten().to(accelerator.device), counts)
     means = [1.0, float(losses.next_token_loss(logits_BLV, tokens_BL, scored_BL)), 0.0, 0.0]
     if setup.teacher is not None:
-        with accelerator.autocast():
-            expected_BLV = setup.teacher(input_ids=tokens_BL, use_cache=False).logits
-        means[2] = float(losses.next_token_loss(expected_BLV, tokens_BL, scored_BL))
-        means[3] = float(losses.distillation_loss(logits_BLV, expected_BLV, foretelling_BL))
-    if setup.stored is not None:
-        store = setup.stored.validation
+        store = setup.teacher.held
         kept = store.kept(batch.place_B, accelerator.device)
         means[2] = store.loss(int(batch.place_B), batch.scored)
         means[3] = float(losses.kept_distillation_loss(logits_BLV[foretelling_BL], kept))
@@ -98,7 +112,7 @@ def _means(setup: Setup, batch: Data, counts: list[Tensor] | None) -> Tensor:
 def _losses(setup: Setup, sums_4: Tensor) -> dict[str, float]:
     loss, teacher_loss, kl = (sums_4[1:] / sums_4[0]).tolist()
     measured = {"loss": loss, "perplexity": _exp(loss)}
-    if setup.teacher is not None or setup.stored is not None:
+    if setup.teacher is not None:
         measured |= {"perplexity_ratio": _exp(loss - teacher_loss), "kl": kl}
     return measured
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from upcycle.core.errors import UpcycleError
+from upcycle.models.companions import companions
 from upcycle.models.own_text import Progress, written_tokens
-from upcycle.models.source import DenseSource, companions
+from upcycle.models.source import DenseSource
 from upcycle.models.text import PROBES, text_files, texts
 from upcycle.models.tokens import Reader, open_reader
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from upcycle.core.foreign import blaming
-from upcycle.models.families import FAMILIES
+from upcycle.models.families import FAMILIES, is_encoder
 from upcycle.models.families.base import Stack
 from upcycle.models.holders import stored_name
 from upcycle.models.names import EMBEDDINGS, HEAD
@@ -124,6 +124,13 @@ class _StackedLayout(Layout):
         stack = next(each for each in reversed(self.stacks) if each.first <= int(number))
         ffn = stack.ffn if rest.startswith("mlp.") else ""
         return f"{stack.place}{int(number) - stack.first}.{ffn}{rest}"
+
+
+def is_headless(config: PreTrainedConfig, names: Iterable[str]) -> bool:
+    """Whether a checkpoint of tensors of these names is an encoder without what makes logits of its
+    hidden states, as it is stored for what is built on these."""
+    tied = config.tie_word_embeddings
+    return is_encoder(config) and not tied and not any(name.endswith(HEAD) for name in names)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,24 @@
 """A checkpoint as a model of transformers, whole in memory."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, GenerationConfig
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModel, GenerationConfig, modeling_utils
 
 from upcycle.core.errors import UpcycleError
+from upcycle.models.config import read_config
 from upcycle.models.families import auto_class, is_encoder
+from upcycle.models.layout import is_headless
 from upcycle.models.names import KEY_MAPPING
-from upcycle.models.source import deferred, is_headless, read_config, read_headers, reading_whole
+from upcycle.models.shards import TensorInfo, read_headers
+from upcycle.models.weights import read_tensors
 
 GENERATION = "generation_config.json"
 
@@ -63,10 +72,10 @@ def load_whole(folder: Path, **settings: Any) -> Any:
         Exception: as transformers does.
     """
     settings |= {"local_files_only": True, "key_mapping": KEY_MAPPING}
-    config, state = read_config(folder), deferred(folder)
+    config, state = read_config(folder), _deferred(folder)
     auto = AutoModel if is_headless(config, read_headers(folder)) else auto_class(config)
     if not state:
-        with reading_whole():
+        with _reading_whole():
             return auto.from_pretrained(
                 folder, use_safetensors=True, trust_remote_code=False, **settings
             )
@@ -75,3 +84,57 @@ def load_whole(folder: Path, **settings: Any) -> Any:
     with torch.device("meta"):
         model = type(auto.from_config(config, trust_remote_code=False))
     return model.from_pretrained(None, config=config, state_dict=state, **settings)
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """A quantised tensor as transformers asks for a part of a file: read when it is indexed."""
+
+    folder: Path
+    info: TensorInfo
+
+    def __getitem__(self, part: Any) -> Tensor:
+        ((_, tensor, _),) = read_tensors(self.folder, {self.info.name: self.info})
+        return tensor[part]
+
+
+def _deferred(folder: Path) -> dict[str, _Deferred]:
+    """The tensors of a checkpoint of which some are quantised; none of any other, which
+    transformers reads itself."""
+    tensors = read_headers(folder)
+    if all(info.packed is None for info in tensors.values()):
+        return {}
+    return {name: _Deferred(folder, info) for name, info in tensors.items()}
+
+
+@contextmanager
+def _reading_whole() -> Iterator[None]:
+    """Within it, transformers reads a checkpoint into memory. It maps the files otherwise, and as
+    long as the model lives, one that changes changes the weights, and one that is cut short ends
+    the process without a word."""
+    modeling_utils.safe_open = _Unmapped
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = safe_open
+
+
+class _Unmapped:
+    """`safe_open` as transformers calls it, but for how the bytes are read."""
+
+    def __init__(self, path: Any, **settings: Any) -> None:
+        self.shard: Any = safe_open(path, **settings | {"backend": "pread"})
+
+    def __enter__(self) -> "_Unmapped":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.shard.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.shard, name)
+
+    def get_slice(self, name: str) -> Any:
+        part = self.shard.get_slice(name)
+        # safetensors 0.8 refuses to read no bytes of a slice.
+        return part if math.prod(part.get_shape()) else self.shard.get_tensor(name)

@@ -21,7 +21,8 @@ from upcycle.core.types import all_finite
 from upcycle.models.adapter import CONFIG
 from upcycle.models.download import asking_hub
 from upcycle.models.model_name import Place
-from upcycle.models.source import hash_tensors, reading
+from upcycle.models.shards import reading
+from upcycle.models.weights import hash_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

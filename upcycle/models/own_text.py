@@ -22,8 +22,9 @@ from upcycle.core.foreign import blaming
 from upcycle.core.paths import write_whole
 from upcycle.core.versions import versions
 from upcycle.models.chat import ChatRefused, render_chat
+from upcycle.models.companions import companions
 from upcycle.models.loading import load_whole
-from upcycle.models.source import DenseSource, companions
+from upcycle.models.source import DenseSource
 from upcycle.models.text import KINDS, openers, paragraphs
 from upcycle.models.tokens import front_tokens
 

@@ -25,7 +25,7 @@ from upcycle.core.errors import AlreadyFinished, UpcycleError
 from upcycle.core.foreign import blaming, parse_json
 from upcycle.core.paths import check_name, sync, sync_tree, write_whole
 from upcycle.models.record import RECORD, Identity
-from upcycle.models.source import DTYPES, INDEX, SINGLE
+from upcycle.models.shards import DTYPES, INDEX, SINGLE
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 JOURNAL = "journal.jsonl"

@@ -22,19 +22,15 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.paths import local_path
 from upcycle.core.types import all_finite
 from upcycle.models.assemble import FFN, name_in_whole
+from upcycle.models.checkpoint import Checkpoint, locate
+from upcycle.models.config import read_config
 from upcycle.models.download import Remote
 from upcycle.models.model_name import ModelName, Place, parse_model
 from upcycle.models.record import DOMAINS, RECORD, ExpertPart, Made
-from upcycle.models.source import (
-    Checkpoint,
-    DenseSource,
-    TensorInfo,
-    hash_tensors,
-    locate,
-    read_config,
-    read_tensors,
-)
+from upcycle.models.shards import TensorInfo
+from upcycle.models.source import DenseSource
 from upcycle.models.targets import MoESpec, MoETarget
+from upcycle.models.weights import hash_tensors, read_tensors
 from upcycle.models.writer import TensorSpec
 
 

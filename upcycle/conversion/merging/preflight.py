@@ -76,7 +76,7 @@ def merge_request(
     check_request(request)
     recipe = load_recipe("default", recipe_settings(request, given))
     try:
-        check_prompts(request.merge, recipe.router.name if recipe.router else "")
+        check_prompts(request.merge, recipe.router_name)
     except UpcycleError as error:
         raise UpcycleError(f"{file}: {error}" if file else str(error)) from error
     targets_later = {} if recipe.target != request.settings.get("target") else {"target": "auto"}

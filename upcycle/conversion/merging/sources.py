@@ -16,7 +16,9 @@ from upcycle.evaluation.distance import Meter
 from upcycle.models.assemble import FFN, dense_ffn
 from upcycle.models.lora import Adapter, open_adapter
 from upcycle.models.model_name import ModelName, Place
-from upcycle.models.source import DenseSource, fingerprint, open_source
+from upcycle.models.opening import open_source
+from upcycle.models.source import DenseSource
+from upcycle.models.weights import fingerprint
 
 
 @dataclass(frozen=True)

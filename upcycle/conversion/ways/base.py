@@ -21,6 +21,7 @@ from upcycle.core.registry import Registry
 from upcycle.core.types import DenseFFN, Geometry
 from upcycle.models.targets import SharedWidth
 from upcycle.models.targets.base import MoETarget
+from upcycle.models.traits import Architecture
 from upcycle.router_init import ROUTERS
 
 Exact = Literal["logits", "all on", "nothing"]
@@ -41,6 +42,17 @@ class Room:
     min_experts: int = 1
     most_top_k: int | None = None
     """Experts that the target gives a token at most, where it has such a limit."""
+
+    @classmethod
+    def of(cls, arch: Architecture, target: MoETarget, num_dense: int = 0) -> "Room":
+        return cls(
+            num_neurons=arch.intermediate_size,
+            layers=len(arch.ffn_layers),
+            num_dense=num_dense,
+            shared_width=target.shared_width,
+            min_experts=target.min_experts,
+            most_top_k=target.most_top_k,
+        )
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from upcycle.core.foreign import first_problem, read_json
 from upcycle.evaluation.inspection import inspect_found
 from upcycle.evaluation.run import Evaluation, Progress, evaluate
 from upcycle.evaluation.sample import Sample, samples
+from upcycle.models.checkpoint import locate
+from upcycle.models.config import read_config
 from upcycle.models.families import auto_class
 from upcycle.models.record import RECORD, TRAIN_LOG, LogLine, Made, read_log, read_record
-from upcycle.models.source import locate, read_config
 
 Read = TypeVar("Read")
 

@@ -14,7 +14,8 @@ from upcycle.conversion.merging.finished import (
 )
 from upcycle.conversion.merging.request import TEXTUAL, Merge, Request, recipe_settings
 from upcycle.conversion.merging.sources import open_sources
-from upcycle.conversion.plan import Plan, make_plan
+from upcycle.conversion.plan import Plan
+from upcycle.conversion.planning import make_plan
 from upcycle.conversion.recipe import load_recipe
 
 
@@ -62,7 +63,7 @@ def _plan_addition(
     recipe = addition_recipe(request, record, given)
     base = base_of(request, record, found.folder)
     added = open_sources(Merge(base, (request.expert,)))
-    router = recipe.router.name if recipe.router else ""
+    router = recipe.router_name
     finished = Finished(request, record, weights_of(request, found, added.base, router))
     return make_plan(
         added.base,
