@@ -1,6 +1,5 @@
 """Fixtures that every test file may use."""
 
-import json
 import random
 import shutil
 from contextlib import nullcontext
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PLAIN_SPLIT, make_dense, make_lora, make_moved
+from published import make_published
+from tiny import HOLDERS, PLAIN_SPLIT, make_dense, make_holder, make_lora, make_moved, once
 from transformers.utils import logging
 
 import upcycle
@@ -31,14 +31,24 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory):
     """Makes a tiny dense checkpoint, once per session and options; leave its folder as it is."""
-    made = {}
 
+    @once
     def make(family: str = "llama", *, dtype=torch.float32, shards=None, **fields) -> Path:
-        key = json.dumps([family, str(dtype), shards, fields], sort_keys=True)
-        if key not in made:
-            folder = tmp_path_factory.mktemp(f"dense-{family}-")
-            made[key] = make_dense(folder, family, dtype=dtype, shards=shards, **fields)
-        return made[key]
+        folder = tmp_path_factory.mktemp(f"dense-{family}-")
+        return make_dense(folder, family, dtype=dtype, shards=shards, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Makes a tiny model of several parts, a holder or a published one, once per session and
+    options; leave its folder as it is."""
+
+    @once
+    def make(name: str, *, dtype=torch.float32, **fields) -> Path:
+        write = make_holder if name in HOLDERS else make_published
+        return write(tmp_path_factory.mktemp(name), name, dtype=dtype, **fields)
 
     return make
 
@@ -87,15 +97,12 @@ def moe(tmp_path_factory, text):
         "seq_len": 64,
         "check": "none",
     }
-    made = {}
 
+    @once
     def convert(source: Path, **settings) -> Path:
-        key = json.dumps([str(source), settings], sort_keys=True)
-        if key not in made:
-            out = tmp_path_factory.mktemp("moe") / "out"
-            upcycle.convert(str(source), out, **(quick | settings))
-            made[key] = out
-        return made[key]
+        out = tmp_path_factory.mktemp("moe") / "out"
+        upcycle.convert(str(source), out, **(quick | settings))
+        return out
 
     return convert
 

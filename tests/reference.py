@@ -144,6 +144,14 @@ def selections(model):
         hook.remove()
 
 
+def naive_sum(source, out, dtype=torch.float32, **overrides):
+    """The converted model's logits, and those that the experts it selects should give."""
+    model = load(out, dtype, **overrides)
+    with selections(model) as selected:
+        actual = logits(model)
+    return actual, naive_sum_logits(load(source, dtype), out, selected)
+
+
 def naive_sum_logits(dense, folder, selected, tokens=TOKENS):
     """The dense model's logits when each token's FFN is the unweighted sum of the shared neurons
     and of the experts that the converted model selected for it.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import records
 from rich.console import Console
-from tiny import PLAIN_SPLIT
+from tiny import PLAIN_SPLIT, once
 
 import upcycle
 from upcycle import console
@@ -25,17 +25,14 @@ QUICK = PLAIN_SPLIT | {"split": "random", "calibration_tokens": 256, "seq_len": 
 @pytest.fixture(scope="module")
 def converted(dense, text, tmp_path_factory):
     """Converts a tiny model, once per settings; by default checked on text of its own, too."""
-    made = {}
 
+    @once
     def convert(**settings):
-        key = str(settings)
-        if key not in made:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(CHECK_TOKENS, "fast", 128)
-                asked = QUICK | {"calibration": f"builtin+{text}"} | settings
-                out = tmp_path_factory.mktemp("console") / "out"
-                made[key] = upcycle.convert(str(dense()), out, **asked)
-        return made[key]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(CHECK_TOKENS, "fast", 128)
+            asked = QUICK | {"calibration": f"builtin+{text}"} | settings
+            out = tmp_path_factory.mktemp("console") / "out"
+            return upcycle.convert(str(dense()), out, **asked)
 
     return convert
 

@@ -4,6 +4,8 @@ Initial std 0.2 and distinct sizes, so that a lost gain or swapped matrices chan
 as much as their own spread.
 """
 
+import inspect
+import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -234,6 +236,26 @@ calibration text is there, which by default the model first writes a part of. A 
 override it."""
 
 
+def once(make):
+    """The function, called once for the same arguments; what it has made then is to be left as it
+    is."""
+    made, signature = {}, inspect.signature(make)
+
+    def call(*args, **settings):
+        bound = signature.bind(*args, **settings)
+        bound.apply_defaults()
+        key = json.dumps(bound.arguments, sort_keys=True, default=str)
+        if key not in made:
+            made[key] = make(*args, **settings)
+        return made[key]
+
+    return call
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def make_dense(folder: Path, family: str = "llama", *, dtype=torch.float32, shards=None, **fields):
     """Write a random model of the family, and a byte tokenizer, to the folder; returns it."""
     torch.manual_seed(0)
@@ -268,6 +290,14 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def edited(source: Path, folder: Path, change):
+    """Write the model with what `change` makes of its tensors to the folder; returns it."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return folder
 
 
 def make_moved(folder: Path, base: Path, seed: int, scale: float = 0.05):

@@ -19,7 +19,7 @@ from reference import (
     weights,
 )
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_moved, make_tokenizer
+from tiny import FAMILIES, make_moved, make_tokenizer, once
 from typer.testing import CliRunner
 
 import upcycle
@@ -47,18 +47,15 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def merged(shelf, texts, tmp_path_factory):
     """A merge of m1 and m2 by a router, made once; leave its folder as it is."""
-    made = {}
 
+    @once
     def make(router="uniform_random", **settings) -> Path:
-        key = json.dumps([router, settings])
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("merged") / "moe"
-            text = {n: texts[n] for n in ("m1", "m2")} if router in ("text", "domain") else None
-            experts = [str(shelf / "m1"), str(shelf / "m2")]
-            base = str(shelf / "base")
-            how = SHORT | settings | {"router": router}
-            upcycle.merge(experts, made[key], base=base, text=text, **how)
-        return made[key]
+        out = tmp_path_factory.mktemp("merged") / "moe"
+        text = {n: texts[n] for n in ("m1", "m2")} if router in ("text", "domain") else None
+        experts = [str(shelf / "m1"), str(shelf / "m2")]
+        how = SHORT | settings | {"router": router}
+        upcycle.merge(experts, out, base=str(shelf / "base"), text=text, **how)
+        return out
 
     return make
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from reference import naive_hidden
+from tiny import normal
 from torch.nn.functional import silu
 
 from upcycle.conversion.compensate import COMPENSATIONS
@@ -27,10 +28,6 @@ JITTER = 1e-6
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr("upcycle.conversion.compensate.descent.BATCH", BATCH)
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_activations(seed=0, tokens=T, act=silu):

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from reference import TOLERANCE, gap, load, moe_layers, read_json, weights
-from safetensors.torch import load_file, save_file
-from tiny import ENCODER_DECODERS, FAMILIES, make_tokenizer
+from safetensors.torch import save_file
+from tiny import ENCODER_DECODERS, FAMILIES, edited, make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -411,13 +411,8 @@ def as_of_old(tensors):
     return {name: tensors["shared.weight"].clone() for name in twice} | {unread: bias.clone()}
 
 
-def edited(source, folder, change):
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file, {"format": "pt"})
-
-
 def own_head(source, folder):
     """The same with a head that is not the embeddings."""
-    edited(source, folder, lambda t: t | {"lm_head.weight": t["shared.weight"].flip(0) * 0.1})
-    return folder
+    return edited(
+        source, folder, lambda t: t | {"lm_head.weight": t["shared.weight"].flip(0) * 0.1}
+    )

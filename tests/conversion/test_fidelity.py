@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from tiny import normal
 from torch.nn.functional import cosine_similarity, normalize, silu
 
 import upcycle
@@ -18,10 +19,6 @@ from upcycle.core.types import DenseFFN, LayerActivations, LossGradient
 
 D, F, T = 48, 512, 400
 WIDE = {"intermediate_size": F, "num_hidden_layers": 1}
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

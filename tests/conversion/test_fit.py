@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from reference import naive_hidden, read_json
+from tiny import normal
 from torch.nn.functional import silu
 
 import upcycle
@@ -30,10 +31,6 @@ QUICK = {"transport": {"epochs": 2, "iterations": 10}}
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr("upcycle.conversion.fit.learn.BATCH", BATCH)
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_activations(seed=0, tokens=T):

@@ -20,16 +20,14 @@ from reference import (
     load_all_on,
     logits,
     moe_layers,
-    naive_sum_logits,
+    naive_sum,
     noise,
     read_json,
     routers,
-    selections,
     top_k,
     weights,
 )
-from safetensors.torch import save_file
-from tiny import FAMILIES, FFN_LAYERS, SIZES
+from tiny import FAMILIES, FFN_LAYERS, SIZES, edited
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import upcycle
@@ -695,14 +693,6 @@ class TestMutations:
         assert gap(logits(load(tmp_path)), expected) > MUTATED
 
 
-def naive_sum(source, out, dtype=torch.float32, **overrides):
-    """The converted model's logits, and those that the experts it selects should give."""
-    model = load(out, dtype, **overrides)
-    with selections(model) as selected:
-        actual = logits(model)
-    return actual, naive_sum_logits(load(source, dtype), out, selected)
-
-
 def exact_hosts(dense, moe, family="llama", **fields):
     """The targets that host a source with these config fields, each of which must equal it."""
     source = dense(family, **fields)
@@ -748,7 +738,7 @@ def swap_router_rows(router, experts):
 
 
 def store_norms_in_float32(source, folder):
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    tensors = weights(source)
-    mixed = {k: t.float() if k.endswith("norm.weight") else t for k, t in tensors.items()}
-    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    def mixed(tensors):
+        return {k: t.float() if k.endswith("norm.weight") else t for k, t in tensors.items()}
+
+    edited(source, folder, mixed)

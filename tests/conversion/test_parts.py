@@ -1,8 +1,11 @@
-"""Models of several parts: the text model becomes an MoE, and nothing else is lost."""
+"""Models of several parts: the text model becomes an MoE, and nothing else is lost.
+
+Two families have an MoE of several parts of their own; of the others, whose class takes any text
+model, an MoE takes the dense one's place. Plain transformers loads both as before.
+"""
 
 import pytest
 import torch
-from published import make_published
 from reference import (
     NOISE,
     TOKENS,
@@ -12,38 +15,38 @@ from reference import (
     load,
     load_all_on,
     logits,
-    naive_sum_logits,
+    naive_sum,
     noise,
     read_json,
-    selections,
     weights,
 )
 from safetensors.torch import load_file, save_file
-from tiny import PLAIN_SPLIT, make_moved
+from tiny import HOLDERS, PLAIN_SPLIT, edited, make_moved
 from transformers import AutoModelForImageTextToText
 
 import upcycle
 from upcycle.core.errors import UpcycleError
+from upcycle.evaluation.run import evaluate
+from upcycle.models.holders import HOLDERS as KNOWN
 
 SPLIT = {"experts": 8, "top_k": 3}
 COPY = {"method": "copy", "experts": 4, "top_k": 2}
 TARGET = {"qwen3_5": "qwen3_5_moe", "gemma4-31b": "gemma4", "gemma4-e4b": "gemma4"}
-TEXT = "model.language_model."
+TARGETS = {
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "granitemoeshared": "GraniteMoeSharedForCausalLM",
+}
+"""Of a model that takes any text model."""
+TEXT = ("model.language_model.", "language_model.", "model.text_model.", "lm_head.")
+"""What names of text models' tensors begin with, in files."""
+TILES = {"idefics3": 4, "smolvlm": 4, "internvl": 4, "llava": 16, "llava_next": 36, "mistral3": 4}
+"""How many tokens a picture takes."""
+QUICK = PLAIN_SPLIT | SPLIT | {"split": "random", "calibration_tokens": 256, "seq_len": 64}
 families = pytest.mark.parametrize("family", TARGET)
-
-
-@pytest.fixture(scope="session")
-def published(tmp_path_factory):
-    """The folder of a published model, made once."""
-    made = {}
-
-    def make(name, **settings):
-        key = (name, str(settings))
-        if key not in made:
-            made[key] = make_published(tmp_path_factory.mktemp(name), name, **settings)
-        return made[key]
-
-    return make
+holders = pytest.mark.parametrize("family", HOLDERS)
+both_ways = pytest.mark.parametrize("settings", [SPLIT, COPY], ids=["split", "copy"])
 
 
 def load_whole(folder, dtype=torch.float32):
@@ -57,24 +60,35 @@ def load_whole(folder, dtype=torch.float32):
 
 def parts(folder):
     """All tensors that are neither the text model's nor of what drafts tokens."""
-    outside = (TEXT, "lm_head.", "mtp.")
+    outside = (*TEXT, "mtp.")
     return {name: t for name, t in weights(folder).items() if not name.startswith(outside)}
 
 
-@families
-@pytest.mark.parametrize("settings", [SPLIT, COPY], ids=["split", "copy"])
-def test_other_parts_keep_every_bit(published, moe, family, settings):
-    source = published(family, dtype=torch.bfloat16)
+def test_every_holder_is_tested():
+    assert KNOWN.keys() == HOLDERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, settings) for family in TARGET for settings in (SPLIT, COPY)),
+        *((family, COPY) for family in HOLDERS),
+    ],
+)
+def test_other_parts_keep_every_bit_and_the_text_model_is_rounded(whole, moe, family, settings):
+    source, dtype = whole(family, dtype=torch.bfloat16), torch.bfloat16
     out = moe(source, **settings)
     expected, found = parts(source), parts(out)
     assert found.keys() == expected.keys()
     assert len(found) > 20
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = load_all_on(out, dtype) if settings is SPLIT else load(out, dtype)
+    assert gap(logits(loaded), dense_logits(source, dtype)) < NOISE * noise(source, dtype)
 
 
 @families
-def test_copies_are_the_dense_model_by_both_of_its_classes(published, moe, family):
-    source = published(family)
+def test_copies_are_the_dense_model_by_both_of_its_classes(whole, moe, family):
+    source = whole(family)
     out = moe(source, **COPY)
     assert gap(logits(load(out)), dense_logits(source)) < TOLERANCE["mean"]
     assert gap(logits(load_whole(out)), logits(load_whole(source))) < TOLERANCE["mean"]
@@ -82,29 +96,44 @@ def test_copies_are_the_dense_model_by_both_of_its_classes(published, moe, famil
 
 
 @families
-def test_a_split_is_the_sum_of_its_experts(published, moe, family):
-    source = published(family)
+def test_a_split_is_the_sum_of_its_experts(whole, moe, family):
+    source = whole(family)
     out = moe(source, **SPLIT)
     assert gap(logits(load_all_on(out)), dense_logits(source)) < TOLERANCE["sum"]
-    model = load(out)
-    with selections(model) as selected:
-        actual = logits(model)
-    assert gap(actual, naive_sum_logits(load(source), out, selected)) < TOLERANCE["sum"]
+    actual, expected = naive_sum(source, out)
+    assert gap(actual, expected) < TOLERANCE["sum"]
     assert gap(logits(load_whole(out)), actual) < TOLERANCE["mean"]
 
 
-@families
-@pytest.mark.parametrize("settings", [SPLIT, COPY], ids=["split", "copy"])
-def test_in_bfloat16_the_gap_is_rounding(published, moe, family, settings):
-    source, dtype = published(family, dtype=torch.bfloat16), torch.bfloat16
-    out = moe(source, **settings)
-    loaded = load_all_on(out, dtype) if settings is SPLIT else load(out, dtype)
-    assert gap(logits(loaded), dense_logits(source, dtype)) < NOISE * noise(source, dtype)
+@pytest.mark.parametrize("target", TARGETS)
+@both_ways
+def test_every_target_fits_in_mistral_3(whole, moe, target, settings):
+    source = whole("mistral3")
+    if settings is SPLIT and target == "mixtral":
+        settings = SPLIT | {"shared": 0}
+    out = moe(source, target=target, **settings)
+    text = read_json(out / "config.json")["text_config"]
+    assert (text["model_type"], text["architectures"]) == (target, [TARGETS[target]])
+    if settings is COPY:
+        assert gap(logits(load(out)), dense_logits(source)) < TOLERANCE["mean"]
+    else:
+        assert gap(*naive_sum(source, out)) < TOLERANCE["sum"]
+
+
+def test_all_experts_of_a_split_are_the_dense_model(whole, moe):
+    """In a text model that always renormalises."""
+    source = whole("mistral3")
+    out = moe(source, target="mixtral", **SPLIT)
+    assert "norm_topk_prob" not in read_json(out / "config.json")["text_config"]
+    assert gap(logits(load_all_on(out)), dense_logits(source)) < TOLERANCE["sum"]
+
+
+# --- pictures --------------------------------------------------------------------------------
 
 
 @families
-def test_it_sees_pictures_as_the_dense_model_does(published, moe, family):
-    source = published(family)
+def test_it_sees_pictures_as_the_dense_model_does(whole, moe, family):
+    source = whole(family)
     models = load_whole(source), load_whole(moe(source, **COPY))
     expected, actual = (picture_logits(model, family) for model in models)
     text_alone = logits(models[0], picture_tokens(models[0]))
@@ -132,9 +161,46 @@ def picture_logits(model, family):
     return model(input_ids=tokens, mm_token_type_ids=kinds, **picture).logits
 
 
+@holders
+def test_copies_see_text_and_pictures_as_the_dense_model_does(whole, moe, family):
+    source = whole(family)
+    out = moe(source, **COPY)
+    dense, made = load(source), load(out)
+    assert gap(logits(made), logits(dense)) < TOLERANCE["mean"]
+    expected = held_picture_logits(dense, family)
+    assert gap(held_picture_logits(made, family), expected) < TOLERANCE["mean"]
+    assert gap(expected, held_picture_logits(made.to(expected).apply(_blind), family)) > 0.01
+
+
+def _blind(module):
+    """Take away what a tower sees."""
+    if "Projector" in type(module).__name__ or "Connector" in type(module).__name__:
+        for parameter in module.parameters():
+            parameter.data.zero_()
+
+
+@torch.no_grad()
+def held_picture_logits(model, family):
+    """Of one picture in the midst of a text."""
+    tokens = TOKENS[:1].clone()
+    tokens[:, 4 : 4 + TILES[family]] = model.config.image_token_id
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    given = {"pixel_values": pixels}
+    if family in ("idefics3", "smolvlm"):
+        given = {"pixel_values": pixels[None]}
+    if family == "llava_next":
+        given = {"pixel_values": pixels.expand(1, 2, 3, 16, 16)}
+    if family in ("mistral3", "llava_next"):
+        given["image_sizes"] = torch.tensor([[16, 16]])
+    return model(input_ids=tokens, **given).logits
+
+
+# --- configs and files ------------------------------------------------------------------------
+
+
 @families
-def test_its_config_is_that_of_the_dense_model_with_another_text_model(published, moe, family):
-    source = published(family)
+def test_its_config_is_that_of_the_dense_model_with_another_text_model(whole, moe, family):
+    source = whole(family)
     before, after = (read_json(f / "config.json") for f in (source, moe(source, **COPY)))
     assert after["model_type"] == TARGET[family]
     for field in ("image_token_id", "video_token_id", "tie_word_embeddings"):
@@ -143,8 +209,17 @@ def test_its_config_is_that_of_the_dense_model_with_another_text_model(published
     assert after["vision_config"].items() >= kept.items()
 
 
-def test_fields_that_other_runtimes_read_are_kept(published, moe):
-    source = published("qwen3_5")
+@holders
+def test_a_holders_config_changes_its_text_model_alone(whole, moe, family):
+    source = whole(family, dtype=torch.bfloat16)
+    before, after = (read_json(f / "config.json") for f in (source, moe(source, **COPY)))
+    del after["vision_config"]["dtype"]  # which is the whole model's
+    kept = before.keys() - {"text_config", "dtype", "transformers_version"}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+
+
+def test_fields_that_other_runtimes_read_are_kept(whole, moe):
+    source = whole("qwen3_5")
     before, after = (
         read_json(f / "config.json")["text_config"] for f in (source, moe(source, **COPY))
     )
@@ -156,21 +231,22 @@ def test_fields_that_other_runtimes_read_are_kept(published, moe):
 
 
 @families
-def test_files_for_pictures_go_along(published, moe, family):
-    source = published(family)
+def test_files_for_pictures_go_along(whole, moe, family):
+    source = whole(family)
     out = moe(source, **COPY)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_what_drafts_becomes_copies_like_the_layers(published, moe):
-    source = published("qwen3_5")
+def test_what_drafts_becomes_copies_like_the_layers(whole, moe):
+    source = whole("qwen3_5")
     out = moe(source, **COPY)
     dense, routed = weights(source), weights(out)
     drafts = {name for name in routed if name.startswith("mtp.")}
-    layer = {name for name in routed if name.startswith(f"{TEXT}layers.3.")}
+    place = "model.language_model.layers.3."
+    layer = {name for name in routed if name.startswith(place)}
     inside = {name.removeprefix("mtp.layers.0.") for name in drafts if ".layers." in name}
-    assert inside == {name.removeprefix(f"{TEXT}layers.3.") for name in layer}
+    assert inside == {name.removeprefix(place) for name in layer}
     for name in dense.keys() & drafts:
         assert torch.equal(routed[name], dense[name])
     for expert in range(COPY["experts"]):
@@ -180,8 +256,8 @@ def test_what_drafts_becomes_copies_like_the_layers(published, moe):
     assert read_json(out / "config.json")["text_config"]["mtp_num_hidden_layers"] == 1
 
 
-def test_a_split_leaves_out_what_drafts_and_says_so(published, moe):
-    source = published("qwen3_5")
+def test_a_split_leaves_out_what_drafts_and_says_so(whole, moe):
+    source = whole("qwen3_5")
     plan = upcycle.plan(str(source), **(PLAIN_SPLIT | SPLIT))
     assert any("15 tensors (mtp.fc.weight, …) are left out" in note for note in plan.warnings)
     out = moe(source, **SPLIT)
@@ -189,62 +265,81 @@ def test_a_split_leaves_out_what_drafts_and_says_so(published, moe):
     assert read_json(out / "config.json")["text_config"]["mtp_num_hidden_layers"] == 0
 
 
-def test_an_unknown_part_is_refused_by_name(published, tmp_path):
-    source = published("qwen3_5")
-    for file in source.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = weights(source) | {"model.audio.weight": torch.zeros(3)}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+def test_an_unknown_part_is_refused_by_name(whole, tmp_path):
+    source = whole("qwen3_5")
+    edited(source, tmp_path, lambda tensors: tensors | {"model.audio.weight": torch.zeros(3)})
     with pytest.raises(UpcycleError, match=r"holds model\.audio\.weight, which qwen3_5 does not"):
         upcycle.plan(str(tmp_path))
-    tensors = {k: t for k, t in weights(source).items() if "pos_embed" not in k}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edited(source, tmp_path, lambda t: {k: t[k] for k in t if "pos_embed" not in k})
     with pytest.raises(UpcycleError, match=r"lacks the tensor model\.visual\.pos_embed\.weight"):
         upcycle.plan(str(tmp_path))
 
 
-def test_matrices_that_nobody_uses_are_kept(published, moe):
-    source = published("gemma4-e4b")
+def test_towers_under_their_older_names_are_read(whole, moe, tmp_path):
+    def older(tensors):
+        tower = ("vision_tower.", "vision_tower.vision_model.")
+        return {name.replace(*tower): tensor for name, tensor in tensors.items()}
+
+    source = whole("llava")
+    out = moe(edited(source, tmp_path, older), **COPY)
+    assert gap(logits(load(out)), dense_logits(source)) < TOLERANCE["mean"]
+
+
+def test_runtimes_that_take_no_such_model_are_named(whole):
+    plan = upcycle.plan(str(whole("mistral3")), **(PLAIN_SPLIT | SPLIT))
+    assert "the text model of a mistral3 can't be an MoE" in str(plan.runtimes["llama.cpp"])
+    assert "mistral3" not in str(plan.runtimes["vLLM"])
+
+
+def test_matrices_that_nobody_uses_are_kept(whole, moe):
+    source = whole("gemma4-e4b")
     kept = weights(moe(source, **COPY))
     unused = [n for n in weights(source) if ".layers.4.self_attn.k" in n]
     assert len(unused) == 2
     assert all(torch.equal(kept[name], weights(source)[name]) for name in unused)
 
 
-def test_ffns_of_two_widths_are_refused(published):
-    source = published("gemma4-e4b", use_double_wide_mlp=True)
+def test_ffns_of_two_widths_are_refused(whole):
+    source = whole("gemma4-e4b", use_double_wide_mlp=True)
     with pytest.raises(UpcycleError, match="FFNs twice as wide as the others, and no native MoE"):
         upcycle.plan(str(source))
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma4-e4b"])
-def test_the_check_finds_it_exact(published, tmp_path, text, family):
-    quick = {"split": "random", "calibration": str(text), "calibration_tokens": 256, "seq_len": 64}
-    settings = PLAIN_SPLIT | SPLIT | quick
-    done = upcycle.convert(str(published(family)), tmp_path / "out", **settings)
+# --- check, training and merging ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4-e4b", "mistral3"])
+def test_the_check_finds_it_exact(whole, tmp_path, text, family):
+    source, out = str(whole(family)), tmp_path / "out"
+    done = upcycle.convert(source, out, **(QUICK | {"calibration": str(text)}))
     assert done.check.exact_error < 1e-3
+    if family == "mistral3":
+        found = evaluate(str(out), [str(text)], against=source, tokens=64, seq_len=64)
+        assert found.texts[0].kl < 1
+        assert "AutoModelForImageTextToText.from_pretrained" in (out / "README.md").read_text()
 
 
-def test_trained_it_keeps_every_part(published, moe, tmp_path, text):
-    """transformers loads the text model alone, and so knows no other part when it writes."""
-    out = moe(published("qwen3_5"), **COPY)
+@pytest.mark.parametrize("family", ["qwen3_5", "mistral3"])
+def test_trained_it_keeps_every_part(whole, moe, tmp_path, text, family):
+    """transformers loads qwen3_5's text model alone, and so knows no other part when it writes."""
+    out = moe(whole(family), **COPY)
     done = upcycle.finetune(
         str(out), tmp_path / "trained", data=str(text), steps=2, seq_len=64, validation_tokens=128
     )
     before, after = weights(out), weights(done.out)
     assert before.keys() == after.keys()
-    outside = [name for name in before if not name.startswith((TEXT, "lm_head."))]
+    outside = [name for name in before if not name.startswith(TEXT)]
     assert all(torch.equal(before[name], after[name]) for name in outside)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert any(".mlp.experts." in name for name in changed)
+    assert any(".experts." in name for name in changed)
     assert gap(logits(load_whole(done.out)), logits(load(done.out))) < TOLERANCE["mean"]
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "gemma4-e4b"])
-def test_an_expert_comes_to_a_merge_of_whole_models(published, tmp_path, family):
+def test_an_expert_comes_to_a_merge_of_whole_models(whole, tmp_path, family):
     """Other parts stay the base's; where one drafts tokens, each expert is its own model's, but of
     a model that was saved without that part."""
-    base, quick = published(family), {"check": "none", "router": "uniform_random"}
+    base, quick = whole(family), {"check": "none", "router": "uniform_random"}
     moved, bare = (make_moved(tmp_path / f"m{seed}", base, seed) for seed in (1, 2))
     path = bare / "model.safetensors"
     save_file({n: t for n, t in load_file(path).items() if "mtp." not in n}, path)
@@ -267,6 +362,6 @@ def test_an_expert_comes_to_a_merge_of_whole_models(published, tmp_path, family)
 
 
 @families
-def test_a_finished_conversion_is_no_source(published, moe, family):
+def test_a_finished_conversion_is_no_source(whole, moe, family):
     with pytest.raises(UpcycleError, match="Mixture-of-Experts already"):
-        upcycle.plan(str(moe(published(family), **COPY)))
+        upcycle.plan(str(moe(whole(family), **COPY)))

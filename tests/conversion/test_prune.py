@@ -1,6 +1,5 @@
 """Pruned copies: which neurons an expert keeps, how it is refit, what is written and said."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from reference import (
     routers,
     weights,
 )
+from tiny import once
 from torch.nn.functional import silu
 from typer.testing import CliRunner
 
@@ -59,29 +59,23 @@ def short_check():
 @pytest.fixture(scope="module")
 def convert(dense, text, tmp_path_factory):
     """Converts a tiny model, once per settings, and notes what its layers were fitted on."""
-    made = {}
 
+    @once
     def run(family="llama", target="qwen2_moe", **settings):
-        key = json.dumps([family, target, settings], sort_keys=True)
-        if key not in made:
-            out, seen = tmp_path_factory.mktemp("prune") / "out", {}
-            original = writing.convert_layer
+        out, seen = tmp_path_factory.mktemp("prune") / "out", {}
+        original = writing.convert_layer
 
-            def watch(plan, layer, ffn, activations, norm_T, *fitted):
-                *unused, _ = fitted
-                assert set(unused) == {None}
-                seen[layer] = activations.x_TD.clone(), norm_T.clone()
-                return original(plan, layer, ffn, activations, norm_T, *fitted)
+        def watch(plan, layer, ffn, activations, norm_T, *fitted):
+            *unused, _ = fitted
+            assert set(unused) == {None}
+            seen[layer] = activations.x_TD.clone(), norm_T.clone()
+            return original(plan, layer, ffn, activations, norm_T, *fitted)
 
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(writing, "convert_layer", watch)
-                done = upcycle.convert(
-                    str(dense(family)),
-                    out,
-                    **(PRUNE | {"target": target, "calibration": str(text)} | settings),
-                )
-            made[key] = SimpleNamespace(source=dense(family), out=out, seen=seen, done=done)
-        return made[key]
+        settings = PRUNE | {"target": target, "calibration": str(text)} | settings
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writing, "convert_layer", watch)
+            done = upcycle.convert(str(dense(family)), out, **settings)
+        return SimpleNamespace(source=dense(family), out=out, seen=seen, done=done)
 
     return run
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from reference import TOLERANCE, dense_logits, gap, load, load_all_on, logits
-from tiny import HEADS, make_tokenizer
+from tiny import HEADS, make_tokenizer, once
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
@@ -503,13 +503,10 @@ COPY = {"method": "copy", "experts": 4, "top_k": 2}
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Writes a random model with a published one's switches, once per name and changes."""
-    made = {}
 
+    @once
     def make(name, **changed):
-        key = (name, *changed.items())
-        if key not in made:
-            made[key] = write(tmp_path_factory.mktemp("published"), name, changed)
-        return made[key]
+        return write(tmp_path_factory.mktemp("published"), name, changed)
 
     return make
 

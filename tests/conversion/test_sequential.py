@@ -1,7 +1,6 @@
 """Compensation and the sequential stream in whole conversions: each layer is fitted on what the
 layers before it put out, what is written is that fit, the check sees it, and no kill changes it."""
 
-import json
 import math
 import os
 import shutil
@@ -28,7 +27,7 @@ from reference import (
     weights,
 )
 from safetensors.torch import save_file
-from tiny import make_tokenizer
+from tiny import make_tokenizer, once
 from torch.nn.functional import silu
 
 import upcycle
@@ -115,16 +114,15 @@ def short_check_and_small_batches():
 @pytest.fixture(scope="module")
 def convert(dense, text, tmp_path_factory):
     """Converts a tiny model, once per settings, and notes what its layers were fitted on."""
-    made = {}
+
+    @once
+    def converted(family, dtype, **settings):
+        out = tmp_path_factory.mktemp("sequential") / "out"
+        source = dense(family, dtype=dtype)
+        return convert_and_watch(source, out, calibration=str(text), **settings)
 
     def run(family="llama", target="qwen2_moe", dtype=torch.float32, **settings):
-        settings = settings_for(target, **settings)
-        key = json.dumps([family, str(dtype), settings], sort_keys=True)
-        if key not in made:
-            out = tmp_path_factory.mktemp("sequential") / "out"
-            source = dense(family, dtype=dtype)
-            made[key] = convert_and_watch(source, out, calibration=str(text), **settings)
-        return made[key]
+        return converted(family, dtype, **settings_for(target, **settings))
 
     return run
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
+from tiny import normal
 
 from upcycle.core.clustering import (
     balanced_assignment,
@@ -25,10 +26,6 @@ OPTIMALITY = 1e-3
 TIED_OPTIMALITY = 0.3
 """Excess over what the least cost saves against chance, where most costs are tied: there prices
 can't tell items apart, and the heuristic is good, not optimal."""
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def distances(num_items, num_bins, seed, width=6):

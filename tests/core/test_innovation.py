@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import naive_hidden
+from tiny import normal
 from torch.nn.functional import silu
 
 from upcycle.core.innovation import STRENGTH, innovations
@@ -12,10 +13,6 @@ from upcycle.core.types import DenseFFN, LayerActivations, LossGradient
 
 D, F, T = 10, 24, 200
 NEURONS, OTHERS = torch.tensor([20, 3, 4, 5, 11, 17]), torch.tensor([0, 7, 8, 23, 12])
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_activations(seed=0, tokens=T):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
+from tiny import normal
 
 from upcycle.conversion.design import bind
 from upcycle.core.errors import UpcycleError
@@ -20,10 +21,6 @@ OWNERS = [(0, False), (1, False), (0, False), (2, False), (1, True), (2, False),
 LENGTHS = [9, 21, 6, 17, 8, 40, 5]
 FRONT = 1
 FITTED = ["text", "loss", "perplexity", "domain"]
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_texts(owners=OWNERS, lengths=LENGTHS, noise=1.0, num_experts=E):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference import naive_hidden
+from tiny import normal
 from torch.nn.functional import silu
 
 from upcycle.conversion.design import bind
@@ -24,10 +25,6 @@ FROM_WEIGHTS = [name for name in ROUTERS if not ROUTERS[name].needs_activations]
 
 BLIND = ("normal", "random", "uniform_random")
 """Routers that know nothing of experts and tokens."""
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_activations(tokens=T):

@@ -175,7 +175,7 @@ def _verify(folder: Path, layout: Layout, tensors: Mapping[str, TensorInfo], *, 
 def _open_gguf(label: str, path: Path) -> DenseSource:
     """A GGUF file, whose tensors are dequantised to float32 when they are read."""
     try:
-        from upcycle.models.gguf_source import prepare
+        from upcycle.models.gguf.source import prepare
     except ImportError as error:
         raise UpcycleError(f"{label}: reading GGUF needs `pip install gguf`") from error
     temporary = tempfile.TemporaryDirectory(prefix="upcycle-gguf-")

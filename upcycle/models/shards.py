@@ -73,7 +73,7 @@ def read_headers(folder: Path, remote: Mapping[str, Part] | None = None) -> dict
 
 
 def _gguf_headers(folder: Path) -> dict[str, TensorInfo]:
-    from upcycle.models.gguf_source import gguf_tensors
+    from upcycle.models.gguf.source import gguf_tensors
 
     found = gguf_tensors(folder / LINK, read_config(folder))
     return {name: _packed(name, packed, torch.float32) for name, packed in found.items()}

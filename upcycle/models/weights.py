@@ -46,7 +46,7 @@ def _opened(path: Path) -> AbstractContextManager[Any]:
 
 
 def _gguf_shard(link: Path) -> Any:
-    from upcycle.models.gguf_source import GgufShard
+    from upcycle.models.gguf.source import GgufShard
 
     with blaming(f"{link.readlink()} is not a whole GGUF file"):
         return GgufShard(link)
