@@ -635,14 +635,18 @@ def test_dropout_is_the_same_after_a_resume(split, train, tmp_path):
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_killed_and_resumed_is_the_same_as_never_stopped(split, train, tmp_path, step):
-    """Before and after the state was saved for the first time."""
-    settings = {"steps": 5, "validate_every": 3}
+    """Before and after the state was saved for the first time, and before all validations."""
+    settings = {"steps": 5, "validate_every": 5}
     whole = train(split(), tmp_path / "whole", **settings)
     assert killed(lambda: train(split(), watch=at_step(step, kill), **settings))
     log = partial_folder(tmp_path / "out") / "train_log.jsonl"
     with log.open("a") as file:
         file.write('{"step": 5, "lo')  # a line cut short
-    assert trained_bytes(train(split(), resume=True, **settings)) == trained_bytes(whole)
+    steps = []
+    watch = Watch(row=lambda row, *_: steps.append(row["step"]))
+    resumed = train(split(), resume=True, watch=watch, **settings)
+    assert trained_bytes(resumed) == trained_bytes(whole)
+    assert steps[0] == (0 if step == 1 else step)
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(split, train):

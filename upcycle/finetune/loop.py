@@ -72,7 +72,7 @@ def train(setup: Setup, progress: Progress) -> None:
         if due:
             validate(setup, progress)
         stop = _told_to_stop(setup, progress)
-        if due or stop:
+        if due or stop or progress.step % setup.settings.saving_steps == 0:
             _save(setup, progress)
         if stop and progress.step < total:
             raise KeyboardInterrupt

@@ -109,9 +109,9 @@ class Training(BaseModel):
     """Texts, joined by +, that are validated on, too, and never decide which state is kept, such
     as `probe:code+probe:news`: whether training costs what it is not about."""
     validate_every: PositiveInt | None = None
-    """Steps between validations, after which the state is saved, too. By default up to ten times in
-    a run, as long as all validations together read no more than a quarter of what training does,
-    which takes about a tenth of the time."""
+    """Steps between validations. By default there are up to ten in a run, as long as all of them
+    together read no more than a quarter of what training does, which takes about a tenth of the
+    time. The state is saved after each of them, and after every tenth of the steps."""
     keep_best: bool = True
     """The result is the state with the lowest validation perplexity, not the last one."""
 
@@ -343,6 +343,11 @@ class Training(BaseModel):
         return -(-self.total_steps // max(1, min(MOST_VALIDATIONS, times)))
 
     @property
+    def saving_steps(self) -> int:
+        """Steps from one saved state to the next, unless a validation comes between."""
+        return max(1, self.total_steps // SAVES)
+
+    @property
     def _read_by_validations(self) -> int:
         """Tokens of each text that is held back, by all of them together."""
         kinds = 1 if self.validate_also is None else 2
@@ -367,6 +372,7 @@ FEWEST_VALIDATIONS = 5
 as they make one sequence."""
 MOST_VALIDATIONS = 10
 """After steps."""
+SAVES = 10
 
 
 def load_training(
