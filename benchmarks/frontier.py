@@ -2,14 +2,15 @@
 
 Each cell is one model, one way, one active share and one number of tokens: convert, train by
 `upcycle finetune`, and measure perplexity over the dense model's, on kinds of text that were
-trained on and on one that was not. Ways: ours; the static mask with the same training (is routing
-still worth it?); CMoE with its low-rank training; and the dense model itself, trained on the same
-tokens (the honest denominator). A cell is appended to the results as soon as it is measured, and
+trained on and on one that was not. Ways: the recipe thorough, fitted on the text that is trained
+on; the default; a fixed mask, fitted and trained likewise (is routing still worth it?); CMoE with
+its low-rank training; and the dense model itself, trained on the same tokens (the honest
+denominator). A cell is appended to the results as soon as it is measured, and
 none is measured twice, so a run may be stopped and started at any time; splits stay in the scratch
 folder for other numbers of tokens.
 
     python benchmarks/frontier.py --model NAME=FOLDER --kind web=TRAIN,TEST --kind code=TRAIN,TEST \
-        --unseen news=TEST --out SCRATCH --json RESULTS [--ways ours] [--active 0.5] [--tokens 0]
+        --unseen news=TEST --out SCRATCH --json RESULTS [--ways default] [--active 0.5] [--tokens 0]
 """
 
 import argparse
@@ -36,9 +37,12 @@ LOW_RANK = (
     *("--set", "router_lr=1e-3", "--merge"),
 )
 """As CMoE has it."""
+SAME_TEXT = ("--calibration", "TEXT", "--calibration-tokens", "81920")
+"""Fitted on what is trained on, of which each kind must hold a quarter of so many tokens."""
 WAYS = {
-    "ours": ((), HEAL),
-    "a fixed mask": (("--recipe", "static"), HEAL),
+    "thorough": (("--recipe", "thorough", *SAME_TEXT), HEAL),
+    "default": ((), HEAL),
+    "a fixed mask": (("--recipe", "static", "--set", "compensate=descent", *SAME_TEXT), HEAL),
     "CMoE, low rank": (("--recipe", "cmoe"), LOW_RANK),
 }
 """How each converts, and how it trains."""
@@ -51,9 +55,10 @@ def split_folder(args: argparse.Namespace, cell: Cell) -> Path:
     """The conversion of a cell, which the cells of other tokens share."""
     out: Path = args.out / f"{cell['model']}-{cell['what']}-{cell['active']}"
     if not out.exists():
-        convert, _ = WAYS[cell["what"]]
+        convert, text = WAYS[cell["what"]][0], "+".join(train for train, _ in args.kinds.values())
         upcycle(
-            *("convert", args.models[cell["model"]], "-o", str(out), "--check", "none", *convert),
+            *("convert", args.models[cell["model"]], "-o", str(out), "--check", "none"),
+            *(text if flag == "TEXT" else flag for flag in convert),
             *("--active", str(cell["active"])),
         )
     return out

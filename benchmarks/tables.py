@@ -20,7 +20,14 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/tables.py -->\n", "<!-- end -->\n"
 SECTIONS = {
     "Quality without training": ("kinds", "shares", "second-model"),
-    "Training": ("frontier", "heal-131k", "plain-training", "copies", "training-loop"),
+    "Training": (
+        "frontier",
+        "heal-settings",
+        "heal-131k",
+        "plain-training",
+        "copies",
+        "training-loop",
+    ),
     "Merging": ("merge",),
     "Time and memory": ("conversion-time", "copying", "memory", "granules"),
     "Other runtimes": ("vllm", "llama-cpp", "llama-cpp-quantised", "llama-cpp-speed"),
@@ -124,7 +131,7 @@ def section(result: Result) -> str:
 def healed(results: dict[str, Result], tokens: int) -> list[float]:
     """Of SmolLM2's default split at half, by kind of text, after so many tokens of `heal`."""
     frontier = results["frontier"]
-    cell = ["smollm2", "ours", 0.5, tokens]
+    cell = ["smollm2", "default", 0.5, tokens]
     return frontier.cells([row[:4] for row in frontier.rows].index(cell), TEXTS)
 
 
