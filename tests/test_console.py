@@ -120,6 +120,7 @@ def test_the_command_that_heals_names_the_result(converted, shown, ratio, finetu
     done = with_ratios(converted(), ratio)
     page = shown(done).replace("\n", "").replace(" ", "")
     assert (f"upcyclefinetune{done.out}--data…with" in page) == finetune
+    assert ("--recipethoroughlosesless" in page) == finetune
 
 
 @pytest.mark.parametrize("ratio", [1.05, 1.3, 9.0])
