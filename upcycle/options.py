@@ -217,7 +217,7 @@ TRAINING = (
             "Text or chats: a file, a folder, hf:DATASET, builtin; joined by +.",
         ),
         ("assistant_only_loss", bool, "Of chats, learn the assistant's turns."),
-        ("tokens", int, "To train on; a twentieth as many are held out."),
+        ("tokens", int, "To train on; 5 % more are held out."),
         ("steps", int, "Instead of --tokens."),
         ("seq_len", int, "Tokens per sequence. [default: 512]"),
         ("batch_size", int, "Sequences per step. [default: 8]"),
