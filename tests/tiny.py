@@ -35,6 +35,14 @@ SIZES = {
     "eos_token_id": 257,
     "pad_token_id": None,
 }
+QUICK = {
+    "split": "contiguous",
+    "calibration": "builtin",
+    "calibration_tokens": 64,
+    "seq_len": 64,
+    "check": "none",
+}
+"""A conversion that is quick, where what it makes of the weights does not matter."""
 FAMILIES = {
     "arcee": {},
     "llama": {},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from spoiled import assert_refused, edit_config
+from tiny import QUICK
 from typer.testing import CliRunner
 
 import upcycle
@@ -17,13 +18,6 @@ from upcycle.models.opening import open_source
 from upcycle.models.shards import SINGLE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-QUICK = {
-    "split": "contiguous",
-    "calibration": "builtin",
-    "calibration_tokens": 64,
-    "seq_len": 64,
-    "check": "none",
-}
 
 
 def test_path_with_home(dense, monkeypatch):

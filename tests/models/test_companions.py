@@ -2,18 +2,11 @@
 
 import pytest
 from spoiled import assert_refused
+from tiny import QUICK
 
 import upcycle
 from upcycle import UpcycleError
 from upcycle.models.companions import companions
-
-QUICK = {
-    "split": "contiguous",
-    "calibration": "builtin",
-    "calibration_tokens": 64,
-    "seq_len": 64,
-    "check": "none",
-}
 
 
 def test_companions_are_the_small_files_only(copy):

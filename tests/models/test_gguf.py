@@ -15,6 +15,7 @@ import yaml
 from gguf_files import write_gguf
 from reference import dense_logits, gap, load, logits
 from safetensors.torch import load_file
+from tiny import QUICK
 from transformers import AutoTokenizer
 
 import upcycle
@@ -24,13 +25,6 @@ from upcycle.evaluation.run import load_model
 from upcycle.models import weights
 from upcycle.models.opening import open_source
 
-QUICK = {
-    "split": "contiguous",
-    "calibration": "builtin",
-    "calibration_tokens": 64,
-    "seq_len": 64,
-    "check": "none",
-}
 IDS = torch.arange(3, 259)[None]
 
 

@@ -5,20 +5,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from spoiled import SHARD_SIZE, assert_refused, edit_weights
+from tiny import QUICK
 
 import upcycle
 from upcycle.core.types import all_finite
 from upcycle.models import shards, source
 from upcycle.models.opening import open_source
 from upcycle.models.shards import SINGLE
-
-QUICK = {
-    "split": "contiguous",
-    "calibration": "builtin",
-    "calibration_tokens": 64,
-    "seq_len": 64,
-    "check": "none",
-}
 
 
 def test_folder_of_one_file_yields_every_tensor(dense):
