@@ -2,6 +2,7 @@
 states, and with another FFN in place those of the model whose FFN was replaced."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -62,12 +63,14 @@ def source_of(dense):
 def stream_through(folder, tokens_BL=TOKENS_BL, replaced=None):
     """Of tokens, or of several groups of them: what every layer's FFN sees [T, D], the norms of
     what its output is added to [T], and the last hidden states [T, D]; in layers in `replaced`, the
-    function there takes the FFN's place."""
+    function there takes the FFN's place. No layer stays in memory."""
     source = open_source(str(folder))
     outer = source.read(source.embedding_names())
     stream = HiddenStream(source.config, outer, tokens_BL, CPU)
-    inputs, norms = [], []
+    inputs, norms, passed = [], [], []
     for layer in range(source.arch.num_layers):
+        assert all(each() is None for each in passed)
+        passed.append(weakref.ref(stream.layers[layer]))
         if layer not in source.arch.ffn_layers:
             stream.through(layer, source.read_layer(layer))
             continue

@@ -69,9 +69,10 @@ class HiddenStream:
         self.groups = [tokens_BL] if isinstance(tokens_BL, Tensor) else list(tokens_BL)
         self.device = device
         self.stacks = [_Stacked(model, stack, self.blocks) for stack in family.stacks]
-        self.layers = [layer for stack in self.stacks for layer in stack.layers]
+        # Nobody else holds a layer, so that it is gone once it is finished.
+        self.layers = [layer for stack in self.stacks for layer in stack.give_layers()]
         self.recorders = [recorder for stack in self.stacks for recorder in stack.recorders]
-        self.ffns = [stack.ffn for stack in self.stacks for _ in stack.layers]
+        self.ffns = [stack.ffn for stack in self.stacks for _ in stack.recorders]
         self.decoder = decoder = self.stacks[-1].module
         if getattr(decoder, "rotary_emb", None) is not None:
             decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
@@ -383,11 +384,16 @@ class _Stacked:
     def __init__(self, model: nn.Module, stack: Stack, blocks: Blocks) -> None:
         self.name, self.ffn = stack.module, stack.ffn + blocks.ffn
         self.module: Any = model.get_submodule(stack.module)
-        self.layers: nn.ModuleList = getattr(self.module, stack.layers)
-        self.recorders = [_Recorder(layer, len(blocks.handed_on)) for layer in self.layers]
+        self._layers: list[nn.Module] = list(getattr(self.module, stack.layers))
+        self.recorders = [_Recorder(layer, len(blocks.handed_on)) for layer in self._layers]
         self.norm: nn.Module = getattr(self.module, blocks.norm)
         setattr(self.module, stack.layers, nn.ModuleList(self.recorders))
         setattr(self.module, blocks.norm, nn.Identity())
+
+    def give_layers(self) -> list[nn.Module]:
+        """The layers, once."""
+        given, self._layers = self._layers, []
+        return given
 
 
 class _StandIn(nn.Module):
