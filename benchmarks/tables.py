@@ -19,7 +19,7 @@ RESULTS, PICTURE = ROOT / "docs/results.md", ROOT / "docs/half.svg"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/tables.py -->\n", "<!-- end -->\n"
 SECTIONS = {
-    "Quality without training": ("kinds", "shares", "second-model"),
+    "Quality without training": ("kinds", "shares", "second-real-model", "second-model"),
     "Training": (
         "frontier",
         "heal-settings",
@@ -59,7 +59,7 @@ writes this page from `benchmarks/results/*.json`.
 
 The small machine has 2 cores of an AMD EPYC (AVX-512), 24 GiB, no GPU, Linux, Python 3.11, torch
 2.13.0 and transformers 5.23.0. SMOLLM2 is SmolLM2-135M-Instruct, dequantised from its Q4_1 GGUF
-file. Commands stand as they are written today, with the names of texts in capitals. SsAaEn are n
+file, QWEN Qwen2.5-Coder-0.5B-Instruct from Q4_K_M. Commands stand as they are written today, with the names of texts in capitals. SsAaEn are n
 equal parts of an FFN, s of them always on and a more per token.
 """
 
