@@ -1,7 +1,7 @@
 """The tables and the picture of the docs, from benchmarks/results/*.json.
 
 Each file there is one question: the newest numbers that answer it, and how they came about.
-docs/results.md has them all; README.md has six rows in words and docs/half.svg, between two
+docs/results.md has them all; README.md has five rows in words and docs/half.svg, between two
 comments that name this script.
 
     python benchmarks/tables.py [--no-picture]    # the picture wants upcycle[benchmarks]
@@ -59,7 +59,8 @@ writes this page from `benchmarks/results/*.json`.
 
 The small machine has 2 cores of an AMD EPYC (AVX-512), 24 GiB, no GPU, Linux, Python 3.11, torch
 2.13.0 and transformers 5.23.0. SMOLLM2 is SmolLM2-135M-Instruct, dequantised from its Q4_1 GGUF
-file, QWEN Qwen2.5-Coder-0.5B-Instruct from Q4_K_M. Commands stand as they are written today, with the names of texts in capitals. SsAaEn are n
+file, QWEN Qwen2.5-Coder-0.5B-Instruct from Q4_K_M. Commands stand as they are written today, with
+the names of texts in capitals. SsAaEn are n
 equal parts of an FFN, s of them always on and a more per token.
 """
 
@@ -146,7 +147,7 @@ def mean(ratios: list[float]) -> float:
 
 
 def readme_table(results: dict[str, Result]) -> str:
-    """What to use when, in six rows."""
+    """What to use when, in five rows."""
     kinds, shares = results["kinds"], results["shares"]
     half, eight = kinds.cells(0, TEXTS), kinds.cells(1, TEXTS)
     fitted, trained = (healed(results, "thorough", tokens) for tokens in (0, MOST_TOKENS))
@@ -168,13 +169,10 @@ def readme_table(results: dict[str, Result]) -> str:
         ),
         (
             "a smaller loss, for time and text of your kind",
-            "`--recipe thorough --calibration notes.txt`",
-            in_words(mean(fitted)),
-        ),
-        (
-            "part of that back, by training",
-            "then `upcycle finetune out --data notes.txt -o healed`",
-            f"{in_words(mean(trained))} after {MOST_TOKENS // 1000}k tokens",
+            "`--recipe thorough --calibration notes.txt`, then `upcycle finetune out --data "
+            "notes.txt`",
+            f"{in_words(mean(fitted))}; then {in_words(mean(trained))}, after "
+            f"{MOST_TOKENS // 1000}k tokens",
         ),
         (
             "a smaller loss, for memory",
