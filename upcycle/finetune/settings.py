@@ -366,7 +366,7 @@ DEFAULT_TOKENS = 262_144
 MOST_HELD = 8192
 """Tokens to validate on, unless more are asked for."""
 TRAINED_PER_VALIDATED = 4
-"""Tokens that steps read for each that validations do, which takes three to four times as long."""
+"""Tokens that steps read for each that validations do, which takes about three times as long."""
 FEWEST_VALIDATIONS = 5
 """Of a run, with the one before all steps: a short one has fewer held-out tokens instead, as long
 as they make one sequence."""
