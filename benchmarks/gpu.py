@@ -1,12 +1,12 @@
 """What a conversion of an 8B costs on a GPU, and how fast its results are.
 
-A random model of an 8B's shape with a quarter of its layers is written, split and copied; then
-tokens per second of the results are measured beside the dense model's, in transformers and, where
-its wheel is installed, in vLLM. Each step is a process of its own, so that its memory is its own;
-what no longer fits into the time is left out by name. `bash benchmarks/gpu.sh` holds it to eight
-minutes.
+A random model of an 8B's shape with a quarter of its layers, or `--layers` of them, is written,
+split and copied; then tokens per second of the results are measured beside the dense model's, in
+transformers and, where its wheel is installed, in vLLM. Each step is a process of its own, so that
+its memory is its own; what no longer fits into the time is left out by name. `bash
+benchmarks/gpu.sh` holds it to eight minutes.
 
-    python benchmarks/gpu.py [--out SCRATCH] [--json FILE] [--vllm PYTHON] [--tiny]
+    python benchmarks/gpu.py [--out SCRATCH] [--json FILE] [--vllm PYTHON] [--layers N] [--tiny]
 """
 
 import argparse
@@ -288,6 +288,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="results")
     parser.add_argument("--vllm", help="Python of an environment with vLLM")
     parser.add_argument("--seconds", type=float, default=470, help="for everything")
+    parser.add_argument("--layers", type=int, help="of the model that is measured; else 8")
     parser.add_argument("--tiny", action="store_true", help="try it out on a CPU")
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -301,6 +302,7 @@ def main(words: list[str] | None = None) -> None:
     from upcycle.core.versions import versions
 
     shape, device = (TINY, "cpu") if args.tiny else (LARGE, "cuda")
+    shape = shape | ({"num_hidden_layers": args.layers} if args.layers else {})
     clock = Clock(args.out, shape, device, time.monotonic() + args.seconds)
     clock.measure(args.vllm)
     shutil.rmtree(args.out, ignore_errors=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from upcycle.core.machine import choose_device
 from upcycle.finetune.data import batch_rows, training_data
 from upcycle.finetune.settings import Training, load_training
 from upcycle.finetune.step import learning_rate
@@ -47,7 +48,8 @@ def train_dense(folder: str, out: Path, settings: Training) -> float:
         validation_tokens=settings.held_tokens,
         seed=settings.seed,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    device = choose_device("auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     rest = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -61,8 +63,8 @@ def train_dense(folder: str, out: Path, settings: Training) -> float:
     for step in range(settings.total_steps):
         rows = batch_rows(len(train), settings.batch_size, step, settings.seed)
         for row in rows.split(settings.micro_batch):
-            tokens_BL = train.tokens_BL[row]
-            labels_BL = tokens_BL.where(train.mask_BL[row], -100)
+            tokens_BL = train.tokens_BL[row].to(device)
+            labels_BL = tokens_BL.where(train.mask_BL[row].to(device), -100)
             loss = model(input_ids=tokens_BL, labels=labels_BL, use_cache=False).loss
             (loss * len(row) / len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)

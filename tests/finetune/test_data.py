@@ -142,6 +142,15 @@ def test_several_texts_give_equal_parts_to_both(dense, tmp_path):
         assert firsts_B.unique(return_counts=True)[1].tolist() == [count, count]
 
 
+def test_of_every_text_two_sequences_are_taken_however_few_are_asked(dense, tmp_path):
+    for letter in "abcd":
+        (tmp_path / f"{letter}.txt").write_text(letter * 500)
+    text = "+".join(str(tmp_path / f"{letter}.txt") for letter in "abcd")
+    train, held = read(dense(), text, train_tokens=32, validation_tokens=2)
+    assert len(train) == len(held) == 4
+    assert [used.total for used in train.used] == [501] * 4  # with the mark of its end
+
+
 def test_a_last_row_of_one_token_is_left_out(dense, tmp_path):
     """It would predict nothing, and its mean loss be 0 / 0."""
     path = tmp_path / "x.txt"

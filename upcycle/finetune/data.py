@@ -96,7 +96,8 @@ def training_data(
     for number, (name, weight) in enumerate(named):
         share = weight / all_weights
         wanted = math.ceil(share * (train_tokens + validation_tokens))
-        rows, spread = -(-wanted // seq_len), SPREAD if parse(name).local else 1
+        rows = max(2, -(-wanted // seq_len))  # one to train, one to validate, however few are asked
+        spread = SPREAD if parse(name).local else 1
         if assistant_only:
             drawn, scored = _chats(reader, name, rows, seq_len, seed)
         else:
