@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
 from upcycle.finetune.partition import AFFINITY
@@ -86,15 +87,17 @@ def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Me
     }
 
 
-def weights_rms(model: nn.Module, known: Members) -> float:
-    """The root mean square of the experts' weights, at the scale of an ordinary layer; of the dense
-    FFNs' in a model without experts."""
+def rate_unit(model: PreTrainedModel, known: Members) -> float:
+    """What learning rates of the model are in proportion to: the root mean square of the experts'
+    weights, at the scale of an ordinary layer, over √hidden_size; of the dense FFNs' weights in a
+    model without experts."""
     pairs = [(known[id(p)], p.detach()) for p in model.parameters() if id(p) in known]
     matrices = [(member, p) for member, p in pairs if member.dimensions > 1]
     found = [pair for pair in matrices if pair[0].group == "experts"]
     found = found or [pair for pair in matrices if pair[0].group == "dense FFNs"]
     squares = sum((float(torch.linalg.vector_norm(p)) / m.scale) ** 2 for m, p in found)
-    return math.sqrt(squares / sum(m.size for m, _ in found))
+    hidden_size: int = model.config.get_text_config().hidden_size
+    return math.sqrt(squares / sum(m.size for m, _ in found) / hidden_size)
 
 
 def _group(name: str, parameter: nn.Parameter) -> str:
