@@ -271,7 +271,7 @@ def _prepare(
     if settings.train == "partition":
         add_affinities(blocks)
     known = members(model, blocks, scales)
-    settings = settings.with_rate(rate_unit(model, known))
+    settings = settings.with_rate(rate_unit(model, blocks, known))
     torch.manual_seed(settings.seed)  # low-rank changes start at random
     if settings.lora:
         model = add_lora(model, known, settings)

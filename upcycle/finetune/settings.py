@@ -118,9 +118,9 @@ class Training(BaseModel):
     lr: PositiveFloat | None = None
     """Highest learning rate. By default `relative_lr` by the model's weights."""
     relative_lr: PositiveFloat = 0.025
-    """Where no `lr` is given, the rate over the root mean square of the experts' weights (or the
-    FFNs', where there are none yet) / √hidden_size: the rate that fits differs between models by
-    ten and more, this hardly (muP, arXiv:2203.03466)."""
+    """Where no `lr` is given, the rate over the root mean square of the experts' gate_proj and
+    up_proj (of the FFNs, where there are no experts yet) / √hidden_size: the rate that fits differs
+    between models by ten and more, this hardly (muP, arXiv:2203.03466)."""
     router_lr: PositiveFloat | None = None
     """Of the routers. By default lr; either is multiplied by a tempered router's temperature."""
     weight_decay: NonNegativeFloat = 0.0
