@@ -165,6 +165,7 @@ def test_sizes(written_size, num_bytes):
         ("[experts, 4]", "is not a mapping of settings to values"),
         ("experts 4", "is not a mapping of settings to values"),
         ("experts: [4", "is not YAML"),
+        ("experts: 4\nexperts: 8", "is not YAML: experts is given twice"),
         ("summary: 2024-13-45", "is not YAML"),
         (b"\xff\xfe\xff", "is not YAML"),
         ("a: !!python/object:os.system {}", "is not YAML"),

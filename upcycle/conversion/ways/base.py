@@ -195,6 +195,18 @@ def check_no_copies(recipe: Recipe) -> None:
         )
 
 
+def check_no_split(recipe: Recipe) -> None:
+    """No rule is asked for by which an FFN would be cut.
+
+    Raises:
+        UpcycleError: one is.
+    """
+    for field in ("split", "shared_by"):
+        chosen = getattr(recipe, field)
+        if chosen != Recipe.model_fields[field].default:
+            raise UpcycleError(f"{setting(field, chosen)} goes with a split: here no FFN is cut")
+
+
 def check_no_fit(recipe: Recipe) -> None:
     """Nothing is asked to be learned layer by layer.
 

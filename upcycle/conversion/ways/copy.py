@@ -13,7 +13,15 @@ from upcycle.conversion.converted import ConvertedLayer, Inputs, route, stored
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import copied_geometry
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_alike, check_no_fit
+from upcycle.conversion.ways.base import (
+    WAYS,
+    Exact,
+    Room,
+    Way,
+    check_alike,
+    check_no_fit,
+    check_no_split,
+)
 from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
@@ -35,6 +43,7 @@ class Copy(Way):
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_alike(recipe, methods)
         check_no_fit(recipe)
+        check_no_split(recipe)
         if recipe.compensate.name != "none":
             raise UpcycleError(
                 f"{setting('compensate', recipe.compensate)} goes with a split: copies lose nothing"

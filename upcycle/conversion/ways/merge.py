@@ -16,7 +16,15 @@ from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import merged_geometry
 from upcycle.conversion.merging.request import RANDOM, Expert, Merge
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies, check_no_fit
+from upcycle.conversion.ways.base import (
+    WAYS,
+    Exact,
+    Room,
+    Way,
+    check_no_copies,
+    check_no_fit,
+    check_no_split,
+)
 from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
@@ -56,6 +64,7 @@ class MergeWay(Way):
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_no_copies(recipe)
         check_no_fit(recipe)
+        check_no_split(recipe)
         if recipe.compensate.name != "none" or recipe.active is not None:
             field = "active" if recipe.active is not None else "compensate"
             raise UpcycleError(
