@@ -91,6 +91,22 @@ def test_widths_that_grouped_matrix_products_do_not_take(dense):
     assert "has hidden states of 50 channels" in refusal(dense, fields=narrow)
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("copy", "split", "random"),
+        ("prune", "shared_by", "rate"),
+        ("drop", "router_spread", 0.3),
+    ],
+)
+def test_settings_of_a_split_are_said_to_change_nothing_elsewhere(dense, method, field, value):
+    (note,) = upcycle.plan(str(dense()), method=method, **{field: value}).warnings[-1:]
+    assert note == (f"`{field}={value}` changes nothing here: `method={method}` has no use for it")
+    assert not any(
+        "has no use" in note for note in upcycle.plan(str(dense()), method=method).warnings
+    )
+
+
 def test_one_copy_is_one_per_token(dense):
     geometry = upcycle.plan(str(dense()), method="copy", experts=1, granularity=4).design.geometry
     assert (geometry.num_experts, geometry.top_k) == (4, 4)
@@ -126,14 +142,6 @@ def test_one_copy_is_one_per_token(dense):
         (
             {"granularity": 2},
             "`granularity=2` goes with copies: for a split, raise `experts`",
-        ),
-        (
-            {"method": "copy", "split": "random"},
-            "`split=random` goes with a split: here no FFN is cut",
-        ),
-        (
-            {"method": "prune", "shared_by": "rate"},
-            "`shared_by=rate` goes with a split: here no FFN is cut",
         ),
         (
             {"method": {"name": "split", "ratio": 1}},

@@ -85,6 +85,8 @@ class Way(ABC):
     """Whether the router's rows are made for a softmax, which `--target auto` then keeps to."""
     changed: ClassVar[str] = "copies were changed"
     """Why the result is not the dense model's equal, where that is so."""
+    void: ClassVar[tuple[str, ...]] = ("split", "shared_by", "router_spread")
+    """Fields of a recipe that change nothing of what is made."""
     takes_feedback: ClassVar[bool] = False
     """Whether a refit may make up for what the layers before have lost."""
 
@@ -193,18 +195,6 @@ def check_no_copies(recipe: Recipe) -> None:
             f"{setting('granularity', recipe.granularity)} goes with copies: for a split, raise "
             "`experts`"
         )
-
-
-def check_no_split(recipe: Recipe) -> None:
-    """No rule is asked for by which an FFN would be cut.
-
-    Raises:
-        UpcycleError: one is.
-    """
-    for field in ("split", "shared_by"):
-        chosen = getattr(recipe, field)
-        if chosen != Recipe.model_fields[field].default:
-            raise UpcycleError(f"{setting(field, chosen)} goes with a split: here no FFN is cut")
 
 
 def check_no_fit(recipe: Recipe) -> None:

@@ -20,7 +20,6 @@ from upcycle.conversion.ways.base import (
     Way,
     check_alike,
     check_no_fit,
-    check_no_split,
 )
 from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
@@ -43,7 +42,6 @@ class Copy(Way):
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_alike(recipe, methods)
         check_no_fit(recipe)
-        check_no_split(recipe)
         if recipe.compensate.name != "none":
             raise UpcycleError(
                 f"{setting('compensate', recipe.compensate)} goes with a split: copies lose nothing"

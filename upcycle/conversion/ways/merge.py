@@ -23,7 +23,6 @@ from upcycle.conversion.ways.base import (
     Way,
     check_no_copies,
     check_no_fit,
-    check_no_split,
 )
 from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
@@ -64,7 +63,6 @@ class MergeWay(Way):
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_no_copies(recipe)
         check_no_fit(recipe)
-        check_no_split(recipe)
         if recipe.compensate.name != "none" or recipe.active is not None:
             field = "active" if recipe.active is not None else "compensate"
             raise UpcycleError(

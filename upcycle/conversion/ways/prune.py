@@ -25,7 +25,6 @@ from upcycle.conversion.ways.base import (
     check_alike,
     check_no_copies,
     check_no_fit,
-    check_no_split,
 )
 from upcycle.core.errors import UpcycleError
 from upcycle.core.rng import generator
@@ -48,13 +47,13 @@ RANKING_TOKENS = 16384
 class Prune(Way):
     name = "prune"
     default_router = "membership"
+    void = ("split", "shared_by")
     fewer = "smaller"
 
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_alike(recipe, methods)
         check_no_copies(recipe)
         check_no_fit(recipe)
-        check_no_split(recipe)
         if recipe.top_k not in (None, 1):
             raise UpcycleError(
                 f"`top_k={recipe.top_k}` goes with a split or copies: a token takes one pruned "
