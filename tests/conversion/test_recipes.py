@@ -123,6 +123,24 @@ def test_another_method_takes_nothing_over_that_a_recipe_says_of_a_split():
     assert load_recipe("cmoe", {"method": "split"}) == load_recipe("cmoe")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "method", "holds"),
+    [
+        ("pruned-copies", "copy", {}),
+        ("granular-upcycling", "split", {}),
+        ("sparse-upcycling", "prune", {}),
+        (
+            "pruned-copies",
+            "split",
+            {"compensate": "least_squares", "sequential": True, "keep_dense": "auto"},
+        ),
+    ],
+)
+def test_another_kind_of_method_takes_nothing_over_of_prune_and_copies(recipe, method, holds):
+    said = load_recipe(recipe, {"method": method})
+    assert said == Recipe(name=recipe, method=method, **holds)
+
+
 @pytest.mark.parametrize("method", [{"name": "split"}, Choice(name="split")])
 def test_split_by_another_spelling_is_a_split(method):
     assert load_recipe("default", {"method": method}) == load_recipe("default")
