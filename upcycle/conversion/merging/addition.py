@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.conversion.catalogue import check_names
-from upcycle.conversion.merging.request import PROMPTED, RANDOM, TEXTUAL, Expert
+from upcycle.conversion.merging.request import PROMPTED, RANDOM, Expert
 from upcycle.conversion.recipe import Recipe, load_recipe
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import ABOUT, setting
 from upcycle.core.paths import check_model, local_path
 from upcycle.models.model_name import check_name, parse_model
-from upcycle.models.record import RECORD, Made, MergePart, read_record
+from upcycle.models.record import RECORD, TEXTUAL, Made, MergePart, read_record
 from upcycle.models.text import check_text
 
 NEW = ""

@@ -11,6 +11,7 @@ from typing import Any
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.models.model_name import ModelName, check_name, parse_model
+from upcycle.models.record import TEXTUAL
 
 PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 """Routers whose rows are made from prompts."""
@@ -20,8 +21,6 @@ FIXED = {
     "shared": "`shared_model` names the model that is always on",
 }
 """Fields of a recipe that the models decide, and what decides them."""
-TEXTUAL = ("text", "loss", "perplexity", "domain")
-"""Routers that are fitted to prompts or texts."""
 RANDOM = ("random", "uniform_random", "normal")
 """Routers that know nothing of the experts."""
 
