@@ -377,15 +377,18 @@ def test_the_command_tells_people_what_was_made(models, tmp_path, monkeypatch):
 # --- what is said ----------------------------------------------------------------------------
 
 
-def test_the_record_and_the_card_name_the_models_and_no_place(models, tmp_path):
-    upcycle.merge([models["m1"], models["m2"]], tmp_path / "out", base=models["base"], **QUICK)
+def test_the_record_and_the_card_name_the_models_and_no_place(models, shelf, tmp_path):
+    adapted = f"{models['base']}+{shelf / 'lora1'}"
+    sources = [models["m1"], models["m2"], adapted]
+    upcycle.merge(sources, tmp_path / "out", base=models["base"], **QUICK)
     text = (tmp_path / "out" / "upcycle.json").read_text() + (
         tmp_path / "out" / "README.md"
     ).read_text()
     record = read_json(tmp_path / "out" / "upcycle.json")
-    assert [e["model"] for e in record["plan"]["merge"]["experts"]] == ["m1", "m2"]
+    names = [e["model"] for e in record["plan"]["merge"]["experts"]]
+    assert names == ["m1", "m2", "base+lora1"]
     assert record["plan"]["method"] == "merge"
-    assert len({e["fingerprint"] for e in record["plan"]["merge"]["experts"]}) == 2
+    assert len({e["fingerprint"] for e in record["plan"]["merge"]["experts"]}) == 3
     assert "- expert 1: `m2`" in text
     assert str(Path(models["m1"]).parent) not in text.replace(
         str(read_json(tmp_path / "out" / "upcycle.json")["source"]["name"]), ""

@@ -287,6 +287,24 @@ def test_too_little_text(dense, text):
         evaluate(str(dense()), [str(text)], tokens=10**7, seq_len=512)
 
 
+def test_too_little_text_for_one_window(dense, text):
+    with pytest.raises(UpcycleError, match=r"but 16,384 are needed \(`seq_len`\)"):
+        evaluate(str(dense(max_position_embeddings=16384)), [str(text)], tokens=8, seq_len=16384)
+
+
+@pytest.mark.parametrize(
+    ("family", "reference", "told"),
+    [
+        ("t5", "llama", "is a decoder, but .* is an encoder-decoder: give the dense model"),
+        ("llama", "t5", "is an encoder-decoder, but .* is a decoder"),
+        ("llama", "eurobert", "is an encoder, but .* is a decoder"),
+    ],
+)
+def test_reference_that_predicts_something_else(family, reference, told, dense):
+    with pytest.raises(UpcycleError, match=told):
+        evaluate(str(dense(family)), ["probes"], against=str(dense(reference)), **LENGTH)
+
+
 def test_windows_longer_than_the_model_reads(dense, text):
     with pytest.raises(UpcycleError, match="`seq_len=128` is more than the model's 64 positions"):
         evaluate(str(dense(max_position_embeddings=64)), [str(text)], tokens=256, seq_len=128)

@@ -35,8 +35,9 @@ from upcycle.evaluation.top_k import check_top_ks, made_at, sum_note
 from upcycle.models.adapter import adapter_base
 from upcycle.models.blocks import MoEBlock, moe_blocks, selecting
 from upcycle.models.calibration import check_seq_len
-from upcycle.models.config import read_text_config
+from upcycle.models.config import read_config, read_text_config
 from upcycle.models.config_fields import check_layers
+from upcycle.models.families import is_encoder
 from upcycle.models.head import Decoded, decode, drop_layers, given
 from upcycle.models.history import fitted_on, identity
 from upcycle.models.loading import check_asked, check_decoder, load_whole
@@ -227,7 +228,6 @@ def evaluate(
     place, windows = choose_device(device), max(1, tokens // seq_len)
     if speed:
         _check_batch(batch_size, windows * len(texts))
-    suite = open_tasks(tasks) if tasks else None
     with (
         checkpoint_folder(model) as named,
         _base_folder(named) as folder,
@@ -236,6 +236,7 @@ def evaluate(
         adapter = None if named == folder else named
         check_decoder(model, folder)
         check_asked(model, folder, speed=speed, tasks=bool(tasks))
+        suite = open_tasks(tasks) if tasks else None
         check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
         reader = open_reader(folder, shared_vocab_size(folder, dense_folder))
@@ -462,10 +463,16 @@ def shared_vocab_size(folder: Path, dense_folder: Path | None) -> int:
     """Of a model, and of the one that it is compared with.
 
     Raises:
-        UpcycleError: they differ.
+        UpcycleError: they differ, or one predicts what the other does not.
     """
     vocab_size = int(read_text_config(folder).vocab_size)
     if dense_folder is not None:
+        own, reference = _kind(folder), _kind(dense_folder)
+        if own != reference:
+            raise UpcycleError(
+                f"`against={dense_folder}` is {reference}, but {folder} is {own}: give the dense "
+                "model that it was made from"
+            )
         other = int(read_text_config(dense_folder).vocab_size)
         if other != vocab_size:
             raise UpcycleError(
@@ -473,6 +480,13 @@ def shared_vocab_size(folder: Path, dense_folder: Path | None) -> int:
                 f"of {vocab_size:,}: give the dense model that it was made from"
             )
     return vocab_size
+
+
+def _kind(folder: Path) -> str:
+    config = read_config(folder)
+    if is_encoder(config):
+        return "an encoder"
+    return "an encoder-decoder" if config.is_encoder_decoder else "a decoder"
 
 
 def choose_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:

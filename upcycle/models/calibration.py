@@ -20,6 +20,8 @@ from upcycle.models.tokens import Reader, open_reader
 CHECK_WINDOW = 512
 """Tokens of a window on which the check measures, at most: built-in probes are short."""
 REMEDY = "(check included): lower `calibration_tokens`, or give more text"
+SHORTER = "(check included): lower `seq_len`, add `check=none`, or give more text"
+"""The same where one sequence is fitted on."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def calibration(
             ids = written_tokens(source, reader.tokenizer, count * length, seed, device, progress)
             all_BT = ids[: count * length].view(-1, length)
         else:
-            all_BT = reader.bodies(name, count, length, seed=seed, remedy=REMEDY)
+            remedy = REMEDY if len(mine_BT) > 1 else SHORTER
+            all_BT = reader.bodies(name, count, length, seed=seed, remedy=remedy)
         mine_BT[:] = all_BT[: len(mine_BT)]
         if back:
             rest_T = all_BT[len(mine_BT) :].flatten()

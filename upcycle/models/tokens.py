@@ -88,11 +88,13 @@ class Reader:
 
         Args:
             text: the name of one that has documents; see `text.py`.
-            remedy: what the error about too little text proposes, besides more text.
+            remedy: what the error about too little text for several windows proposes, besides more
+                text; of one window it is its length.
 
         Raises:
             UpcycleError: the text can't be read, or holds too few tokens.
         """
+        remedy = remedy if count > 1 else "(`seq_len`)"
         return self.begun(self.bodies(text, count, self.body(length), seed=seed, remedy=remedy))
 
     def body(self, length: int) -> int:

@@ -119,7 +119,9 @@ def named_request(
     notes: tuple[str, ...] = ()
     if base is None:
         first = ModelName(experts[0].model.model)
-        notes = (f"all that is no FFN comes from {first}, the first model: `base` names another",)
+        notes = (
+            f"all that is no FFN comes from {first.public}, the first model: `base` names another",
+        )
     merge = Merge(first if base is None else parse_model(base), experts, shared)
     return Request(merge, {"name": "merge"}, notes)
 
@@ -164,14 +166,14 @@ def check_prompts(merge: Merge, router: str) -> None:
     if bare:
         nor = "".join(f", nor has expert {name}" for name in bare[1:])
         raise UpcycleError(
-            f"expert {bare[0]} has no prompts{nor}, and {router} needs them: add positive_prompts, "
-            "or choose gate_mode: random"
+            f"expert {bare[0]} has no prompts{nor}, and router {router} needs them: add "
+            "positive_prompts in a mergekit-moe file, or `router=random`"
         )
     texts = {(expert.prompts, expert.negatives) for expert in merge.experts}
     if len(merge.experts) > 1 and len(texts) == 1:
         raise UpcycleError(
             f"all {len(merge.experts)} experts have the same prompts, so {router} would give them "
-            "equal rows: give each its own, or gate_mode: random"
+            "equal rows: give each its own, or `router=random`"
         )
 
 
