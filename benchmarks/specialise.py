@@ -69,7 +69,7 @@ def train_dense(folder: str, out: Path, settings: Training) -> float:
             (loss * len(row) / len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * learning_rate(settings, step, "other")
+            group["lr"] = settings.rate * learning_rate(settings, step, "other")
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(out)

@@ -204,21 +204,28 @@ def test_unknown_parameters_are_rejected_and_the_nearest_is_named():
 # --- least squares ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tokens", [T, F // 2])
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_it_is_the_least_squares_of_tokens_and_of_columns_held_to_the_dense_ones(seed, strength):
-    activations, weight_T = make_activations(seed), make_weights(seed)
+def test_it_is_the_least_squares_of_tokens_and_of_columns_held_to_the_dense_ones(
+    seed, strength, tokens
+):
+    activations, weight_T = make_activations(seed, tokens), make_weights(seed, tokens)
     mask_TF = some_on(seed)(activations.x_TD)
     expected_DF = naive_refit(activations, mask_TF, weight_T, strength)
     assert (expected_DF - activations.ffn.down_DF).abs().max() > 0.1
-    torch.testing.assert_close(refit(seed, strength=strength), expected_DF, rtol=1e-4, atol=1e-4)
+    found_DF = least_squares(activations, some_on(seed), weight_T, strength=strength)
+    torch.testing.assert_close(found_DF, expected_DF, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [T, F // 2])
 @pytest.mark.parametrize("selection", [weighted, all_weighted])
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_where_neurons_count_unevenly_columns_are_held_to_scaled_ones(seed, strength, selection):
-    activations, weight_T = make_activations(seed), make_weights(seed)
+def test_where_neurons_count_unevenly_columns_are_held_to_scaled_ones(
+    seed, strength, selection, tokens
+):
+    activations, weight_T = make_activations(seed, tokens), make_weights(seed, tokens)
     count_TF = selection(seed)(activations.x_TD)
     factors = naive_factors(activations, count_TF, weight_T)
     assert max(abs(factor - 1) for factor in factors) > 0.3
@@ -226,7 +233,7 @@ def test_where_neurons_count_unevenly_columns_are_held_to_scaled_ones(seed, stre
     unscaled_DF = naive_refit(activations, count_TF, weight_T, strength)
     assert (expected_DF - activations.ffn.down_DF).abs().max() > 0.1
     assert (expected_DF - unscaled_DF).abs().max() > 0.01
-    found_DF = refit(seed, selection(seed), strength=strength)
+    found_DF = least_squares(activations, selection(seed), weight_T, strength=strength)
     torch.testing.assert_close(found_DF, expected_DF, rtol=1e-4, atol=1e-4)
 
 

@@ -51,7 +51,14 @@ PHASES = {
             "calibration": "builtin",
         },
     ),
-    "refit": ({"intermediate_size": 5120, "num_hidden_layers": 1}, {"keep_dense": "none"}),
+    "refit": (
+        {"intermediate_size": 4096, "num_hidden_layers": 1},
+        {"keep_dense": "none", "calibration_tokens": 5120},
+    ),
+    "refit on few tokens": (
+        {"intermediate_size": 8192, "num_hidden_layers": 1},
+        {"keep_dense": "none", "calibration_tokens": 5120},
+    ),
     "pruned copies": (
         {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 1},
         {"method": "prune", "experts": 24, "keep_dense": "none"},

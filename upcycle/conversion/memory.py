@@ -124,8 +124,7 @@ def _fitting(plan: Plan) -> int:
     used = plan.way.used(plan.design.methods, plan.design.geometry)
     split += EDGE.get(used["split"].name, 0) * neurons**2 if "split" in used else 0
     fitted = _learning(plan) if plan.design.fits else 0
-    # The matrix, its factor and the solver's copy; the right-hand side and the solution.
-    refit = chunks + DOUBLE * (3 * on**2 + 2 * on * hidden)
+    refit = chunks + _refitting(own, on, hidden)
     # The refit weights, their gradient and Adam's two moments; a batch's activations.
     descent = (5 * 3 * hidden * on + 8 * BATCH * on) * FLOAT
     # y; with feedback the dense model's hidden states, and what the others lack of them.
@@ -144,6 +143,14 @@ def _fitting(plan: Plan) -> int:
         + held
         + max(chunks + split, chunks + fitted, compensation + pruned, run, _writing(plan))
     )
+
+
+def _refitting(tokens: int, neurons: int, hidden: int) -> int:
+    """The matrix of the least squares, its factor and the solver's copy; the right-hand side and
+    the solution. Of fewer tokens than neurons, what the neurons put out besides, twice."""
+    size = min(tokens, neurons)
+    twice = 2 * FLOAT * tokens * neurons if tokens < neurons else 0
+    return twice + DOUBLE * (3 * size**2 + 2 * (size + neurons) * hidden)
 
 
 def _learning(plan: Plan) -> int:

@@ -45,6 +45,7 @@ from upcycle.finetune.trainable import (
     members,
     summary,
     trained,
+    weights_rms,
 )
 from upcycle.models.blocks import MoEBlock, moe_blocks
 from upcycle.models.config import read_text_config
@@ -129,7 +130,7 @@ def finetune(
                 f"{job.label} or its text changed while it was read: leave it as it is, and start "
                 "anew"
             )
-        watch.begin(job.settings, groups, setup.train.used)
+        watch.begin(setup.settings, groups, setup.train.used)
         stopped = _train(setup, progress)
         restore_best(setup, progress)
         settle(setup, progress)
@@ -159,7 +160,7 @@ def rehearse(
         accelerator = stack.enter_context(accelerator_for(job.settings))
         watch = watch if watch is not None and accelerator.is_main_process else Watch()
         setup, groups = _prepare(job, accelerator, watch, steps=STEPS)
-        watch.begin(job.settings, groups, setup.train.used)
+        watch.begin(setup.settings, groups, setup.train.used)
         return propose(setup)
 
 
@@ -270,6 +271,7 @@ def _prepare(
     if settings.train == "partition":
         add_affinities(blocks)
     known = members(model, blocks, scales)
+    settings = settings.at_scale(weights_rms(model, known))
     torch.manual_seed(settings.seed)  # low-rank changes start at random
     if settings.lora:
         model = add_lora(model, known, settings)

@@ -115,8 +115,12 @@ class Training(BaseModel):
     keep_best: bool = True
     """The result is the state with the lowest validation perplexity, not the last one."""
 
-    lr: PositiveFloat = 1e-4
-    """Highest learning rate."""
+    lr: PositiveFloat | None = None
+    """Highest learning rate. By default `relative_lr` times the root mean square of the experts'
+    weights, or of the FFNs' where there are none yet, which differs between models by ten."""
+    relative_lr: PositiveFloat = 1e-3
+    """Where no `lr` is given: by what share of themselves weights move in a step, at most
+    (Adafactor's relative step, arXiv:1804.04235, one for all)."""
     router_lr: PositiveFloat | None = None
     """Of the routers. By default lr; either is multiplied by a tempered router's temperature."""
     weight_decay: NonNegativeFloat = 0.0
@@ -300,6 +304,20 @@ class Training(BaseModel):
             "match_layers": left * self.match_layers,
             "hoyer": (step + 1) / self.total_steps * self.hoyer,
         }
+
+    def at_scale(self, rms: float) -> "Training":
+        """The request with a learning rate: its own, or that for weights of this root mean
+        square."""
+        if self.lr is not None:
+            return self
+        return self.model_copy(update={"lr": float(f"{self.relative_lr * rms:.3g}")})
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate, of a request that has one."""
+        if self.lr is None:
+            raise ValueError("a request without `lr` has a rate when the weights are known")
+        return self.lr
 
     @property
     def step_tokens(self) -> int:

@@ -1,8 +1,10 @@
 """Which parameters train, in the groups that people speak of."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from upcycle.core.errors import UpcycleError
@@ -82,6 +84,17 @@ def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Me
         for name, p in model.named_parameters()
         if p.numel()
     }
+
+
+def weights_rms(model: nn.Module, known: Members) -> float:
+    """The root mean square of the experts' weights, at the scale of an ordinary layer; of the dense
+    FFNs' in a model without experts."""
+    pairs = [(known[id(p)], p.detach()) for p in model.parameters() if id(p) in known]
+    matrices = [(member, p) for member, p in pairs if member.dimensions > 1]
+    found = [pair for pair in matrices if pair[0].group == "experts"]
+    found = found or [pair for pair in matrices if pair[0].group == "dense FFNs"]
+    squares = sum((float(torch.linalg.vector_norm(p)) / m.scale) ** 2 for m, p in found)
+    return math.sqrt(squares / sum(m.size for m, _ in found))
 
 
 def _group(name: str, parameter: nn.Parameter) -> str:

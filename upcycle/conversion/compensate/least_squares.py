@@ -45,6 +45,19 @@ def refit(
     weight_T: Tensor,
     params: LeastSquaresParams,
 ) -> DenseFFN:
+    fewer_tokens = len(activations.x_TD) < activations.ffn.num_neurons
+    solve = _by_tokens if fewer_tokens else _by_neurons
+    return solve(activations, selection, y_TD, weight_T, params.strength)
+
+
+def _by_neurons(
+    activations: LayerActivations,
+    selection: Selection,
+    y_TD: Tensor,
+    weight_T: Tensor,
+    strength: float,
+) -> DenseFFN:
+    """With the normal equations, [F, F], in one pass over the tokens."""
     down_DF = activations.ffn.down_DF
     hidden, num_neurons = down_DF.shape
     hh_FF = down_DF.new_zeros(num_neurons, num_neurons, dtype=torch.float64)
@@ -62,9 +75,46 @@ def refit(
     moment_F = hh_FF.diagonal().clone()
     if not moment_F.any():
         return activations.ffn
-    factor_F = torch.where(power_F > 0, likeness_F / power_F, 1.0)
-    before_FD = down_DF.T * factor_F[:, None]
+    before_FD = _before(down_DF, likeness_F, power_F)
     hy_FD += hh_FF @ (down_DF.T - before_FD)
-    hh_FF.diagonal().add_(params.strength * moment_F + JITTER * moment_F.mean())
+    hh_FF.diagonal().add_(_penalty(moment_F, strength))
     change_FD = torch.cholesky_solve(hy_FD, torch.linalg.cholesky(hh_FF))
     return replace(activations.ffn, down_DF=(before_FD + change_FD).T.to(down_DF.dtype))
+
+
+def _by_tokens(
+    activations: LayerActivations,
+    selection: Selection,
+    y_TD: Tensor,
+    weight_T: Tensor,
+    strength: float,
+) -> DenseFFN:
+    """The same by a system of [T, T]: with H the rows √w_t h̃_t, R those of what is missing and Λ
+    the penalty, (HᵀH + Λ)⁻¹ Hᵀ R = Λ⁻¹ Hᵀ (H Λ⁻¹ Hᵀ + 1)⁻¹ R."""
+    down_DF = activations.ffn.down_DF
+    on_TF = down_DF.new_empty(len(y_TD), activations.ffn.num_neurons)
+    likeness_F = down_DF.new_zeros(len(on_TF[0]), dtype=torch.float64)
+    for x_tD, h_tF, weight_t, room_tF in activations.chunks(weight_T, on_TF):
+        torch.mul(h_tF, selection(x_tD), out=room_tF)
+        likeness_F += (room_tF * h_tF * weight_t[:, None]).sum(0)
+    on_TF *= weight_T.sqrt()[:, None]
+    power_F = on_TF.square().sum(0).double()
+    if not power_F.any():
+        return activations.ffn
+    before_FD = _before(down_DF, likeness_F, power_F)
+    missing_TD = y_TD * weight_T.sqrt()[:, None] - on_TF @ before_FD.to(on_TF)
+    held_TF = on_TF / _penalty(power_F, strength).to(on_TF)
+    system_TT = (held_TF @ on_TF.T).double()
+    system_TT.diagonal().add_(1)
+    share_TD = torch.cholesky_solve(missing_TD.double(), torch.linalg.cholesky(system_TT))
+    change_FD = held_TF.T @ share_TD.to(held_TF)
+    return replace(activations.ffn, down_DF=(before_FD + change_FD).T.to(down_DF.dtype))
+
+
+def _before(down_DF: Tensor, likeness_F: Tensor, power_F: Tensor) -> Tensor:
+    """W⁰, [F, D] in float64."""
+    return down_DF.T * torch.where(power_F > 0, likeness_F / power_F, 1.0)[:, None]
+
+
+def _penalty(moment_F: Tensor, strength: float) -> Tensor:
+    return strength * moment_F + JITTER * moment_F.mean()
