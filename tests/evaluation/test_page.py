@@ -356,6 +356,21 @@ def test_copies_are_to_be_specialised_once():
     assert advised(found) == "vllm serve org/moe"
 
 
+def test_a_merges_routers_are_to_be_trained_on_the_experts_texts():
+    found = all_facts()
+    found["made"]["plan"]["recipe"]["method"]["name"] = "merge"
+    experts = [{"model": "a", "text": "code.txt"}, {"model": "b", "text": "law.txt"}]
+    found["made"]["plan"]["merge"] = {"experts": experts}
+    found["made"]["training"] = []
+    command = "upcycle finetune org/moe --recipe routers --data code.txt+law.txt -o moe-trained"
+    assert advised(found) == command
+    assert "Its experts are several models' FFNs" in words(render(found))
+    found["made"]["plan"]["top_k"] = 1
+    assert advised(found) == command.replace("routers", "btx")
+    found["made"]["training"] = copy.deepcopy(MADE["training"])
+    assert advised(found) == "vllm serve org/moe"
+
+
 def test_a_good_model_is_to_be_used_where_it_runs():
     found = all_facts()
     found["evaluation"]["texts"][0]["perplexity_against"] = 11.9
@@ -417,6 +432,13 @@ def test_which_expert_takes_which_text_is_the_mean_over_layers():
     assert "code.txt 2.5 0.50 1.0 0" in text
     assert "prose 0.50 0.50 1.5 1.5" in text
     assert "/home/someone" not in page
+
+
+def test_files_of_one_name_are_two_texts():
+    found = on_two_texts([[2.0, 1, 1, 0]], [[0, 1, 1, 2.0]])
+    found["evaluation"]["texts"][1]["text"] = "/home/another/code.txt"
+    text = words(render(found))
+    assert "code.txt goes to expert 0 most often (2.0 × the fair share); code.txt goes to" in text
 
 
 @pytest.mark.parametrize("loads", [([], []), ([[1, 2, 1, 0]], [[1, 2, 1, 0]])])

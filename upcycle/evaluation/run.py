@@ -35,12 +35,11 @@ from upcycle.evaluation.top_k import check_top_ks, made_at, sum_note
 from upcycle.models.adapter import adapter_base
 from upcycle.models.blocks import MoEBlock, moe_blocks, selecting
 from upcycle.models.calibration import check_seq_len
-from upcycle.models.config import read_config, read_text_config
+from upcycle.models.config import read_text_config
 from upcycle.models.config_fields import check_layers
-from upcycle.models.families import is_encoder
 from upcycle.models.head import Decoded, decode, drop_layers, given
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.loading import check_asked, check_decoder, load_whole
+from upcycle.models.loading import check_asked, check_decoder, kind_of, load_whole
 from upcycle.models.opening import checkpoint_folder
 from upcycle.models.shards import read_headers
 from upcycle.models.text import check_text
@@ -467,7 +466,7 @@ def shared_vocab_size(folder: Path, dense_folder: Path | None) -> int:
     """
     vocab_size = int(read_text_config(folder).vocab_size)
     if dense_folder is not None:
-        own, reference = _kind(folder), _kind(dense_folder)
+        own, reference = kind_of(folder), kind_of(dense_folder)
         if own != reference:
             raise UpcycleError(
                 f"`against={dense_folder}` is {reference}, but {folder} is {own}: give the dense "
@@ -480,13 +479,6 @@ def shared_vocab_size(folder: Path, dense_folder: Path | None) -> int:
                 f"of {vocab_size:,}: give the dense model that it was made from"
             )
     return vocab_size
-
-
-def _kind(folder: Path) -> str:
-    config = read_config(folder)
-    if is_encoder(config):
-        return "an encoder"
-    return "an encoder-decoder" if config.is_encoder_decoder else "a decoder"
 
 
 def choose_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:

@@ -136,29 +136,36 @@ def addition_recipe(request: Addition, record: Made, given: Mapping[str, Any]) -
             f"{recipe.top_k} experts per token are asked for, but the merge then has "
             f"{plan.experts + 1}: give at most {plan.experts + 1}"
         )
-    _check_text(request, recipe.router.name if recipe.router else "normal")
+    texts_of_others(request, record)
+    _check_text(request, recipe.router_name, own=given.get("router") is None)
     return recipe
 
 
-def _check_text(request: Addition, router: str) -> None:
-    """There is what the new row is made from, and nothing besides."""
+def _check_text(request: Addition, router: str, *, own: bool) -> None:
+    """There is what the new row is made from, and nothing besides.
+
+    Args:
+        own: whether the router is the merge's.
+    """
     expert = request.expert
+    named = f"router {router} of {request.merge}" if own else f"router {router}"
     texts = [*([expert.text] if expert.text else []), *request.texts.values()]
+    if router not in (*RANDOM, *PROMPTED, *TEXTUAL):
+        raise UpcycleError(
+            f"{named} makes no row for one expert more: give `router=text`, and `text=FILE` with it"
+        )
     if router in RANDOM and (texts or expert.prompts):
         raise UpcycleError(
-            f"router {router} of {request.merge} makes its rows of no text: leave it out, or give "
+            f"{named} makes its rows of no text: leave it out, or give "
             "`router=text`, by which the new row is fitted"
         )
     if router in PROMPTED and (texts or not expert.prompts):
         raise UpcycleError(
-            f"router {router} of {request.merge} makes its rows from prompts: give the new "
+            f"{named} makes its rows from prompts: give the new "
             "expert's, each by `prompts`, or `router=text` with `text`"
         )
     if router in TEXTUAL and not (expert.text or expert.prompts):
-        raise UpcycleError(
-            f"router {router} of {request.merge} is made from text: give the new expert's, "
-            "`text=FILE`"
-        )
+        raise UpcycleError(f"{named} is made from text: give the new expert's, `text=FILE`")
     if router == "domain" and request.texts:
         name = next(iter(request.texts))
         raise UpcycleError(
