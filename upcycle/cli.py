@@ -543,6 +543,7 @@ def inspect(
         from upcycle.conversion.inspection import inspect_model
         from upcycle.evaluation.stability import partition_agreement
 
+        _quiet_model_loading()
         report = inspect_model(model, revision=revision)
         if partition is not None:
             report["agreement"] = partition_agreement(model, partition)

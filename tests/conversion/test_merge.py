@@ -535,6 +535,12 @@ def test_shared_experts_need_a_place(models, dense):
     assert "(glm4_moe or laguna)" in found
 
 
+def test_a_source_that_is_no_dense_model_is_named(models, moe):
+    mixture = str(moe(Path(models["base"])))
+    found = refusal([models["m1"], mixture], base=models["base"], **QUICK)
+    assert found.startswith(f"{mixture}: the source is a qwen2_moe model, which is a Mixture")
+
+
 def test_one_model_alone_is_not_merged_by_convert(dense):
     with pytest.raises(UpcycleError, match="upcycle merge MODEL"):
         upcycle.plan(str(dense()), method="merge", keep_dense="none")

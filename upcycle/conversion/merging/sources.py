@@ -180,7 +180,12 @@ def open_sources(merge: Merge, rest: str = "base") -> Sources:
 
 
 def _open(place: Place) -> DenseSource:
-    return open_source(place.path, revision=None if place.here else place.revision)
+    try:
+        return open_source(place.path, revision=None if place.here else place.revision)
+    except UpcycleError as error:
+        if place.path in str(error):
+            raise
+        raise UpcycleError(f"{place}: {error}") from error  # of several, which one
 
 
 def check_adapter(source: DenseSource, adapter: Adapter) -> None:
