@@ -75,8 +75,14 @@ def evaluate_any(
     """`evaluate`, or of an encoder `evaluate_encoder`.
 
     Raises:
-        UpcycleError: as they do, or something is asked of an encoder that only others have.
+        UpcycleError: as they do, something is asked of an encoder that only others have, or a
+            batch size of nothing.
     """
+    if batch_size > 1 and not (speed or tasks):
+        raise UpcycleError(
+            f"{setting('batch_size', batch_size)} has no effect without `speed` or `tasks`: leave "
+            "it out"
+        )
     if not _is_encoder(model):
         only: dict[str, Any] = {
             "top_ks": top_ks,

@@ -566,7 +566,7 @@ def compare(
     return Comparison(
         losses=list(losses),
         losses_against=[] if reference is None else list(losses_against),
-        kl=sum(kl) / len(kl),
+        kl=max(sum(kl) / len(kl), 0.0),  # NaN stays; of copies, rounding leaves less than none
         top1_agreement=sum(agreement) / len(agreement),
         pairs=pairs,
     )

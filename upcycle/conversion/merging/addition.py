@@ -71,7 +71,7 @@ def addition_request(
     expert = Expert(parse_model(add), prompts)
     own = [name for name in named if name in (NEW, add, Path(add).name)]
     if len(own) > 1:
-        raise UpcycleError(f"`text` names {add} twice: give it one text, joined by + if need be")
+        raise UpcycleError(f"`text` names {add} twice: give it one file, or a folder of both")
     if own:
         expert = replace(expert, text=named.pop(own[0]))
     request = Addition(models[0], expert, named, base)
