@@ -43,9 +43,9 @@ from upcycle.finetune.trainable import (
     add_lora,
     freeze_all_but,
     members,
+    rate_unit,
     summary,
     trained,
-    weights_rms,
 )
 from upcycle.models.blocks import MoEBlock, moe_blocks
 from upcycle.models.config import read_text_config
@@ -271,7 +271,7 @@ def _prepare(
     if settings.train == "partition":
         add_affinities(blocks)
     known = members(model, blocks, scales)
-    settings = settings.at_scale(weights_rms(model, known))
+    settings = settings.with_rate(rate_unit(model, blocks, known))
     torch.manual_seed(settings.seed)  # low-rank changes start at random
     if settings.lora:
         model = add_lora(model, known, settings)

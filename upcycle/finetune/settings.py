@@ -116,11 +116,11 @@ class Training(BaseModel):
     """The result is the state with the lowest validation perplexity, not the last one."""
 
     lr: PositiveFloat | None = None
-    """Highest learning rate. By default `relative_lr` times the root mean square of the experts'
-    weights, or of the FFNs' where there are none yet, which differs between models by ten."""
-    relative_lr: PositiveFloat = 1e-3
-    """Where no `lr` is given: by what share of themselves weights move in a step, at most
-    (Adafactor's relative step, arXiv:1804.04235, one for all)."""
+    """Highest learning rate. By default `relative_lr` by the model's weights."""
+    relative_lr: PositiveFloat = 0.025
+    """Where no `lr` is given, the rate over the root mean square of the experts' gate_proj and
+    up_proj (of the FFNs, where there are no experts yet) / √hidden_size: the rate that fits differs
+    between models by ten and more, this hardly (muP, arXiv:2203.03466)."""
     router_lr: PositiveFloat | None = None
     """Of the routers. By default lr; either is multiplied by a tempered router's temperature."""
     weight_decay: NonNegativeFloat = 0.0
@@ -305,12 +305,11 @@ class Training(BaseModel):
             "hoyer": (step + 1) / self.total_steps * self.hoyer,
         }
 
-    def at_scale(self, rms: float) -> "Training":
-        """The request with a learning rate: its own, or that for weights of this root mean
-        square."""
+    def with_rate(self, unit: float) -> "Training":
+        """The request with a learning rate: its own, or `relative_lr` in this unit."""
         if self.lr is not None:
             return self
-        return self.model_copy(update={"lr": float(f"{self.relative_lr * rms:.3g}")})
+        return self.model_copy(update={"lr": float(f"{self.relative_lr * unit:.3g}")})
 
     @property
     def rate(self) -> float:

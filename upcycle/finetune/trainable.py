@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
 from upcycle.finetune.partition import AFFINITY
@@ -86,15 +87,16 @@ def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Me
     }
 
 
-def weights_rms(model: nn.Module, known: Members) -> float:
-    """The root mean square of the experts' weights, at the scale of an ordinary layer; of the dense
-    FFNs' in a model without experts."""
-    pairs = [(known[id(p)], p.detach()) for p in model.parameters() if id(p) in known]
-    matrices = [(member, p) for member, p in pairs if member.dimensions > 1]
-    found = [pair for pair in matrices if pair[0].group == "experts"]
-    found = found or [pair for pair in matrices if pair[0].group == "dense FFNs"]
-    squares = sum((float(torch.linalg.vector_norm(p)) / m.scale) ** 2 for m, p in found)
-    return math.sqrt(squares / sum(m.size for m, _ in found))
+def rate_unit(model: PreTrainedModel, blocks: list[MoEBlock], known: Members) -> float:
+    """What learning rates of the model are in proportion to: the root mean square of the weights
+    by which its experts read, over √hidden_size. (Those by which they write may hold gains.) Of a
+    model without experts, that of its FFNs' weights."""
+    read = [m for b in blocks for e in range(b.num_experts) for m in b.matrices(e)[:-1]]
+    ffns = {id_ for id_, member in known.items() if member.group == "dense FFNs"}
+    found = read or [p for p in model.parameters() if id(p) in ffns and p.dim() > 1]
+    squares = sum(float(torch.linalg.vector_norm(matrix.detach())) ** 2 for matrix in found)
+    hidden_size: int = model.config.get_text_config().hidden_size
+    return math.sqrt(squares / sum(matrix.numel() for matrix in found) / hidden_size)
 
 
 def _group(name: str, parameter: nn.Parameter) -> str:
