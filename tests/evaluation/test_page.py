@@ -697,11 +697,16 @@ def model(dense, moe, tmp_path):
     return folder
 
 
+def of_model():
+    """An evaluation of `model`, whose numbers are made up."""
+    return evaluation(experts=7) | {"model": "model"}
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A saved evaluation of `model`."""
     path = tmp_path / "eval.json"
-    path.write_text(json.dumps(evaluation(experts=7)))
+    path.write_text(json.dumps(of_model()))
     return path
 
 
@@ -796,9 +801,9 @@ def test_saved_evaluation_takes_no_options_of_a_new_one(model, saved, tmp_path):
         ("not json", "it is not JSON"),
         ("[]", "should be a dictionary"),
         ("{}", "field required"),
-        (json.dumps(evaluation(experts=7) | {"texts": []}), "texts=[]: list should have at least"),
-        (json.dumps(evaluation(experts=7) | {"window": "x"}), "window='x': input should be a"),
-        (json.dumps(evaluation(experts=7) | {"routing": [{"layer": 0}]}), "routing.0.load"),
+        (json.dumps(of_model() | {"texts": []}), "texts=[]: list should have at least"),
+        (json.dumps(of_model() | {"window": "x"}), "window='x': input should be a"),
+        (json.dumps(of_model() | {"routing": [{"layer": 0}]}), "routing.0.load"),
         (json.dumps(evaluation(experts=5)), "of a model with 5 experts per layer, but"),
         (json.dumps(evaluation(experts=0)), "of a model with no experts per layer, but"),
         (b"\xff\xfe", "it is not UTF-8 text"),
@@ -814,8 +819,19 @@ def test_bad_evaluation(model, tmp_path, content, reason):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_evaluation_of_another_model_of_as_many_experts(model, saved, tmp_path):
+    saved.write_text(json.dumps(of_model() | {"model": "other"}))
+    found = error(model, "-o", tmp_path / "r.html", "--evaluation", saved)
+    assert "is of other with 1,000 parameters, but" in found
+
+
+def test_encoder_has_no_page(dense, tmp_path):
+    arguments = (dense("eurobert"), "-o", tmp_path / "r.html", "--evaluation", tmp_path)
+    assert "is an encoder, whose tokens see the next one" in error(*arguments)
+
+
 def test_lists_of_another_length(model, saved, tmp_path):
-    found = evaluation(experts=7)
+    found = of_model()
     arguments = (model, "-o", tmp_path / "r.html", "--evaluation", saved)
     saved.write_text(json.dumps(found | {"tasks": {"arc": {"acc": [0.5]}}}))
     assert "tasks.arc.acc.1=[0.5]: field required" in error(*arguments)
@@ -825,7 +841,7 @@ def test_lists_of_another_length(model, saved, tmp_path):
 
 
 def test_saved_evaluation_is_read_whole(model, saved):
-    found = evaluation(experts=7) | {"tasks": {"arc": {"acc": [0.5, None]}}}
+    found = of_model() | {"tasks": {"arc": {"acc": [0.5, None]}}}
     saved.write_text(json.dumps(found))
     read = facts.read_evaluation(saved, facts.gather(str(model)))
     assert json.loads(json.dumps(evaluation_summary(read.evaluation))) == found | {"top_ks": []} | {
@@ -836,10 +852,10 @@ def test_saved_evaluation_is_read_whole(model, saved):
 
 def test_saved_samples_are_shown(model, saved, tmp_path):
     sample = {"prompt": "One", "text": "two", "against": None}
-    saved.write_text(json.dumps(evaluation(experts=7) | {"samples": [sample]}))
+    saved.write_text(json.dumps(of_model() | {"samples": [sample]}))
     assert run(model, "-o", tmp_path / "r.html", "--evaluation", saved).exit_code == 0
     assert "“One” this model two" in words((tmp_path / "r.html").read_text())
-    saved.write_text(json.dumps(evaluation(experts=7) | {"samples": [sample | {"text": 1}]}))
+    saved.write_text(json.dumps(of_model() | {"samples": [sample | {"text": 1}]}))
     message = error(model, "-o", tmp_path / "new.html", "--evaluation", saved)
     assert "0.text=1: input should be a valid string" in message
 
