@@ -169,6 +169,13 @@ def test_a_bfloat16_checkpoint_stays_one(dense, split, train, settings):
     assert held_out_loss(done) == pytest.approx(done.after["loss"], abs=0.1)
 
 
+def test_low_rank_changes_of_rounded_weights_are_of_the_whole_ones(split, train):
+    """The adapter, whose model is not the one in memory while it trains."""
+    source = split()
+    done = train(source, lora=2, dtype="bfloat16", merge=True)
+    assert changed_groups(source, done.out) == {"router", "experts", "shared experts", "attention"}
+
+
 def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monkeypatch):
     """Even where rounding blurs the logits."""
     from upcycle.finetune import publish
