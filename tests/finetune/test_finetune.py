@@ -532,6 +532,22 @@ def test_models_that_do_not_serve_are_refused(dense, split, train, tmp_path):
     assert not files(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("eurobert", {}, "is no decoder"),
+        ("t5", {}, "is no decoder"),
+        ("llama", {"max_position_embeddings": 16}, "`seq_len=32` .* 16 positions"),
+    ],
+)
+def test_a_teacher_predicts_the_next_token_of_the_models_sequences(
+    dense, split, train, tmp_path, family, fields, message
+):
+    with pytest.raises(UpcycleError, match=f"^`teacher`: .*{message}"):
+        train(split(), distill=1.0, teacher=str(dense(family, **fields)))
+    assert not files(tmp_path)
+
+
 def test_what_stands_in_out_is_safe(split, train, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
