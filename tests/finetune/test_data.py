@@ -81,6 +81,15 @@ def test_sequences_are_of_all_parts_of_a_text_and_its_end_validates(dense, tmp_p
     assert used.total == pytest.approx(200 * (letters + 1), rel=0.1)
 
 
+def test_as_much_validates_as_is_asked_for_of_a_text_that_holds_it(dense, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("a" * 1000)
+    train, held = read(dense(), path, train_tokens=320, validation_tokens=480)
+    assert (len(train), len(held)) == (20, 30)
+    train, held = read(dense(), path, train_tokens=800, validation_tokens=480)
+    assert (len(train), len(held)) == (57, 6)
+
+
 def test_a_text_that_is_used_up_says_so(dense, tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("a" * 319)  # and the end of the sequence

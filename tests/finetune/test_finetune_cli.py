@@ -81,11 +81,11 @@ def test_how_much_of_a_text_is_used_is_said_and_recorded(model, text, tmp_path):
 
 
 def test_set_replaces_any_setting(model, text, tmp_path):
-    sets = ["--set", "next_token=2.5", "--set", "router_warmup=0.25", "--set", "train=router"]
+    sets = ["--set", "next_token=2.5", "--set", "clip=0.25", "--set", "train=router"]
     result = run(model, "-o", tmp_path / "out", "--data", text, *QUICK, *sets, "--json")
     settings = json.loads(result.stdout)["settings"]
     assert (settings["train"], settings["next_token"]) == ("router", 2.5)
-    assert settings["router_warmup"] == 0.25
+    assert settings["clip"] == 0.25
 
 
 @pytest.mark.parametrize(

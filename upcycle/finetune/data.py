@@ -77,13 +77,13 @@ def training_data(
     Of several texts joined by +, each gives an equal part, or as `weighted` says. Sequences are
     taken evenly from all over a text, but of a hub dataset the first ones; the last of them
     validate, the others train. A text that holds less than is asked for is used whole, its last
-    sequence padded; training then goes over it several times.
+    sequence padded, and at most a tenth of it validates; training then goes over the rest several
+    times.
 
     Args:
         folder: holds the tokenizer.
         text: files, `builtin` or `hf:…`, as for calibration; .jsonl may hold chats ("messages").
-        train_tokens, validation_tokens: how many to read at most; validation gets at most a tenth
-            of what there is, but at least one sequence.
+        train_tokens, validation_tokens: how many to read at most, of each at least one sequence.
         assistant_only: of chats only the assistant's turns are to be learnt. Sequences that hold
             nothing of them are left out.
 
@@ -96,16 +96,17 @@ def training_data(
     for number, (name, weight) in enumerate(named):
         share = weight / all_weights
         wanted = math.ceil(share * (train_tokens + validation_tokens))
-        rows = max(2, -(-wanted // seq_len))  # one to train, one to validate, however few are asked
+        asked = max(2, -(-wanted // seq_len))  # one to train, one to validate, however few
         spread = SPREAD if parse(name).local else 1
         if assistant_only:
-            drawn, scored = _chats(reader, name, rows, seq_len, seed)
+            drawn, scored = _chats(reader, name, asked, seq_len, seed)
         else:
-            drawn = reader.drawn(name, rows, reader.body(seq_len), seed=seed, spread=spread)
+            drawn = reader.drawn(name, asked, reader.body(seq_len), seed=seed, spread=spread)
             scored = torch.ones_like(drawn.ids, dtype=torch.bool)
         whole = _pack(name, reader, drawn.ids, scored, seq_len, number)
         rows = len(whole)
-        last = max(1, min(math.floor(share * validation_tokens / seq_len), rows // 10))
+        most = rows - 1 if rows == asked else rows // 10
+        last = max(1, min(math.floor(share * validation_tokens / seq_len), most))
         train, held = (whole.take(part) for part in torch.arange(rows).split([rows - last, last]))
         parts.append((train, held))
         used.append(_used(name, reader.total(name, drawn, seed=seed), train, held))

@@ -108,8 +108,9 @@ class Training(BaseModel):
     micro_batch: PositiveInt = 1
     """Sequences that a process holds activations of at a time."""
     validation_tokens: PositiveInt | None = None
-    """Held back from the end of the text, to validate on. By default a twentieth of the tokens to
-    train on, at most 8192."""
+    """Held back from the end of the text, to validate on; of a text that holds too little for that
+    and for training, at most a tenth. By default a twentieth of the tokens to train on, at most
+    8192."""
     validate_also: str | None = None
     """Texts, joined by +, that are validated on, too, and never decide which state is kept, such
     as `probe:code+probe:news`: whether training costs what it is not about."""
