@@ -96,6 +96,12 @@ def test_set_replaces_any_setting(model, text, tmp_path):
         (["--set", "leraning_rate=1"], "unknown setting 'leraning_rate'"),
         (["--set", "lr"], "--set 'lr' is not KEY=VALUE"),
         (["--data", "missing.txt"], "--data 'missing.txt' is not a file"),
+        (["--data", "probe:code"], "is for --set validate_also=… alone"),
+        (
+            ["--set", "validate_also=x.txt"],
+            "--set validate_also='x.txt' is not a file: give probes",
+        ),
+        (["--set", "router_losses.erc.alpha=0.5"], "router_losses.erc.weight is missing"),
         (["--data", "builtin*0+builtin"], "has 'builtin' count 0 times: leave it out"),
         (["--train", "routers"], "train='routers'"),
         (["--merge"], "give --lora RANK too"),
@@ -134,10 +140,10 @@ def test_dense_model_of_that_name_is_another(model, dense, text, tmp_path):
     [
         ("[", "it is not JSON"),
         ("[]", "=[]: "),
-        ("{}", "out={}: field required"),
+        ("{}", "out is missing"),
         ('{"training": null}', "training=None: "),
-        ('{"training": [{"step": 3}]}', "training.0.model={'step': 3}: field required"),
-        ('{"out": "x", "plan": {"source": "x"}}', "plan.family={'source': 'x'}: field required"),
+        ('{"training": [{"step": 3}]}', "training.0.model is missing"),
+        ('{"out": "x", "plan": {"source": "x"}}', "plan.family is missing"),
     ],
 )
 def test_damaged_record(model, text, tmp_path, record, problem):

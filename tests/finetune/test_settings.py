@@ -78,7 +78,7 @@ def test_validations_read_a_quarter_of_what_trains(tokens, settings, held, valid
         ),
         ({"hoyer": 0.1}, "`hoyer=0.1` .* give `activation=relu`"),
         ({"activation": "relu"}, "`activation=relu` .* give `train=all`"),
-        ({"activation": "relu", "train": "all", "lora": 4}, "leave `lora` out"),
+        ({"activation": "relu", "train": "all", "lora": 4}, "leave `lora` out, or begin with"),
         ({"activation": "relu", "train": "all", "balance": 0.1}, "leave `balance` out"),
         ({"leraning_rate": 1}, "unknown setting 'leraning_rate'"),
         ({"lr": 0}, "lr=0"),

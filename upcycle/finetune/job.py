@@ -59,7 +59,7 @@ def open_job(
     if request.train == "partition" and made != "split":
         raise UpcycleError(
             f"`train=partition` deals the neurons of a split out anew, but {model} was made by "
-            f"`{made}`: train moe"
+            f"{made}: give `train=moe`"
         )
     teacher = _teacher_folder(request, folder, stack)
     if teacher is not None and isinstance(record, Made) and settings.get("teacher") is None:

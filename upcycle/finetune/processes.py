@@ -98,7 +98,7 @@ def _shard_in_float32(accelerator: Accelerator, request: Training) -> None:
     others where they are used, as without FSDP."""
     if request.dtype not in ("auto", "float32") and not request.lora:
         raise UpcycleError(
-            f"dtype={request.dtype} with FSDP, which shards weights of one dtype, while routers "
-            "stay in float32: use `precision`"
+            f"{setting('dtype', request.dtype)} with FSDP, which shards weights of one dtype, "
+            "while routers stay in float32: use `precision`"
         )
     accelerator.state.fsdp_plugin.mixed_precision_policy = None

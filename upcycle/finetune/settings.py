@@ -53,6 +53,8 @@ OF_OTHERS = ("weight_decay", "router_warmup")
 """Settings that have an effect only where not routers alone train."""
 OF_ORDINARY_PASSES = ("lora", "gating", "dense_router_gradient")
 """Settings that do not go with learning a partition."""
+SHORTEST = 8
+"""Tokens of a sequence."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -101,7 +103,7 @@ class Training(BaseModel):
     """To train on, from all over a file; its end validates. By default 262144."""
     steps: PositiveInt | None = None
     """To train for, instead of tokens."""
-    seq_len: PositiveInt = Field(default=512, ge=8)
+    seq_len: PositiveInt = Field(default=512, ge=SHORTEST)
     """Tokens per sequence."""
     batch_size: PositiveInt = Field(default=8, le=2**20)
     """Sequences per step, over all processes."""
@@ -119,7 +121,8 @@ class Training(BaseModel):
     together read no more than a quarter of what training does, which takes about a tenth of the
     time. The state is saved after each of them, and after every tenth of the steps."""
     keep_best: bool = True
-    """The result is the state with the lowest validation perplexity, not the last one."""
+    """The result is the state that did best in validation, not the last one: by its loss, of which
+    with `distill` both parts count, each times its weight."""
 
     lr: PositiveFloat = 1e-4
     """Highest learning rate."""
@@ -267,7 +270,7 @@ class Training(BaseModel):
         for name in filter(lambda name: getattr(self, name), OF_EXPERTS):
             raise UpcycleError(
                 f"{given} trains all weights of a dense model, which has no experts yet: leave "
-                f"{setting(name)} out"
+                f"{setting(name)} out, or begin with the preset relufy, if yours has it"
             )
 
     def _check_schedules(self) -> None:
