@@ -189,6 +189,7 @@ def show_groups(
     }
     how = f"low-rank changes of rank {settings.lora}" if settings.lora else "the weights themselves"
     table(f"trained: {how}, preset {settings.name}", rows, "parameters", "trained")
+    err.print(f"learning rate: {settings.rate:g} at most.", highlight=False)
     for text in used:
         err.print(_share(text), highlight=False)
 

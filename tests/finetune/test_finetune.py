@@ -379,6 +379,20 @@ def test_learning_rate_rises_and_falls_as_a_cosine():
     assert learning_rate(Training(steps=1), 0, "other") == 1
 
 
+@pytest.mark.parametrize(
+    "way", [{"method": "copy", "experts": 4}, {"shared": 0}, {"shared": 0, "router_spread": 0.01}]
+)
+def test_the_learning_rate_goes_by_the_weights_whatever_gains_they_hold(dense, moe, train, way):
+    read = [t.double() for n, t in weights(dense()).items() if "gate_proj" in n or "up_proj" in n]
+    rms = math.sqrt(sum(t.square().sum() for t in read) / sum(t.numel() for t in read))
+    folder = moe(dense(), target="mixtral", **way)
+    done = train(folder, preset="heal", teacher=None, distill=0.0, steps=1, lr=None)
+    hidden_size = read_json(dense() / "config.json")["hidden_size"]
+    assert done.settings.lr == pytest.approx(0.025 * rms / math.sqrt(hidden_size), rel=0.02)
+    kept = read_json(done.out / "upcycle.json")["training"][-1]["settings"]
+    assert kept["lr"] == done.settings.lr
+
+
 def test_the_dense_gradient_reaches_every_router_of_top_1_copies(dense, moe, train, tmp_path):
     """Whose renormalised weight is always 1."""
     for target in ("mixtral", "granitemoeshared"):

@@ -27,7 +27,7 @@ def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.A
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for item in training:
         router = item.member.group == "router"
-        lr = (settings.router_lr or settings.lr) if router else settings.lr
+        lr = (settings.router_lr or settings.rate) if router else settings.rate
         decays = item.parameter.dim() > 1 and not router
         decay = settings.weight_decay / item.scale if decays else 0.0
         key = (item.member.part, lr * item.scale, decay)

@@ -43,6 +43,7 @@ from upcycle.finetune.trainable import (
     add_lora,
     freeze_all_but,
     members,
+    rate_unit,
     summary,
     trained,
 )
@@ -129,7 +130,7 @@ def finetune(
                 f"{job.label} or its text changed while it was read: leave it as it is, and start "
                 "anew"
             )
-        watch.begin(job.settings, groups, setup.train.used)
+        watch.begin(setup.settings, groups, setup.train.used)
         stopped = _train(setup, progress)
         restore_best(setup, progress)
         settle(setup, progress)
@@ -159,7 +160,7 @@ def rehearse(
         accelerator = stack.enter_context(accelerator_for(job.settings))
         watch = watch if watch is not None and accelerator.is_main_process else Watch()
         setup, groups = _prepare(job, accelerator, watch, steps=STEPS)
-        watch.begin(job.settings, groups, setup.train.used)
+        watch.begin(setup.settings, groups, setup.train.used)
         return propose(setup)
 
 
@@ -270,6 +271,7 @@ def _prepare(
     if settings.train == "partition":
         add_affinities(blocks)
     known = members(model, blocks, scales)
+    settings = settings.with_rate(rate_unit(model, blocks, known))
     torch.manual_seed(settings.seed)  # low-rank changes start at random
     if settings.lora:
         model = add_lora(model, known, settings)

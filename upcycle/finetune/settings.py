@@ -124,8 +124,12 @@ class Training(BaseModel):
     """The result is the state that did best in validation, not the last one: by its loss, of which
     with `distill` both parts count, each times its weight."""
 
-    lr: PositiveFloat = 1e-4
-    """Highest learning rate."""
+    lr: PositiveFloat | None = None
+    """Highest learning rate. By default `relative_lr` by the model's weights."""
+    relative_lr: PositiveFloat = 0.025
+    """Where no `lr` is given, the rate over the root mean square of the experts' gate_proj and
+    up_proj (of the FFNs, where there are no experts yet) / √hidden_size: the rate that fits differs
+    between models by ten and more, this hardly (muP, arXiv:2203.03466)."""
     router_lr: PositiveFloat | None = None
     """Of the routers. By default lr; either is multiplied by a tempered router's temperature."""
     weight_decay: NonNegativeFloat = 0.0
@@ -311,6 +315,19 @@ class Training(BaseModel):
             "match_layers": left * self.match_layers,
             "hoyer": (step + 1) / self.total_steps * self.hoyer,
         }
+
+    def with_rate(self, unit: float) -> "Training":
+        """The request with a learning rate: its own, or `relative_lr` in this unit."""
+        if self.lr is not None:
+            return self
+        return self.model_copy(update={"lr": float(f"{self.relative_lr * unit:.3g}")})
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate, of a request that has one."""
+        if self.lr is None:
+            raise ValueError("a request without `lr` has a rate when the weights are known")
+        return self.lr
 
     @property
     def step_tokens(self) -> int:

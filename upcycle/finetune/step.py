@@ -138,7 +138,7 @@ def take_step(setup: Setup, step: int) -> Row:
         group["lr"] = group["base_lr"] * learning_rate(settings, step, group["part"])
     setup.optimizer.step()
     setup.optimizer.zero_grad()
-    row["lr"] = settings.lr * learning_rate(settings, step, "other")
+    row["lr"] = settings.rate * learning_rate(settings, step, "other")
     return {"step": step + 1} | row | {"tokens": counted} | _balance(setup, counts)
 
 
@@ -239,10 +239,10 @@ def check_finite(setup: Setup, measured: dict[str, float], step: int) -> None:
             continue
         if step == 0:
             raise Diverged(f"the {name} is {value:g} before the first step: the model is broken")
-        rate = setup.settings.lr * learning_rate(setup.settings, step - 1, "other")
+        rate = setup.settings.rate * learning_rate(setup.settings, step - 1, "other")
         raise Diverged(
             f"training stopped at step {step}: the {name.replace('_', ' ')} is {value:g} "
-            f"(learning rate {rate:.3g} of `lr={setup.settings.lr:g}`, precision "
+            f"(learning rate {rate:.3g} of `lr={setup.settings.rate:g}`, precision "
             f"{setup.accelerator.mixed_precision}): lower `lr`, or train in another `precision`"
         )
 

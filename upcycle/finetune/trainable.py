@@ -1,9 +1,12 @@
 """Which parameters train, in the groups that people speak of."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
@@ -83,6 +86,18 @@ def members(model: nn.Module, blocks: list[MoEBlock], scales: list[Scale]) -> Me
         for name, p in model.named_parameters()
         if p.numel()
     }
+
+
+def rate_unit(model: PreTrainedModel, blocks: list[MoEBlock], known: Members) -> float:
+    """What learning rates of the model are in proportion to: the root mean square of the weights
+    by which its experts read, over √hidden_size. (Those by which they write may hold gains.) Of a
+    model without experts, that of its FFNs' weights."""
+    read = [m for b in blocks for e in range(b.num_experts) for m in b.matrices(e)[:-1]]
+    ffns = {id_ for id_, member in known.items() if member.group == "dense FFNs"}
+    found = read or [p for p in model.parameters() if id(p) in ffns and p.dim() > 1]
+    squares = sum(float(torch.linalg.vector_norm(matrix.detach())) ** 2 for matrix in found)
+    hidden_size: int = model.config.get_text_config().hidden_size
+    return math.sqrt(squares / sum(matrix.numel() for matrix in found) / hidden_size)
 
 
 def _group(name: str, parameter: nn.Parameter) -> str:

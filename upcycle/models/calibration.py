@@ -20,6 +20,7 @@ from upcycle.models.tokens import Reader, open_reader
 CHECK_WINDOW = 512
 """Tokens of a window on which the check measures, at most: built-in probes are short."""
 REMEDY = "(check included): lower `calibration_tokens`, or give more text"
+CHECK_REMEDY = "for the check: give more text, or pass `check=none`"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ def calibration(
     window = min(seq_len, CHECK_WINDOW)
     length, part = reader.body(seq_len), reader.body(window)
     names = [name for name in texts(text) if name != "none"]
-    names = names[: max(1, sequences)]
     fit_BT = torch.empty(sequences, length, dtype=torch.int64)
     held: dict[str, Tensor] = {}
     # What the model writes comes last: it takes longest, and another text may be at fault.
@@ -80,7 +80,8 @@ def calibration(
             ids = written_tokens(source, reader.tokenizer, count * length, seed, device, progress)
             all_BT = ids[: count * length].view(-1, length)
         else:
-            all_BT = reader.bodies(name, count, length, seed=seed, remedy=REMEDY)
+            remedy = REMEDY if len(mine_BT) else CHECK_REMEDY
+            all_BT = reader.bodies(name, count, length, seed=seed, remedy=remedy)
         mine_BT[:] = all_BT[: len(mine_BT)]
         if back:
             rest_T = all_BT[len(mine_BT) :].flatten()

@@ -354,7 +354,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with blaming(
             f"{folder} holds no tokenizer that transformers reads, so no text can be tokenised "
-            "(add the model's tokenizer files, or pass `calibration=none`)"
+            "(add the model's tokenizer files)"
         ):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except UpcycleError:
