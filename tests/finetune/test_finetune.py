@@ -199,7 +199,7 @@ def test_mixed_precision_ends_with_its_run(split, train, tmp_path):
     exact = train(source, tmp_path / "a")
     rounded = train(source, tmp_path / "b", precision="bf16")
     assert 1e-4 < abs(exact.last["loss"] - rounded.last["loss"]) < 0.1
-    for wrong in ({"micro_batch": 3}, {"device": "cuda"}):
+    for wrong in ({"micro_batch": 3}, {"device": "cuda"}, {"tracker": "nonsense"}):
         if not (torch.cuda.is_available() and "device" in wrong):
             with pytest.raises(UpcycleError):
                 train(source, tmp_path / "c", precision="bf16", **wrong)
@@ -461,6 +461,9 @@ def test_a_run_that_diverges_stops_at_that_step_and_leaves_the_best_state(split,
     assert re.search(r"is (nan|inf) \(learning rate 1e\+09 of `lr=1e\+09`, precision no\)", said)
     assert said.endswith(f"{out} holds the state after step 0, the best before")
     assert changed_groups(source, out) == set()
+    card = (out / "README.md").read_text()
+    assert f": {number - 1} steps of 4\n" in card
+    assert "It was to take 4, but a loss or a gradient came to be no number." in card
     assert torch.isfinite(logits(load(out))).all()
     assert all(row["step"] <= number for row in strict_lines(out / "train_log.jsonl"))
     assert not partial_folder(out).exists()

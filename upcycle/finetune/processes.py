@@ -35,6 +35,7 @@ def accelerator_for(request: Training) -> Iterator[Accelerator]:
             project_dir=".",
         )
     except (ValueError, ImportError) as error:
+        AcceleratorState._reset_state()
         reason = " ".join(str(error).split())
         raise UpcycleError(f"accelerate can't start: {reason}") from error
     try:
