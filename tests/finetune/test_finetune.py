@@ -544,8 +544,6 @@ def test_models_that_do_not_serve_are_refused(dense, split, train, tmp_path):
         train(dense())
     with pytest.raises(UpcycleError, match="has a vocabulary of 300, but the model of 272"):
         train(split(), distill=1.0, teacher=str(dense(vocab_size=300)))
-    with pytest.raises(UpcycleError, match="is an encoder, which teaches a decoder nothing"):
-        train(split(), distill=1.0, teacher=str(dense("eurobert")))
     with pytest.raises(UpcycleError, match="2 layers of 48 and the model 3 layers of 48"):
         train(split(), match_layers=1.0, teacher=str(dense(num_hidden_layers=2)))
     assert not files(tmp_path)
@@ -554,8 +552,8 @@ def test_models_that_do_not_serve_are_refused(dense, split, train, tmp_path):
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("eurobert", {}, "is no decoder"),
-        ("t5", {}, "is no decoder"),
+        ("eurobert", {}, "is an encoder, which teaches a decoder nothing"),
+        ("t5", {}, "teaches a decoder nothing"),
         ("llama", {"max_position_embeddings": 16}, "`seq_len=32` .* 16 positions"),
     ],
 )
