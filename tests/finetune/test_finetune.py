@@ -534,6 +534,8 @@ def test_models_that_do_not_serve_are_refused(dense, split, train, tmp_path):
         train(dense())
     with pytest.raises(UpcycleError, match="has a vocabulary of 300, but the model of 272"):
         train(split(), distill=1.0, teacher=str(dense(vocab_size=300)))
+    with pytest.raises(UpcycleError, match="is an encoder, which teaches a decoder nothing"):
+        train(split(), distill=1.0, teacher=str(dense("eurobert")))
     with pytest.raises(UpcycleError, match="2 layers of 48 and the model 3 layers of 48"):
         train(split(), match_layers=1.0, teacher=str(dense(num_hidden_layers=2)))
     assert not files(tmp_path)

@@ -18,7 +18,7 @@ from upcycle.models.calibration import check_seq_len, text_fingerprint
 from upcycle.models.companions import check_own_files
 from upcycle.models.config import read_config, read_text_config
 from upcycle.models.families import is_dense
-from upcycle.models.loading import check_decoder, check_trainable
+from upcycle.models.loading import check_decoder, check_trainable, kind_of
 from upcycle.models.opening import checkpoint_folder, open_source
 from upcycle.models.quantised import UNQUANTISED
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
@@ -110,6 +110,11 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
         teacher = stack.enter_context(checkpoint_folder(request.teacher))
     except UpcycleError as error:
         raise UpcycleError(f"`teacher`: {error}") from error
+    if (kind := kind_of(teacher)) != "a decoder":
+        raise UpcycleError(
+            f"`teacher={request.teacher}` is {kind}, which teaches a decoder nothing: name the "
+            "dense model that it was made from"
+        )
     theirs, ours = (read_text_config(each).vocab_size for each in (teacher, folder))
     if theirs != ours:
         raise UpcycleError(
