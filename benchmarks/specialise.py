@@ -23,6 +23,7 @@ from upcycle.core.machine import choose_device
 from upcycle.finetune.data import batch_rows, training_data
 from upcycle.finetune.settings import Training, load_training
 from upcycle.finetune.step import learning_rate
+from upcycle.finetune.trainable import members, rate_unit
 from upcycle.models.config import read_config
 
 
@@ -50,6 +51,7 @@ def train_dense(folder: str, out: Path, settings: Training) -> float:
     )
     device = choose_device("auto")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    settings = settings.with_rate(rate_unit(model, [], members(model, [], [])))
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     rest = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(

@@ -454,6 +454,11 @@ def test_a_geometry_is_made_again_from_what_it_says(request, host):
             "raise `active`",
         ),
         (
+            {"active": 0.9, "experts": 1},
+            "`active=0.9` leaves 14745 of 16384 neurons to a token, so none of the experts of "
+            "16384: give more `experts`",
+        ),
+        (
             {"active": 0.25, "shared": 0.25},
             "`active=0.25` leaves 4096 of 16384 neurons to a token, 4096 of them shared, so none "
             "of the experts of 256: raise `active` or lower `shared`",

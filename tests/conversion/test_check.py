@@ -280,8 +280,8 @@ def test_the_worst_kind_stands_for_all():
     assert [kind["kind"] for kind in summary["kinds"]] == ["a", "b", "c"]
 
 
-KINDS = len(PROBES) + 2
-"""Of the default: probes, and of the calibration at most what each of its two texts holds back."""
+KINDS = len(PROBES) + 1
+"""Of the default: probes, which stand for the builtin text, and what the model's own holds back."""
 
 
 @pytest.mark.parametrize(

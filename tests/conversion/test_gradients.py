@@ -206,3 +206,7 @@ def test_a_model_without_a_way_back_is_refused(dense, family, fields, why):
     ):
         upcycle.plan(folder, **settings | request)
     upcycle.plan(folder, **settings | {"shared": 0})
+    request["split"]["importance"] = "output"
+    upcycle.plan(folder, **settings | request)
+    with pytest.raises(UpcycleError, match=f"{why}.*: choose another$"):
+        upcycle.plan(folder, **settings | {"shared": 0, "split": "common_neurons"})

@@ -43,8 +43,12 @@ ASIDE = {
 def test_windows_of_each_kind_that_the_check_reads(dense, check, seq_len, windows):
     plan = upcycle.plan(str(dense()), check=check, seq_len=seq_len, calibration="builtin")
     assert plan.check_windows == windows
-    kinds = len(KINDS) + 1
-    assert plan.held_tokens == kinds * windows * min(512, seq_len)
+    assert plan.held_tokens == len(KINDS) * windows * min(512, seq_len)
+
+
+def test_every_text_gives_a_sequence(dense):
+    asked = {"calibration": "builtin+self", "calibration_tokens": 64, "seq_len": 64}
+    assert upcycle.plan(str(dense()), **asked).fit_tokens == 128
 
 
 @pytest.mark.parametrize(

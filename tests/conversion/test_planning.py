@@ -79,9 +79,37 @@ def test_number_of_experts_that_a_refusal_names_is_legal(dense, target):
         assert fitting == below[-1:] + above[:1]
 
 
-def test_copies_of_any_width_need_no_divisor(dense):
-    model = str(dense(intermediate_size=190))
-    assert upcycle.plan(model, method="copy", experts=5).design.geometry.expert_size == 190
+def test_widths_that_grouped_matrix_products_do_not_take(dense):
+    """What transformers says of such rows: strides should be multiple of 16 bytes."""
+    odd = {"intermediate_size": 190}
+    assert refusal(dense, fields=odd, method="copy") == (
+        "whole FFNs of 190 neurons can't be experts, for grouped matrix products need a multiple "
+        "of 8; `method=prune` keeps one that is"
+    )
+    assert upcycle.plan(str(dense(**odd)), method="prune").design.geometry.expert_size == 88
+    narrow = {"hidden_size": 50, "num_attention_heads": 5, "num_key_value_heads": 1}
+    assert "has hidden states of 50 channels" in refusal(dense, fields=narrow)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("copy", "split", "random"),
+        ("prune", "shared_by", "rate"),
+        ("drop", "router_spread", 0.3),
+    ],
+)
+def test_settings_of_a_split_are_said_to_change_nothing_elsewhere(dense, method, field, value):
+    (note,) = upcycle.plan(str(dense()), method=method, **{field: value}).warnings[-1:]
+    assert note == (f"`{field}={value}` changes nothing here: `method={method}` has no use for it")
+    assert not any(
+        "has no use" in note for note in upcycle.plan(str(dense()), method=method).warnings
+    )
+
+
+def test_one_copy_is_one_per_token(dense):
+    geometry = upcycle.plan(str(dense()), method="copy", experts=1, granularity=4).design.geometry
+    assert (geometry.num_experts, geometry.top_k) == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +142,10 @@ def test_copies_of_any_width_need_no_divisor(dense):
         (
             {"granularity": 2},
             "`granularity=2` goes with copies: for a split, raise `experts`",
+        ),
+        (
+            {"method": {"name": "split", "ratio": 1}},
+            "method 'split' has no parameter 'ratio'; it has none",
         ),
     ],
 )

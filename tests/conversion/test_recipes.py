@@ -123,6 +123,24 @@ def test_another_method_takes_nothing_over_that_a_recipe_says_of_a_split():
     assert load_recipe("cmoe", {"method": "split"}) == load_recipe("cmoe")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "method", "holds"),
+    [
+        ("pruned-copies", "copy", {}),
+        ("granular-upcycling", "split", {}),
+        ("sparse-upcycling", "prune", {}),
+        (
+            "pruned-copies",
+            "split",
+            {"compensate": "least_squares", "sequential": True, "keep_dense": "auto"},
+        ),
+    ],
+)
+def test_another_kind_of_method_takes_nothing_over_of_prune_and_copies(recipe, method, holds):
+    said = load_recipe(recipe, {"method": method})
+    assert said == Recipe(name=recipe, method=method, **holds)
+
+
 @pytest.mark.parametrize("method", [{"name": "split"}, Choice(name="split")])
 def test_split_by_another_spelling_is_a_split(method):
     assert load_recipe("default", {"method": method}) == load_recipe("default")
@@ -165,6 +183,7 @@ def test_sizes(written_size, num_bytes):
         ("[experts, 4]", "is not a mapping of settings to values"),
         ("experts 4", "is not a mapping of settings to values"),
         ("experts: [4", "is not YAML"),
+        ("experts: 4\nexperts: 8", "is not YAML: experts is given twice"),
         ("summary: 2024-13-45", "is not YAML"),
         (b"\xff\xfe\xff", "is not YAML"),
         ("a: !!python/object:os.system {}", "is not YAML"),

@@ -102,6 +102,13 @@ def test_what_is_chosen_runs_there(dense, asked, family, fields, settings, targe
             "flex_olmo, `runtimes=transformers-4` gives flex_olmo",
         ),
         (
+            "llama",
+            {},
+            {"experts": 600, "top_k": 2},
+            "`experts=600` leaves less than 8 of 192 neurons to an expert, which grouped matrix "
+            "products need: give at most 18",
+        ),
+        (
             "qwen3",
             {},
             {"target": "mixtral"},

@@ -141,6 +141,20 @@ def test_of_one_sequence_fewer_tokens_are_no_remedy(tiny, tmp_path):
     )
 
 
+def test_the_check_reads_every_text_however_little_is_fitted_on(tiny, tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("x" * 15)
+    two.write_text("y" * 15)
+    assert list(calibrated(tiny, f"{one}+{two}", 0, windows=2).held) == [
+        str(one),
+        str(two),
+        *PROBES,
+    ]
+    two.write_text("y")
+    with pytest.raises(UpcycleError, match="for the check: give more text, or pass `check=none`"):
+        calibrated(tiny, f"{one}+{two}", 0, windows=2)
+
+
 def test_only_a_few_times_as_much_is_read_as_needed(tiny, monkeypatch):
     def endless(name, seed):
         for _ in range(packing.SPREAD):

@@ -14,6 +14,7 @@ from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways import Room, Way
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
+from upcycle.core.registry import check_parameters
 from upcycle.core.types import Geometry
 from upcycle.models.source import DenseSource
 from upcycle.models.targets import TARGETS, Combine
@@ -38,6 +39,8 @@ def bound_methods(
         UpcycleError: it does not, or there are more or fewer.
     """
     methods = Methods.of(recipe, way.default_router, gates=way.several)
+    if methods.perturb is None:
+        check_parameters(f"method {way.name!r}", recipe.method.params, ())
     if way.several and sources is None:
         raise UpcycleError(f"`method={way.name}` takes several models: upcycle {way.name} MODEL…")
     if not way.several and methods.rest.name != "base":

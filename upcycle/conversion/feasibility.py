@@ -1,6 +1,7 @@
 """What a plan that is whole may still come to grief on: settings, text, memory, disk."""
 
 from upcycle.conversion.dry_run import planned_units
+from upcycle.conversion.geometry import ALIGNMENT
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.request import check_calibration, check_tokens
 from upcycle.core.errors import UpcycleError
@@ -22,6 +23,7 @@ def check_plan(plan: Plan, *, overwrite: bool, resume: bool) -> None:
         UpcycleError: the plan can't be carried out.
     """
     check_own_files(plan.source.folder)
+    _check_width(plan)
     _check_feedback(plan)
     _check_ties(plan)
     _check_text(plan)
@@ -36,6 +38,15 @@ def check_plan(plan: Plan, *, overwrite: bool, resume: bool) -> None:
         room = plan.bytes + plan.aside_bytes()
         for source in plan.checkpoints:
             check_out(plan.out, source.folder, room, overwrite=overwrite, resume=resume)
+
+
+def _check_width(plan: Plan) -> None:
+    width = plan.source.arch.hidden_size
+    if width % ALIGNMENT:
+        raise UpcycleError(
+            f"{plan.source.label} has hidden states of {width} channels, but grouped matrix "
+            f"products, by which native MoEs compute their experts, need a multiple of {ALIGNMENT}"
+        )
 
 
 def _check_feedback(plan: Plan) -> None:
@@ -71,10 +82,9 @@ def _check_text(plan: Plan) -> None:
         # Each half of a sequence goes through one of an encoder-decoder's stacks.
         tokens = plan.fit_tokens // (2 if plan.source.arch.encoder_layers else 1)
         check_tokens(plan.recipe, used, tokens, plan.most_routed)
-    fitted = plan.fit_tokens + plan.passage_tokens
-    if fitted + plan.held_tokens:
+    if plan.fit_tokens + plan.held_tokens + plan.passage_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
-        load_tokenizer(plan.source.folder, instead="" if fitted else ", or pass `check=none`")
+        load_tokenizer(plan.source.folder)
 
 
 def _check_gradients(plan: Plan) -> None:
@@ -89,10 +99,13 @@ def _check_gradients(plan: Plan) -> None:
         why = "has layers that share keys and values, through which no gradients are taken back"
     if why:
         used = plan.way.used(plan.design.methods, plan.design.geometry).items()
-        asking = next(field for field, bound in used if bound.params.needs_gradients)
+        asking, bound = next(each for each in used if each[1].params.needs_gradients)
+        cheaper = (
+            f", or `{asking}.importance=output`" if hasattr(bound.params, "importance") else ""
+        )
         raise UpcycleError(
             f"{setting(asking, getattr(plan.recipe, asking))} needs a backward pass, but "
-            f"{plan.source.label} {why}: choose another, or importance=output"
+            f"{plan.source.label} {why}: choose another{cheaper}"
         )
 
 

@@ -75,13 +75,15 @@ def copied_geometry(recipe: Recipe, num_neurons: int, most_top_k: int | None = N
     granularity = recipe.granularity
     if granularity > 1:
         _check_cut("granularity", granularity, num_neurons)
+    _check_whole(num_neurons, "; `method=prune` keeps one that is")
     if most_top_k and granularity > most_top_k:
         raise UpcycleError(
             f"{setting('granularity', granularity)} cuts a copy into shards, but the target gives "
             f"a token no more than {most_top_k}, which is less than a copy: leave it out"
         )
-    experts = (recipe.experts or COPIES) * granularity
-    top_k = recipe.top_k or COPIES_PER_TOKEN * granularity
+    copies = recipe.experts or COPIES
+    experts = copies * granularity
+    top_k = recipe.top_k or min(copies, COPIES_PER_TOKEN) * granularity
     if most_top_k:
         top_k = min(top_k, most_top_k)
     size = num_neurons // granularity
@@ -90,6 +92,7 @@ def copied_geometry(recipe: Recipe, num_neurons: int, most_top_k: int | None = N
 
 def merged_geometry(recipe: Recipe, num_neurons: int) -> Geometry:
     """The same of several models' FFNs, each whole, with perhaps one more that is always on."""
+    _check_whole(num_neurons)
     experts = recipe.experts or 1
     top_k = recipe.top_k or min(experts, COPIES_PER_TOKEN)
     shared = num_neurons if recipe.shared else 0
@@ -241,10 +244,12 @@ def _nothing_to_route(
     active = recipe.active or ACTIVE
     on = max(0, int(moe_share(active, layers, num_dense) * geometry.num_neurons + 1e-9))
     shared = f", {geometry.shared_size} of them shared" if geometry.shared_size else ""
+    # One expert alone would take an active share of 1, which is none.
+    remedy = "raise `active`" if geometry.num_experts > 1 else "give more `experts`"
     return UpcycleError(
         f"`active={active:g}`{_dense(layers, num_dense)} leaves {on} of {geometry.num_neurons} "
         f"neurons to a token{shared}, so none of the experts of "
-        f"{geometry.expert_size}: raise `active`" + (" or lower `shared`" if recipe.shared else "")
+        f"{geometry.expert_size}: {remedy}" + (" or lower `shared`" if recipe.shared else "")
     )
 
 
@@ -268,6 +273,14 @@ def _check_cut(field: str, parts: int, num_neurons: int) -> None:
         f"{setting(field, parts)} does not cut {num_neurons} neurons into equal parts that are a "
         f"multiple of {ALIGNMENT}, which grouped matrix products need; nearest: {nearest}"
     )
+
+
+def _check_whole(num_neurons: int, instead: str = "") -> None:
+    if num_neurons % ALIGNMENT:
+        raise UpcycleError(
+            f"whole FFNs of {num_neurons} neurons can't be experts, for grouped matrix products "
+            f"need a multiple of {ALIGNMENT}{instead}"
+        )
 
 
 def _checked(geometry: Geometry) -> Geometry:

@@ -92,4 +92,9 @@ def warnings(
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
         yield f"`shared={asked:g}` became {got:.3g}, so that all experts have the same width"
+    for field in way.void:
+        chosen = getattr(recipe, field)
+        if chosen != Recipe.model_fields[field].default:
+            name = setting("method", way.name)
+            yield f"{setting(field, chosen)} changes nothing here: {name} has no use for it"
     yield from way.notes(recipe, design, TARGETS[target], hosts)

@@ -204,13 +204,17 @@ class Plan:
     def held_tokens(self) -> int:
         """All that the check reads, at most."""
         own = self.own_texts
+        # Of the builtin text nothing is held back: probes stand for it.
+        named = {name for name in texts(self.recipe.calibration) if name not in ("builtin", "none")}
         # The experts' texts are read once more, mixed.
-        kinds = len(PROBES) + len(texts(self.recipe.calibration)) + len(own) + (len(own) > 1)
+        kinds = len(PROBES) + len(named) + len(own) + (len(own) > 1)
         return kinds * self.check_windows * min(self.recipe.seq_len, CHECK_WINDOW)
 
     @property
     def fit_tokens(self) -> int:
-        sequences = max(1, self.recipe.calibration_tokens // self.recipe.seq_len)
+        """In whole sequences, at least one of each text."""
+        wanted = self.recipe.calibration_tokens // self.recipe.seq_len
+        sequences = max(len(texts(self.recipe.calibration)), wanted)
         return sequences * self.recipe.seq_len if self.streams else 0
 
     def aside_bytes(self) -> int:

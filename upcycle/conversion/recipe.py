@@ -28,14 +28,14 @@ from upcycle.models.runtimes import Runtime, runtimes_named
 
 PLUG_INS = ("method", "split", "shared_by", "router", "fit", "compensate", "rest")
 """The fields that are a `Choice`."""
-SPLIT_ONLY = (
+OF_METHOD = (
     *("experts", "top_k", "active", "shared", "split", "shared_by", "router"),
-    *("fit", "compensate", "sequential", "keep_dense"),
+    *("fit", "compensate", "sequential", "keep_dense", "granularity", "spread_gain"),
     *("summary", "paper", "departures", "measured"),
 )
-"""What a recipe says of a split, which is void when another method takes its place."""
+"""What a recipe says of its method, which is void when one of another kind takes its place."""
 LOSSY = ("active", "compensate", "sequential", "keep_dense")
-"""What of it pruned copies follow, too."""
+"""What of it splits and pruned copies both follow."""
 SHARED_EXPERTS = (
     "`shared_experts` counted parts of the FFN; now `shared` is the share of it that is always on "
     "and `experts` counts the routed experts alone: 2 of 16 are `experts=14` with `shared=0.125`"
@@ -197,16 +197,17 @@ def load_recipe(
 
 
 def _not_void(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe's fields holds beside what is given: not what it says of a split, where
-    another method takes its place, and no top_k beside an active share.
+    """What of a recipe's fields holds beside what is given: not what it says of its method, where
+    one of another kind takes its place, and no top_k beside an active share.
 
     Raises:
         UpcycleError: both an active share and a top_k are given.
     """
     void: set[str] = set()
-    method = _method_name(given.get("method"))
-    if _method_name(fields.get("method")) == "split" != method:
-        void = set(SPLIT_ONLY) - set(LOSSY if method == "prune" else ())
+    was = _method_kind(fields.get("method"))
+    becomes = _method_kind(given.get("method", fields.get("method")))
+    if was != becomes:
+        void = set(OF_METHOD) - set(() if "copies" in (was, becomes) else LOSSY)
     if given.get("active") is not None:
         if given.get("top_k") is not None:
             raise UpcycleError("`active` chooses `top_k`: give one of them")
@@ -214,7 +215,10 @@ def _not_void(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     return {key: value for key, value in fields.items() if key not in void}
 
 
-def _method_name(method: Any) -> Any:
+def _method_kind(method: Any) -> str:
+    """`split`, `prune` or, of whole ones, perturbed or not, `copies`."""
     if isinstance(method, Choice):
-        return method.name
-    return method.get("name") if isinstance(method, Mapping) else method or "split"
+        name = method.name
+    else:
+        name = method.get("name") if isinstance(method, Mapping) else method or "split"
+    return name if name in ("split", "prune") else "copies"

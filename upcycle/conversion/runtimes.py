@@ -65,6 +65,9 @@ def for_runtimes(
         return layout, held
     if recipe.target != "auto" and targets[recipe.target]:
         return arch, dict(targets)
+    asked = recipe.model_copy(update={"runtimes": ()})
+    if all(_refusal(asked, arch, name) for name in wanted):
+        return arch, dict(targets)  # nothing could run this, which the plan goes on to say
     reasons = "; ".join(f"{name}: {held[name]}" for name in hosts)
     raise UpcycleError(
         f"{_flags(recipe.runtimes)}: no target of this model runs there: {reasons}; "

@@ -128,10 +128,10 @@ def parse_yaml(text: str, where: Path | str) -> Any:
     """A value from YAML without aliases, a few of which make a value of any size.
 
     Raises:
-        UpcycleError: it is not YAML, has aliases or is too deep.
+        UpcycleError: it is not YAML, has aliases, says something twice or is too deep.
     """
     try:
-        value = yaml.load(text, _NoAliases)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         said = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         raise UpcycleError(f"{where} is not YAML: {' '.join(said.split())[:LONGEST]}") from error
@@ -140,12 +140,19 @@ def parse_yaml(text: str, where: Path | str) -> Any:
     return value
 
 
-class _NoAliases(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"write values out in place of aliases{mark}")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.YAMLError(f"{key.value} is given twice{key.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def _too_deep(value: Any) -> bool:

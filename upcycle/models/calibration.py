@@ -22,6 +22,7 @@ CHECK_WINDOW = 512
 REMEDY = "(check included): lower `calibration_tokens`, or give more text"
 SHORTER = "(check included): lower `seq_len`, add `check=none`, or give more text"
 """The same where one sequence is fitted on."""
+CHECK_REMEDY = "for the check: give more text, or pass `check=none`"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ def calibration(
     window = min(seq_len, CHECK_WINDOW)
     length, part = reader.body(seq_len), reader.body(window)
     names = [name for name in texts(text) if name != "none"]
-    names = names[: max(1, sequences)]
     fit_BT = torch.empty(sequences, length, dtype=torch.int64)
     held: dict[str, Tensor] = {}
     # What the model writes comes last: it takes longest, and another text may be at fault.
@@ -82,7 +82,8 @@ def calibration(
             ids = written_tokens(source, reader.tokenizer, count * length, seed, device, progress)
             all_BT = ids[: count * length].view(-1, length)
         else:
-            remedy = REMEDY if len(mine_BT) > 1 else SHORTER
+            some = REMEDY if len(mine_BT) > 1 else SHORTER
+            remedy = some if len(mine_BT) else CHECK_REMEDY
             all_BT = reader.bodies(name, count, length, seed=seed, remedy=remedy)
         mine_BT[:] = all_BT[: len(mine_BT)]
         if back:

@@ -345,11 +345,8 @@ def _length(document: Document) -> int:
     return len(document if isinstance(document, str) else str(document))
 
 
-def load_tokenizer(folder: Path, *, instead: str = "") -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model's folder.
-
-    Args:
-        instead: what the error proposes besides tokenizer files.
 
     Raises:
         UpcycleError: there is none, it can't be read, or it needs a library that is not here.
@@ -359,7 +356,7 @@ def load_tokenizer(folder: Path, *, instead: str = "") -> Any:
     try:
         with blaming(
             f"{folder} holds no tokenizer that transformers reads, so no text can be tokenised "
-            f"(add the model's tokenizer files{instead})"
+            "(add the model's tokenizer files)"
         ):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except UpcycleError:

@@ -85,6 +85,8 @@ class Way(ABC):
     """Whether the router's rows are made for a softmax, which `--target auto` then keeps to."""
     changed: ClassVar[str] = "copies were changed"
     """Why the result is not the dense model's equal, where that is so."""
+    void: ClassVar[tuple[str, ...]] = ("split", "shared_by", "router_spread")
+    """Fields of a recipe that change nothing of what is made."""
     takes_feedback: ClassVar[bool] = False
     """Whether a refit may make up for what the layers before have lost."""
 

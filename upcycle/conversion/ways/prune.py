@@ -47,6 +47,7 @@ RANKING_TOKENS = 16384
 class Prune(Way):
     name = "prune"
     default_router = "membership"
+    void = ("split", "shared_by")
     fewer = "smaller"
 
     def check(self, recipe: Recipe, methods: Methods) -> None:

@@ -30,6 +30,7 @@ from upcycle.models.targets.base import MoETarget
 class Split(Way):
     name = "split"
     default_router = "ridge"
+    void = ()
     takes_feedback = True
     fewer = "faster"
 
