@@ -606,7 +606,7 @@ def test_too_little_memory_leaves_with_2(dense, tmp_path, monkeypatch, raised):
 
     monkeypatch.setattr(conversion, "run", fail)
     sentence = error("convert", dense(), "-o", tmp_path / "out")
-    assert sentence.startswith("out of memory: lower --calibration-tokens")
+    assert sentence.startswith("out of memory: lower --seq-len")
 
 
 def test_a_bug_of_ours_shows(dense, tmp_path, monkeypatch):

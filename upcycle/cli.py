@@ -394,7 +394,8 @@ def finetune(
     * `upcycle finetune merged --recipe routers --data code.txt+law.txt -o out`
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
-    with _errors("interrupted; --resume goes on from the last saved state", as_json=json_):
+    kept = "" if dry_run else "; --resume goes on from the last saved state"
+    with _errors(f"interrupted{kept}", as_json=json_):
         from upcycle.finetune.preflight import check_finetuning
 
         settings = {name: value for name, value in options.items() if value is not None}

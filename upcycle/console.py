@@ -120,7 +120,7 @@ def _expected(budget: "Budget") -> str:
     if budget.expected is None:
         return (
             f"nobody knows: only runs of heal on {LAW_TOKENS:,} tokens and more, where everything "
-            "trains and the dense model teaches, were measured."
+            "trains and the dense model teaches one that is worse than it, were measured."
         )
     return (
         f"perplexity on the held-out text from {budget.ratio:.2f} to about {budget.expected:.2f} × "

@@ -178,7 +178,7 @@ def test_sizes(written_size, num_bytes):
         ("check: maybe", "check='maybe': input should be 'fast', 'full' or 'none'"),
         ("split: 3", "split=3: give a method's name"),
         ("method: [drop]", "method=['drop']: give a method's name"),
-        ("split: {rows: up}", "split.name={'rows': 'up'}: field required"),
+        ("split: {rows: up}", "split.name is missing"),
         ("keep_dense: [0, x]", "keep_dense=[0, 'x']: give layers such as 0,1,29, auto or none"),
         ("[experts, 4]", "is not a mapping of settings to values"),
         ("experts 4", "is not a mapping of settings to values"),

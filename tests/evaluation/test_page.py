@@ -800,7 +800,7 @@ def test_saved_evaluation_takes_no_options_of_a_new_one(model, saved, tmp_path):
     [
         ("not json", "it is not JSON"),
         ("[]", "should be a dictionary"),
-        ("{}", "field required"),
+        ("{}", "is missing"),
         (json.dumps(of_model() | {"texts": []}), "texts=[]: list should have at least"),
         (json.dumps(of_model() | {"window": "x"}), "window='x': input should be a"),
         (json.dumps(of_model() | {"routing": [{"layer": 0}]}), "routing.0.load"),
@@ -834,7 +834,7 @@ def test_lists_of_another_length(model, saved, tmp_path):
     found = of_model()
     arguments = (model, "-o", tmp_path / "r.html", "--evaluation", saved)
     saved.write_text(json.dumps(found | {"tasks": {"arc": {"acc": [0.5]}}}))
-    assert "tasks.arc.acc.1=[0.5]: field required" in error(*arguments)
+    assert "tasks.arc.acc.1 is missing" in error(*arguments)
     found["routing"][2]["co_selection"].pop()
     saved.write_text(json.dumps(found))
     assert error(*arguments).endswith(": co_selection of layer 2 is not 7 x 7, as load says")
@@ -868,7 +868,7 @@ def test_evaluation_that_is_not_there(model, tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"loss": 1}', "field required"),
+        ('{"loss": 1}', "is missing"),
         ('{"step": 1, "loss": "high"}', "loss='high'"),
         ('{"step": 1', "it is not JSON"),
         ("3", "valid dictionary"),

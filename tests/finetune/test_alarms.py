@@ -98,7 +98,7 @@ def texts(tmp_path):
 
 
 QUICK = {
-    "preset": "specialise", "steps": 6, "seq_len": 32, "batch_size": 2, "validation_tokens": 64,
+    "preset": "specialise", "steps": 6, "seq_len": 32, "batch_size": 2, "validation_tokens": 32,
     "validate_every": 2, "lr": 3e-3,
 }  # fmt: skip
 
@@ -155,7 +155,7 @@ def test_a_text_that_training_is_not_about_gets_worse_and_is_told_of(
 ):
     """On the screen once, in the log, in the record; and it does not decide which state is kept."""
     fox, numbers = texts
-    settings = QUICK | {"lr": 2e-2, "steps": 8}
+    settings = QUICK | {"lr": 2e-2, "steps": 16}
     with watching_training(quiet=False) as watch:
         done = finetune(
             str(model), tmp_path / "out", data=str(fox), validate_also=str(numbers), watch=watch,

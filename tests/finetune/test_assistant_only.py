@@ -68,7 +68,7 @@ def test_the_assistants_tokens_are_its_answers(tmp_path, template):
 @pytest.mark.parametrize(
     ("template", "document", "sentence"),
     [
-        (FORGETFUL, CHAT, r"has no \{% generation %\} marks .* or drop assistant_only_loss"),
+        (FORGETFUL, CHAT, r"has no \{% generation %\} marks .* or drop `assistant_only_loss`"),
         (None, CHAT, "needs a chat template, and the tokenizer in .* has none"),
         (PLAIN, "no chat", "the text is not all chats"),
         ("{{ raise_exception('odd') }}", CHAT, "refuses the messages .*: odd"),
@@ -114,6 +114,13 @@ def test_every_sequence_holds_something_to_learn_and_only_answers_are_scored(cha
         assert set(scored) & set("gdlns")
     (used,) = train.used
     assert used.tokens == train.tokens_BL.numel()
+
+
+def test_chats_without_an_answer_are_not_too_short(chatty, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text((json.dumps({"messages": CHAT[:1]}) + "\n") * 60)
+    with pytest.raises(UpcycleError, match="no words of the assistant: give chats in which"):
+        read(chatty, path)
 
 
 def test_the_loss_is_that_of_the_answers_alone(chatty, chats, tmp_path):

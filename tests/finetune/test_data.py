@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from upcycle import UpcycleError
-from upcycle.finetune.data import batch_rows, training_data
+from upcycle.finetune.data import batch_rows, training_data, with_texts
 from upcycle.models import text as text_module
 from upcycle.models.text import public_texts, text_files, weighted
 
@@ -79,6 +79,28 @@ def test_sequences_are_of_all_parts_of_a_text_and_its_end_validates(dense, tmp_p
     (used,) = train.used
     assert (used.text, used.tokens, used.held_out) == ("x.jsonl", 640, 48)
     assert used.total == pytest.approx(200 * (letters + 1), rel=0.1)
+
+
+def test_as_much_validates_as_is_asked_for_of_a_text_that_holds_it(dense, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("a" * 1000)
+    train, held = read(dense(), path, train_tokens=320, validation_tokens=480)
+    assert (len(train), len(held)) == (20, 30)
+    train, held = read(dense(), path, train_tokens=800, validation_tokens=480)
+    assert (len(train), len(held)) == (57, 6)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "tokens", "remedy"), [(16, 128, "`validation_tokens=…`"), (128, 128, "`seq_len`")]
+)
+def test_what_is_validated_on_too_is_too_short_for_a_setting(
+    dense, text, tmp_path, seq_len, tokens, remedy
+):
+    path = tmp_path / "x.txt"
+    path.write_text("a" * 99)
+    _, held = read(dense(), text, seq_len)
+    with pytest.raises(UpcycleError, match=f"of `validate_also=.*`: lower {remedy}, or give more"):
+        with_texts(held, dense(), 272, str(path), seq_len=seq_len, tokens=tokens, seed=0)
 
 
 def test_a_text_that_is_used_up_says_so(dense, tmp_path):
@@ -223,8 +245,8 @@ USER = [{"role": "user", "content": "x" * 60}]
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", b"", r"holds 0 tokens, but two sequences of 16 .* lower `seq_len`"),
-        ("x.txt", b"a" * 16, r"holds 17 tokens, but two sequences"),
+        ("x.txt", b"", r"holds 0 tokens, but two sequences of 16 .* on: give more text"),
+        ("x.txt", b"a" * 16, r"holds 17 tokens, but two sequences of 16 .* lower `seq_len`"),
         ("x.txt", b"caf\xe9" * 60, "is not UTF-8 text"),
         ("x.jsonl", b"", r"holds 0 tokens"),
         ("x.jsonl", b'{"body": "x"}', r'line 1, has none of "text", .* \(it has body\)'),

@@ -169,6 +169,13 @@ def test_a_bfloat16_checkpoint_stays_one(dense, split, train, settings):
     assert held_out_loss(done) == pytest.approx(done.after["loss"], abs=0.1)
 
 
+def test_low_rank_changes_of_rounded_weights_are_of_the_whole_ones(split, train):
+    """The adapter, whose model is not the one in memory while it trains."""
+    source = split()
+    done = train(source, lora=2, dtype="bfloat16", merge=True)
+    assert changed_groups(source, done.out) == {"router", "experts", "shared experts", "attention"}
+
+
 def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monkeypatch):
     """Even where rounding blurs the logits."""
     from upcycle.finetune import publish
@@ -192,7 +199,7 @@ def test_mixed_precision_ends_with_its_run(split, train, tmp_path):
     exact = train(source, tmp_path / "a")
     rounded = train(source, tmp_path / "b", precision="bf16")
     assert 1e-4 < abs(exact.last["loss"] - rounded.last["loss"]) < 0.1
-    for wrong in ({"micro_batch": 3}, {"device": "cuda"}):
+    for wrong in ({"micro_batch": 3}, {"device": "cuda"}, {"tracker": "nonsense"}):
         if not (torch.cuda.is_available() and "device" in wrong):
             with pytest.raises(UpcycleError):
                 train(source, tmp_path / "c", precision="bf16", **wrong)
@@ -454,6 +461,9 @@ def test_a_run_that_diverges_stops_at_that_step_and_leaves_the_best_state(split,
     assert re.search(r"is (nan|inf) \(learning rate 1e\+09 of `lr=1e\+09`, precision no\)", said)
     assert said.endswith(f"{out} holds the state after step 0, the best before")
     assert changed_groups(source, out) == set()
+    card = (out / "README.md").read_text()
+    assert f": {number - 1} steps of 4\n" in card
+    assert "It was to take 4, but a loss or a gradient came to be no number." in card
     assert torch.isfinite(logits(load(out))).all()
     assert all(row["step"] <= number for row in strict_lines(out / "train_log.jsonl"))
     assert not partial_folder(out).exists()
@@ -538,6 +548,22 @@ def test_models_that_do_not_serve_are_refused(dense, split, train, tmp_path):
         train(split(), distill=1.0, teacher=str(dense("eurobert")))
     with pytest.raises(UpcycleError, match="2 layers of 48 and the model 3 layers of 48"):
         train(split(), match_layers=1.0, teacher=str(dense(num_hidden_layers=2)))
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("eurobert", {}, "is no decoder"),
+        ("t5", {}, "is no decoder"),
+        ("llama", {"max_position_embeddings": 16}, "`seq_len=32` .* 16 positions"),
+    ],
+)
+def test_a_teacher_predicts_the_next_token_of_the_models_sequences(
+    dense, split, train, tmp_path, family, fields, message
+):
+    with pytest.raises(UpcycleError, match=f"^`teacher`: .*{message}"):
+        train(split(), distill=1.0, teacher=str(dense(family, **fields)))
     assert not files(tmp_path)
 
 

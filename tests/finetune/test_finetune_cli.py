@@ -81,11 +81,11 @@ def test_how_much_of_a_text_is_used_is_said_and_recorded(model, text, tmp_path):
 
 
 def test_set_replaces_any_setting(model, text, tmp_path):
-    sets = ["--set", "next_token=2.5", "--set", "router_warmup=0.25", "--set", "train=router"]
+    sets = ["--set", "next_token=2.5", "--set", "clip=0.25", "--set", "train=router"]
     result = run(model, "-o", tmp_path / "out", "--data", text, *QUICK, *sets, "--json")
     settings = json.loads(result.stdout)["settings"]
     assert (settings["train"], settings["next_token"]) == ("router", 2.5)
-    assert settings["router_warmup"] == 0.25
+    assert settings["clip"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,12 @@ def test_set_replaces_any_setting(model, text, tmp_path):
         (["--set", "leraning_rate=1"], "unknown setting 'leraning_rate'"),
         (["--set", "lr"], "--set 'lr' is not KEY=VALUE"),
         (["--data", "missing.txt"], "--data 'missing.txt' is not a file"),
+        (["--data", "probe:code"], "is for --set validate_also=… alone"),
+        (
+            ["--set", "validate_also=x.txt"],
+            "--set validate_also='x.txt' is not a file: give probes",
+        ),
+        (["--set", "router_losses.erc.alpha=0.5"], "router_losses.erc.weight is missing"),
         (["--data", "builtin*0+builtin"], "has 'builtin' count 0 times: leave it out"),
         (["--train", "routers"], "train='routers'"),
         (["--merge"], "give --lora RANK too"),
@@ -134,10 +140,10 @@ def test_dense_model_of_that_name_is_another(model, dense, text, tmp_path):
     [
         ("[", "it is not JSON"),
         ("[]", "=[]: "),
-        ("{}", "out={}: field required"),
+        ("{}", "out is missing"),
         ('{"training": null}', "training=None: "),
-        ('{"training": [{"step": 3}]}', "training.0.model={'step': 3}: field required"),
-        ('{"out": "x", "plan": {"source": "x"}}', "plan.family={'source': 'x'}: field required"),
+        ('{"training": [{"step": 3}]}', "training.0.model is missing"),
+        ('{"out": "x", "plan": {"source": "x"}}', "plan.family is missing"),
     ],
 )
 def test_damaged_record(model, text, tmp_path, record, problem):

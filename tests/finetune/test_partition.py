@@ -166,6 +166,6 @@ def test_what_runs_experts_otherwise_is_refused(dense, moe, tmp_path, settings, 
 
 def test_copies_keep_their_neurons(dense, moe, tmp_path):
     source = moe(dense(), target="mixtral", method="copy", experts=4)
-    with pytest.raises(UpcycleError, match="was made by `copy`: train moe"):
+    with pytest.raises(UpcycleError, match="was made by copy: give `train=moe`"):
         finetune(str(source), tmp_path / "out", **QUICK)
     assert not list(tmp_path.iterdir())

@@ -129,13 +129,13 @@ def test_interrupted_and_resumed_is_the_same_as_never_stopped(model, train, tmp_
         ({"router_losses": {"cv3": 1}}, "unknown router loss 'cv3', did you mean 'cv2'"),
         ({"router_losses": {"balance": 1}}, "`router_losses.balance` is `balance=1`"),
         ({"router_losses": {"erc": {"weight": 1, "beta": 1}}}, "'erc' has no parameter 'beta'"),
-        ({"router_losses": {"erc": {"alpha": 1}}}, "router_losses.erc.weight="),
+        ({"router_losses": {"erc": {"alpha": 1}}}, "router_losses.erc.weight is missing"),
         ({"router_losses": {"erc": {"weight": 1, "alpha": -1}}}, "'erc': alpha=-1"),
         ({"router_losses": {"cv2": -1}}, "router_losses.cv2.weight=-1"),
         ({"router_losses": {"cv2": 1}, "train": "experts"}, "has no effect with `train=experts`"),
         (
             {"router_losses": {"labels": {"weight": 1, "experts": [[0]]}}},
-            "`router_losses.labels=1` has no effect: experts is of 1 texts, but `data` of 2",
+            "no effect: `router_losses.labels.experts=…` is of 1 texts, but `data` of 2",
         ),
         (
             {"router_losses": {"erc": 1}, "lora": 2},

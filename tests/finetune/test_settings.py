@@ -60,6 +60,9 @@ def test_validations_read_a_quarter_of_what_trains(tokens, settings, held, valid
         ({"next_token": 0}, "`next_token=0` leaves no loss"),
         ({"next_token": 0, "balance": 1, "teacher": "x"}, "`next_token=0` leaves no loss"),
         ({"merge": True}, "give `lora=RANK` too"),
+        ({"lora_alpha": 8}, "`lora_alpha=8` is about low-rank changes: give `lora=RANK`"),
+        ({"train": "experts", "router_lr": 0.1}, "`router_lr=0.1` has no effect .* leave it out"),
+        ({"train": "router", "weight_decay": 0.1}, "`weight_decay=0.1` has no effect with"),
         ({"lora": 4, "balance_bias": 0.1}, "`balance_bias=.*` changes .* which `lora` leaves"),
         ({"train": "experts", "balance": 0.5}, "`balance=0.5` has no effect with `train=experts`"),
         ({"train": "experts", "z_loss": 0.5}, "`z_loss=0.5` has no effect"),
@@ -75,7 +78,7 @@ def test_validations_read_a_quarter_of_what_trains(tokens, settings, held, valid
         ),
         ({"hoyer": 0.1}, "`hoyer=0.1` .* give `activation=relu`"),
         ({"activation": "relu"}, "`activation=relu` .* give `train=all`"),
-        ({"activation": "relu", "train": "all", "lora": 4}, "leave `lora` out"),
+        ({"activation": "relu", "train": "all", "lora": 4}, "leave `lora` out, or begin with"),
         ({"activation": "relu", "train": "all", "balance": 0.1}, "leave `balance` out"),
         ({"leraning_rate": 1}, "unknown setting 'leraning_rate'"),
         ({"lr": 0}, "lr=0"),
@@ -133,7 +136,14 @@ def test_alpha_is_twice_the_rank():
 
 def test_presets_leave_routers_alone_where_only_experts_train():
     training = load_training("specialise", {"train": "experts"})
-    assert (training.balance, training.z_loss) == (0, 0)
+    assert (training.balance, training.z_loss, training.router_lr) == (0, 0, None)
+
+
+def test_the_learning_rate_that_is_asked_for_is_that_of_routers_that_train_alone():
+    for settings, router_lr in [({}, 1e-3), ({"lr": 0.5}, None), ({"lr": 1, "router_lr": 2}, 2)]:
+        training = load_training("specialise", {"train": "router", **settings})
+        assert (training.router_lr, training.weight_decay) == (router_lr, 0)
+    assert load_training("specialise", {"lr": 0.5}).router_lr == 1e-3
 
 
 @pytest.mark.parametrize("other", [{"train": "router"}, {"train": "moe"}, {"lora": 4}])

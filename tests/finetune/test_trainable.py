@@ -6,6 +6,7 @@ from reference import load
 from tiny import make_holder
 from torch import nn
 
+from upcycle import UpcycleError
 from upcycle.finetune.routers import Scale
 from upcycle.finetune.settings import Training
 from upcycle.finetune.trainable import add_lora, freeze_all_but, members, summary, trained
@@ -74,6 +75,14 @@ def test_a_part_that_starts_after_the_last_step_is_frozen(several):
     assert parts == {"router", "norms", "ffn"}
     changed = add_lora(model, table, Training(train="all", lora=2, starts={"attention": 1.0}))
     assert {item.member.part for item in trained(changed, table)} == {"router", "ffn"}
+
+
+def test_parts_that_never_begin_are_not_said_to_be_missing(several):
+    frozen = Training(train="experts", starts={"ffn": 1.0})
+    for train in (freeze_all_but, add_lora):
+        settings = frozen.model_copy(update={"lora": 2 if train is add_lora else None})
+        with pytest.raises(UpcycleError, match="nothing begins to move before the last step"):
+            train(several, known(several), settings)
 
 
 def test_low_rank_changes_leave_towers_alone(several):

@@ -132,15 +132,6 @@ def test_exactly_enough_text_is_enough(tiny, tmp_path):
     )
 
 
-def test_of_one_sequence_fewer_tokens_are_no_remedy(tiny, tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("x" * 4)
-    assert refusal(tiny, path, sequences=1) == (
-        f"text {str(path)!r} holds 5 tokens, but 8 are needed (check included): "
-        "lower `seq_len`, add `check=none`, or give more text"
-    )
-
-
 def test_the_check_reads_every_text_however_little_is_fitted_on(tiny, tmp_path):
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_text("x" * 15)
@@ -153,6 +144,15 @@ def test_the_check_reads_every_text_however_little_is_fitted_on(tiny, tmp_path):
     two.write_text("y")
     with pytest.raises(UpcycleError, match="for the check: give more text, or pass `check=none`"):
         calibrated(tiny, f"{one}+{two}", 0, windows=2)
+
+
+def test_of_one_sequence_fewer_tokens_are_no_remedy(tiny, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 4)
+    assert refusal(tiny, path, sequences=1) == (
+        f"text {str(path)!r} holds 5 tokens, but 8 are needed (check included): "
+        "lower `seq_len`, add `check=none`, or give more text"
+    )
 
 
 def test_only_a_few_times_as_much_is_read_as_needed(tiny, monkeypatch):

@@ -87,7 +87,7 @@ def test_perplexity_that_is_no_number_is_read(made, tmp_path):
         (("check", "kinds", 0, "ratio"), 1e308, "check.kinds.0.ratio=1e+308: it is beyond 1e+300"),
         (("source",), "x", "source='x': input should be a valid dictionary"),
         (("layers", 1, "dense"), None, "layers.1.dense=None: input should be a valid boolean"),
-        (("training",), [{}], "training.0.model={}: field required"),
+        (("training",), [{}], "training.0.model is missing"),
     ],
 )
 def test_damage_is_told_by_file_and_field(made, tmp_path, place, value, problem):

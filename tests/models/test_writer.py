@@ -238,7 +238,7 @@ def test_publishing_spares_what_appeared_meanwhile(out):
     workspace.done("layer 0", {})
     out.mkdir()
     (out / "mine").write_text("x")
-    with pytest.raises(UpcycleError, match="out appeared while converting: pass `overwrite`"):
+    with pytest.raises(UpcycleError, match="out appeared meanwhile: pass `overwrite`"):
         workspace.publish(overwrite=False)
     assert (out / "mine").read_text() == "x"
     workspace.abandon()

@@ -27,8 +27,9 @@ NO_MEMORY = ("not enough memory", "allocate memory", "out of memory", "bad_alloc
 """What a RuntimeError says that is a lack of memory; torch has no other on a CPU."""
 NO_ROOM = ("No space left", "os error 28")
 OUT_OF_MEMORY = (
-    f"out of memory: lower `calibration_tokens`, `seq_len` or {setting('micro_batch')}, or pass "
-    "`check=none`"
+    f"out of memory: lower `seq_len` or {setting('micro_batch')}; to convert, lower "
+    "`calibration_tokens` or pass `check=none`; to train, give "
+    f"{setting('gradient_checkpointing', True)} or `lora=8`"
 )
 
 
@@ -172,6 +173,8 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     # Which of several kinds a value was taken for, <kind>, is no field.
     field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("<"))
+    if problem["type"] == "missing":
+        return f"{field} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     value = _short.repr(problem["input"])
     value = value if len(value) <= 120 else f"{value[:60]} … {value[-40:]}"

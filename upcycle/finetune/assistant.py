@@ -20,12 +20,12 @@ def assistant_tokens(reader: Reader, document: Document) -> tuple[list[int], lis
     """
     if isinstance(document, str):
         raise UpcycleError(
-            "assistant_only_loss trains on the assistant's turns, but the text is not all chats: "
+            "`assistant_only_loss` trains on the assistant's turns, but the text is not all chats: "
             'give a .jsonl with "messages" on every line'
         )
     if reader.tokenizer.chat_template is None:
         raise UpcycleError(
-            "assistant_only_loss needs a chat template, and the tokenizer in "
+            "`assistant_only_loss` needs a chat template, and the tokenizer in "
             f"{reader.folder} has none"
         )
     try:
@@ -50,7 +50,7 @@ def _marked(reader: Reader, chat: list[Message]) -> tuple[str, list[tuple[int, i
     if not tokenizer.is_fast:
         raise UpcycleError(
             f"the tokenizer in {reader.folder} does not tell which characters its tokens stand "
-            "for: add a tokenizer.json, or drop assistant_only_loss"
+            "for: add a tokenizer.json, or drop `assistant_only_loss`"
         )
     if MARKS.search(tokenizer.get_chat_template()):
         return render_marked(tokenizer, chat)
@@ -66,7 +66,7 @@ def _marked(reader: Reader, chat: list[Message]) -> tuple[str, list[tuple[int, i
             raise UpcycleError(
                 f"the chat template in {reader.folder} has no {{% generation %}} marks and renders "
                 "turns otherwise as a chat goes on, so nobody can tell which tokens are the "
-                "assistant's: add the marks, or drop assistant_only_loss"
+                "assistant's: add the marks, or drop `assistant_only_loss`"
             )
         spans.append((len(before), len(until)))
     return whole, spans

@@ -14,6 +14,7 @@ from upcycle.core.flags import setting
 from upcycle.core.paths import public_name
 from upcycle.core.rng import generator
 from upcycle.finetune.assistant import chat_stream
+from upcycle.finetune.settings import SHORTEST
 from upcycle.models.record import Used
 from upcycle.models.text import documents, parse, texts, weighted
 from upcycle.models.tokens import Drawn, Reader, open_reader
@@ -77,13 +78,13 @@ def training_data(
     Of several texts joined by +, each gives an equal part, or as `weighted` says. Sequences are
     taken evenly from all over a text, but of a hub dataset the first ones; the last of them
     validate, the others train. A text that holds less than is asked for is used whole, its last
-    sequence padded; training then goes over it several times.
+    sequence padded, and at most a tenth of it validates; training then goes over the rest several
+    times.
 
     Args:
         folder: holds the tokenizer.
         text: files, `builtin` or `hf:…`, as for calibration; .jsonl may hold chats ("messages").
-        train_tokens, validation_tokens: how many to read at most; validation gets at most a tenth
-            of what there is, but at least one sequence.
+        train_tokens, validation_tokens: how many to read at most, of each at least one sequence.
         assistant_only: of chats only the assistant's turns are to be learnt. Sequences that hold
             nothing of them are left out.
 
@@ -96,16 +97,17 @@ def training_data(
     for number, (name, weight) in enumerate(named):
         share = weight / all_weights
         wanted = math.ceil(share * (train_tokens + validation_tokens))
-        rows = max(2, -(-wanted // seq_len))  # one to train, one to validate, however few are asked
+        asked = max(2, -(-wanted // seq_len))  # one to train, one to validate, however few
         spread = SPREAD if parse(name).local else 1
         if assistant_only:
-            drawn, scored = _chats(reader, name, rows, seq_len, seed)
+            drawn, scored = _chats(reader, name, asked, seq_len, seed)
         else:
-            drawn = reader.drawn(name, rows, reader.body(seq_len), seed=seed, spread=spread)
+            drawn = reader.drawn(name, asked, reader.body(seq_len), seed=seed, spread=spread)
             scored = torch.ones_like(drawn.ids, dtype=torch.bool)
         whole = _pack(name, reader, drawn.ids, scored, seq_len, number)
         rows = len(whole)
-        last = max(1, min(math.floor(share * validation_tokens / seq_len), rows // 10))
+        most = rows - 1 if rows == asked else rows // 10
+        last = max(1, min(math.floor(share * validation_tokens / seq_len), most))
         train, held = (whole.take(part) for part in torch.arange(rows).split([rows - last, last]))
         parts.append((train, held))
         used.append(_used(name, reader.total(name, drawn, seed=seed), train, held))
@@ -127,6 +129,11 @@ def _chats(reader: Reader, name: str, rows: int, seq_len: int, seed: int) -> tup
     found = chat_stream(reader, documents(name, seed), most)
     ids, scored = torch.tensor(found[0], dtype=torch.int64), torch.tensor(found[1])
     total = len(ids) if len(ids) < most else None
+    if not scored.any():
+        raise UpcycleError(
+            f"`data={name!r}` holds no words of the assistant: give chats in which it answers, or "
+            "drop `assistant_only_loss`"
+        )
     whole = len(ids) // length * length
     first = 0 if reader.front else 1  # nothing foretells the first token of a window
     kept = scored[:whole].view(-1, length)[:, first:].any(1).nonzero()[:, 0]
@@ -153,9 +160,10 @@ def _pack(
     """Whole sequences of the tokens of a text, and of its end."""
     length = reader.body(seq_len)
     if len(ids) < length + 2:
+        enough = len(ids) >= reader.body(SHORTEST) + 2
         raise UpcycleError(
             f"`data={name!r}` holds {len(ids):,} tokens, but two sequences of {seq_len} are the "
-            "least to train and validate on: lower `seq_len`, or give more text"
+            f"least to train and validate on: {'lower `seq_len`, or ' * enough}give more text"
         )
     if not reader.front and len(ids) % length == 1:
         ids = ids[:-1]  # a sequence of one token predicts nothing
@@ -191,8 +199,9 @@ def with_texts(
     """
     reader, names = open_reader(folder, vocab_size), texts(text)
     count, parts, used = max(1, tokens // len(names) // seq_len), [held], [*held.used]
+    less = "`seq_len`" if count == 1 else setting("validation_tokens")
+    remedy = f"of {setting('validate_also', text)}: lower {less}, or give more text"
     for number, name in enumerate(names, len(held.used)):
-        remedy = f"({setting('validation_tokens')} of {setting('validate_also', text)})"
         tokens_BL = reader.windows(name, count, seq_len, seed=seed, remedy=remedy)
         mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
         scored_BL = mask_BL.clone()

@@ -59,7 +59,7 @@ def open_job(
     if request.train == "partition" and made != "split":
         raise UpcycleError(
             f"`train=partition` deals the neurons of a split out anew, but {model} was made by "
-            f"`{made}`: train moe"
+            f"{made}: give `train=moe`"
         )
     teacher = _teacher_folder(request, folder, stack)
     if teacher is not None and isinstance(record, Made) and settings.get("teacher") is None:
@@ -108,13 +108,9 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
         return None
     try:
         teacher = stack.enter_context(checkpoint_folder(request.teacher))
+        _check_teacher(request, teacher)
     except UpcycleError as error:
         raise UpcycleError(f"`teacher`: {error}") from error
-    if (kind := kind_of(teacher)) != "a decoder":
-        raise UpcycleError(
-            f"`teacher={request.teacher}` is {kind}, which teaches a decoder nothing: name the "
-            "dense model that it was made from"
-        )
     theirs, ours = (read_text_config(each).vocab_size for each in (teacher, folder))
     if theirs != ours:
         raise UpcycleError(
@@ -129,6 +125,16 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
             f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use `distill`"
         )
     return teacher
+
+
+def _check_teacher(request: Training, teacher: Path) -> None:
+    """It predicts the next token, of sequences as long as those that the model reads."""
+    if (kind := kind_of(teacher)) != "a decoder":
+        raise UpcycleError(
+            f"{request.teacher} is {kind}, which teaches a decoder nothing: name the dense model "
+            "that it was made from"
+        )
+    check_seq_len(request.seq_len, read_text_config(teacher))
 
 
 def _depth_and_width(folder: Path) -> tuple[int, int]:

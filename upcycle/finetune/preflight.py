@@ -32,4 +32,4 @@ def check_texts(request: Training) -> None:
         if not weight:
             raise UpcycleError(f"`data={request.data}` has {text!r} count 0 times: leave it out")
     for text in texts(request.validate_also or "probes"):
-        check_text(text, "text")
+        check_text(text, "validate_also")

@@ -35,6 +35,7 @@ def accelerator_for(request: Training) -> Iterator[Accelerator]:
             project_dir=".",
         )
     except (ValueError, ImportError) as error:
+        AcceleratorState._reset_state()
         reason = " ".join(str(error).split())
         raise UpcycleError(f"accelerate can't start: {reason}") from error
     try:
@@ -98,7 +99,7 @@ def _shard_in_float32(accelerator: Accelerator, request: Training) -> None:
     others where they are used, as without FSDP."""
     if request.dtype not in ("auto", "float32") and not request.lora:
         raise UpcycleError(
-            f"dtype={request.dtype} with FSDP, which shards weights of one dtype, while routers "
-            "stay in float32: use `precision`"
+            f"{setting('dtype', request.dtype)} with FSDP, which shards weights of one dtype, "
+            "while routers stay in float32: use `precision`"
         )
     accelerator.state.fsdp_plugin.mixed_precision_policy = None

@@ -1,6 +1,6 @@
 """What a training run does: presets and their settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,12 +42,19 @@ PARTS: dict[Train, tuple[Part, ...]] = {
 """What trains besides routers."""
 OF_MATRICES: tuple[Part, ...] = ("ffn", "attention")
 """What low-rank changes are of."""
-OF_ROUTERS = ("balance", "z_loss", "router_losses", "dense_router_gradient", "router_warmup")
+OF_ROUTERS = (
+    *("balance", "z_loss", "router_losses", "dense_router_gradient"),
+    *("router_lr", "router_warmup"),
+)
 """Settings that have an effect only where routers train."""
 OF_EXPERTS = (*OF_ROUTERS, "gating", "balance_bias", "lora")
 """Settings that do not go with another activation of a dense model."""
+OF_OTHERS = ("weight_decay", "router_warmup")
+"""Settings that have an effect only where not routers alone train."""
 OF_ORDINARY_PASSES = ("lora", "gating", "dense_router_gradient")
 """Settings that do not go with learning a partition."""
+SHORTEST = 8
+"""Tokens of a sequence."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -96,15 +103,16 @@ class Training(BaseModel):
     """To train on, from all over a file; its end validates. By default 262144."""
     steps: PositiveInt | None = None
     """To train for, instead of tokens."""
-    seq_len: PositiveInt = Field(default=512, ge=8)
+    seq_len: PositiveInt = Field(default=512, ge=SHORTEST)
     """Tokens per sequence."""
     batch_size: PositiveInt = Field(default=8, le=2**20)
     """Sequences per step, over all processes."""
     micro_batch: PositiveInt = 1
     """Sequences that a process holds activations of at a time."""
     validation_tokens: PositiveInt | None = None
-    """Held back from the end of the text, to validate on. By default a twentieth of the tokens to
-    train on, at most 8192."""
+    """Held back from the end of the text, to validate on; of a text that holds too little for that
+    and for training, at most a tenth. By default a twentieth of the tokens to train on, at most
+    8192."""
     validate_also: str | None = None
     """Texts, joined by +, that are validated on, too, and never decide which state is kept, such
     as `probe:code+probe:news`: whether training costs what it is not about."""
@@ -113,7 +121,8 @@ class Training(BaseModel):
     together read no more than a quarter of what training does, which takes about a tenth of the
     time. The state is saved after each of them, and after every tenth of the steps."""
     keep_best: bool = True
-    """The result is the state with the lowest validation perplexity, not the last one."""
+    """The result is the state that did best in validation, not the last one: by its loss, of which
+    with `distill` both parts count, each times its weight."""
 
     lr: PositiveFloat | None = None
     """Highest learning rate. By default `relative_lr` by the model's weights."""
@@ -223,8 +232,9 @@ class Training(BaseModel):
                 )
 
     def _check_low_rank(self) -> None:
-        if self.merge and self.lora is None:
-            raise UpcycleError("`merge` merges low-rank changes: give `lora=RANK` too")
+        if self.lora is None and (self.merge or self.lora_alpha is not None):
+            what = "`merge`" if self.merge else setting("lora_alpha", self.lora_alpha)
+            raise UpcycleError(f"{what} is about low-rank changes: give `lora=RANK` too")
         if self.lora and self.balance_bias:
             raise UpcycleError(
                 f"{setting('balance_bias', self.balance_bias)} changes the checkpoint itself, "
@@ -233,8 +243,9 @@ class Training(BaseModel):
 
     def _check_trained(self) -> None:
         """What has no effect on what trains."""
-        void = {"partition": OF_ORDINARY_PASSES, "experts": OF_ROUTERS}.get(self.train, ())
-        for name in filter(lambda name: getattr(self, name), void):
+        kept = {"experts": "the routers", "router": "all but the routers"}
+        void = {"partition": OF_ORDINARY_PASSES, "experts": OF_ROUTERS, "router": OF_OTHERS}
+        for name in filter(lambda name: getattr(self, name), void.get(self.train, ())):
             what = setting(name, getattr(self, name))
             if self.train == "partition":
                 raise UpcycleError(
@@ -242,8 +253,8 @@ class Training(BaseModel):
                     "of its own: leave it out"
                 )
             raise UpcycleError(
-                f"{what} has no effect with `train=experts`, which leaves the routers as they "
-                "are: set it to 0, or train moe"
+                f"{what} has no effect with `train={self.train}`, which leaves {kept[self.train]} "
+                "alone: leave it out, or give `train=moe`"
             )
 
     def _check_activation(self) -> None:
@@ -263,7 +274,7 @@ class Training(BaseModel):
         for name in filter(lambda name: getattr(self, name), OF_EXPERTS):
             raise UpcycleError(
                 f"{given} trains all weights of a dense model, which has no experts yet: leave "
-                f"{setting(name)} out"
+                f"{setting(name)} out, or begin with the preset relufy, if yours has it"
             )
 
     def _check_schedules(self) -> None:
@@ -409,9 +420,20 @@ def load_training(
     for one, other in (("tokens", "steps"), ("steps", "tokens")):
         if overrides.get(one) is not None:
             fields.pop(other, None)
-    if overrides.get("train") == "experts":
-        fields = {name: value for name, value in fields.items() if name not in OF_ROUTERS}
+    for name in _void(fields, overrides):
+        fields.pop(name, None)
     override(fields, overrides, {"gating": None}, {"router_losses"})
     if fields.get("teacher") is None and (fields.get("distill") or fields.get("match_layers")):
         fields["teacher"] = origin
     return validated(Training, fields, "the request")
+
+
+def _void(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[str]:
+    """A preset's settings that have no effect on what is to train in its place, and its learning
+    rate of routers where another one is asked for and they train alone."""
+    for train, names in (("experts", OF_ROUTERS), ("router", OF_OTHERS)):
+        if overrides.get("train") == train:
+            yield from names
+    alone = overrides.get("train", fields.get("train")) == "router"
+    if alone and overrides.get("lr") is not None:
+        yield "router_lr"

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.finetune.partition import AFFINITY
 from upcycle.finetune.routers import Scale
 from upcycle.finetune.settings import Train, Training
@@ -125,8 +126,15 @@ def freeze_all_but(model: nn.Module, known: Members, settings: Training) -> None
         member = known.get(id(parameter))
         parameter.requires_grad_(member is not None and asked(member, settings))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        groups = " or ".join(TRAINS[settings.train])
-        raise UpcycleError(f"`train={settings.train}`: the model has no {groups}")
+        raise UpcycleError(f"`train={settings.train}`: {_why_nothing(known, settings)}")
+
+
+def _why_nothing(known: Members, settings: Training) -> str:
+    """Why nothing of what was asked for trains."""
+    groups = TRAINS[settings.train]
+    if any(m.group in groups and settings.start(m.part) >= 1 for m in known.values()):
+        return f"nothing begins to move before the last step: lower {setting('starts')}"
+    return f"the model has no {' or '.join(groups)}"
 
 
 def add_lora(model: nn.Module, known: Members, settings: Training) -> Any:
@@ -152,8 +160,8 @@ def add_lora(model: nn.Module, known: Members, settings: Training) -> Any:
     attention = {m.name.removesuffix(".weight") for m in matrices if m.group == "attention"}
     parameters = {m.name for m in matrices if m.group in GROUPS[:3] + GROUPS[4:5]}
     if not attention | parameters:
-        groups = " or ".join(TRAINS[settings.train])
-        raise UpcycleError(f"`lora` with `train={settings.train}`: the model has no {groups}")
+        why = _why_nothing(known, settings)
+        raise UpcycleError(f"`lora` with `train={settings.train}`: {why}")
     config = LoraConfig(
         r=settings.lora,
         lora_alpha=settings.alpha,

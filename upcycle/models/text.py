@@ -21,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.paths import local_path, public_name
 from upcycle.models.reading import COMPRESSED, ENDINGS, ending, read_dataset, read_file
 from upcycle.models.rows import Document, Exchange
@@ -38,6 +39,7 @@ NAMES = {
     "calibration": ("mixed", "builtin", "self", "none"),
     "data": ("builtin",),
     "text": ("probes", "builtin"),
+    "validate_also": ("probes", "builtin"),
 }
 """Of texts that are no files, by what they are for."""
 MODULE_MOST = 4000
@@ -187,9 +189,10 @@ def check_text(text: str, field: str = "calibration") -> None:
     """
     if text in NAMES[field]:
         return
-    if field != "text" and text in ("probes", *PROBES):
+    if "probes" not in NAMES[field] and text in ("probes", *PROBES):
+        measured = setting("validate_also") if field == "data" else "`text`"
         raise UpcycleError(
-            f"`{field}={text!r}` is for `text` alone: nothing is ever fitted on probes"
+            f"`{field}={text!r}` is for {measured} alone: nothing is ever fitted on probes"
         )
     parse(text, field)
 

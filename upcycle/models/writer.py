@@ -243,7 +243,7 @@ class Workspace:
         """Make the result the folder OUT, in place of a former one if that is to be overwritten.
         When this returns, it is on the disk."""
         if self.out.exists() and not overwrite and any(self.out.iterdir()):
-            raise UpcycleError(f"{self.out} appeared while converting: pass `overwrite`")
+            raise UpcycleError(f"{self.out} appeared meanwhile: pass `overwrite`")
         sync_tree(self.result)
         _exchange(self.result, self.out, self.folder / FORMER)
         sync(self.out.parent)

@@ -7,6 +7,7 @@ law model, trained on `code.txt+law.txt`, the first text's expert is the first.
 import torch
 from torch import Tensor
 
+from upcycle.core.flags import setting
 from upcycle.core.registry import Params
 from upcycle.finetune.router_losses.base import Facts, Seen, router_loss
 
@@ -30,9 +31,13 @@ def of_other_texts(facts: Facts, params: Labels) -> str:
     if params.experts is None:
         if facts.experts % facts.texts == 0:
             return ""
-        return f"{facts.texts} texts get no equal parts of {facts.experts} experts: give experts"
+        return (
+            f"{facts.texts} texts get no equal parts of {facts.experts} experts: say which each "
+            f"has by {setting('router_losses.labels.experts')}"
+        )
     if len(params.experts) != facts.texts:
-        return f"experts is of {len(params.experts)} texts, but `data` of {facts.texts}"
+        given = setting("router_losses.labels.experts")
+        return f"{given} is of {len(params.experts)} texts, but `data` of {facts.texts}"
     wrong = [e for group in params.experts for e in group if not 0 <= e < facts.experts]
     return f"there is no expert {wrong[0]} among {facts.experts}" if wrong else ""
 
