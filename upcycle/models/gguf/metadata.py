@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import gguf
+import numpy as np
+
 from upcycle.core.errors import UpcycleError
 from upcycle.models.gguf.file import GgufFile
 
@@ -26,7 +29,7 @@ class Metadata:
     def __init__(self, file: GgufFile) -> None:
         self.label, self.prefix = file.label, f"{file.architecture}."
         self.rest = {
-            key.removeprefix(self.prefix): field.contents()
+            key.removeprefix(self.prefix): _value(field)
             for key, field in file.fields.items()
             if key.startswith(self.prefix)
         }
@@ -88,6 +91,19 @@ class Metadata:
                 f"{self.label} sets {self.prefix}{key}={_short(value)}, which upcycle does not "
                 "understand and which may change what the model computes: give its safetensors"
             )
+
+
+def _value(field: gguf.ReaderField) -> Any:
+    """What a field says; of a float32 the shortest number that is stored so, which is what the
+    model's config.json said: 1e-06, not 9.999999974752427e-07."""
+    value = field.contents()
+    if field.types[-1] != gguf.GGUFValueType.FLOAT32:
+        return value
+    return [*map(_shortest, value)] if isinstance(value, list) else _shortest(value)
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value)))
 
 
 def _short(value: Any) -> str:
