@@ -17,12 +17,14 @@ def main() -> None:
     for folder in args.models:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": args.prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        prompt = tokenizer(args.prompt, return_tensors="pt")
+        if tokenizer.chat_template is not None:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": args.prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
         start = time.monotonic()
         output = model.generate(**prompt, max_new_tokens=args.tokens, do_sample=False)
         seconds = time.monotonic() - start

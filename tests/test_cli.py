@@ -16,6 +16,7 @@ import torch
 import typer
 import yaml
 from hosting import DECODER_TARGETS as TARGETS
+from huggingface_hub.utils import logging as hub_logging
 from reference import load
 from tiny import PLAIN_SPLIT
 from typer.testing import CliRunner
@@ -823,6 +824,12 @@ def test_inspect_a_dense_model(dense):
     assert {name for name, why in facts["targets"].items() if why == "ok"} == {
         "glm4_moe", "granitemoeshared", "mixtral", "qwen2_moe",
     }  # fmt: skip
+
+
+def test_inspect_keeps_the_hubs_retries_to_itself(dense):
+    hub_logging.set_verbosity_warning()
+    report("inspect", dense())
+    assert hub_logging.get_verbosity() == hub_logging.ERROR
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -86,6 +86,15 @@ def test_every_kind_of_text_has_a_row(converted, shown, text):
         ]
 
 
+def test_files_of_one_name_have_a_row_each(converted, shown):
+    done = converted()
+    given = {0: "a/notes.txt", 1: "b/notes.txt", 2: "c/code.txt"}
+    kinds = [replace(k, kind=given.get(i, k.kind)) for i, k in enumerate(done.check.kinds)]
+    page = shown(replace(done, check=replace(done.check, kinds=kinds)))
+    for kind, name in zip(kinds[:3], ("a/notes.txt", "b/notes.txt", "c/code.txt"), strict=True):
+        assert f"│ {name} │ {kind.perplexity_dense:.2f} │" in joined(page)
+
+
 def test_what_the_check_read_is_said(converted, shown):
     words = joined(shown(converted()))
     assert (

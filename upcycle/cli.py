@@ -264,7 +264,10 @@ def _texts(words: list[str], *, added: bool) -> dict[str, str]:
         alone = added and ("=" not in word or local_path(word).exists())
         name, text = ("", word) if alone else _text(word)
         if name in found:
-            raise UpcycleError(f"--text gives {name or 'the new expert'} two texts: join them by +")
+            raise UpcycleError(
+                f"--text gives {name or 'the new expert'} two texts: give one file, or a folder of "
+                "both"
+            )
         found[name] = text
     return found
 
@@ -544,6 +547,7 @@ def inspect(
         from upcycle.conversion.inspection import inspect_model
         from upcycle.evaluation.stability import partition_agreement
 
+        _quiet_model_loading()
         report = inspect_model(model, revision=revision)
         if partition is not None:
             report["agreement"] = partition_agreement(model, partition)

@@ -494,9 +494,9 @@ def _show_kinds(check: "Report") -> None:
         return
     colour = COLOURS[verdict(check.ratios).grade]
     rows = {}
-    for kind in check.kinds:
+    for name, kind in zip(_told_apart(k.kind for k in check.kinds), check.kinds, strict=True):
         mark = Text(f"{kind.ratio:.2f}", colour if kind is check.worst else "")
-        rows[kind_name(kind.kind)] = (
+        rows[name] = (
             f"{kind.perplexity_dense:.2f}",
             f"{kind.perplexity_moe:.2f}",
             mark,
@@ -579,13 +579,13 @@ def show_hidden(report: "HiddenEvaluation") -> None:
     )
 
 
-def _show_hidden_texts(title: str, texts: "Iterable[HiddenResult]") -> None:
+def _show_hidden_texts(title: str, texts: "Sequence[HiddenResult]") -> None:
     numbers = {
-        kind_name(text.kind): (
+        name: (
             *(f"{text.error:.3f}", f"{text.worst_window:.3f}"),
             *(f"{text.cosine:.4f}", f"{text.pooled_cosine:.4f}"),
         )
-        for text in texts
+        for name, text in zip(_told_apart(t.kind for t in texts), texts, strict=True)
     }
     table(title, numbers, "error", "worst window", "cosine", "cosine of means")
 
@@ -595,7 +595,7 @@ def _show_texts(title: str, report: "Evaluation") -> None:
     if report.against is not None:
         headings += ["dense", "ratio", "worst window", "KL, nats", "same next token"]
     rows = {}
-    for result in report.texts:
+    for name, result in zip(_told_apart(r.text for r in report.texts), report.texts, strict=True):
         numbers = [f"{result.perplexity:.3f}"]
         if report.against is not None:
             numbers += [
@@ -605,9 +605,17 @@ def _show_texts(title: str, report: "Evaluation") -> None:
                 f"{result.kl:.4f}",
                 f"{100 * (result.top1_agreement or 0):.1f} %",
             ]
-        name = public_name(result.text)
-        rows[result.text if name in rows else name] = tuple(numbers)
+        rows[name] = tuple(numbers)
     table(title, rows, *headings)
+
+
+def _told_apart(texts: Iterable[str]) -> list[str]:
+    """What people read of texts; of files that have the same name, where they lie."""
+    given = list(texts)
+    names = [kind_name(text) for text in given]
+    return [
+        text if names.count(name) > 1 else name for text, name in zip(given, names, strict=True)
+    ]
 
 
 def _show_top_ks(report: "Evaluation") -> None:
@@ -627,7 +635,7 @@ def _show_top_ks(report: "Evaluation") -> None:
         )
         for at in report.top_ks
     }
-    table("experts per token", rows, "active", *(public_name(r.text) for r in report.texts))
+    table("experts per token", rows, "active", *_told_apart(r.text for r in report.texts))
     _show_notes(f"--top-k {at.top_k}: {at.note}" for at in report.top_ks if at.note)
 
 

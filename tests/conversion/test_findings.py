@@ -212,6 +212,7 @@ def test_merge_base_sources_and_their_mean_on_every_text(models, texts, tmp_path
     assert stages["measuring sources"] == [*range(18), 18]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| | m1.txt | m2.txt | mixed |\n|---|---|---|---|\n| this merge |" in card
+    assert "in windows of 64; its routers were fitted on `m1.txt+m2.txt`.\n" in card
     for row in found.models:
         assert f"| {row.model} | {row.perplexity[0]:.2f} | {row.perplexity[1]:.2f} |" in card
     for source in done.findings.distances.sources:

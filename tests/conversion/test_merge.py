@@ -377,15 +377,18 @@ def test_the_command_tells_people_what_was_made(models, tmp_path, monkeypatch):
 # --- what is said ----------------------------------------------------------------------------
 
 
-def test_the_record_and_the_card_name_the_models_and_no_place(models, tmp_path):
-    upcycle.merge([models["m1"], models["m2"]], tmp_path / "out", base=models["base"], **QUICK)
+def test_the_record_and_the_card_name_the_models_and_no_place(models, shelf, tmp_path):
+    adapted = f"{models['base']}+{shelf / 'lora1'}"
+    sources = [models["m1"], models["m2"], adapted]
+    upcycle.merge(sources, tmp_path / "out", base=models["base"], **QUICK)
     text = (tmp_path / "out" / "upcycle.json").read_text() + (
         tmp_path / "out" / "README.md"
     ).read_text()
     record = read_json(tmp_path / "out" / "upcycle.json")
-    assert [e["model"] for e in record["plan"]["merge"]["experts"]] == ["m1", "m2"]
+    names = [e["model"] for e in record["plan"]["merge"]["experts"]]
+    assert names == ["m1", "m2", "base+lora1"]
     assert record["plan"]["method"] == "merge"
-    assert len({e["fingerprint"] for e in record["plan"]["merge"]["experts"]}) == 2
+    assert len({e["fingerprint"] for e in record["plan"]["merge"]["experts"]}) == 3
     assert "- expert 1: `m2`" in text
     assert str(Path(models["m1"]).parent) not in text.replace(
         str(read_json(tmp_path / "out" / "upcycle.json")["source"]["name"]), ""
@@ -398,6 +401,7 @@ def test_the_record_and_the_card_name_the_models_and_no_place(models, tmp_path):
         (["base", "base"], {}, "all 2 experts are equal and the router is random"),
         (["m1", "m2"], {}, "2 of 2 experts are on for every token"),
         (["m1", "m2", "base"], {}, "router uniform_random knows nothing of the experts"),
+        (["m1", "m2", "base"], {"router": "kmeans"}, "router kmeans knows nothing of the experts"),
         (["m1", "m2"], {"top_k": 1}, "training gives the router no gradient"),
         (["m1", "m2", "m1"], {}, "experts 0 and 2 are one model"),
     ],
@@ -506,6 +510,7 @@ def test_infinity_in_an_adapter_stops_the_run(models, dense, tmp_path):
         (["none"], {}, "none"),
         (["m1"], {"top_k": 2}, "2 experts per token are asked for, but the merge has 1"),
         (["m1", "m2"], {"router": "hidden"}, "expert 0"),
+        (["m1", "m2"], {"router": "ridge"}, "tells parts of one FFN apart, not models: use hidden"),
         (["m1", "m2"], {"rest": "tise"}, "did you mean 'ties'?"),
         (["m1", "m2"], {"target": "mixtrel"}, "did you mean 'mixtral'?"),
         (["m1", "m2"], {"active": 0.5}, "goes with a split"),
@@ -528,6 +533,12 @@ def test_shared_experts_need_a_place(models, dense):
     found = refusal([qwen3] * 2, shared_model=qwen3, **QUICK)
     assert "qwen3_moe has no shared expert" in found
     assert "(glm4_moe or laguna)" in found
+
+
+def test_a_source_that_is_no_dense_model_is_named(models, moe):
+    mixture = str(moe(Path(models["base"])))
+    found = refusal([models["m1"], mixture], base=models["base"], **QUICK)
+    assert found.startswith(f"{mixture}: the source is a qwen2_moe model, which is a Mixture")
 
 
 def test_one_model_alone_is_not_merged_by_convert(dense):

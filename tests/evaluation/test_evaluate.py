@@ -4,6 +4,7 @@ import json
 import math
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
@@ -118,6 +119,15 @@ def test_of_equally_likely_tokens_the_first_counts(dense, split, text, tmp_path)
 
     twins = [with_head(dense(), tmp_path / "dense", double), with_head(split, tmp_path, double)]
     assert_naive(on_one_text(twins[1], text, against=str(twins[0])), *twins, text)
+
+
+@pytest.mark.parametrize(("sum_", "kl"), [(-1e-9, 0.0), (2.5, 2.5), (math.nan, math.nan)])
+def test_a_divergence_is_never_negative(sum_, kl, monkeypatch):
+    monkeypatch.setattr(stage, "counting_pairs", nullcontext)
+    monkeypatch.setattr(stage, "decode", lambda *_: None)
+    monkeypatch.setattr(stage, "_compare_window", lambda *_: [1.0, 1.0, sum_, 1.0])
+    found = stage.compare(None, torch.zeros(1, 8), [None], lambda _: None)
+    assert found.kl == pytest.approx(kl, nan_ok=True)
 
 
 def test_a_model_against_itself_is_no_different(dense, text):
@@ -285,6 +295,24 @@ def test_perplexity_that_is_no_number(dense, text, tmp_path, change, is_so):
 def test_too_little_text(dense, text):
     with pytest.raises(UpcycleError, match=r"holds [\d,]+ tokens, but 9,999,872 are needed"):
         evaluate(str(dense()), [str(text)], tokens=10**7, seq_len=512)
+
+
+def test_too_little_text_for_one_window(dense, text):
+    with pytest.raises(UpcycleError, match=r"but 16,384 are needed \(`seq_len`\)"):
+        evaluate(str(dense(max_position_embeddings=16384)), [str(text)], tokens=8, seq_len=16384)
+
+
+@pytest.mark.parametrize(
+    ("family", "reference", "told"),
+    [
+        ("t5", "llama", "is a decoder, but .* is an encoder-decoder: give the dense model"),
+        ("llama", "t5", "is an encoder-decoder, but .* is a decoder"),
+        ("llama", "eurobert", "is an encoder, but .* is a decoder"),
+    ],
+)
+def test_reference_that_predicts_something_else(family, reference, told, dense):
+    with pytest.raises(UpcycleError, match=told):
+        evaluate(str(dense(family)), ["probes"], against=str(dense(reference)), **LENGTH)
 
 
 def test_windows_longer_than_the_model_reads(dense, text):

@@ -140,6 +140,7 @@ def test_perplexity_that_is_no_number_is_said_plainly(dense, text, tmp_path):
         (["--dtype", "int8"], "--dtype 'int8' is unknown: give auto, float32"),
         (["--device", "tpu"], "--device 'tpu' is not a device: give auto, cpu or cuda"),
         (["--speed", "--batch-size", 2], "--batch-size 2 needs as many windows of text"),
+        (["--batch-size", 2], "--batch-size 2 has no effect without --speed or --tasks"),
         (["--output", "nowhere/eval.json"], "--output nowhere/eval.json: nowhere is no folder"),
         (["--output", "."], "--output . is a folder: give a file"),
         (["--output", "closed/eval.json"], "--output closed/eval.json can't be written"),

@@ -356,6 +356,21 @@ def test_copies_are_to_be_specialised_once():
     assert advised(found) == "vllm serve org/moe"
 
 
+def test_a_merges_routers_are_to_be_trained_on_the_experts_texts():
+    found = all_facts()
+    found["made"]["plan"]["recipe"]["method"]["name"] = "merge"
+    experts = [{"model": "a", "text": "code.txt"}, {"model": "b", "text": "law.txt"}]
+    found["made"]["plan"]["merge"] = {"experts": experts}
+    found["made"]["training"] = []
+    command = "upcycle finetune org/moe --recipe routers --data code.txt+law.txt -o moe-trained"
+    assert advised(found) == command
+    assert "Its experts are several models' FFNs" in words(render(found))
+    found["made"]["plan"]["top_k"] = 1
+    assert advised(found) == command.replace("routers", "btx")
+    found["made"]["training"] = copy.deepcopy(MADE["training"])
+    assert advised(found) == "vllm serve org/moe"
+
+
 def test_a_good_model_is_to_be_used_where_it_runs():
     found = all_facts()
     found["evaluation"]["texts"][0]["perplexity_against"] = 11.9
@@ -417,6 +432,13 @@ def test_which_expert_takes_which_text_is_the_mean_over_layers():
     assert "code.txt 2.5 0.50 1.0 0" in text
     assert "prose 0.50 0.50 1.5 1.5" in text
     assert "/home/someone" not in page
+
+
+def test_files_of_one_name_are_two_texts():
+    found = on_two_texts([[2.0, 1, 1, 0]], [[0, 1, 1, 2.0]])
+    found["evaluation"]["texts"][1]["text"] = "/home/another/code.txt"
+    text = words(render(found))
+    assert "code.txt goes to expert 0 most often (2.0 × the fair share); code.txt goes to" in text
 
 
 @pytest.mark.parametrize("loads", [([], []), ([[1, 2, 1, 0]], [[1, 2, 1, 0]])])
@@ -675,11 +697,16 @@ def model(dense, moe, tmp_path):
     return folder
 
 
+def of_model():
+    """An evaluation of `model`, whose numbers are made up."""
+    return evaluation(experts=7) | {"model": "model"}
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A saved evaluation of `model`."""
     path = tmp_path / "eval.json"
-    path.write_text(json.dumps(evaluation(experts=7)))
+    path.write_text(json.dumps(of_model()))
     return path
 
 
@@ -774,9 +801,9 @@ def test_saved_evaluation_takes_no_options_of_a_new_one(model, saved, tmp_path):
         ("not json", "it is not JSON"),
         ("[]", "should be a dictionary"),
         ("{}", "is missing"),
-        (json.dumps(evaluation(experts=7) | {"texts": []}), "texts=[]: list should have at least"),
-        (json.dumps(evaluation(experts=7) | {"window": "x"}), "window='x': input should be a"),
-        (json.dumps(evaluation(experts=7) | {"routing": [{"layer": 0}]}), "routing.0.load"),
+        (json.dumps(of_model() | {"texts": []}), "texts=[]: list should have at least"),
+        (json.dumps(of_model() | {"window": "x"}), "window='x': input should be a"),
+        (json.dumps(of_model() | {"routing": [{"layer": 0}]}), "routing.0.load"),
         (json.dumps(evaluation(experts=5)), "of a model with 5 experts per layer, but"),
         (json.dumps(evaluation(experts=0)), "of a model with no experts per layer, but"),
         (b"\xff\xfe", "it is not UTF-8 text"),
@@ -792,8 +819,19 @@ def test_bad_evaluation(model, tmp_path, content, reason):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_evaluation_of_another_model_of_as_many_experts(model, saved, tmp_path):
+    saved.write_text(json.dumps(of_model() | {"model": "other"}))
+    found = error(model, "-o", tmp_path / "r.html", "--evaluation", saved)
+    assert "is of other with 1,000 parameters, but" in found
+
+
+def test_encoder_has_no_page(dense, tmp_path):
+    arguments = (dense("eurobert"), "-o", tmp_path / "r.html", "--evaluation", tmp_path)
+    assert "is an encoder, whose tokens see the next one" in error(*arguments)
+
+
 def test_lists_of_another_length(model, saved, tmp_path):
-    found = evaluation(experts=7)
+    found = of_model()
     arguments = (model, "-o", tmp_path / "r.html", "--evaluation", saved)
     saved.write_text(json.dumps(found | {"tasks": {"arc": {"acc": [0.5]}}}))
     assert "tasks.arc.acc.1 is missing" in error(*arguments)
@@ -803,7 +841,7 @@ def test_lists_of_another_length(model, saved, tmp_path):
 
 
 def test_saved_evaluation_is_read_whole(model, saved):
-    found = evaluation(experts=7) | {"tasks": {"arc": {"acc": [0.5, None]}}}
+    found = of_model() | {"tasks": {"arc": {"acc": [0.5, None]}}}
     saved.write_text(json.dumps(found))
     read = facts.read_evaluation(saved, facts.gather(str(model)))
     assert json.loads(json.dumps(evaluation_summary(read.evaluation))) == found | {"top_ks": []} | {
@@ -814,10 +852,10 @@ def test_saved_evaluation_is_read_whole(model, saved):
 
 def test_saved_samples_are_shown(model, saved, tmp_path):
     sample = {"prompt": "One", "text": "two", "against": None}
-    saved.write_text(json.dumps(evaluation(experts=7) | {"samples": [sample]}))
+    saved.write_text(json.dumps(of_model() | {"samples": [sample]}))
     assert run(model, "-o", tmp_path / "r.html", "--evaluation", saved).exit_code == 0
     assert "“One” this model two" in words((tmp_path / "r.html").read_text())
-    saved.write_text(json.dumps(evaluation(experts=7) | {"samples": [sample | {"text": 1}]}))
+    saved.write_text(json.dumps(of_model() | {"samples": [sample | {"text": 1}]}))
     message = error(model, "-o", tmp_path / "new.html", "--evaluation", saved)
     assert "0.text=1: input should be a valid string" in message
 

@@ -146,6 +146,15 @@ def test_the_check_reads_every_text_however_little_is_fitted_on(tiny, tmp_path):
         calibrated(tiny, f"{one}+{two}", 0, windows=2)
 
 
+def test_of_one_sequence_fewer_tokens_are_no_remedy(tiny, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 4)
+    assert refusal(tiny, path, sequences=1) == (
+        f"text {str(path)!r} holds 5 tokens, but 8 are needed (check included): "
+        "lower `seq_len`, add `check=none`, or give more text"
+    )
+
+
 def test_only_a_few_times_as_much_is_read_as_needed(tiny, monkeypatch):
     def endless(name, seed):
         for _ in range(packing.SPREAD):

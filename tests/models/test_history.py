@@ -43,8 +43,24 @@ def test_dense_model_was_fitted_on_nothing_known(dense):
 
 def test_copies_that_looked_at_no_text_are_not_marked(dense, tmp_path):
     out = tmp_path / "out"
-    upcycle.convert(str(dense()), out, method="copy", router="normal", check="none", seq_len=64)
+    upcycle.convert(str(dense()), out, method="copy", router="normal", seq_len=64)
     assert fitted_on(out) == set()
+    card = (out / "README.md").read_text()
+    assert "tokens that nothing was fitted on, in windows of 64.\n" in card
+
+
+@pytest.mark.parametrize(
+    ("router", "fitted"), [("text", {"text.txt", "builtin"}), ("random", set())]
+)
+def test_texts_of_experts_count_if_the_router_was_fitted_to_them(
+    router, fitted, shelf, text, tmp_path
+):
+    upcycle.merge(
+        [str(shelf / name) for name in ("m1", "m2")], tmp_path / "out", base=str(shelf / "base"),
+        text={"m1": str(text), "m2": "builtin"}, router=router, check="none", seq_len=64,
+        calibration_tokens=128,
+    )  # fmt: skip
+    assert fitted_on(tmp_path / "out") == fitted
 
 
 def test_texts_of_training_count_too(split, tmp_path):

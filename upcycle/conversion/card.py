@@ -20,6 +20,7 @@ from upcycle.core.versions import versions
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.frontmatter import read_card, with_results
 from upcycle.models.record import (
+    TEXTUAL,
     AddedPart,
     CheckReport,
     ConversionResult,
@@ -242,7 +243,7 @@ def model_card(conversion: Conversion) -> str:
         learned=conversion.learned,
         kind_name=kind_name,
         verdict=verdict(check.ratios) if isinstance(check, CheckReport) else None,
-        text=public_texts(plan.recipe.calibration),
+        fitted=_fitted(plan),
         papers=papers(plan),
         used=plan.way.used(plan.design.methods, plan.design.geometry),
         version=version("upcycle"),
@@ -267,6 +268,16 @@ def _history(plan: Plan, finished: Finished) -> str:
         f"experts{trained}, whose tensors stay as they\nwere; its rows of the routers are made by "
         f"`{router}`.\n"
     )
+
+
+def _fitted(plan: Plan) -> str:
+    """On what text the model was fitted, as the tail of a sentence; empty if on none."""
+    merge, gate = plan.design.merge, plan.design.methods.gate
+    if merge is not None and merge.texts and gate is not None and gate.name in TEXTUAL:
+        return f"; its routers were fitted on `{public_texts('+'.join(merge.texts))}`"
+    if plan.fit_tokens:
+        return f"; calibrated on `{public_texts(plan.recipe.calibration)}`"
+    return ""
 
 
 def _sources(plan: Plan) -> list[DenseSource]:

@@ -82,9 +82,10 @@ def _check_text(plan: Plan) -> None:
         # Each half of a sequence goes through one of an encoder-decoder's stacks.
         tokens = plan.fit_tokens // (2 if plan.source.arch.encoder_layers else 1)
         check_tokens(plan.recipe, used, tokens, plan.most_routed)
-    if plan.fit_tokens + plan.held_tokens + plan.passage_tokens:
+    fitted = plan.fit_tokens + plan.passage_tokens
+    if fitted + plan.held_tokens:
         check_seq_len(plan.recipe.seq_len, plan.source.config)
-        load_tokenizer(plan.source.folder)
+        load_tokenizer(plan.source.folder, instead="" if fitted else ", or pass `check=none`")
 
 
 def _check_gradients(plan: Plan) -> None:

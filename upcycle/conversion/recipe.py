@@ -217,8 +217,6 @@ def _not_void(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 def _method_kind(method: Any) -> str:
     """`split`, `prune` or, of whole ones, perturbed or not, `copies`."""
-    if isinstance(method, Choice):
-        name = method.name
-    else:
-        name = method.get("name") if isinstance(method, Mapping) else method or "split"
+    given = method.name if isinstance(method, Choice) else method or "split"
+    name = given.get("name") if isinstance(given, Mapping) else given
     return name if name in ("split", "prune") else "copies"

@@ -75,8 +75,14 @@ def evaluate_any(
     """`evaluate`, or of an encoder `evaluate_encoder`.
 
     Raises:
-        UpcycleError: as they do, or something is asked of an encoder that only others have.
+        UpcycleError: as they do, something is asked of an encoder that only others have, or a
+            batch size of nothing.
     """
+    if batch_size > 1 and not (speed or tasks):
+        raise UpcycleError(
+            f"{setting('batch_size', batch_size)} has no effect without `speed` or `tasks`: leave "
+            "it out"
+        )
     if not _is_encoder(model):
         only: dict[str, Any] = {
             "top_ks": top_ks,
@@ -89,7 +95,7 @@ def evaluate_any(
     for name, value in asked.items():
         if value:
             raise UpcycleError(
-                f"{setting(name, value)} is measured by next tokens, which {model}, an encoder, "
+                f"{setting(name)} is measured by next tokens, which {model}, an encoder, "
                 "does not predict: leave it out"
             )
     return evaluate_encoder(model, texts, **settings)
@@ -133,7 +139,7 @@ def evaluate_encoder(
         model, against, texts, tokens, dtype: as of `evaluate`.
 
     Raises:
-        UpcycleError: there is none to compare with, it is no encoder, or as `evaluate`.
+        UpcycleError: there is none to compare with, or as `evaluate`.
     """
     if against is None:
         raise UpcycleError(
@@ -145,8 +151,6 @@ def evaluate_encoder(
     place, windows = choose_device(device), max(1, tokens // seq_len)
     step = counter(progress, total := 2 * windows * len(texts))
     with checkpoint_folder(model) as folder, checkpoint_folder(against) as dense_folder:
-        if not is_encoder(read_config(dense_folder)):
-            raise UpcycleError(f"`against={against}` is no encoder, but {model} is one")
         check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
         reader = open_reader(folder, shared_vocab_size(folder, dense_folder))

@@ -39,7 +39,7 @@ from upcycle.models.config import read_text_config
 from upcycle.models.config_fields import check_layers
 from upcycle.models.head import Decoded, decode, drop_layers, given
 from upcycle.models.history import fitted_on, identity
-from upcycle.models.loading import check_asked, check_decoder, load_whole
+from upcycle.models.loading import check_asked, check_decoder, kind_of, load_whole
 from upcycle.models.opening import checkpoint_folder
 from upcycle.models.shards import read_headers
 from upcycle.models.text import check_text
@@ -227,7 +227,6 @@ def evaluate(
     place, windows = choose_device(device), max(1, tokens // seq_len)
     if speed:
         _check_batch(batch_size, windows * len(texts))
-    suite = open_tasks(tasks) if tasks else None
     with (
         checkpoint_folder(model) as named,
         _base_folder(named) as folder,
@@ -236,6 +235,7 @@ def evaluate(
         adapter = None if named == folder else named
         check_decoder(model, folder)
         check_asked(model, folder, speed=speed, tasks=bool(tasks))
+        suite = open_tasks(tasks) if tasks else None
         check_seq_len(seq_len, read_text_config(folder))
         kind = choose_dtype(dtype, folder, place)
         reader = open_reader(folder, shared_vocab_size(folder, dense_folder))
@@ -462,10 +462,16 @@ def shared_vocab_size(folder: Path, dense_folder: Path | None) -> int:
     """Of a model, and of the one that it is compared with.
 
     Raises:
-        UpcycleError: they differ.
+        UpcycleError: they differ, or one predicts what the other does not.
     """
     vocab_size = int(read_text_config(folder).vocab_size)
     if dense_folder is not None:
+        own, reference = kind_of(folder), kind_of(dense_folder)
+        if own != reference:
+            raise UpcycleError(
+                f"`against={dense_folder}` is {reference}, but {folder} is {own}: give the dense "
+                "model that it was made from"
+            )
         other = int(read_text_config(dense_folder).vocab_size)
         if other != vocab_size:
             raise UpcycleError(
@@ -560,7 +566,7 @@ def compare(
     return Comparison(
         losses=list(losses),
         losses_against=[] if reference is None else list(losses_against),
-        kl=sum(kl) / len(kl),
+        kl=max(sum(kl) / len(kl), 0.0),  # NaN stays; of copies, rounding leaves less than none
         top1_agreement=sum(agreement) / len(agreement),
         pairs=pairs,
     )

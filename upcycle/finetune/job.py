@@ -17,8 +17,8 @@ from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.calibration import check_seq_len, text_fingerprint
 from upcycle.models.companions import check_own_files
 from upcycle.models.config import read_config, read_text_config
-from upcycle.models.families import is_dense, is_encoder
-from upcycle.models.loading import check_decoder, check_trainable
+from upcycle.models.families import is_dense
+from upcycle.models.loading import check_decoder, check_trainable, kind_of
 from upcycle.models.opening import checkpoint_folder, open_source
 from upcycle.models.quantised import UNQUANTISED
 from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
@@ -108,9 +108,14 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
         return None
     try:
         teacher = stack.enter_context(checkpoint_folder(request.teacher))
-        _check_teacher(request, teacher)
+        check_seq_len(request.seq_len, read_text_config(teacher))
     except UpcycleError as error:
         raise UpcycleError(f"`teacher`: {error}") from error
+    if (kind := kind_of(teacher)) != "a decoder":
+        raise UpcycleError(
+            f"`teacher={request.teacher}` is {kind}, which teaches a decoder nothing: name the "
+            "dense model that it was made from"
+        )
     theirs, ours = (read_text_config(each).vocab_size for each in (teacher, folder))
     if theirs != ours:
         raise UpcycleError(
@@ -125,17 +130,6 @@ def _teacher_folder(request: Training, folder: Path, stack: ExitStack) -> Path |
             f"the model {' layers of '.join(map(str, _depth_and_width(folder)))}: use `distill`"
         )
     return teacher
-
-
-def _check_teacher(request: Training, teacher: Path) -> None:
-    """It predicts the next token, of sequences as long as those that the model reads."""
-    config = read_config(teacher)
-    if is_encoder(config) or config.is_encoder_decoder:
-        raise UpcycleError(
-            f"{request.teacher} is no decoder, so it predicts no next token from the text alone: "
-            "name the dense model that the model was made from"
-        )
-    check_seq_len(request.seq_len, config.get_text_config())
 
 
 def _depth_and_width(folder: Path) -> tuple[int, int]:

@@ -19,8 +19,12 @@ from upcycle.models.tokens import Reader, open_reader
 
 CHECK_WINDOW = 512
 """Tokens of a window on which the check measures, at most: built-in probes are short."""
-REMEDY = "(check included): lower `calibration_tokens`, or give more text"
-CHECK_REMEDY = "for the check: give more text, or pass `check=none`"
+REMEDIES = (
+    "for the check: give more text, or pass `check=none`",
+    "(check included): lower `seq_len`, add `check=none`, or give more text",
+    "(check included): lower `calibration_tokens`, or give more text",
+)
+"""Of too little text, where no sequence is fitted on, one, or more."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def calibration(
             ids = written_tokens(source, reader.tokenizer, count * length, seed, device, progress)
             all_BT = ids[: count * length].view(-1, length)
         else:
-            remedy = REMEDY if len(mine_BT) else CHECK_REMEDY
+            remedy = REMEDIES[min(len(mine_BT), 2)]
             all_BT = reader.bodies(name, count, length, seed=seed, remedy=remedy)
         mine_BT[:] = all_BT[: len(mine_BT)]
         if back:

@@ -28,8 +28,10 @@ def fitted_on(folder: Path) -> set[str]:
 
 def _texts(record: Record) -> list[str]:
     named = [run.settings.data for run in record.training]
-    if isinstance(record, Made) and record.plan.calibration_tokens:
-        named.append(record.plan.recipe.calibration)
+    if isinstance(record, Made):
+        named += record.router_texts
+        if record.plan.calibration_tokens:
+            named.append(record.plan.recipe.calibration)
     return named
 
 

@@ -23,6 +23,14 @@ from upcycle.models.weights import read_tensors
 GENERATION = "generation_config.json"
 
 
+def kind_of(folder: Path) -> str:
+    """What the model in a folder predicts: no token, the next of a second text, or the next."""
+    config = read_config(folder)
+    if is_encoder(config):
+        return "an encoder"
+    return "an encoder-decoder" if config.is_encoder_decoder else "a decoder"
+
+
 def check_decoder(label: str, folder: Path) -> None:
     """Of what is measured or learnt by the next token.
 

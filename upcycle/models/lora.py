@@ -3,6 +3,7 @@
 What changes a weight otherwise (DoRA, biases, whole matrices) is refused where it is asked for.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -110,9 +111,10 @@ class Adapter:
         )
 
     def fingerprint(self) -> str:
-        """Of its settings and factors."""
-        digests = hash_tensors(self.folder, [WEIGHTS])
-        return repr((sorted(digests.items()), self.fields.model_dump_json()))
+        """Of its settings and factors; where its model lies is none of them."""
+        digests = sorted(hash_tensors(self.folder, [WEIGHTS]).items())
+        fields = self.fields.model_dump_json(exclude={"base_model_name_or_path"})
+        return hashlib.sha256(repr((digests, fields)).encode()).hexdigest()
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise unless it fits a weight that it changes.

@@ -32,6 +32,8 @@ RECORD = "upcycle.json"
 TRAIN_LOG = "train_log.jsonl"
 DOMAINS = "router_domains.safetensors"
 """By which gate `domain` of a merge makes the rows of experts that come later."""
+TEXTUAL = ("text", "loss", "perplexity", "domain")
+"""Routers of merges that are fitted to prompts or texts."""
 OURS = "what upcycle writes"
 LARGEST = 1e300
 
@@ -605,6 +607,14 @@ class Made(ConversionResult):
     training: list[TrainingRun] = []
     added: list[AddedPart] = []
     """Experts that came later, in their order."""
+
+    @property
+    def router_texts(self) -> list[str]:
+        """The texts of a merge's experts, if a router was fitted to them."""
+        routers = [self.plan.recipe.router, *(each.router for each in self.added)]
+        if self.plan.merge is None or not any(r and r.name in TEXTUAL for r in routers):
+            return []
+        return [expert.text for expert in self.plan.merge.experts if expert.text]
 
 
 Record = Made | Trained

@@ -88,11 +88,13 @@ class Reader:
 
         Args:
             text: the name of one that has documents; see `text.py`.
-            remedy: what the error about too little text proposes, besides more text.
+            remedy: what the error about too little text for several windows proposes, besides more
+                text; of one window it is its length.
 
         Raises:
             UpcycleError: the text can't be read, or holds too few tokens.
         """
+        remedy = remedy if count > 1 else "(`seq_len`)"
         return self.begun(self.bodies(text, count, self.body(length), seed=seed, remedy=remedy))
 
     def body(self, length: int) -> int:
@@ -343,8 +345,11 @@ def _length(document: Document) -> int:
     return len(document if isinstance(document, str) else str(document))
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, instead: str = "") -> Any:
     """The tokenizer in a model's folder.
+
+    Args:
+        instead: what the error proposes besides tokenizer files.
 
     Raises:
         UpcycleError: there is none, it can't be read, or it needs a library that is not here.
@@ -354,7 +359,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with blaming(
             f"{folder} holds no tokenizer that transformers reads, so no text can be tokenised "
-            "(add the model's tokenizer files)"
+            f"(add the model's tokenizer files{instead})"
         ):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except UpcycleError:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.conversion.catalogue import check_names
-from upcycle.conversion.merging.request import PROMPTED, RANDOM, TEXTUAL, Expert
+from upcycle.conversion.merging.request import PROMPTED, RANDOM, Expert
 from upcycle.conversion.recipe import Recipe, load_recipe
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import ABOUT, setting
 from upcycle.core.paths import check_model, local_path
 from upcycle.models.model_name import check_name, parse_model
-from upcycle.models.record import RECORD, Made, MergePart, read_record
+from upcycle.models.record import RECORD, TEXTUAL, Made, MergePart, read_record
 from upcycle.models.text import check_text
 
 NEW = ""
@@ -71,7 +71,7 @@ def addition_request(
     expert = Expert(parse_model(add), prompts)
     own = [name for name in named if name in (NEW, add, Path(add).name)]
     if len(own) > 1:
-        raise UpcycleError(f"`text` names {add} twice: give it one text, joined by + if need be")
+        raise UpcycleError(f"`text` names {add} twice: give it one file, or a folder of both")
     if own:
         expert = replace(expert, text=named.pop(own[0]))
     request = Addition(models[0], expert, named, base)
@@ -136,29 +136,36 @@ def addition_recipe(request: Addition, record: Made, given: Mapping[str, Any]) -
             f"{recipe.top_k} experts per token are asked for, but the merge then has "
             f"{plan.experts + 1}: give at most {plan.experts + 1}"
         )
-    _check_text(request, recipe.router.name if recipe.router else "normal")
+    texts_of_others(request, record)
+    _check_text(request, recipe.router_name, own=given.get("router") is None)
     return recipe
 
 
-def _check_text(request: Addition, router: str) -> None:
-    """There is what the new row is made from, and nothing besides."""
+def _check_text(request: Addition, router: str, *, own: bool) -> None:
+    """There is what the new row is made from, and nothing besides.
+
+    Args:
+        own: whether the router is the merge's.
+    """
     expert = request.expert
+    named = f"router {router} of {request.merge}" if own else f"router {router}"
     texts = [*([expert.text] if expert.text else []), *request.texts.values()]
+    if router not in (*RANDOM, *PROMPTED, *TEXTUAL):
+        raise UpcycleError(
+            f"{named} makes no row for one expert more: give `router=text`, and `text=FILE` with it"
+        )
     if router in RANDOM and (texts or expert.prompts):
         raise UpcycleError(
-            f"router {router} of {request.merge} makes its rows of no text: leave it out, or give "
+            f"{named} makes its rows of no text: leave it out, or give "
             "`router=text`, by which the new row is fitted"
         )
     if router in PROMPTED and (texts or not expert.prompts):
         raise UpcycleError(
-            f"router {router} of {request.merge} makes its rows from prompts: give the new "
+            f"{named} makes its rows from prompts: give the new "
             "expert's, each by `prompts`, or `router=text` with `text`"
         )
     if router in TEXTUAL and not (expert.text or expert.prompts):
-        raise UpcycleError(
-            f"router {router} of {request.merge} is made from text: give the new expert's, "
-            "`text=FILE`"
-        )
+        raise UpcycleError(f"{named} is made from text: give the new expert's, `text=FILE`")
     if router == "domain" and request.texts:
         name = next(iter(request.texts))
         raise UpcycleError(

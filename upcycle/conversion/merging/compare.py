@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from upcycle.core.errors import UpcycleError
+from upcycle.core.paths import public_name
 from upcycle.models.families import FAMILIES
 from upcycle.models.source import DenseSource
 from upcycle.models.tokens import load_tokenizer
@@ -71,28 +72,27 @@ def _check_tokens(base: DenseSource, ours: Tokens, other: DenseSource, theirs: T
 def _notes(
     base: DenseSource, ours: Tokens | None, other: DenseSource, theirs: Tokens | None
 ) -> Iterator[str]:
+    """By names that may be published, as the result's record has them."""
+    mine, its = public_name(base.label), public_name(other.label)
     if ours is None or theirs is None:
-        without = base.label if ours is None else other.label
+        without = mine if ours is None else its
         yield f"{without} has no tokenizer to compare, so its tokens may be others"
     elif added := sorted(theirs.keys() - ours.keys()):
         yield (
-            f"{other.label} has {len(added)} tokens that {base.label} has not, the first "
-            f"{theirs[added[0]]!r}: embeddings, head and tokenizer are {base.label}'s, so the "
-            "result does not have them either"
+            f"{its} has {len(added)} tokens that {mine} has not, the first "
+            f"{theirs[added[0]]!r}: embeddings, head and tokenizer are {mine}'s, so the result "
+            "does not have them either"
         )
     elif _rows(base) != _rows(other):
         yield (
-            f"{base.label} and {other.label} have {_rows(base)} and {_rows(other)} rows of "
-            f"embeddings, of which {base.label}'s are kept"
+            f"{mine} and {its} have {_rows(base)} and {_rows(other)} rows of embeddings, of which "
+            f"{mine}'s are kept"
         )
     if base.drafts and not other.drafts:
-        yield (
-            f"{other.label} has no layers that draft tokens: there the FFNs of {base.label} stand "
-            "for its"
-        )
+        yield f"{its} has no layers that draft tokens: there the FFNs of {mine} stand for its"
     if base.dtype != other.dtype:
         names = [str(source.dtype).removeprefix("torch.") for source in (base, other)]
-        yield f"{other.label} is stored in {names[1]}, and {base.label} in {names[0]}"
+        yield f"{its} is stored in {names[1]}, and {mine} in {names[0]}"
 
 
 def _rows(source: DenseSource) -> int:

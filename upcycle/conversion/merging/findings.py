@@ -8,7 +8,6 @@ from torch import Tensor
 from upcycle.conversion.merging.addition import merge_part
 from upcycle.conversion.merging.finished import Finished
 from upcycle.conversion.merging.own_texts import MIXED, OwnTexts
-from upcycle.conversion.merging.request import TEXTUAL
 from upcycle.conversion.merging.sources import Sources
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.units import GATE, SEEN
@@ -18,6 +17,7 @@ from upcycle.evaluation.distance import Distances as FFNDistances
 from upcycle.evaluation.distance import remarks
 from upcycle.evaluation.run import load_model
 from upcycle.models.record import (
+    TEXTUAL,
     Beside,
     CheckReport,
     Distances,

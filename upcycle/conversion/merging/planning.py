@@ -12,11 +12,12 @@ from upcycle.conversion.merging.finished import (
     weights_of,
     with_others,
 )
-from upcycle.conversion.merging.request import TEXTUAL, Merge, Request, recipe_settings
+from upcycle.conversion.merging.request import Merge, Request, recipe_settings
 from upcycle.conversion.merging.sources import open_sources
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.planning import make_plan
 from upcycle.conversion.recipe import load_recipe
+from upcycle.models.record import TEXTUAL
 
 
 def plan_merge(

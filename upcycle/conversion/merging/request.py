@@ -11,6 +11,7 @@ from typing import Any
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.models.model_name import ModelName, check_name, parse_model
+from upcycle.models.record import TEXTUAL
 
 PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 """Routers whose rows are made from prompts."""
@@ -20,8 +21,6 @@ FIXED = {
     "shared": "`shared_model` names the model that is always on",
 }
 """Fields of a recipe that the models decide, and what decides them."""
-TEXTUAL = ("text", "loss", "perplexity", "domain")
-"""Routers that are fitted to prompts or texts."""
 RANDOM = ("random", "uniform_random", "normal")
 """Routers that know nothing of the experts."""
 
@@ -120,7 +119,9 @@ def named_request(
     notes: tuple[str, ...] = ()
     if base is None:
         first = ModelName(experts[0].model.model)
-        notes = (f"all that is no FFN comes from {first}, the first model: `base` names another",)
+        notes = (
+            f"all that is no FFN comes from {first.public}, the first model: `base` names another",
+        )
     merge = Merge(first if base is None else parse_model(base), experts, shared)
     return Request(merge, {"name": "merge"}, notes)
 
@@ -165,14 +166,14 @@ def check_prompts(merge: Merge, router: str) -> None:
     if bare:
         nor = "".join(f", nor has expert {name}" for name in bare[1:])
         raise UpcycleError(
-            f"expert {bare[0]} has no prompts{nor}, and {router} needs them: add positive_prompts, "
-            "or choose gate_mode: random"
+            f"expert {bare[0]} has no prompts{nor}, and router {router} needs them: add "
+            "positive_prompts in a mergekit-moe file, or `router=random`"
         )
     texts = {(expert.prompts, expert.negatives) for expert in merge.experts}
     if len(merge.experts) > 1 and len(texts) == 1:
         raise UpcycleError(
             f"all {len(merge.experts)} experts have the same prompts, so {router} would give them "
-            "equal rows: give each its own, or gate_mode: random"
+            "equal rows: give each its own, or `router=random`"
         )
 
 

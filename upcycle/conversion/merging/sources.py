@@ -10,7 +10,7 @@ from torch import Tensor
 from upcycle.conversion.merging.compare import compare, read_tokens
 from upcycle.conversion.merging.request import Expert, Merge
 from upcycle.core.errors import UpcycleError
-from upcycle.core.paths import local_path
+from upcycle.core.paths import local_path, public_name
 from upcycle.core.types import Activation, DenseFFN
 from upcycle.evaluation.distance import Meter
 from upcycle.models.assemble import FFN, dense_ffn
@@ -175,12 +175,17 @@ def open_sources(merge: Merge, rest: str = "base") -> Sources:
     for model in {model.label: model for model in models}.values():
         if isinstance(model, AdaptedSource):
             check_adapter(model, model.adapter)
-            notes += _adapter_notes(model, model.adapter, rest)
+            notes += _adapter_notes(model, rest)
     return Sources(merge, base, models, (*notes, *_expert_notes(merge)))
 
 
 def _open(place: Place) -> DenseSource:
-    return open_source(place.path, revision=None if place.here else place.revision)
+    try:
+        return open_source(place.path, revision=None if place.here else place.revision)
+    except UpcycleError as error:
+        if place.path in str(error):
+            raise
+        raise UpcycleError(f"{place}: {error}") from error  # of several, which one
 
 
 def check_adapter(source: DenseSource, adapter: Adapter) -> None:
@@ -227,23 +232,21 @@ def _check_trained_on(source: DenseSource, adapter: Adapter) -> None:
 def _place_notes(merge: Merge) -> Iterator[str]:
     for place in {e.model.model: None for e in (Expert(merge.base), *merge.all)}:
         if place.here and place.revision is not None:
-            yield f"{place.path} is a folder here, so its revision {place.revision} has no effect"
+            yield f"{place.public} is a folder here, so its revision {place.revision} has no effect"
 
 
-def _adapter_notes(source: DenseSource, adapter: Adapter, rest: str) -> Iterator[str]:
+def _adapter_notes(source: AdaptedSource, rest: str) -> Iterator[str]:
+    adapter, name = source.adapter, public_name(source.adapter.label)
     layered = {m for m in adapter.modules if f"{m}.weight" in source.tensors}
     ffn = {module for module in layered if is_ffn(source, f"{module}.weight")}
     if not ffn and rest == "base":
-        yield (
-            f"the adapter {adapter.label} changes no FFN, so it makes no difference to the expert "
-            f"{source.label}"
-        )
+        yield f"the adapter {name} changes no FFN, so it makes no difference to its expert"
     unused = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.others}
     if rest == "base":
         unused |= {module.rpartition(".")[2] for module in adapter.modules - ffn}
     if unused:
         why = "all that is no FFN comes from the base" if rest == "base" else "it is no low rank"
-        yield f"of the adapter {adapter.label}, {', '.join(sorted(unused))} is unused: {why}"
+        yield f"of the adapter {name}, {', '.join(sorted(unused))} is unused: {why}"
 
 
 def _expert_notes(merge: Merge) -> Iterator[str]:

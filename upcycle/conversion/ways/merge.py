@@ -31,6 +31,7 @@ from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, Geometry, MoELayer
 from upcycle.evaluation.gates import gate_facts
 from upcycle.models.targets.base import MoETarget
+from upcycle.router_init.gates import GATES
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class MergeWay(Way):
     def check(self, recipe: Recipe, methods: Methods) -> None:
         check_no_copies(recipe)
         check_no_fit(recipe)
+        if methods.gate is None and not methods.router.method.tells_copies_apart:
+            raise UpcycleError(
+                f"{setting('router', methods.router.name)} tells parts of one FFN apart, not "
+                f"models: use {' or '.join([*GATES, *RANDOM])}"
+            )
         if recipe.compensate.name != "none" or recipe.active is not None:
             field = "active" if recipe.active is not None else "compensate"
             raise UpcycleError(
@@ -147,7 +153,7 @@ class MergeWay(Way):
                 + (" and the router is random" if blind else "")
                 + f", so the result computes {computes} until it is trained"
             )
-        elif blind and geometry.top_k < geometry.num_experts:
+        elif gate is None and geometry.top_k < geometry.num_experts:
             yield (
                 f"router {router} knows nothing of the experts: which of them a token gets is "
                 "chance until it is trained; prompts or `text` make a router that knows"

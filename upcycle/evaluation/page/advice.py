@@ -28,9 +28,9 @@ def advice(facts: Facts, evaluation: Evaluation) -> Section:
         return None
     made, ratio = facts.made, _ratio(facts.made, evaluation)
     if made and made.plan.recipe.method.name not in LOSSY_METHODS and not made.training:
-        found = _training(facts, evaluation, "specialise", "trained")
-        why = "Its experts are copies, which training lets come to differ."
-    elif ratio is not None and ratio > FINE:
+        preset, why = _first_preset(made)
+        found = _training(facts, evaluation, preset, "trained")
+    elif ratio is not None and ratio > FINE and not (made and made.plan.merge):
         found = _training(facts, evaluation, "heal", "healed")
         why = "It has lost quality, which it can learn again from text and from the dense model."
     elif ratio is None and made:
@@ -41,6 +41,15 @@ def advice(facts: Facts, evaluation: Evaluation) -> Section:
         found, why = _use(facts), _why_use(made, ratio)
     place = "" if public_name(facts.model) == facts.model else " In the folder that it lies in:"
     return {"note": why + place, "command": found}
+
+
+def _first_preset(made: Made) -> tuple[str, str]:
+    """What trains copies or a merge for the first time, and why."""
+    if made.plan.merge is None:
+        return "specialise", "Its experts are copies, which training lets come to differ."
+    # With one expert per token routers get no gradient.
+    preset = "routers" if made.plan.top_k > 1 else "btx"
+    return preset, "Its experts are several models' FFNs, which training shows its routers."
 
 
 def _ratio(made: Made | None, evaluation: Evaluation) -> float | None:
@@ -65,10 +74,17 @@ def _training(facts: Facts, evaluation: Evaluation, preset: str, suffix: str) ->
 
 def _data(made: Made | None) -> str:
     """The text that the conversion looked at, as far as one can train on it."""
-    named = texts(made.plan.recipe.calibration) if made else []
+    named = texts("+".join(_read_by(made))) if made else []
     return (
         "+".join(public_name(text) for text in named if text not in NO_TRAINING_TEXT) or "builtin"
     )
+
+
+def _read_by(made: Made) -> list[str]:
+    """What the conversion looked at: a merge at its experts' texts, if they have any."""
+    merge = made.plan.merge
+    own = dict.fromkeys(expert.text for expert in merge.experts if expert.text) if merge else ()
+    return [*own] or [made.plan.recipe.calibration]
 
 
 def _use(facts: Facts) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem, read_json
+from upcycle.core.paths import public_name
 from upcycle.core.progress import Progress
 from upcycle.evaluation.inspection import inspect_found
 from upcycle.evaluation.run import Evaluation, evaluate
@@ -20,6 +21,7 @@ from upcycle.evaluation.sample import Sample, samples
 from upcycle.models.checkpoint import locate
 from upcycle.models.config import read_config
 from upcycle.models.families import auto_class
+from upcycle.models.loading import check_decoder
 from upcycle.models.record import RECORD, TRAIN_LOG, LogLine, Made, read_log, read_record
 
 Read = TypeVar("Read")
@@ -33,6 +35,7 @@ class Inspection(BaseModel):
     experts: int = 0
     top_k: int = 0
     expert_size: int = 0
+    params_total: int = 0
 
     @property
     def dense(self) -> bool:
@@ -64,11 +67,14 @@ def gather(model: str) -> Facts:
     """The facts that lie in the model's folder.
 
     Raises:
-        UpcycleError: it is no model, or a file beside its weights is not what upcycle writes.
+        UpcycleError: it is no model, an encoder, or a file beside its weights is not what upcycle
+            writes.
     """
     found = locate(model, None)
     folder = found.folder if found else None
     record, log = None, []
+    if folder is not None:
+        check_decoder(model, folder)
     if folder is not None and (folder / RECORD).is_file():
         record = read_record(folder / RECORD)
     if folder is not None and (folder / TRAIN_LOG).is_file():
@@ -98,6 +104,12 @@ def read_evaluation(path: Path, found: Facts) -> Measured:
         raise UpcycleError(
             f"`evaluation={path}` is of a model with {_experts(layers)}, but {found.model} has "
             f"{experts or 'none'}: evaluate that model"
+        )
+    total, own = saved.params.total, found.inspection.params_total
+    if saved.model != public_name(found.model) and total != own:
+        raise UpcycleError(
+            f"`evaluation={path}` is of {saved.model} with {total:,} parameters, but {found.model} "
+            f"has {own:,}: evaluate that model"
         )
     for layer in saved.routing:
         size = len(layer.load)

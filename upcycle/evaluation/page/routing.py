@@ -1,6 +1,6 @@
 """How the tokens spread over a layer's experts, and which experts share tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,21 +73,22 @@ def _load_row(name: str, label: Any, load: Sequence[float], limit: float) -> dic
 def by_text(evaluation: Evaluation) -> Section:
     """A row per text, a column per expert, each the mean over layers; None where there is one text,
     or all are spread alike."""
-    loads = {public_name(row.text): _mean_load(row.load) for row in evaluation.texts if row.load}
-    if len(loads) < 2 or len({tuple(map(digits, load)) for load in loads.values()}) < 2:
+    # Files of different folders may have one name.
+    loads = [(public_name(row.text), _mean_load(row.load)) for row in evaluation.texts if row.load]
+    if len({tuple(map(digits, load)) for _, load in loads}) < 2:
         return None
-    limit = charts.limit([ratio for load in loads.values() for ratio in load])
-    experts = max(map(len, loads.values()))
+    limit = charts.limit([ratio for _, load in loads for ratio in load])
+    experts = max(len(load) for _, load in loads)
     favourites = [
         f"{name} goes to expert {max(range(len(load)), key=load.__getitem__)} most often "
         f"({digits(max(load), 2)} × the fair share)"
-        for name, load in loads.items()
+        for name, load in loads
     ]
     return {
         "note": f"How often each expert is chosen on each text, over all layers: "
         f"{'; '.join(favourites)}.",
         "text": f"Load of {experts} experts on {len(loads)} texts.",
-        "rows": [_load_row(name, name, load, limit) for name, load in loads.items()],
+        "rows": [_load_row(name, name, load, limit) for name, load in loads],
         "caption": "expert, one row per text",
         "experts": experts,
         "ticks": charts.ticks(range(experts)),
@@ -102,9 +103,9 @@ def _mean_load(layers: Sequence[Sequence[float]]) -> list[float]:
     return [sum(column) / len(column) for column in zip(*layers, strict=True)]
 
 
-def _sheet(loads: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    experts = max(map(len, loads.values()))
-    rows = [[name, *(digits(ratio, 2) for ratio in load)] for name, load in loads.items()]
+def _sheet(loads: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
+    experts = max(len(load) for _, load in loads)
+    rows = [[name, *(digits(ratio, 2) for ratio in load)] for name, load in loads]
     return {"headings": [f"expert {e}" for e in range(experts)], "rows": rows}
 
 
