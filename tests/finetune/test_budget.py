@@ -80,6 +80,8 @@ def test_others_hold_back_as_much_as_their_length_lets_them():
     again = budget(longer, seen(asked, trained=100))
     assert (again.validation_tokens, again.validation_seconds) == (12 * 512, 30)
     assert again.teacher_seconds == 0.5 * (12 + 100)
+    shorter = longer.model_copy(update={"tokens": 131_072})  # of a text of 100 sequences, too
+    assert budget(shorter, seen(longer, trained=100)).validation_tokens == 12 * 512
 
 
 def test_a_dry_run_writes_nothing_and_foretells_the_run(model, text, tmp_path, monkeypatch):

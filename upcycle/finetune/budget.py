@@ -87,7 +87,9 @@ def budget(settings: Training, look: Look) -> Budget:
     steps, sequences = settings.total_steps, settings.total_steps * settings.batch_size
     share = settings.held_tokens / look.settings.held_tokens
     if look.trained < look.settings.total_steps * settings.batch_size:  # all of the text
-        sequences, share = min(sequences, look.trained), min(1.0, share)
+        kinds = 1 if settings.validate_also is None else 2
+        share = min(1.0, kinds * settings.held_tokens / look.held_tokens)
+        sequences = min(sequences, look.trained)
     once = share * look.held + (sequences if settings.teacher_top_k else 0)
     return Budget(
         tokens=steps * settings.step_tokens,
