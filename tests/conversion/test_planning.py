@@ -205,7 +205,7 @@ def test_ways_to_write_the_dense_layers(dense, written, layers):
         ({"experts.x": 1}, "'experts' has no parameters"),
         ({"method": "copy", "router.x": 1}, "name the router itself first"),
         ({"split": 5}, "split=5: give a method's name"),
-        ({"split": {"rows": "up"}}, "split.name="),
+        ({"split": {"rows": "up"}}, "split.name is missing"),
         ({"dtype": "int8"}, "dtype='int8': input should be 'auto', 'float32', 'float16' or"),
         ({"check": "yes"}, "check='yes': input should be 'fast', 'full' or 'none'"),
         ({"experts": 0}, "experts=0: input should be greater than 0"),

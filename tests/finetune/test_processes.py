@@ -205,7 +205,7 @@ def test_sharded_weights_of_two_dtypes_are_refused(model, text, tmp_path):
 
     first, second = forked(tmp_path, act)
     assert first[0] == second[0] == 2
-    assert "dtype=bfloat16 with FSDP" in first[2]
+    assert "--dtype bfloat16 with FSDP" in first[2]
     assert not list(tmp_path.iterdir())
 
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def written_tokens(
     is kept in the user's cache.
 
     Raises:
-        UpcycleError: all that it writes repeats itself.
+        UpcycleError: all that it writes repeats itself, or a weight is no number.
     """
     place = _cache(source, wanted, seed, device)
     kept = _read(place)
@@ -65,7 +66,8 @@ def written_tokens(
     with blaming(f"{source.folder} does not load in transformers"):
         model = load_whole(source.folder, dtype=source.config.dtype or source.dtype)
     model = model.to(device).eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    devices = [device] if device.type == "cuda" else []
+    with _naming_damage(source), torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         # Round after round, each time with other chances.
         prompts = itertools.cycle(_prompts(model, tokenizer))
@@ -85,6 +87,17 @@ def written_tokens(
     tokens = torch.tensor(found, dtype=torch.int64)
     _keep(place, tokens)
     return tokens
+
+
+@contextmanager
+def _naming_damage(source: DenseSource) -> Iterator[None]:
+    """Where the model can't write for a weight that is no number, the error names that weight."""
+    try:
+        yield
+    except UpcycleError:
+        for name in source.tensors:
+            source.read([name])
+        raise
 
 
 def _prompts(model: Any, tokenizer: Any) -> list[list[int]]:

@@ -82,19 +82,19 @@ class Reader:
         return torch.tensor(tokens[:wanted], dtype=torch.int64)
 
     def windows(
-        self, text: str, count: int, length: int, *, seed: int, remedy: str = "(`tokens`)"
+        self, text: str, count: int, length: int, *, seed: int, remedy: str | None = None
     ) -> Tensor:
         """Windows [count, length] from all over a text, in order.
 
         Args:
             text: the name of one that has documents; see `text.py`.
-            remedy: what the error about too little text for several windows proposes, besides more
-                text; of one window it is its length.
+            remedy: what the error about too little text proposes; by default fewer `tokens`, or
+                where they are one window, a shorter one.
 
         Raises:
             UpcycleError: the text can't be read, or holds too few tokens.
         """
-        remedy = remedy if count > 1 else "(`seq_len`)"
+        remedy = remedy or ("(`tokens`)" if count > 1 else "(`seq_len`)")
         return self.begun(self.bodies(text, count, self.body(length), seed=seed, remedy=remedy))
 
     def body(self, length: int) -> int:
