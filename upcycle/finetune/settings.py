@@ -128,8 +128,9 @@ class Training(BaseModel):
     """Highest learning rate. By default `relative_lr` by the model's weights."""
     relative_lr: PositiveFloat = 0.025
     """Where no `lr` is given, the rate over the root mean square of the experts' gate_proj and
-    up_proj (of the FFNs, where there are no experts yet) / √hidden_size: the rate that fits differs
-    between models by ten and more, this hardly (muP, arXiv:2203.03466)."""
+    up_proj (of the FFNs, where there are no experts yet) / √hidden_size: the rates that fit the two
+    models that were measured differ by ten, and are the same in this unit (muP,
+    arXiv:2203.03466)."""
     router_lr: PositiveFloat | None = None
     """Of the routers. By default lr; either is multiplied by a tempered router's temperature."""
     weight_decay: NonNegativeFloat = 0.0

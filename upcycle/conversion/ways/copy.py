@@ -13,14 +13,7 @@ from upcycle.conversion.converted import ConvertedLayer, Inputs, route, stored
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import copied_geometry
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.ways.base import (
-    WAYS,
-    Exact,
-    Room,
-    Way,
-    check_alike,
-    check_no_fit,
-)
+from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_alike, check_no_fit
 from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting

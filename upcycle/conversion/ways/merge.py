@@ -16,14 +16,7 @@ from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.geometry import merged_geometry
 from upcycle.conversion.merging.request import RANDOM, Expert, Merge
 from upcycle.conversion.recipe import Recipe
-from upcycle.conversion.ways.base import (
-    WAYS,
-    Exact,
-    Room,
-    Way,
-    check_no_copies,
-    check_no_fit,
-)
+from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies, check_no_fit
 from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
