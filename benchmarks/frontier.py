@@ -80,7 +80,7 @@ def trained_folder(args: argparse.Namespace, cell: Cell) -> tuple[Path, float]:
     _, training = WAYS[cell["what"]]
     report = upcycle(
         *("finetune", str(split_folder(args, cell)), "-o", str(out), "--data", data),
-        *("--tokens", str(cell["tokens"]), "--teacher", model, *training, *args.flags),
+        *("--tokens", str(cell["tokens"]), *training, *args.flags),
     )
     return out, report["seconds"] / 60
 

@@ -77,7 +77,7 @@ def cell(args: argparse.Namespace, way: str, tokens: int) -> list[str | int | fl
         recipe = [] if "--recipe" in WAYS[way] else ["--recipe", "heal"]
         done = measured(
             *("finetune", args.split, "-o", str(out), "--resume", "--data", args.data),
-            *("--teacher", args.dense, "--tokens", str(tokens), *recipe, *WAYS[way], *args.flags),
+            *("--tokens", str(tokens), *recipe, *WAYS[way], *args.flags),
         )
         cost = [None, None] if begun else [done.cpu_seconds / 60, done.peak_bytes / 1e9]
     report = json.loads(record.read_text("utf-8"))["training"][-1]

@@ -42,7 +42,7 @@ def plan(**changed):
             "router": {"name": "ridge"},
             "compensate": {"name": "least_squares"},
             "sequential": True,
-            "shared": 0.172,
+            "shared": None,
             "calibration": "/home/me/notes.txt+builtin",
         },
     } | changed

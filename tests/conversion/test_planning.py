@@ -107,6 +107,12 @@ def test_settings_of_a_split_are_said_to_change_nothing_elsewhere(dense, method,
     )
 
 
+def test_a_rule_for_shared_neurons_is_said_to_change_nothing_where_none_are(dense):
+    rule, note = {"shared_by": "rate"}, "`shared_by=rate` changes nothing here: no neuron is shared"
+    assert note in upcycle.plan(str(dense()), **rule, shared=0).warnings
+    assert note not in upcycle.plan(str(dense()), **rule, shared=0.25).warnings
+
+
 def test_one_copy_is_one_per_token(dense):
     geometry = upcycle.plan(str(dense()), method="copy", experts=1, granularity=4).design.geometry
     assert (geometry.num_experts, geometry.top_k) == (4, 4)
@@ -299,6 +305,10 @@ def test_a_plans_own_recipe_makes_the_same_plan(dense, target, settings):
             {"method": "drop", "experts": 4, "granularity": 4},
             "A token uses 8 of 16 shards, of 4 copies of each FFN.",
         ),
+        (
+            {"method": "copy", "experts": 1, "granularity": 4},
+            "A token uses 4 of 4 shards, of one copy of each FFN.",
+        ),
     ],
 )
 def test_what_a_token_uses_is_one_sentence(dense, settings, sentence):
@@ -306,21 +316,21 @@ def test_what_a_token_uses_is_one_sentence(dense, settings, sentence):
     assert made.way.usage(made.design.geometry) == sentence
 
 
-CHANGED = "`shared={}` became {}, so that all experts have the same width"
+CHANGED = "`shared={}` became {}: {} experts of {} neurons leave that"
 
 
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
         ({"experts": 5, "shared": 0.375}, None),  # 24 neurons each
-        ({"experts": 5, "shared": 0.3}, CHANGED.format(0.3, 0.375)),  # 26.9 down to 24
-        ({"experts": 8, "shared": 0.25}, CHANGED.format(0.25, 0.333)),  # 18 down to 16
-        ({"experts": 8, "shared": 0.01}, CHANGED.format(0.01, 0.333)),  # 23.8 down to 16
+        ({"experts": 5, "shared": 0.3}, CHANGED.format(0.3, 0.375, 5, 24)),  # 26.9 down to 24
+        ({"experts": 8, "shared": 0.25}, CHANGED.format(0.25, 0.333, 8, 16)),  # 18 down to 16
+        ({"experts": 8, "shared": 0.01}, CHANGED.format(0.01, 0.333, 8, 16)),  # 23.8 down to 16
         ({"experts": 8, "shared": 0}, None),
-        ({"experts": 8, "shared": 0.25, "target": "glm4_moe"}, CHANGED.format(0.25, 0.333)),
-        ({"experts": 5, "shared": 0.5, "target": "glm4_moe"}, CHANGED.format(0.5, 0.583)),
+        ({"experts": 8, "shared": 0.25, "target": "glm4_moe"}, CHANGED.format(0.25, 0.333, 8, 16)),
+        ({"experts": 5, "shared": 0.5, "target": "glm4_moe"}, CHANGED.format(0.5, 0.583, 5, 16)),
         ({"experts": 8, "shared": 0.333}, None),  # less than one neuron
-        ({"shared": 0.1}, CHANGED.format(0.1, 0.0833)),  # 22 of 8 neurons
+        ({"shared": 0.1}, CHANGED.format(0.1, 0.0833, 22, 8)),  # 22 of 8 neurons
         ({"experts": 8}, None),
         ({}, None),
     ],

@@ -213,6 +213,7 @@ def test_everything_is_shown():
     assert (
         "2 of 8 per token, 24 neurons each, and 40 always on; 37.5 % of the dense model's" in text
     )
+    assert "Split by coactivation Shared by energy" in text
     assert "org/dense at abc123" in text
     assert "vLLM: ok; MLX: every layer must have experts" in text
     assert "512 tokens of notes.txt+builtin" in text

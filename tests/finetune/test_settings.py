@@ -59,6 +59,7 @@ def test_validations_read_a_quarter_of_what_trains(tokens, settings, held, valid
         ({"match_layers": 1}, "`match_layers=1` compares .* `teacher=DENSE`"),
         ({"next_token": 0}, "`next_token=0` leaves no loss"),
         ({"next_token": 0, "balance": 1, "teacher": "x"}, "`next_token=0` leaves no loss"),
+        ({"teacher": "x"}, "`teacher=x` teaches nothing here.* give `distill=1` too, or leave it"),
         ({"merge": True}, "give `lora=RANK` too"),
         ({"lora_alpha": 8}, "`lora_alpha=8` is about low-rank changes: give `lora=RANK`"),
         ({"train": "experts", "router_lr": 0.1}, "`router_lr=0.1` has no effect .* leave it out"),

@@ -91,10 +91,14 @@ def warnings(
         )
     asked, got = recipe.shared, geometry.shared_ratio
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
-        yield f"`shared={asked:g}` became {got:.3g}, so that all experts have the same width"
+        experts, size = geometry.num_experts, geometry.expert_size
+        yield f"`shared={asked:g}` became {got:.3g}: {experts} experts of {size} neurons leave that"
     for field in way.void:
         chosen = getattr(recipe, field)
         if chosen != Recipe.model_fields[field].default:
             name = setting("method", way.name)
             yield f"{setting(field, chosen)} changes nothing here: {name} has no use for it"
+    unused = "shared_by" not in way.void and not geometry.shared_size
+    if unused and recipe.shared_by != Recipe.model_fields["shared_by"].default:
+        yield f"{setting('shared_by', recipe.shared_by)} changes nothing here: no neuron is shared"
     yield from way.notes(recipe, design, TARGETS[target], hosts)

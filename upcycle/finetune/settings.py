@@ -219,6 +219,11 @@ class Training(BaseModel):
                     f"{setting(name, getattr(self, name))} compares with a dense model: name it "
                     "by `teacher=DENSE`"
                 )
+        if self.teacher is not None and not (self.distill or self.match_layers):
+            raise UpcycleError(
+                f"`teacher={self.teacher}` teaches nothing here, where no loss compares with it: "
+                "give `distill=1` too, or leave it out"
+            )
         if self.teacher_top_k and self.match_layers:
             raise UpcycleError(
                 f"{setting('teacher_top_k', self.teacher_top_k)} keeps the teacher's predictions "

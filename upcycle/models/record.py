@@ -289,7 +289,6 @@ class RecipePart(Part):
     paper: str
     method: Choice
     split: Choice
-    shared: float | None = None
     shared_by: Choice
     router: Choice | None
     fit: Choice | None = None

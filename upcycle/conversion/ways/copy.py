@@ -72,8 +72,11 @@ class Copy(Way):
         return {"router": methods.router} | perturbed
 
     def usage(self, geometry: Geometry) -> str:
-        shards = f" shards, of {geometry.copies} copies" if geometry.granularity > 1 else " copies"
-        return f"A token uses {geometry.top_k} of {geometry.num_experts}{shards} of each FFN."
+        copies = "one copy" if geometry.copies == 1 else f"{geometry.copies} copies"
+        if geometry.granularity == 1:
+            return f"A token uses {geometry.top_k} of {copies} of each FFN."
+        experts = f"{geometry.top_k} of {geometry.num_experts} shards"
+        return f"A token uses {experts}, of {copies} of each FFN."
 
     def made(self, design: Design) -> str:
         return f"{self.name}, router {design.methods.router.name}"

@@ -8,7 +8,7 @@ from upcycle.core.flags import as_flags
 from upcycle.core.words import size
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, duration, listing, percent, public_name
-from upcycle.models.record import Made, PlanPart, RecipePart, Report, Source, TrainingRun
+from upcycle.models.record import Made, PlanPart, Report, Source, TrainingRun
 
 LOSSY_METHODS = {"split": "split", "prune": "pruned copies"}
 
@@ -22,7 +22,7 @@ def conversion(made: Made | None) -> Section:
     facts = {
         "Source": _revision(made.source),
         "Recipe": recipe.name,
-        **_methods(recipe),
+        **_methods(plan),
         "Experts": _geometry(plan),
         "Layers": _layers(plan),
         "Calibration": f"{tokens:,} tokens of {calibration}" if tokens else "",
@@ -49,8 +49,9 @@ def _revision(source: Source) -> str:
     return f"{public_name(source.name)}{revision}"
 
 
-def _methods(recipe: RecipePart) -> dict[str, str]:
+def _methods(plan: PlanPart) -> dict[str, str]:
     """The methods that the recipe's own method uses."""
+    recipe = plan.recipe
     router = recipe.router.name if recipe.router else ""
     compensation = recipe.compensate.name.replace("_", " ") if recipe.compensate else ""
     method, order = recipe.method.name, ", each layer fitted on the converted layers before it"
@@ -59,7 +60,7 @@ def _methods(recipe: RecipePart) -> dict[str, str]:
     return {
         "Method": LOSSY_METHODS[method] + (order if recipe.sequential else ""),
         "Split by": recipe.split.name if method == "split" else "",
-        "Shared by": recipe.shared_by.name if recipe.shared else "",
+        "Shared by": recipe.shared_by.name if method == "split" and plan.shared_size else "",
         "Router": router,
         "Fit": recipe.fit.name.replace("_", " ") if recipe.fit else "",
         "Compensation": compensation,
