@@ -1,7 +1,7 @@
 """The tables and the picture of the docs, from benchmarks/results/*.json.
 
 Each file there is one question: the newest numbers that answer it, and how they came about.
-docs/results.md has them all; README.md has five rows in words and docs/half.svg, between two
+docs/results.md has them all; README.md has five rows in words and docs/frontier.svg, between two
 comments that name this script.
 
     python benchmarks/tables.py [--no-picture]    # the picture wants upcycle[benchmarks]
@@ -11,11 +11,12 @@ import argparse
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PICTURE = ROOT / "docs/results.md", ROOT / "docs/half.svg"
+RESULTS, PICTURE = ROOT / "docs/results.md", ROOT / "docs/frontier.svg"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- by benchmarks/tables.py -->\n", "<!-- end -->\n"
 SECTIONS = {
@@ -35,6 +36,14 @@ SECTIONS = {
 }
 TEXTS = ("web", "code", "encyclopaedia", "technical", "news")
 MOST_TOKENS = 131_072
+CURVES = {
+    0: "--recipe thorough",
+    32_768: "trained on 32k tokens",
+    MOST_TOKENS: "trained on 131k tokens",
+}
+"""Of the picture, by tokens of training."""
+COLOURS = dict(zip(("default", *CURVES.values()), ("#4c72b0", "#a9bcd9", "#b5d3bb", "#55a868")))
+SMALL_PRINT: dict[str, Any] = {"fontsize": 7, "color": "#333333"}
 OLDER_TEXTS = ("WikiText-2", "code", "prose")
 WORDS = {
     1: "as much",
@@ -202,35 +211,77 @@ def with_table(readme: str, table: str) -> str:
     return re.sub(pattern, lambda _: f"{BEGIN}\n{table}\n{END}", readme, flags=re.DOTALL)
 
 
+def curves(results: dict[str, Result]) -> dict[str, dict[float, float]]:
+    """By tokens of training, perplexity over the dense model's for each share that is active: the
+    mean of the kinds of text that were trained on."""
+    frontier = results["frontier"]
+    found: dict[str, dict[float, float]] = {label: {1.0: 1.0} for label in CURVES.values()}
+    for row in frontier.rows:
+        cell = dict(zip(frontier.columns, row, strict=True))
+        known = (cell["model"], cell["what"]) == ("smollm2", "thorough")
+        if known and cell["tokens"] in CURVES:
+            found[CURVES[int(cell["tokens"])]][float(cell["active"])] = float(cell["mean"])
+    return found
+
+
 def bars(results: dict[str, Result]) -> dict[str, list[float]]:
-    """What the picture shows: for each way, perplexity over the dense model's by kind of text."""
+    """With half of the FFNs active, for each way, perplexity over the dense model's by kind of
+    text."""
     return {
         "default": healed(results, "default", 0),
-        "--recipe thorough": healed(results, "thorough", 0),
-        f"healed on {MOST_TOKENS // 1000}k tokens": healed(results, "thorough", MOST_TOKENS),
+        CURVES[0]: healed(results, "thorough", 0),
+        CURVES[MOST_TOKENS]: healed(results, "thorough", MOST_TOKENS),
     }
 
 
-def draw(ways: dict[str, list[float]], path: Path) -> None:
+def draw_curves(axes: Any, lines: dict[str, dict[float, float]]) -> None:
+    """One line per number of tokens, over the share that is active."""
+    for label, line in lines.items():
+        shares = sorted(line)
+        axes.plot(shares, [line[x] for x in shares], "o-", color=COLOURS[label], markersize=4)
+        for share in shares[:-1]:
+            axes.annotate(
+                f"{line[share]:.2f}",
+                (share, line[share]),
+                (4, 3),
+                textcoords="offset points",
+                **SMALL_PRINT,
+            )
+    shares = sorted({share for line in lines.values() for share in line})
+    axes.set(xticks=shares, xticklabels=[f"{share:.0%}" for share in shares], yticks=[])
+    axes.set_title("by the share of each FFN that is active", fontsize=9)
+
+
+def draw_bars(axes: Any, ways: dict[str, list[float]]) -> None:
     """One bar per way and kind of text."""
+    width = 0.8 / len(ways)
+    for i, (way, ratios) in enumerate(ways.items()):
+        places = [kind + (i - (len(ways) - 1) / 2) * width for kind in range(len(TEXTS))]
+        drawn = axes.bar(places, ratios, width * 0.92, color=COLOURS[way])
+        axes.bar_label(drawn, fmt="%.1f", **SMALL_PRINT)
+    axes.set(xticks=range(len(TEXTS)), xticklabels=TEXTS, ylim=(0, 3), yticks=[])
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_title("by kind of text, with half active", fontsize=9)
+
+
+def draw(results: dict[str, Result], path: Path) -> None:
+    """Both pictures under one legend."""
     import matplotlib as mpl
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
     mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "upcycle", "font.family": "sans-serif"}
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    width = 0.8 / len(ways)
-    for i, ((way, ratios), colour) in enumerate(
-        zip(ways.items(), ["#4c72b0", "#a9bcd9", "#55a868"], strict=True)
-    ):
-        places = [kind + (i - (len(ways) - 1) / 2) * width for kind in range(len(TEXTS))]
-        drawn = axes.bar(places, ratios, width * 0.92, label=way, color=colour)
-        axes.bar_label(drawn, fmt="%.1f", fontsize=8, color="#333333")
-    axes.axhline(1, color="#333333", linewidth=1)
-    axes.text(-0.55, 1.03, "dense", fontsize=8, color="#333333")
-    axes.set(xticks=range(len(TEXTS)), xticklabels=TEXTS, ylim=(0, 3.9), yticks=[])
-    axes.set_title("Half of the FFNs per token: perplexity over the dense model's", fontsize=10)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.4), width_ratios=(2, 3), layout="constrained"
+    )
+    draw_curves(left, curves(results))
+    draw_bars(right, bars(results))
+    for axes in (left, right):
+        axes.axhline(1, color="#333333", linewidth=1)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.suptitle("Perplexity over the dense model's (SmolLM2-135M)", fontsize=10)
+    legend = [Patch(color=colour, label=way) for way, colour in COLOURS.items()]
+    figure.legend(handles=legend, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
@@ -242,7 +293,7 @@ def main() -> None:
     RESULTS.write_text(results_page(results), "utf-8")
     README.write_text(with_table(README.read_text("utf-8"), readme_table(results)), "utf-8")
     if not args.no_picture:
-        draw(bars(results), PICTURE)
+        draw(results, PICTURE)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_readme_is_short_and_shows_its_picture_and_table_without_decimals():
     table = text[text.index("| you want") :].split("\n\n")[0]
     assert len(table.splitlines()) == 2 + 5
     assert not re.search(r"\d\.\d", table)
-    assert text.index("pip install") < text.index("docs/half.svg") < text.index("| you want")
+    assert text.index("pip install") < text.index("docs/frontier.svg") < text.index("| you want")
 
 
 # --- links -----------------------------------------------------------------------------------
@@ -217,10 +217,13 @@ def test_tables_are_those_of_the_results():
 
 def test_picture_shows_the_results():
     tables = script("benchmarks/tables.py")
-    drawn = (ROOT / "docs/half.svg").read_text()
-    for way, ratios in tables.bars(tables.read()).items():
+    drawn, results = (ROOT / "docs/frontier.svg").read_text(), tables.read()
+    for way, ratios in tables.bars(results).items():
         assert way in drawn
         assert all(f">{ratio:.1f}<" in drawn for ratio in ratios)
+    for way, line in tables.curves(results).items():
+        assert way in drawn
+        assert all(f">{ratio:.2f}<" in drawn for share, ratio in line.items() if share < 1)
 
 
 def test_ratios_in_words():

@@ -207,7 +207,7 @@ TRAINING = (
         ("train", str, "router | partition | experts | moe | all"),
         ("lora", int, "Train low-rank changes of this rank."),
         ("merge", bool, "Add them to the weights at the end."),
-        ("lr", float, "Highest learning rate. [default: by MODEL's weights]"),
+        ("lr", float, "Highest learning rate. [default: the preset's]"),
     )
     | _settings(
         "Text and length",
