@@ -42,7 +42,12 @@ CURVES = {
     MOST_TOKENS: "trained on 131k tokens",
 }
 """Of the picture, by tokens of training."""
-COLOURS = dict(zip(("default", *CURVES.values()), ("#4c72b0", "#a9bcd9", "#b5d3bb", "#55a868")))
+COLOURS = {
+    "default": "#4c72b0",
+    CURVES[0]: "#a9bcd9",
+    CURVES[32_768]: "#b5d3bb",
+    CURVES[MOST_TOKENS]: "#55a868",
+}
 SMALL_PRINT: dict[str, Any] = {"fontsize": 7, "color": "#333333"}
 OLDER_TEXTS = ("WikiText-2", "code", "prose")
 WORDS = {

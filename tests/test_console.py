@@ -1,18 +1,18 @@
 """What people read after a conversion, on a terminal of 80 columns."""
 
-import io
 import itertools
 import re
 from dataclasses import replace
 
 import pytest
 import records
-from rich.console import Console
 from tiny import PLAIN_SPLIT, once
 
 import upcycle
-from upcycle import console
 from upcycle.cli import every_method
+from upcycle.console.conversion import show_conversion
+from upcycle.console.listing import show_recipes
+from upcycle.console.output import out
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.models.record import DenseLayers, Findings, Trial
@@ -31,22 +31,22 @@ def converted(dense, text, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(CHECK_TOKENS, "fast", 128)
             asked = QUICK | {"calibration": f"builtin+{text}"} | settings
-            out = tmp_path_factory.mktemp("console") / "out"
-            return upcycle.convert(str(dense()), out, **asked)
+            folder = tmp_path_factory.mktemp("console") / "out"
+            return upcycle.convert(str(dense()), folder, **asked)
 
     return convert
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown(monkeypatch, capsys):
     """What is printed of a conversion, no line of it longer than the terminal."""
 
     def show(conversion) -> str:
-        page = io.StringIO()
-        monkeypatch.setattr(console, "out", Console(file=page, width=WIDTH))
-        console.show_conversion(conversion)
-        assert max(map(len, page.getvalue().splitlines())) <= WIDTH
-        return page.getvalue()
+        monkeypatch.setattr(out, "_width", WIDTH)
+        show_conversion(conversion)
+        page = capsys.readouterr().out
+        assert max(map(len, page.splitlines())) <= WIDTH
+        return page
 
     return show
 
@@ -203,11 +203,10 @@ def test_without_a_check_there_is_no_verdict(converted, shown):
 
 
 @pytest.fixture
-def listed(monkeypatch):
-    page = io.StringIO()
-    monkeypatch.setattr(console, "out", Console(file=page, width=WIDTH))
-    console.show_recipes(describe_recipes(), describe_presets(), every_method())
-    return page.getvalue()
+def listed(monkeypatch, capsys):
+    monkeypatch.setattr(out, "_width", WIDTH)
+    show_recipes(describe_recipes(), describe_presets(), every_method())
+    return capsys.readouterr().out
 
 
 def test_recipes_and_methods_read_well_on_eighty_columns(listed):

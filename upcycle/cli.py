@@ -160,22 +160,25 @@ def convert(
 
 def _carry_out(made: "Plan", options: Options, push_to_hub: str | None, *, private: bool) -> None:
     """Build what was planned, show what came of it, and perhaps publish it."""
-    from upcycle import console
+    from upcycle.console.conversion import show_conversion
+    from upcycle.console.output import show_push
+    from upcycle.console.plan import show_warnings
+    from upcycle.console.progress import progress_bars
     from upcycle.conversion.card import conversion_summary
     from upcycle.conversion.run import run
 
     as_json = options["json_"]
     if not as_json:
-        console.show_warnings(made)
-    with console.progress_bars(quiet=as_json) as progress:
+        show_warnings(made)
+    with progress_bars(quiet=as_json) as progress:
         overwrite, resume = options["overwrite"], options["resume"]
         done = run(made, overwrite=overwrite, resume=resume, progress=progress)
     if as_json:
         _print_json(conversion_summary(done).plain())
     else:
-        console.show_conversion(done)
+        show_conversion(done)
     if push_to_hub is not None:
-        console.show_push(push(done.out, push_to_hub, private=private), quiet=as_json)
+        show_push(push(done.out, push_to_hub, private=private), quiet=as_json)
 
 
 @app.command(cls=OfRecipe)
@@ -196,13 +199,13 @@ def _show_plan(options: Options) -> None:
 
 
 def _print_plan(made: "Plan", *, as_json: bool) -> None:
-    from upcycle import console
+    from upcycle.console.plan import show_plan
     from upcycle.conversion.card import plan_summary
 
     if as_json:
         _print_json(plan_summary(made).plain())
     else:
-        console.show_plan(made)
+        show_plan(made)
 
 
 @app.command(cls=OfRecipe)
@@ -407,11 +410,11 @@ def finetune(
         if out is None or dry_run:
             _rehearse(model, recipe, settings, as_json=json_)
             return
-        from upcycle import console
+        from upcycle.console.training import watching_training
         from upcycle.finetune.run import finetune as train
 
         _quiet_model_loading()
-        with console.watching_training(quiet=json_ or not _first_process()) as watch:
+        with watching_training(quiet=json_ or not _first_process()) as watch:
             done = train(
                 model,
                 out,
@@ -429,31 +432,32 @@ def _tell_training(
     done: "Finetuning", push_to: str | None, *, private: bool, as_json: bool
 ) -> None:
     """Show what a run of `finetune` did, and push it if that was asked for."""
-    from upcycle import console
+    from upcycle.console.output import show_push
+    from upcycle.console.training import show_finetuning
     from upcycle.finetune.publish import finetuning_summary
 
     if as_json:
         _print_json(finetuning_summary(done).plain())
     else:
-        console.show_finetuning(done)
+        show_finetuning(done)
     if push_to is not None:
-        console.show_push(push(done.out, push_to, private=private), quiet=as_json)
+        show_push(push(done.out, push_to, private=private), quiet=as_json)
 
 
 def _rehearse(model: str, recipe: str | None, settings: Options, *, as_json: bool) -> None:
     """Show what a run of `finetune` would take here, and may bring."""
-    from upcycle import console
+    from upcycle.console.training import show_proposal, watching_training
     from upcycle.finetune.run import rehearse
 
     _quiet_model_loading()
-    with console.watching_training(quiet=as_json or not _first_process()) as watch:
+    with watching_training(quiet=as_json or not _first_process()) as watch:
         made = rehearse(model, preset=recipe, watch=watch, **settings)
     if not _first_process():
         return
     if as_json:
         _print_json(made.plain())
     else:
-        console.show_proposal(made)
+        show_proposal(made)
 
 
 @app.command("eval")
@@ -492,14 +496,14 @@ def evaluate(
         _check_file(output)
         check_evaluation(model, against, text or [])
         top_ks = None if top_k is None else top_ks_named(top_k)
-        from upcycle import console
+        from upcycle.console.progress import progress_bars
         from upcycle.evaluation import encoders
         from upcycle.evaluation.speed_card import check_card
 
         if card:
             check_card(model, speed=speed)
         _quiet_model_loading()
-        with console.progress_bars(quiet=json_) as progress:
+        with progress_bars(quiet=json_) as progress:
             report = encoders.evaluate_any(
                 model,
                 text or ["probes"],
@@ -519,7 +523,7 @@ def evaluate(
 
 def _tell(report: Any, output: Path | None, *, card: bool, as_json: bool) -> None:
     """Write and show what was measured, of an encoder or of another model."""
-    from upcycle import console
+    from upcycle.console.evaluation import show_evaluation, show_hidden
     from upcycle.evaluation import encoders
     from upcycle.evaluation.speed_card import write_speed
 
@@ -531,9 +535,9 @@ def _tell(report: Any, output: Path | None, *, card: bool, as_json: bool) -> Non
     if as_json:
         _print_json(summary)
     elif isinstance(report, encoders.HiddenEvaluation):
-        console.show_hidden(report)
+        show_hidden(report)
     else:
-        console.show_evaluation(report)
+        show_evaluation(report)
 
 
 @app.command()
@@ -543,7 +547,7 @@ def inspect(
     """Show a model's shapes, its FFN width and divisors, and the MoE targets that it can reach."""
     with _errors():
         check_model(model, revision)
-        from upcycle import console
+        from upcycle.console.listing import show_inspection
         from upcycle.conversion.inspection import inspect_model
         from upcycle.evaluation.stability import partition_agreement
 
@@ -554,7 +558,7 @@ def inspect(
         if json_:
             _print_json(report)
         else:
-            console.show_inspection(report)
+            show_inspection(report)
 
 
 @app.command()
@@ -605,7 +609,7 @@ def report(
                 "--evaluation holds numbers already: drop --against, --text, --tokens and --seq-len"
             )
         check_evaluation(model, against, text or [])
-        from upcycle import console
+        from upcycle.console.progress import progress_bars
         from upcycle.evaluation.page import facts, render
 
         out = local_path(out)
@@ -615,7 +619,7 @@ def report(
         if evaluation is not None:
             measured = facts.read_evaluation(local_path(evaluation), found)
         else:
-            with console.progress_bars(quiet=False) as progress:
+            with progress_bars(quiet=False) as progress:
                 measured = facts.evaluate_model(
                     model, text or ["probes"], against, tokens or 4096, seq_len or 512, progress
                 )
@@ -631,7 +635,7 @@ def recipes(
     """List the recipes of `convert` and `finetune`, the methods that they are made of and every
     setting, or print one recipe."""
     with _errors():
-        from upcycle import console
+        from upcycle.console.listing import show_recipes, show_settings
         from upcycle.conversion.catalogue import describe_presets, describe_recipes
         from upcycle.conversion.recipe import load_recipe
         from upcycle.core.settings import recipe_text, shipped_presets, yaml_fields
@@ -646,8 +650,8 @@ def recipes(
             listed = {"recipes": describe_recipes(), "presets": describe_presets()}
             _print_json(listed | {"methods": every_method(), "settings": every_setting()})
         else:
-            console.show_recipes(describe_recipes(), describe_presets(), every_method())
-            console.show_settings(every_setting())
+            show_recipes(describe_recipes(), describe_presets(), every_method())
+            show_settings(every_setting())
 
 
 def every_method() -> list[dict[str, Any]]:
@@ -674,13 +678,13 @@ def every_setting() -> dict[str, list[dict[str, str]]]:
 def env(json_: Json = False) -> None:
     """Show versions and the machine, for a bug report."""
     with _errors():
-        from upcycle import console
+        from upcycle.console.output import table
         from upcycle.conversion.inspection import describe_environment
 
         if json_:
             _print_json(describe_environment())
         else:
-            console.table("environment", describe_environment())
+            table("environment", describe_environment())
 
 
 def _check_file(output: Path | None) -> None:

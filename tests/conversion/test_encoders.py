@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from reference import TOKENS, TOLERANCE, gap, load_all_on, logits, read_json, weights
-from rich.console import Console
 from safetensors.torch import save_file
 from tiny import PLAIN_SPLIT, make_dense, make_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -14,8 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import console
 from upcycle.cli import app
+from upcycle.console.conversion import show_conversion
+from upcycle.console.listing import show_inspection
+from upcycle.console.output import out
 from upcycle.conversion.inspection import inspect_model
 from upcycle.core.errors import UpcycleError
 from upcycle.evaluation.encoders import evaluate_any, summary_of
@@ -197,9 +198,9 @@ def test_record_and_card_speak_of_hidden_states_alone(converted):
 
 
 def test_terminal_speaks_of_hidden_states_alone(converted, capsys, monkeypatch):
-    monkeypatch.setattr(console, "out", Console(width=200))
-    console.show_conversion(converted)
-    console.show_inspection(inspect_model(str(converted.out)))
+    monkeypatch.setattr(out, "_width", 200)
+    show_conversion(converted)
+    show_inspection(inspect_model(str(converted.out)))
     said = capsys.readouterr().out
     assert "all experts on, refit weights in both: hidden states differ by" in said
     assert "loads with AutoModel.from_pretrained" in said

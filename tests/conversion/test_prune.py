@@ -23,8 +23,9 @@ from torch.nn.functional import silu
 from typer.testing import CliRunner
 
 import upcycle
-from upcycle import CheckFailed, UpcycleError, console
+from upcycle import CheckFailed, UpcycleError
 from upcycle.cli import app
+from upcycle.console.output import out
 from upcycle.conversion import writing
 from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.plan import CHECK_TOKENS
@@ -372,7 +373,7 @@ def test_so_does_the_page(convert):
 
 
 def test_so_does_the_command(dense, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(console.out, "_width", 200)
+    monkeypatch.setattr(out, "_width", 200)
     options = {"method": "prune", "experts": 4, "keep-dense": "none", "calibration": text}
     sizes = {"calibration-tokens": 512, "seq-len": 64, "active": 0.5}
     words = [str(word) for key, of in (options | sizes).items() for word in (f"--{key}", of)]

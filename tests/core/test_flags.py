@@ -10,7 +10,7 @@ from upcycle.conversion.recipe import Recipe
 from upcycle.core.flags import PARAMETERS, as_flags, setting
 from upcycle.finetune.settings import Training
 
-SPEAK_FLAGS = ("cli.py", "options.py", "console.py", "flags.py")
+SPEAK_FLAGS = ("cli.py", "options.py", "console", "core/flags.py")
 """The modules of the command line itself."""
 
 
@@ -18,7 +18,7 @@ def sentences() -> Iterator[tuple[str, str]]:
     """Every text of the library's modules that is no docstring, with where it is."""
     root = Path(upcycle.__file__).parent
     for path in root.rglob("*.py"):
-        if path.name in SPEAK_FLAGS:
+        if path.relative_to(root).as_posix().startswith(SPEAK_FLAGS):
             continue
         tree = ast.parse(path.read_text())
         notes = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

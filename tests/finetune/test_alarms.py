@@ -8,7 +8,7 @@ import torch
 from reference import experts, load, logits
 from torch.nn import functional
 
-from upcycle.console import watching_training
+from upcycle.console.training import watching_training
 from upcycle.core.flags import as_flags
 from upcycle.finetune.alarms import FEWEST, JUMP, RECENT, new_alarms
 from upcycle.finetune.data import training_data

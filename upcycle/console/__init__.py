@@ -1,0 +1,1 @@
+"""What people see, through rich. No logic."""
