@@ -121,8 +121,8 @@ def speed(place: Path, shape: Row, device: str, model: str) -> list[Row]:
     """Tokens per second in transformers at each batch size, the median of three rounds."""
     import torch
 
-    from upcycle.evaluation.run import load_model
     from upcycle.evaluation.speed import tokens_per_second
+    from upcycle.models.loading import load_model
 
     loaded = load_model(place / model, torch.bfloat16, torch.device(device))
     generator = torch.Generator().manual_seed(SEED)

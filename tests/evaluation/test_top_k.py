@@ -9,7 +9,8 @@ from reference import load, read_json
 from typer.testing import CliRunner
 
 from upcycle.cli import app
-from upcycle.evaluation.run import evaluate, evaluation_summary
+from upcycle.evaluation.measured import evaluation_summary
+from upcycle.evaluation.run import evaluate
 
 LENGTH = {"tokens": 128, "seq_len": 64}
 SPLIT = {"experts": 8, "top_k": 4}

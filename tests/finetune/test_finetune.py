@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 import upcycle
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.core.errors import Diverged
-from upcycle.evaluation.run import load_model
 from upcycle.finetune import run as run_module
 from upcycle.finetune import step
 from upcycle.finetune.run import Watch
 from upcycle.finetune.settings import Training
 from upcycle.finetune.step import learning_rate
 from upcycle.models.frontmatter import split_card
+from upcycle.models.loading import load_model
 from upcycle.models.record import read_log, read_record
 from upcycle.models.writer import partial_folder
 

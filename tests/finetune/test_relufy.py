@@ -10,11 +10,11 @@ from torch.nn import functional
 from training import held_out
 
 from upcycle import UpcycleError
-from upcycle.evaluation.run import load_model
 from upcycle.finetune.activations import swap
 from upcycle.finetune.data import Data
 from upcycle.finetune.losses import square_hoyer_loss
 from upcycle.finetune.run import Watch
+from upcycle.models.loading import load_model
 from upcycle.models.record import read_log, read_record
 
 STEPS = 12

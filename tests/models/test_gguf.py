@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 import upcycle
 from upcycle import UpcycleError
 from upcycle.conversion.inspection import inspect_model
-from upcycle.evaluation.run import load_model
 from upcycle.models import weights
+from upcycle.models.loading import load_model
 from upcycle.models.opening import open_source
 
 IDS = torch.arange(3, 259)[None]

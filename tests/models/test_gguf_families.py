@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.evaluation.run import load_model
 from upcycle.models.families import FAMILIES as DENSE
 from upcycle.models.gguf.architectures import STORED
+from upcycle.models.loading import load_model
 from upcycle.models.opening import open_source
 
 GEMMA4 = {"tie_word_embeddings": True}

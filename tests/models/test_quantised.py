@@ -14,8 +14,8 @@ from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.evaluation.run import load_model
 from upcycle.models import weights
+from upcycle.models.loading import load_model
 from upcycle.models.opening import open_source
 from upcycle.models.shards import INDEX, SINGLE
 from upcycle.models.weights import fingerprint

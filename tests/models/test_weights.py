@@ -9,7 +9,7 @@ from spoiled import SHARD_SIZE, edit_weights
 from transformers import AutoModelForCausalLM
 
 from upcycle import UpcycleError
-from upcycle.evaluation.run import load_model
+from upcycle.models.loading import load_model
 from upcycle.models.opening import open_source
 from upcycle.models.shards import SINGLE
 from upcycle.models.weights import fingerprint

@@ -9,7 +9,7 @@ from upcycle.core.words import count
 
 if TYPE_CHECKING:
     from upcycle.evaluation.encoders import HiddenEvaluation
-    from upcycle.evaluation.run import Evaluation, TextResult
+    from upcycle.evaluation.measured import Evaluation, TextResult
     from upcycle.evaluation.tasks import TaskScores
     from upcycle.models.record import HiddenResult
 

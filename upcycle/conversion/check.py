@@ -23,17 +23,13 @@ from upcycle.core.errors import CheckFailed
 from upcycle.core.machine import free_memory
 from upcycle.core.progress import Progress
 from upcycle.core.types import DenseFFN
+from upcycle.evaluation.comparing import Comparison, compare, decode_windows
 from upcycle.evaluation.hidden import HiddenComparison, compare_hidden, hidden_result, put_out
 from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
 from upcycle.evaluation.routing import utilisation
-from upcycle.evaluation.run import (
-    Comparison,
-    compare,
-    decode_windows,
-    load_model,
-)
 from upcycle.models.blocks import moe_blocks, watch_selections
 from upcycle.models.head import drop_layers
+from upcycle.models.loading import load_model
 from upcycle.models.record import (
     CheckReport,
     EncoderReport,

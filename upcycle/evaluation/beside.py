@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upcycle.evaluation.comparing import compare
 from upcycle.evaluation.distance import with_rows_of
-from upcycle.evaluation.run import compare, load_model
+from upcycle.models.loading import load_model
 from upcycle.models.source import DenseSource
 
 MEAN = "mean of the sources"

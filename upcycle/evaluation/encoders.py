@@ -12,26 +12,22 @@ from upcycle.core.flags import setting
 from upcycle.core.machine import choose_device
 from upcycle.core.paths import local_path, public_name
 from upcycle.core.progress import Progress
+from upcycle.evaluation.comparing import counter, decode_windows
 from upcycle.evaluation.hidden import compare_hidden, hidden_result
-from upcycle.evaluation.routing import LayerRouting
-from upcycle.evaluation.run import (
-    BUILTIN_SEED,
+from upcycle.evaluation.measured import (
     Evaluation,
     Flops,
     LayerSimilarity,
     Parameters,
-    choose_dtype,
-    counter,
-    decode_windows,
-    evaluate,
     evaluation_summary,
     flops_beside,
-    load_model,
     parameters,
     routing_of,
-    shared_vocab_size,
     similarity_of,
 )
+from upcycle.evaluation.opening import BUILTIN_SEED, choose_dtype, shared_vocab_size
+from upcycle.evaluation.routing import LayerRouting
+from upcycle.evaluation.run import evaluate
 from upcycle.evaluation.size import measure_size
 from upcycle.models.adapter import adapter_base
 from upcycle.models.blocks import moe_blocks
@@ -39,6 +35,7 @@ from upcycle.models.calibration import check_seq_len
 from upcycle.models.config import read_config, read_text_config
 from upcycle.models.families import is_encoder
 from upcycle.models.head import drop_layers
+from upcycle.models.loading import load_model
 from upcycle.models.opening import checkpoint_folder
 from upcycle.models.record import HiddenResult
 from upcycle.models.text import check_text

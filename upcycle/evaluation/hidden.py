@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from upcycle.evaluation.comparing import Step
 from upcycle.evaluation.result import relative_error
 from upcycle.evaluation.routing import counting_pairs
-from upcycle.evaluation.run import Step
 from upcycle.models.head import Decoded, decode, given
 from upcycle.models.record import HiddenResult
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from upcycle.core.errors import CheckFailed, UpcycleError
-from upcycle.evaluation.run import load_model
+from upcycle.models.loading import load_model
 
 TOLERANCE = 1e-3
 """Of `relative_error`: what is less is rounding, of weights in float32."""

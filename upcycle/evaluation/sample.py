@@ -9,8 +9,9 @@ import torch
 
 from upcycle.core.foreign import blaming
 from upcycle.core.machine import choose_device
-from upcycle.evaluation.run import choose_dtype, load_model
+from upcycle.evaluation.opening import choose_dtype
 from upcycle.models.chat import ChatRefused, render_chat
+from upcycle.models.loading import load_model
 from upcycle.models.opening import checkpoint_folder
 from upcycle.models.tokens import load_tokenizer
 

@@ -8,7 +8,7 @@ import jinja2
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.paths import local_path, write_whole
-from upcycle.evaluation.run import Evaluation
+from upcycle.evaluation.measured import Evaluation
 from upcycle.models.record import RECORD
 
 CARD = "README.md"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from upcycle.core.errors import CheckFailed
 from upcycle.core.paths import disk_errors, local_path, public_name, way_from
+from upcycle.evaluation.comparing import next_token_logits
 from upcycle.evaluation.result import TOLERANCE, load_result, relative_error
-from upcycle.evaluation.run import load_model, next_token_logits
 from upcycle.finetune.activations import name_activation
 from upcycle.finetune.job import Job
 from upcycle.finetune.settings import Training
@@ -26,6 +26,7 @@ from upcycle.finetune.trainable import Groups
 from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.companions import copy_companions
 from upcycle.models.frontmatter import read_card, split_card, with_results
+from upcycle.models.loading import load_model
 from upcycle.models.record import (
     DOMAINS,
     RECORD,

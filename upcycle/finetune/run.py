@@ -21,7 +21,6 @@ from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.machine import torch_threads
 from upcycle.core.paths import local_path
-from upcycle.evaluation.run import load_model
 from upcycle.finetune.activations import swap
 from upcycle.finetune.budget import Budget, Proposal
 from upcycle.finetune.data import Data, batch_rows, training_data, with_texts
@@ -49,6 +48,7 @@ from upcycle.finetune.trainable import (
 )
 from upcycle.models.blocks import MoEBlock, moe_blocks
 from upcycle.models.config import read_text_config
+from upcycle.models.loading import load_model
 from upcycle.models.record import TRAIN_LOG, Identity, Used
 from upcycle.models.shards import read_headers
 from upcycle.models.writer import (

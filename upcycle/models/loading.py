@@ -1,6 +1,7 @@
 """A checkpoint as a model of transformers, whole in memory."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from torch import Tensor
 from transformers import AutoModel, GenerationConfig, modeling_utils
 
 from upcycle.core.errors import UpcycleError
-from upcycle.models.config import read_config
+from upcycle.core.foreign import blaming
+from upcycle.models.config import read_config, read_text_config
+from upcycle.models.config_fields import check_layers
 from upcycle.models.families import auto_class, is_encoder
 from upcycle.models.layout import is_headless
 from upcycle.models.names import KEY_MAPPING
@@ -146,3 +149,21 @@ class _Unmapped:
         part = self.shard.get_slice(name)
         # safetensors 0.8 refuses to read no bytes of a slice.
         return part if math.prod(part.get_shape()) else self.shard.get_tensor(name)
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The checkpoint by plain transformers.
+
+    Raises:
+        UpcycleError: it does not load, or not every tensor finds its place.
+    """
+    check_layers(read_text_config(folder).num_hidden_layers, len(read_headers(folder)), folder)
+    with warnings.catch_warnings():
+        # A target that always has a shared expert holds one of no neurons.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        with blaming(f"{folder} does not load in transformers"):
+            model, info = load_whole(folder, dtype=dtype, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UpcycleError(f"{folder} does not load whole: {kind} {sorted(info[kind])[:3]}")
+    return model.to(device).eval()

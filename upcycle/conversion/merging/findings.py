@@ -15,7 +15,7 @@ from upcycle.core.progress import Progress
 from upcycle.evaluation.beside import measured, perplexities
 from upcycle.evaluation.distance import Distances as FFNDistances
 from upcycle.evaluation.distance import remarks
-from upcycle.evaluation.run import load_model
+from upcycle.models.loading import load_model
 from upcycle.models.record import (
     TEXTUAL,
     Beside,

@@ -3,12 +3,12 @@
 import shlex
 from pathlib import PurePath
 
+from upcycle.evaluation.measured import Evaluation
 from upcycle.evaluation.page.facts import Facts
 from upcycle.evaluation.page.origin import LOSSY_METHODS
 from upcycle.evaluation.page.quality import overall
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, public_name
-from upcycle.evaluation.run import Evaluation
 from upcycle.evaluation.verdict import FINE
 from upcycle.models.record import CheckReport, Made
 from upcycle.models.text import texts

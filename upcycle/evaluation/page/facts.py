@@ -16,7 +16,8 @@ from upcycle.core.foreign import first_problem, read_json
 from upcycle.core.paths import public_name
 from upcycle.core.progress import Progress
 from upcycle.evaluation.inspection import inspect_found
-from upcycle.evaluation.run import Evaluation, evaluate
+from upcycle.evaluation.measured import Evaluation
+from upcycle.evaluation.run import evaluate
 from upcycle.evaluation.sample import Sample, samples
 from upcycle.models.checkpoint import locate
 from upcycle.models.config import read_config

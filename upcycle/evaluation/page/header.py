@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 from upcycle.core.words import count
+from upcycle.evaluation.measured import Evaluation
 from upcycle.evaluation.page.facts import Facts
 from upcycle.evaluation.page.quality import Overall, overall
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, percent, public_name
-from upcycle.evaluation.run import Evaluation
 from upcycle.evaluation.verdict import FINE
 from upcycle.models.record import Made
 

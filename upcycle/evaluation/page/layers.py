@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from upcycle.evaluation.measured import LayerSimilarity
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, listing
-from upcycle.evaluation.run import LayerSimilarity
 from upcycle.models.record import Made
 
 ALIKE = 0.05

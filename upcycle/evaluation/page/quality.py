@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from upcycle.evaluation.measured import Evaluation, TextResult
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, percent, public_name
-from upcycle.evaluation.run import Evaluation, TextResult
 from upcycle.models.record import CheckReport, KindResult, Made
 from upcycle.models.text import kind_name
 

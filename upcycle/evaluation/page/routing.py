@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upcycle.evaluation.measured import Evaluation
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, listing, percent, public_name
 from upcycle.evaluation.routing import LayerRouting, independent_pairs, pair_counts
-from upcycle.evaluation.run import Evaluation
 
 FEWEST = 20
 """Tokens, found or expected, from which on two experts' common ones count as evidence."""

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from upcycle.evaluation.measured import Evaluation
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits
-from upcycle.evaluation.run import Evaluation
 
 
 def speed(evaluation: Evaluation) -> Section:
