@@ -12,7 +12,8 @@ from upcycle.console.training import watching_training
 from upcycle.core.flags import as_flags
 from upcycle.finetune.alarms import FEWEST, JUMP, RECENT, new_alarms
 from upcycle.finetune.data import training_data
-from upcycle.finetune.run import Watch, finetune
+from upcycle.finetune.preparing import Watch
+from upcycle.finetune.run import finetune
 from upcycle.models.record import read_log, read_record
 
 ROUTING = {"experts": 200, "starved": 3, "imbalance": 2.0, "worst_imbalance": 8.0}

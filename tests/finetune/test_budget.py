@@ -58,7 +58,7 @@ def test_time_is_that_of_all_steps_and_validations_and_of_the_teacher():
     [
         ({"lora": 8}, 2.0),
         ({"train": "router"}, 2.0),
-        ({"distill": 0.0}, 2.0),
+        ({"distill": 0.0, "teacher": None}, 2.0),
         ({"steps": 9}, 2.0),
         ({}, 0.9),
         ({}, None),

@@ -21,9 +21,8 @@ from transformers import PreTrainedModel
 import upcycle
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.core.errors import Diverged
-from upcycle.finetune import run as run_module
-from upcycle.finetune import step
-from upcycle.finetune.run import Watch
+from upcycle.finetune import preparing, step
+from upcycle.finetune.preparing import Watch
 from upcycle.finetune.settings import Training
 from upcycle.finetune.step import learning_rate
 from upcycle.models.frontmatter import split_card
@@ -724,7 +723,7 @@ def test_what_changes_while_it_is_loaded_is_noticed(split, train, repeated, tmp_
         return load_model(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "load_model", touch_up)
+        patch.setattr(preparing, "load_model", touch_up)
         with pytest.raises(UpcycleError, match="changed while it was read"):
             train(source, data=str(text))
     assert not (tmp_path / "out").exists()

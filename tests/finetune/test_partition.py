@@ -7,8 +7,9 @@ from reference import gap, load, logits, weights
 from upcycle import UpcycleError
 from upcycle.core.transport import transport
 from upcycle.finetune.partition import AFFINITY, Dealer, add_affinities
+from upcycle.finetune.preparing import Watch
 from upcycle.finetune.routers import RouterTap
-from upcycle.finetune.run import Watch, finetune
+from upcycle.finetune.run import finetune
 from upcycle.finetune.step import score_of
 from upcycle.models.blocks import moe_blocks
 

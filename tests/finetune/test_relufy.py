@@ -13,7 +13,7 @@ from upcycle import UpcycleError
 from upcycle.finetune.activations import swap
 from upcycle.finetune.data import Data
 from upcycle.finetune.losses import square_hoyer_loss
-from upcycle.finetune.run import Watch
+from upcycle.finetune.preparing import Watch
 from upcycle.models.loading import load_model
 from upcycle.models.record import read_log, read_record
 

@@ -7,7 +7,8 @@ import torch
 from reference import load, routers, weights
 
 from upcycle import UpcycleError
-from upcycle.finetune.run import Watch, finetune
+from upcycle.finetune.preparing import Watch
+from upcycle.finetune.run import finetune
 from upcycle.models.writer import partial_folder
 
 QUICK = {

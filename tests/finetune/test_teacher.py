@@ -10,10 +10,11 @@ from reference import load, logits
 from torch.nn import functional
 
 from upcycle import UpcycleError
-from upcycle.finetune import run as run_module
+from upcycle.finetune import preparing
 from upcycle.finetune import teacher as teacher_module
 from upcycle.finetune.data import training_data
-from upcycle.finetune.run import Watch, finetune
+from upcycle.finetune.preparing import Watch
+from upcycle.finetune.run import finetune
 from upcycle.finetune.settings import Training
 from upcycle.finetune.teacher import fill, is_stored, open_store, size
 from upcycle.models.writer import partial_folder
@@ -44,14 +45,14 @@ def train(dense, moe, short, tmp_path):
 @pytest.fixture
 def teachers(monkeypatch):
     """Every teacher that is loaded, weakly."""
-    found, load_teacher = [], run_module._load_teacher
+    found, load_teacher = [], preparing._load_teacher
 
     def watched(*args):
         model = load_teacher(*args)
         found.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(run_module, "_load_teacher", watched)
+    monkeypatch.setattr(preparing, "_load_teacher", watched)
     return found
 
 
@@ -107,14 +108,14 @@ def test_a_stopped_run_goes_on_from_the_stored_predictions(train, teachers, tmp_
 
 def test_the_teacher_reads_held_out_text_once(train, monkeypatch):
     """Besides a batch in every step, however often the model is validated."""
-    calls, read, load_teacher = [], [], run_module._load_teacher
+    calls, read, load_teacher = [], [], preparing._load_teacher
 
     def counted(*args):
         model = load_teacher(*args)
         model.register_forward_hook(lambda *_: calls.append(1))
         return model
 
-    monkeypatch.setattr(run_module, "_load_teacher", counted)
+    monkeypatch.setattr(preparing, "_load_teacher", counted)
     watch = Watch(teacher=lambda done, total: read.append((done, total)))
     done = train(validate_every=1, watch=watch)
     assert sum("validation" in row for row in done.log) == 7

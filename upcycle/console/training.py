@@ -15,8 +15,8 @@ from upcycle.finetune.catalogue import methods as of_training
 
 if TYPE_CHECKING:
     from upcycle.finetune.budget import Budget, Proposal
+    from upcycle.finetune.preparing import Watch
     from upcycle.finetune.publish import Finetuning
-    from upcycle.finetune.run import Watch
     from upcycle.finetune.settings import Training
     from upcycle.models.record import Used
 
@@ -27,7 +27,7 @@ AGAIN = 1.1
 @contextmanager
 def watching_training(*, quiet: bool) -> Iterator["Watch"]:
     """What trains, then a live line on a terminal, and a line per validation."""
-    from upcycle.finetune.run import Watch
+    from upcycle.finetune.preparing import Watch
 
     if quiet:
         yield Watch()

@@ -219,11 +219,6 @@ class Training(BaseModel):
                     f"{setting(name, getattr(self, name))} compares with a dense model: name it "
                     "by `teacher=DENSE`"
                 )
-        if self.teacher is not None and not (self.distill or self.match_layers):
-            raise UpcycleError(
-                f"`teacher={self.teacher}` teaches nothing here, where no loss compares with it: "
-                "give `distill=1` too, or leave it out"
-            )
         if self.teacher_top_k and self.match_layers:
             raise UpcycleError(
                 f"{setting('teacher_top_k', self.teacher_top_k)} keeps the teacher's predictions "
@@ -236,6 +231,11 @@ class Training(BaseModel):
                     f"{setting(name, getattr(self, name))} is about the divergence from the "
                     f"teacher, which does not count: give `distill=1`, or set it to {default:g}"
                 )
+        if self.teacher is not None and not (self.distill or self.match_layers):
+            raise UpcycleError(
+                f"`teacher={self.teacher}` teaches nothing here, where no loss compares with it: "
+                "give `distill=1` too, or leave it out"
+            )
 
     def _check_low_rank(self) -> None:
         if self.lora is None and (self.merge or self.lora_alpha is not None):
