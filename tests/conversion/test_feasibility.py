@@ -14,7 +14,7 @@ from upcycle import UpcycleError
 from upcycle.conversion import dense_layers
 from upcycle.core.clustering import balanced_kmeans
 from upcycle.models.record import Trial
-from upcycle.models.writer import partial_folder
+from upcycle.models.workspace import partial_folder
 from upcycle.router_init import kmeans
 
 # --- text ------------------------------------------------------------------------------------

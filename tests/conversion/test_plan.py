@@ -6,7 +6,7 @@ from tiny import PLAIN_SPLIT
 
 import upcycle
 from upcycle.models.text import KINDS
-from upcycle.models.writer import Workspace
+from upcycle.models.workspace import Workspace
 
 QUICK = {"calibration_tokens": 64, "seq_len": 64, "check": "none"}
 ASIDE = {

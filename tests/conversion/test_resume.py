@@ -23,7 +23,8 @@ from upcycle.conversion import writing
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.machine import torch_threads
 from upcycle.models.stream import HiddenStream
-from upcycle.models.writer import CheckpointWriter, Workspace, partial_folder
+from upcycle.models.workspace import Workspace, partial_folder
+from upcycle.models.writer import CheckpointWriter
 
 SETTINGS = PLAIN_SPLIT | {
     "calibration_tokens": 128, "seq_len": 64, "max_shard_size": "100KB", "keep_dense": [1],

@@ -38,7 +38,8 @@ from upcycle.conversion.converted import ConvertedLayer
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations
 from upcycle.models.stream import HiddenStream
-from upcycle.models.writer import CheckpointWriter, Workspace
+from upcycle.models.workspace import Workspace
+from upcycle.models.writer import CheckpointWriter
 
 PAIRS = [
     ("llama", "qwen2_moe"),

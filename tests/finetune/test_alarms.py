@@ -14,7 +14,8 @@ from upcycle.finetune.alarms import FEWEST, JUMP, RECENT, new_alarms
 from upcycle.finetune.data import training_data
 from upcycle.finetune.preparing import Watch
 from upcycle.finetune.run import finetune
-from upcycle.models.record import read_log, read_record
+from upcycle.models.record import read_record
+from upcycle.models.train_log import read_log
 
 ROUTING = {"experts": 200, "starved": 3, "imbalance": 2.0, "worst_imbalance": 8.0}
 START = {"step": 0, "validation": {}, "texts": {"a": 10.0, "b": 20.0}, "routing": ROUTING}

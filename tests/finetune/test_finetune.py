@@ -27,8 +27,9 @@ from upcycle.finetune.settings import Training
 from upcycle.finetune.step import learning_rate
 from upcycle.models.frontmatter import split_card
 from upcycle.models.loading import load_model
-from upcycle.models.record import read_log, read_record
-from upcycle.models.writer import partial_folder
+from upcycle.models.record import read_record
+from upcycle.models.train_log import read_log
+from upcycle.models.workspace import partial_folder
 
 TARGETS = ["qwen2_moe", "mixtral", "glm4_moe", "granitemoeshared"]
 

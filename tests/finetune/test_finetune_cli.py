@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from upcycle.cli import app
 from upcycle.core.settings import shipped_presets
-from upcycle.models.writer import partial_folder
+from upcycle.models.workspace import partial_folder
 
 QUICK = "--steps 2 --seq-len 32 --batch-size 2 --set validation_tokens=32 --lr 1e-3".split()
 

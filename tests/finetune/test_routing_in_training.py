@@ -9,7 +9,7 @@ from reference import load, routers, weights
 from upcycle import UpcycleError
 from upcycle.finetune.preparing import Watch
 from upcycle.finetune.run import finetune
-from upcycle.models.writer import partial_folder
+from upcycle.models.workspace import partial_folder
 
 QUICK = {
     "preset": "specialise", "steps": 3, "seq_len": 32, "batch_size": 4, "micro_batch": 2,

@@ -17,7 +17,7 @@ from upcycle.finetune.preparing import Watch
 from upcycle.finetune.run import finetune
 from upcycle.finetune.settings import Training
 from upcycle.finetune.teacher import fill, is_stored, open_store, size
-from upcycle.models.writer import partial_folder
+from upcycle.models.workspace import partial_folder
 
 V = 272
 QUICK = {

@@ -7,15 +7,8 @@ import records
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.models.record import (
-    LogLine,
-    Made,
-    Trained,
-    log_text,
-    read_log,
-    read_record,
-    record_text,
-)
+from upcycle.models.record import Made, Trained, read_record, record_text
+from upcycle.models.train_log import LogLine, log_text, read_log
 
 LATER = {"runtimes", "feedback"}
 """Of a plan, what upcycle did not write at first."""

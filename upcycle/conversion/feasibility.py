@@ -11,7 +11,7 @@ from upcycle.models.calibration import check_seq_len
 from upcycle.models.companions import check_own_files
 from upcycle.models.targets import TARGETS
 from upcycle.models.tokens import load_tokenizer
-from upcycle.models.writer import check_out
+from upcycle.models.workspace import check_out
 
 
 def check_plan(plan: Plan, *, overwrite: bool, resume: bool) -> None:

@@ -14,7 +14,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.progress import Progress
 from upcycle.core.types import LossGradient, all_finite
 from upcycle.models.stream import HiddenStream
-from upcycle.models.writer import Workspace
+from upcycle.models.workspace import Workspace
 
 GRADIENTS = "loss gradients"
 

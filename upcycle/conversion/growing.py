@@ -37,7 +37,8 @@ from upcycle.models.record import DOMAINS
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
 from upcycle.models.tokens import open_reader
-from upcycle.models.writer import CheckpointWriter, TensorSpec, Workspace
+from upcycle.models.workspace import Workspace
+from upcycle.models.writer import CheckpointWriter, TensorSpec
 from upcycle.router_init.gates.base import GateRows
 
 

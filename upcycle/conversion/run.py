@@ -33,7 +33,7 @@ from upcycle.core.versions import versions
 from upcycle.models.assemble import dense_ffn
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
 from upcycle.models.record import RECORD, DenseLayers, FitPart, Identity, Report, record_text
-from upcycle.models.writer import Workspace, begun_run, check_unfinished, recorded_run
+from upcycle.models.workspace import Workspace, begun_run, check_unfinished, recorded_run
 
 DENSE_LAYERS = "layers to keep dense"
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from upcycle.core.errors import UpcycleError
 from upcycle.core.types import all_finite
 from upcycle.evaluation.distance import Meter
-from upcycle.models.writer import CheckpointWriter, Workspace
+from upcycle.models.workspace import Workspace
+from upcycle.models.writer import CheckpointWriter
 
 SEEN, GATE = "seen", "gate"
 """Of a merge, what a unit's note says of the models' tensors and of the router's rows."""

@@ -35,7 +35,8 @@ from upcycle.models.record import DOMAINS
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
 from upcycle.models.targets.base import Whole
-from upcycle.models.writer import CheckpointWriter, Workspace
+from upcycle.models.workspace import Workspace
+from upcycle.models.writer import CheckpointWriter
 
 
 def write_small_files(plan: Plan, folder: Path) -> None:

@@ -18,7 +18,7 @@ from upcycle.finetune.state import load_state, put_back, read_notes, save_state
 from upcycle.finetune.step import Progress, Setup, note, pass_of, take_step
 from upcycle.finetune.trainable import Trained
 from upcycle.finetune.validation import look, validate
-from upcycle.models.record import LogLine, log_text
+from upcycle.models.train_log import LogLine, log_text
 
 
 def make_optimizer(settings: Training, training: list[Trained]) -> torch.optim.AdamW:

@@ -37,9 +37,10 @@ from upcycle.finetune.trainable import (
 from upcycle.models.blocks import MoEBlock, moe_blocks
 from upcycle.models.config import read_text_config
 from upcycle.models.loading import load_model
-from upcycle.models.record import TRAIN_LOG, Used
+from upcycle.models.record import Used
 from upcycle.models.shards import read_headers
-from upcycle.models.writer import ASIDE, partial_folder
+from upcycle.models.train_log import TRAIN_LOG
+from upcycle.models.workspace import ASIDE, partial_folder
 
 SCALE_TOKENS = 256
 """Of the validation text, to measure routers on."""

@@ -30,7 +30,6 @@ from upcycle.models.loading import load_model
 from upcycle.models.record import (
     DOMAINS,
     RECORD,
-    TRAIN_LOG,
     Alarm,
     Made,
     Record,
@@ -39,12 +38,12 @@ from upcycle.models.record import (
     TrainingSettings,
     Used,
     Zeros,
-    log_text,
     record_text,
 )
 from upcycle.models.shards import INDEX, SINGLE, read_headers, reading
 from upcycle.models.text import public_texts
-from upcycle.models.writer import begun_run, result_folder
+from upcycle.models.train_log import TRAIN_LOG, log_text
+from upcycle.models.workspace import begun_run, result_folder
 
 CHECK_TOKENS = 256
 TRAINED, PARTS = "model-text.safetensors", "model-parts.safetensors"

@@ -28,7 +28,7 @@ from upcycle.finetune.step import Progress, Setup
 from upcycle.finetune.teacher import size as stored_size
 from upcycle.models.record import Identity
 from upcycle.models.shards import read_headers
-from upcycle.models.writer import (
+from upcycle.models.workspace import (
     ASIDE,
     Workspace,
     begun_run,

@@ -28,7 +28,7 @@ from upcycle.finetune.settings import Training
 from upcycle.finetune.teacher import Teacher
 from upcycle.models.blocks import MoEBlock
 from upcycle.models.hosted import target_of
-from upcycle.models.record import log_text
+from upcycle.models.train_log import log_text
 
 Row = dict[str, Any]
 """A line of train_log.jsonl, as plain values."""

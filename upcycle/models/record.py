@@ -1,12 +1,12 @@
-"""What upcycle leaves beside a model's weights, upcycle.json and train_log.jsonl: one schema, by
-which both are written and read.
+"""What upcycle leaves beside a model's weights, upcycle.json: one schema, by which it is written
+and read.
 
 What a version adds has a default, which is what older records mean; what is not known here is kept
 and handed on.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +24,11 @@ from pydantic import (
 )
 
 from upcycle.core.errors import UpcycleError
-from upcycle.core.foreign import first_problem, parse_json, read_json, read_text
+from upcycle.core.foreign import first_problem, read_json
 from upcycle.core.json_text import json_text
 from upcycle.core.settings import Choice
 
 RECORD = "upcycle.json"
-TRAIN_LOG = "train_log.jsonl"
 DOMAINS = "router_domains.safetensors"
 """By which gate `domain` of a merge makes the rows of experts that come later."""
 TEXTUAL = ("text", "loss", "perplexity", "domain")
@@ -647,76 +646,3 @@ def record_of(fields: Any, path: Path) -> Record:
         raise UpcycleError(
             f"{path} is not {OURS}: {first_problem(error)}: restore or delete it"
         ) from error
-
-
-class Validation(Part):
-    """Of the held-out text; the last two against the dense model."""
-
-    loss: Measured | None = None
-    perplexity: Measured | None = None
-    perplexity_ratio: Measured | None = None
-    kl: Measured | None = None
-
-
-class Routing(Part):
-    """How the held-out tokens were shared out."""
-
-    experts: int
-    """Of all layers."""
-    starved: int
-    """Experts with next to nothing of their fair share."""
-    imbalance: Measured
-    """The busiest expert's load over the fair share, the mean over layers."""
-    worst_imbalance: Measured
-    """What it would be if all tokens went to the same experts."""
-
-
-class LogLine(Part):
-    """A line of train_log.jsonl: of a step, or of a validation after it."""
-
-    step: int
-    loss: Measured | None = None
-    next_token: Measured | None = None
-    distill: Measured | None = None
-    match_layers: Measured | None = None
-    hoyer: Measured | None = None
-    balance: Measured | None = None
-    z_loss: Measured | None = None
-    grad_norm: Measured | None = None
-    lr: Measured | None = None
-    imbalance: Measured | None = None
-    """The busiest expert's load over the fair share, the mean over layers."""
-    dead: int | None = None
-    """Experts that no token of the step selected."""
-    tokens_per_second: FiniteFloat | None = None
-    validation: Validation | None = None
-    texts: dict[str, Measured] = {}
-    """Perplexity of the held-out part of each text."""
-    routing: Routing | None = None
-    alarms: list[Alarm] = []
-
-
-def log_text(row: Mapping[str, Any]) -> str:
-    """A line of train_log.jsonl of plain values."""
-    return json_text(LogLine.model_validate(row).plain()) + "\n"
-
-
-def read_log(path: Path) -> list[LogLine]:
-    """A train_log.jsonl.
-
-    Raises:
-        UpcycleError: a line is not one of training or of validation.
-    """
-    return list(_log_lines(path))
-
-
-def _log_lines(path: Path) -> Iterator[LogLine]:
-    expected = "what `upcycle finetune` writes"
-    for number, text in enumerate(read_text(path, expected).splitlines(), 1):
-        if not text.strip():
-            continue
-        where = f"line {number} of {path}"
-        try:
-            yield LogLine.model_validate(parse_json(text, where, expected))
-        except ValidationError as error:
-            raise UpcycleError(f"{where} is not {expected}: {first_problem(error)}") from error

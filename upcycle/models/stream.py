@@ -1,8 +1,7 @@
 """The dense model as transformers builds it, and its hidden states layer by layer."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +17,7 @@ from upcycle.models.families import FAMILIES, auto_class
 from upcycle.models.families.base import Blocks, Stack
 from upcycle.models.halves import halves
 from upcycle.models.names import HEAD
+from upcycle.models.stand_ins import Constant, Given, Recorder, Replay, SilentFFN, SilentMixer
 
 BATCH_TOKENS = 4096  # that go through a layer at a time
 PREDICTED_TOKENS = 512  # whose predictions are in memory at a time
@@ -156,11 +156,11 @@ class HiddenStream:
             What its FFN sees, x [T, D], and the norm [T] of what the FFN's output is added to.
         """
         block, blocks = self._load(layer, weights), self.blocks
-        self.ffn, silent = block.get_submodule(self.ffns[layer]), _SilentFFN()
+        self.ffn, silent = block.get_submodule(self.ffns[layer]), SilentFFN()
         self.after = {name: getattr(block, name) for name in blocks.after}
         self._set(layer, {self.ffns[layer]: silent} | dict(blocks.after))
         mixers = {name: module for name, module in block.named_modules() if name in blocks.mixers}
-        stand_ins = {name: _SilentMixer(module) for name, module in mixers.items()}
+        stand_ins = {name: SilentMixer(module) for name, module in mixers.items()}
         self._set(layer, stand_ins)
         x_TD, room = self._room(self.dtype)
         for i, hidden_bLD in enumerate(self.hidden):
@@ -197,14 +197,14 @@ class HiddenStream:
     def branch(self, layer: int, y_TD: Tensor) -> None:
         """Between `attend` and `advance`: let the first batch also go on in another way, with
         this output of its FFN, and through the dense layers after it."""
-        self._set(layer, {self.ffns[layer]: _Replay(y_TD)} | self.after)
+        self._set(layer, {self.ffns[layer]: Replay(y_TD)} | self.after)
         self.branches.append(self._run(layer, self.hidden[0], 0))
 
     @torch.no_grad()
     def advance(self, layer: int, y_TD: Tensor | None = None) -> None:
         """Move all tokens through the rest of the layer: its own FFN, or one in its place that
         puts out y for the x of `attend`."""
-        ffn = self.ffn if y_TD is None else _Replay(y_TD)
+        ffn = self.ffn if y_TD is None else Replay(y_TD)
         self._set(layer, {self.ffns[layer]: ffn} | self.after)
         for i, hidden_bLD in enumerate(self.hidden):
             self.hidden[i] = self._run(layer, hidden_bLD, i)
@@ -338,7 +338,7 @@ class HiddenStream:
 
     def _logits(self, hidden_bLD: Tensor) -> Tensor:
         """Of hidden states after the last layer, in float32."""
-        self.decoder.layers = nn.ModuleList([_Constant(self.recorders[0], hidden_bLD)])
+        self.decoder.layers = nn.ModuleList([Constant(self.recorders[0], hidden_bLD)])
         # Which tokens they were no longer matters.
         ids_bL = torch.zeros(hidden_bLD.shape[:2], dtype=torch.int64, device=self.device)
         logits_bLV: Tensor = self.model(input_ids=ids_bL, use_cache=False).logits.float()
@@ -385,7 +385,7 @@ class _Stacked:
         self.name, self.ffn = stack.module, stack.ffn + blocks.ffn
         self.module: Any = model.get_submodule(stack.module)
         self._layers: list[nn.Module] = list(getattr(self.module, stack.layers))
-        self.recorders = [_Recorder(layer, len(blocks.handed_on)) for layer in self._layers]
+        self.recorders = [Recorder(layer, len(blocks.handed_on)) for layer in self._layers]
         self.norm: nn.Module = getattr(self.module, blocks.norm)
         setattr(self.module, stack.layers, nn.ModuleList(self.recorders))
         setattr(self.module, blocks.norm, nn.Identity())
@@ -396,101 +396,10 @@ class _Stacked:
         return given
 
 
-class _StandIn(nn.Module):
-    """Of the same kind as a decoder layer, by which some models choose what they call it with."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        for name, value in vars(layer).items():
-            if isinstance(value, str):
-                setattr(self, name, value)
-
-
-class _Recorder(_StandIn):
-    """Stands in for a decoder layer: keeps what it was called with, passes the input on."""
-
-    hidden: Tensor
-
-    def __init__(self, layer: nn.Module, handed_on: int) -> None:
-        super().__init__(layer)
-        self.names, self.handed_on = list(signature(layer.forward).parameters)[1:], handed_on
-        self.arguments: dict[int, dict[str, Any]] = {}
-        """By the sequences' length."""
-        self.beside: list[tuple[Any, ...]] = []
-        """By batch, what each token has of its own beside its hidden state."""
-
-    def forward(self, hidden: Tensor, *beside: Any, **arguments: Any) -> Any:
-        self.hidden = hidden
-        if self.handed_on:
-            arguments |= zip(self.names, beside, strict=False)
-            beside = ()
-        self.arguments[hidden.shape[1]] = arguments
-        self.beside.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in beside))
-        return (hidden, *[None] * self.handed_on) if self.handed_on else hidden
-
-    def left(self, length: int) -> dict[str, Any]:
-        """Arguments in which layers leave something for later ones: as yet, nothing."""
-        given = self.arguments[length].items()
-        return {name: copy(x) for name, x in given if isinstance(x, MutableMapping)}
-
-
-class _SilentFFN(nn.Module):
-    """Stands in for an FFN: keeps its input, adds nothing to the residual stream."""
-
-    x_bLD: Tensor
-
-    def forward(self, x_bLD: Tensor) -> Tensor:
-        self.x_bLD = x_bLD
-        return torch.zeros_like(x_bLD)
-
-
-class _SilentMixer(nn.Module):
-    """Stands in for what mixes tokens: itself, until it has been added and is dropped; then
-    nothing, in the same form."""
-
-    def __init__(self, mixer: nn.Module) -> None:
-        super().__init__()
-        self.mixer: nn.Module | None = mixer
-        self.others = 0
-
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
-        if self.mixer is not None:
-            out = self.mixer(hidden_states, **arguments)
-            self.others = len(out) - 1 if isinstance(out, tuple) else 0
-            return out
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing, *[None] * self.others) if self.others else nothing
-
-
-class _Replay(nn.Module):
-    """Stands in for an FFN whose output is known."""
-
-    def __init__(self, y_TD: Tensor) -> None:
-        super().__init__()
-        self.rest_TD = y_TD
-
-    def forward(self, x_bLD: Tensor) -> Tensor:
-        tokens = x_bLD[..., 0].numel()
-        y_bLD = self.rest_TD[:tokens].view_as(x_bLD)
-        self.rest_TD = self.rest_TD[tokens:]
-        return y_bLD.to(x_bLD.dtype)
-
-
-class _Constant(_StandIn):
-    """Stands in for all layers: what they put out."""
-
-    def __init__(self, layer: nn.Module, hidden_bLD: Tensor) -> None:
-        super().__init__(layer)
-        self.hidden_bLD = hidden_bLD
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        return self.hidden_bLD
-
-
 def replace_ffn(model: PreTrainedModel, layer: int, ffn: DenseFFN) -> None:
     """Let a whole dense model use another FFN in a layer."""
     family, weight = FAMILIES[model.config.get_text_config().model_type], next(model.parameters())
-    given = _Given(ffn.to(weight.device, weight.dtype))
+    given = Given(ffn.to(weight.device, weight.dtype))
     if len(family.stacks) == 1:  # a model of several parts has it elsewhere
         setattr(model.get_decoder().layers[layer], family.blocks.ffn, given)
         return
@@ -501,14 +410,3 @@ def replace_ffn(model: PreTrainedModel, layer: int, ffn: DenseFFN) -> None:
             model.set_submodule(f"{place}.{layer}.{stack.ffn}{family.blocks.ffn}", given)
             return
         layer -= count
-
-
-class _Given(nn.Module):
-    """Stands in for an FFN: another one."""
-
-    def __init__(self, ffn: DenseFFN) -> None:
-        super().__init__()
-        self.ffn = ffn
-
-    def forward(self, x_bLD: Tensor) -> Tensor:
-        return self.ffn(x_bLD)

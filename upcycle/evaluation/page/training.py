@@ -6,7 +6,7 @@ from upcycle.core.flags import as_flags
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits
-from upcycle.models.record import LogLine
+from upcycle.models.train_log import LogLine
 
 CURVES: dict[str, Callable[[LogLine], float | None]] = {
     "Training loss": lambda line: line.loss,
