@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from upcycle.core.transport import partition, straight_through, transport
 from upcycle.finetune.gating.base import Gates, Pass
 from upcycle.finetune.routers import all_weights, renormalises
+from upcycle.finetune.together import counts, first_parts, put_out
 from upcycle.models.blocks import MoEBlock
 
 AFFINITY = "affinity"
@@ -86,14 +87,11 @@ class Dealer:
         def forward(x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
             block = self.blocks[place]
             held_FE = self.held(place)
-            nothing_TE = torch.zeros(len(x_TD), held_FE.shape[1]).to(weights_TK)
-            on_TE = nothing_TE.scatter(1, chosen_TK, weights_TK)
+            on_TE = counts(block, chosen_TK, weights_TK)
             if block.experts.training:
                 counts_TE = self._counts[place]
                 on_TE = straight_through(on_TE.detach(), counts_TE)
-            h_TF = hidden(block, x_TD) * (on_TE @ held_FE.T).to(x_TD)
-            down_FD: Tensor = block.experts.down_proj.transpose(1, 2).flatten(0, 1)
-            return h_TF @ down_FD.to(x_TD)
+            return put_out(block, x_TD, on_TE @ held_FE.T)
 
         return forward
 
@@ -109,15 +107,3 @@ class Dealer:
             block.first.copy_(torch.cat([part_FD.view(shape) for part_FD in parts], dim=1))
             delattr(block.experts, AFFINITY)
             del block.experts.forward
-
-
-def first_parts(block: MoEBlock) -> tuple[Tensor, ...]:
-    """The matrices [E, M, D] that tokens meet first: gate and up, or up alone."""
-    return tuple(block.first.split(block.experts.down_proj.shape[2], dim=1))
-
-
-def hidden(block: MoEBlock, x_TD: Tensor) -> Tensor:
-    """What all neurons put out, [T, F], in the order of the experts."""
-    first_TF, *up = (x_TD @ part.flatten(0, 1).T.to(x_TD) for part in first_parts(block))
-    h_TF: Tensor = block.experts.act_fn(first_TF)
-    return h_TF * up[0] if up else h_TF

@@ -25,6 +25,7 @@ from upcycle.finetune.settings import Training
 from upcycle.finetune.state import torch_dtype
 from upcycle.finetune.step import Row, Setup, score_of
 from upcycle.finetune.teacher import HELD_WORDS, Teacher, fill, is_stored, open_store
+from upcycle.finetune.together import run_together
 from upcycle.finetune.trainable import (
     Groups,
     add_lora,
@@ -79,6 +80,7 @@ def prepare(
     _check_blocks(job, blocks, model.config.model_type)
     activations = settings.activation and swap(model, settings.activation, validation)
     keep_float32(blocks)
+    run_together(blocks)
     window_1L = validation.tokens_BL[:1, :SCALE_TOKENS].to(accelerator.device)
     scales = measure_scales(model, blocks, window_1L)
     if settings.train == "partition":
