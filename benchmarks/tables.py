@@ -28,6 +28,7 @@ SECTIONS = {
         "plain-training",
         "copies",
         "training-loop",
+        "together",
     ),
     "Merging": ("merge",),
     "Time and memory": ("conversion-time", "copying", "memory", "granules"),

@@ -111,7 +111,7 @@ def test_what_the_check_read_is_said(converted, shown):
         (1.1, "Fine as it is: perplexity is 1.10 ×"),
         (1.11, "Heal it: perplexity is 1.11 × the dense model's at worst (code, built in). "),
         (1.11, " with about 20,000 tokens, or raise --top-k."),
-        (1.5, " with about 400,000 tokens, or raise --top-k."),
+        (1.5, " with about 100,000 tokens, or raise --top-k."),
         (4.9, "Heal it: perplexity is 4.90 ×"),
         (4.9, " with millions of tokens, or raise --top-k."),
         (5.0, "Broken: perplexity is 5.00 × the dense model's at worst (code, built in). "),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from upcycle.evaluation.verdict import HEALING, Verdict, verdict
+from upcycle.evaluation.verdict import AIM, Verdict, healed, healing, verdict
 
 
 @pytest.mark.parametrize(
@@ -26,20 +26,24 @@ def test_grade_is_that_of_the_worst_kind(ratio, grade):
     [
         (1.1, None),  # nothing to heal
         (1.15, 20_000),
-        (1.3, 20_000),
-        (1.301, 400_000),
-        (1.5, 400_000),
-        (1.51, None),  # millions
+        (1.4, 20_000),
+        (1.5, 100_000),
+        (1.6, 800_000),
+        (1.7, None),  # millions
         (5.1, None),
+        (float("inf"), None),
+        (float("nan"), None),
     ],
 )
 def test_tokens_that_heal(ratio, tokens):
     assert verdict({"a": ratio, "b": 1.0}).tokens == tokens
 
 
-def test_worse_takes_more_tokens():
-    assert list(HEALING) == sorted(HEALING)
-    assert sorted(tokens for _, tokens in HEALING) == [tokens for _, tokens in HEALING]
+@pytest.mark.parametrize("ratio", [1.45, 1.5, 1.6])
+def test_so_many_tokens_are_what_the_law_wants(ratio):
+    """Of which one digit is kept."""
+    tokens = healing(ratio)
+    assert healed(ratio, tokens) == pytest.approx(AIM, rel=0.02)
 
 
 @pytest.mark.parametrize(

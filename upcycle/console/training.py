@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from upcycle.console.output import err, out, table
 from upcycle.core.flags import as_flags
 from upcycle.core.words import count, duration
-from upcycle.evaluation.verdict import LAW_MODEL, LAW_TOKENS
+from upcycle.evaluation.verdict import LAW_MODELS, LAW_TOKENS
 from upcycle.finetune.catalogue import methods as of_training
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _expected(budget: "Budget") -> str:
         )
     return (
         f"perplexity on the held-out text from {budget.ratio:.2f} to about {budget.expected:.2f} × "
-        f"the dense model's. This is an estimate from {LAW_MODEL} alone."
+        f"the dense model's. This is an estimate from {LAW_MODELS} alone."
     )
 
 

@@ -8,13 +8,16 @@ Grade = Literal["fine", "heal", "broken"]
 FINE, BROKEN = 1.1, 5.0
 """Perplexity over the dense model's on the worst kind of text: up to the one a model may be used as
 it is; from the other it writes nonsense."""
-LAW_TOKENS, LAW_POWER = 5_000, -0.14
-"""What healing leaves of the logarithm of the perplexity ratio: (tokens / 5,000)^-0.14 in the runs
-of `LAW_MODEL` (dev/log.md)."""
-LAW_MODEL = "three runs of 16k to 131k tokens of one model, SmolLM2-135M at half,"
-HEALING = ((1.3, 20_000), (1.5, 400_000))
-"""About how many tokens of `upcycle finetune` bring a ratio, up to the one given, to 1.25, by this
-law. Larger ratios take millions."""
+LAW_GAIN, LAW_POWER = 0.32, 0.26
+"""What healing on 131,072 tokens may take at most off the logarithm of the perplexity ratio, and
+the power of tokens by which that grows, in the runs of `LAW_MODELS` (dev/log.md)."""
+LAW_TOKENS = 16_384
+"""The fewest that were measured."""
+LAW_MODELS = "runs of SmolLM2-135M and Qwen2.5-Coder-0.5B"
+AIM = 1.25
+"""What a ratio is to be healed to."""
+MILLIONS = 1_000_000
+"""Tokens that are so many that their number is not worth saying."""
 OUTLIER = 1.5
 """A kind that lost so many times what the others did was missing in the calibration."""
 
@@ -31,9 +34,22 @@ class Verdict:
 
 
 def healed(ratio: float, tokens: int) -> float:
-    """About what healing on so many tokens makes of a perplexity ratio."""
-    left = min(1.0, math.pow(tokens / LAW_TOKENS, LAW_POWER))
-    return math.pow(ratio, left)
+    """About what healing on so many tokens makes of a perplexity ratio above 1: nearly all of a
+    small loss comes back, and of a large one no more than the tokens can bring."""
+    lost, most = math.log(ratio), LAW_GAIN * (tokens / 131_072) ** LAW_POWER
+    return math.exp(lost / (1 + most / lost))
+
+
+def healing(ratio: float) -> int | None:
+    """About how many tokens bring a ratio to `AIM`, one digit of them; None for millions.
+
+    The law solved for its tokens.
+    """
+    lost = math.log(ratio)
+    most = max(lost * (lost / math.log(AIM) - 1), 0.0)
+    tokens = max(131_072 * (most / LAW_GAIN) ** (1 / LAW_POWER), LAW_TOKENS)
+    rounded = float(f"{tokens:.0e}")
+    return int(rounded) if rounded < MILLIONS else None
 
 
 def verdict(ratios: dict[str, float]) -> Verdict:
@@ -44,5 +60,4 @@ def verdict(ratios: dict[str, float]) -> Verdict:
     add = worst if others and ratio > OUTLIER * others[-1] else None
     if ratio <= FINE:
         return Verdict("fine", None, None)
-    tokens = next((tokens for most, tokens in HEALING if ratio <= most), None)
-    return Verdict("heal" if ratio < BROKEN else "broken", tokens, add)
+    return Verdict("heal" if ratio < BROKEN else "broken", healing(ratio), add)

@@ -13,9 +13,8 @@ from torch import Tensor
 from upcycle.models.blocks import MoEBlock
 
 HANDING_OVER = 400
-"""Neurons that a CPU computes, forward and backward, in the time that handing a token to one expert
-takes: 250 to 1,000 of `grouped_mm` in torch 2.13, of 16 to 512 neurons and 576 and 2,048 channels
-(dev/log.md). On a GPU it was not measured."""
+"""Neurons that a CPU computes, forward and backward, while a token is handed to one expert: 170 to
+780 by `benchmarks/together.py`. On a GPU it was not measured."""
 USUAL = {
     "has_bias": False,
     "is_transposed": False,
@@ -29,7 +28,7 @@ def run_together(blocks: Iterable[MoEBlock]) -> None:
     """Let the experts of these blocks run together where that takes less time."""
     for block in blocks:
         if _is_usual(block) and block.first.device.type == "cpu" and pays(block):
-            block.experts.forward = partial(_forward, block)
+            block.experts.forward = partial(forward, block)
 
 
 def pays(block: MoEBlock) -> bool:
@@ -44,7 +43,8 @@ def _is_usual(block: MoEBlock) -> bool:
     return plain and all(getattr(block.experts, name, None) == is_ for name, is_ in USUAL.items())
 
 
-def _forward(block: MoEBlock, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def forward(block: MoEBlock, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """What the experts put out together [T, D], by the selected ones and their weights."""
     on_TE = counts(block, chosen_TK, weights_TK)
     width = block.experts.down_proj.shape[2]
     return put_out(block, x_TD, on_TE.repeat_interleave(width, dim=1))
@@ -57,11 +57,7 @@ def counts(block: MoEBlock, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 def put_out(block: MoEBlock, x_TD: Tensor, on_TF: Tensor) -> Tensor:
-    """What the experts put out together [T, D], with F neurons in the order of the experts.
-
-    Args:
-        on_TF: what each neuron counts for a token.
-    """
+    """The same, by what each of F neurons in the order of the experts counts for a token."""
     h_TF = hidden(block, x_TD) * on_TF.to(x_TD)
     down_FD: Tensor = block.experts.down_proj.transpose(1, 2).flatten(0, 1)
     return h_TF @ down_FD.to(x_TD)
