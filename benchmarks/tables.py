@@ -49,6 +49,8 @@ COLOURS = {
     CURVES[32_768]: "#b5d3bb",
     CURVES[MOST_TOKENS]: "#55a868",
 }
+BESIDE = {CURVES[0]: (4, 4), CURVES[MOST_TOKENS]: (-24, -4)}
+"""Where a line's numbers stand, in points from its markers; three lines have no room for theirs."""
 SMALL_PRINT: dict[str, Any] = {"fontsize": 7, "color": "#333333"}
 OLDER_TEXTS = ("WikiText-2", "code", "prose")
 WORDS = {
@@ -221,11 +223,12 @@ def curves(results: dict[str, Result]) -> dict[str, dict[float, float]]:
     """By tokens of training, perplexity over the dense model's for each share that is active: the
     mean of the kinds of text that were trained on."""
     frontier = results["frontier"]
-    found: dict[str, dict[float, float]] = {label: {1.0: 1.0} for label in CURVES.values()}
+    found: dict[str, dict[float, float]] = {label: {} for label in CURVES.values()}
+    found[CURVES[0]][1.0] = 1.0
     for row in frontier.rows:
         cell = dict(zip(frontier.columns, row, strict=True))
-        known = (cell["model"], cell["what"]) == ("smollm2", "thorough")
-        if known and cell["tokens"] in CURVES:
+        drawn = cell["model"] == "smollm2" and cell["what"] in ("thorough", "the dense model")
+        if drawn and cell["tokens"] in CURVES:
             found[CURVES[int(cell["tokens"])]][float(cell["active"])] = float(cell["mean"])
     return found
 
@@ -242,19 +245,25 @@ def bars(results: dict[str, Result]) -> dict[str, list[float]]:
 
 def draw_curves(axes: Any, lines: dict[str, dict[float, float]]) -> None:
     """One line per number of tokens, over the share that is active."""
+    from matplotlib.ticker import NullLocator
+
     for label, line in lines.items():
         shares = sorted(line)
         axes.plot(shares, [line[x] for x in shares], "o-", color=COLOURS[label], markersize=4)
-        for share in shares[:-1]:
+        for share in (x for x in shares if label in BESIDE and line[x] != 1):
             axes.annotate(
                 f"{line[share]:.2f}",
                 (share, line[share]),
-                (4, 3),
+                BESIDE[label],
                 textcoords="offset points",
                 **SMALL_PRINT,
             )
     shares = sorted({share for line in lines.values() for share in line})
-    axes.set(xticks=shares, xticklabels=[f"{share:.0%}" for share in shares], yticks=[])
+    axes.set(xticks=shares, xticklabels=[f"{share:.0%}" for share in shares])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_title("by the share of each FFN that is active", fontsize=9)
 
 
