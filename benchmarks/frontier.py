@@ -31,7 +31,7 @@ from specialise import train_dense
 
 from upcycle.finetune.settings import load_training
 
-HEAL = ("--recipe", "heal")
+HEAL = ("--recipe", "heal", "--teacher", "MODEL")
 LOW_RANK = (
     *("--recipe", "lora", "--lora", "8", "--set", "lora_alpha=32", "--lr", "5.95e-5"),
     *("--set", "router_lr=1e-3", "--merge"),
@@ -77,7 +77,7 @@ def trained_folder(args: argparse.Namespace, cell: Cell) -> tuple[Path, float]:
             "distill": 0.0,
         }
         return out, train_dense(model, out, load_training("heal", lengths)) / 60
-    _, training = WAYS[cell["what"]]
+    training = (model if flag == "MODEL" else flag for flag in WAYS[cell["what"]][1])
     report = upcycle(
         *("finetune", str(split_folder(args, cell)), "-o", str(out), "--data", data),
         *("--tokens", str(cell["tokens"]), *training, *args.flags),

@@ -54,6 +54,7 @@ WAYS: dict[str, list[str]] = {
     "sequences of 256": ["--seq-len", "256"],
     "sequences of 1024": ["--seq-len", "1024"],
 }
+WITHOUT_TEACHER = ("next token only", "CMoE's low-rank recipe")
 COST = {"held out": ",.2f", "minutes": ",.1f", "CPU minutes": ",.1f", "peak GB": ",.2f"}
 """Of the training alone: perplexity of its own held-out text over that before, and what it took."""
 
@@ -75,9 +76,10 @@ def cell(args: argparse.Namespace, way: str, tokens: int) -> list[str | int | fl
     cost: list[float | None] = [None, None]
     if not record.exists():
         recipe = [] if "--recipe" in WAYS[way] else ["--recipe", "heal"]
+        teacher = [] if way in WITHOUT_TEACHER else ["--teacher", args.dense]
         done = measured(
             *("finetune", args.split, "-o", str(out), "--resume", "--data", args.data),
-            *("--tokens", str(tokens), *recipe, *WAYS[way], *args.flags),
+            *("--tokens", str(tokens), *teacher, *recipe, *WAYS[way], *args.flags),
         )
         cost = [None, None] if begun else [done.cpu_seconds / 60, done.peak_bytes / 1e9]
     report = json.loads(record.read_text("utf-8"))["training"][-1]
