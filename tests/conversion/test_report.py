@@ -369,7 +369,7 @@ def test_card_warns_of_lost_quality(dense, tmp_path):
     [
         (1.1, None),
         (1.15, "train it further before use, on about 20,000 tokens"),
-        (1.4, "train it further before use, on about 400,000 tokens"),
+        (1.4, "train it further before use, on about 20,000 tokens"),
         (9.0, "train it further before use"),
     ],
 )
