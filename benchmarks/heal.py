@@ -79,7 +79,7 @@ def cell(args: argparse.Namespace, way: str, tokens: int) -> list[str | int | fl
         teacher = [] if way in WITHOUT_TEACHER else ["--teacher", args.dense]
         done = measured(
             *("finetune", args.split, "-o", str(out), "--resume", "--data", args.data),
-            *("--tokens", str(tokens), *teacher, *recipe, *WAYS[way], *args.flags),
+            *(*teacher, "--tokens", str(tokens), *recipe, *WAYS[way], *args.flags),
         )
         cost = [None, None] if begun else [done.cpu_seconds / 60, done.peak_bytes / 1e9]
     report = json.loads(record.read_text("utf-8"))["training"][-1]

@@ -106,4 +106,4 @@ def test_flags_of_every_way_are_settings(heal):
                 assert name in TRAINING_FLAGS, way
                 value = rest.pop(0)
                 settings[name] = value if name == "train" else float(value)
-        assert load_training(recipe, settings).teacher == "dense", way
+        assert load_training(recipe, settings).teacher == settings.get("teacher"), way
