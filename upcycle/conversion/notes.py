@@ -98,7 +98,4 @@ def warnings(
         if chosen != Recipe.model_fields[field].default:
             name = setting("method", way.name)
             yield f"{setting(field, chosen)} changes nothing here: {name} has no use for it"
-    unused = "shared_by" not in way.void and not geometry.shared_size
-    if unused and recipe.shared_by != Recipe.model_fields["shared_by"].default:
-        yield f"{setting('shared_by', recipe.shared_by)} changes nothing here: no neuron is shared"
     yield from way.notes(recipe, design, TARGETS[target], hosts)

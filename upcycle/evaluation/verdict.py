@@ -8,9 +8,11 @@ Grade = Literal["fine", "heal", "broken"]
 FINE, BROKEN = 1.1, 5.0
 """Perplexity over the dense model's on the worst kind of text: up to the one a model may be used as
 it is; from the other it writes nonsense."""
+LAW_UNIT = 131_072
+"""Tokens of healing."""
 LAW_GAIN, LAW_POWER = 0.32, 0.26
-"""What healing on 131,072 tokens may take at most off the logarithm of the perplexity ratio, and
-the power of tokens by which that grows, in the runs of `LAW_MODELS` (dev/log.md)."""
+"""What so many take at most off the logarithm of the perplexity ratio, and the power of tokens by
+which that grows, in the runs of `LAW_MODELS` (dev/log.md)."""
 LAW_TOKENS = 16_384
 """The fewest that were measured."""
 LAW_MODELS = "runs of SmolLM2-135M and Qwen2.5-Coder-0.5B"
@@ -36,7 +38,7 @@ class Verdict:
 def healed(ratio: float, tokens: int) -> float:
     """About what healing on so many tokens makes of a perplexity ratio above 1: nearly all of a
     small loss comes back, and of a large one no more than the tokens can bring."""
-    lost, most = math.log(ratio), LAW_GAIN * (tokens / 131_072) ** LAW_POWER
+    lost, most = math.log(ratio), LAW_GAIN * (tokens / LAW_UNIT) ** LAW_POWER
     return math.exp(lost / (1 + most / lost))
 
 
@@ -47,7 +49,7 @@ def healing(ratio: float) -> int | None:
     """
     lost = math.log(ratio)
     most = max(lost * (lost / math.log(AIM) - 1), 0.0)
-    tokens = max(131_072 * (most / LAW_GAIN) ** (1 / LAW_POWER), LAW_TOKENS)
+    tokens = max(LAW_UNIT * (most / LAW_GAIN) ** (1 / LAW_POWER), LAW_TOKENS)
     rounded = float(f"{tokens:.0e}")
     return int(rounded) if rounded < MILLIONS else None
 

@@ -20,6 +20,7 @@ from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies
 from upcycle.core.binding import Bound
 from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import setting
 from upcycle.core.innovation import innovations
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, Geometry, LayerActivations
@@ -186,6 +187,9 @@ class Split(Way):
         geometry = design.geometry
         if geometry.top_k == geometry.num_experts:
             yield "top_k is all experts: nothing is switched off, nothing is saved"
+        rule = recipe.shared_by
+        if not geometry.shared_size and rule != Recipe.model_fields["shared_by"].default:
+            yield f"{setting('shared_by', rule)} changes nothing here: no neuron is shared"
 
 
 WAYS.add("split", Split())
