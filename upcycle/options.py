@@ -220,7 +220,7 @@ TRAINING = (
         ("tokens", int, "To train on; 5 % more are held out."),
         ("steps", int, "Instead of --tokens."),
         ("seq_len", int, "Tokens per sequence. [default: 512]"),
-        ("batch_size", int, "Sequences per step. [default: 8]"),
+        ("batch_size", int, "Sequences per step. [default: the preset's]"),
     )
     | _settings(
         "Losses",
