@@ -207,7 +207,7 @@ TRAINING = (
         ("train", str, "router | partition | experts | moe | all"),
         ("lora", int, "Train low-rank changes of this rank."),
         ("merge", bool, "Add them to the weights at the end."),
-        ("lr", float, "Highest learning rate. [default: the preset's]"),
+        ("lr", float, "Highest learning rate. [default: by recipe]"),
     )
     | _settings(
         "Text and length",
@@ -220,7 +220,7 @@ TRAINING = (
         ("tokens", int, "To train on; 5 % more are held out."),
         ("steps", int, "Instead of --tokens."),
         ("seq_len", int, "Tokens per sequence. [default: 512]"),
-        ("batch_size", int, "Sequences per step. [default: the preset's]"),
+        ("batch_size", int, "Sequences a step. [default: by recipe]"),
     )
     | _settings(
         "Losses",
