@@ -40,12 +40,12 @@ from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.settings import Training
 from upcycle.models.companions import copy_companions
 from upcycle.models.text import PROBES, kind_name
-from upcycle.options import as_set
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.gates import GATES
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
+from upcycle.words import as_set
 
 COMMANDS = ["convert", "plan", "merge", "finetune", "eval", "inspect", "report", "recipes", "env"]
 QUICK = """
