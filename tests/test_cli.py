@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import upcycle
 from upcycle import CheckFailed
+from upcycle.arguments import as_set
 from upcycle.cli import app
 from upcycle.conversion import geometry as budget
 from upcycle.conversion import run as conversion
@@ -45,7 +46,6 @@ from upcycle.router_init.gates import GATES
 from upcycle.split import SPLITS
 from upcycle.split.copies import PERTURBS
 from upcycle.split.shared import SHARED
-from upcycle.words import as_set
 
 COMMANDS = ["convert", "plan", "merge", "finetune", "eval", "inspect", "report", "recipes", "env"]
 QUICK = """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from upcycle.arguments import OfRecipe, OfTraining, assignment, texts_by_owner
 from upcycle.console.ending import ending, first_process, print_json
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import MERGE_FLAGS
@@ -46,7 +47,6 @@ from upcycle.options import (
     option,
     with_options,
 )
-from upcycle.words import OfRecipe, OfTraining, assignment, texts_by_owner
 
 if TYPE_CHECKING:
     from upcycle.conversion.plan import Plan

@@ -1,4 +1,4 @@
-"""What words of the command line say: settings by any flag, texts by whose they are.
+"""What arguments of the command line say: settings by any flag, texts by whose they are.
 
 Without torch or transformers, unless a flag has to be looked up among the settings.
 """
