@@ -27,7 +27,7 @@ from upcycle.finetune.settings import Training
 from upcycle.finetune.step import learning_rate
 from upcycle.models.frontmatter import split_card
 from upcycle.models.loading import load_model
-from upcycle.models.record import read_record
+from upcycle.models.record.file import read_record
 from upcycle.models.train_log import read_log
 from upcycle.models.workspace import partial_folder
 

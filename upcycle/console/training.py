@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from upcycle.finetune.finished import Finetuning
     from upcycle.finetune.preparing import Watch
     from upcycle.finetune.settings import Training
-    from upcycle.models.record import Used
+    from upcycle.models.record.training import Used
 
 AGAIN = 1.1
 """Times that a text is read from which on that is worth a word."""

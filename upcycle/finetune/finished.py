@@ -6,7 +6,7 @@ from pathlib import Path
 from upcycle.finetune.settings import Training
 from upcycle.finetune.step import Row
 from upcycle.finetune.trainable import Groups
-from upcycle.models.record import Alarm, TrainingResult, TrainingSettings, Used, Zeros
+from upcycle.models.record.training import Alarm, TrainingResult, TrainingSettings, Used, Zeros
 
 
 @dataclass(frozen=True)

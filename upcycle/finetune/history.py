@@ -12,7 +12,8 @@ from upcycle.finetune.finished import Finetuning, finetuning_summary
 from upcycle.finetune.job import Job
 from upcycle.finetune.writing import base_from
 from upcycle.models.frontmatter import read_card, split_card, with_results
-from upcycle.models.record import RECORD, Made, Record, TrainingResult, TrainingRun, record_text
+from upcycle.models.record.file import RECORD, Made, Record, record_text
+from upcycle.models.record.training import TrainingResult, TrainingRun
 from upcycle.models.text import public_texts
 from upcycle.models.train_log import TRAIN_LOG, log_text
 from upcycle.models.workspace import begun_run

@@ -19,7 +19,8 @@ from upcycle.finetune.state import whole_model
 from upcycle.finetune.step import Progress, Setup
 from upcycle.finetune.trainable import Groups
 from upcycle.finetune.writing import check_tensors, with_adapter, write_adapter, write_model
-from upcycle.models.record import DOMAINS, Zeros
+from upcycle.models.record.file import DOMAINS
+from upcycle.models.record.training import Zeros
 from upcycle.models.shards import read_headers
 from upcycle.models.workspace import result_folder
 

@@ -27,7 +27,7 @@ from upcycle.finetune.rehearsal import STEPS, propose
 from upcycle.finetune.state import read_notes
 from upcycle.finetune.step import Progress, Setup
 from upcycle.finetune.teacher import size as stored_size
-from upcycle.models.record import Identity
+from upcycle.models.record.file import Identity
 from upcycle.models.shards import read_headers
 from upcycle.models.workspace import (
     ASIDE,
