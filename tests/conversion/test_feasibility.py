@@ -219,6 +219,15 @@ def test_place_that_holds_the_source(dense):
         assert sentence == f"`out={out.resolve()}` holds the source: give another folder"
 
 
+def test_place_that_holds_the_calibration_text(dense, tmp_path):
+    text = tmp_path / "out" / "notes.txt"
+    text.parent.mkdir()
+    text.write_text("a text of some words, " * 400)
+    (text.parent / "upcycle.json").write_text("{}")
+    sentence = refusal(dense, out=text.parent, overwrite=True, calibration=str(text))
+    assert sentence == f"`out={text.parent}` holds {text}, which is read: give another folder"
+
+
 def test_place_that_is_the_working_directory(dense, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")

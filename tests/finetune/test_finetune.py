@@ -586,6 +586,16 @@ def test_what_stands_in_out_is_safe(split, train, tmp_path):
         train(first.out, first.out, overwrite=True)
 
 
+def test_what_is_read_is_not_overwritten(split, train, repeated):
+    """A dense model that upcycle has trained, or a text that was put beside a result."""
+    first = train(split())
+    text = Path(shutil.copy(repeated, first.out / "notes.txt"))
+    for read in ({"teacher": str(first.out), "distill": 1.0}, {"data": str(text)}):
+        with pytest.raises(UpcycleError, match=r"out` holds .*, which is read: give another"):
+            train(split(), overwrite=True, **read)
+    assert text.is_file()
+
+
 def test_a_full_disk_leaves_a_former_result_and_the_saved_state(split, train, monkeypatch):
     done = train(split(), seed=1)
     before = {path: path.read_bytes() for path in done.out.iterdir()}

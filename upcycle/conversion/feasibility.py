@@ -10,6 +10,7 @@ from upcycle.core.machine import free_memory, total_memory
 from upcycle.models.calibration import check_seq_len
 from upcycle.models.companions import check_own_files
 from upcycle.models.targets import TARGETS
+from upcycle.models.text import text_files
 from upcycle.models.tokens import load_tokenizer
 from upcycle.models.workspace import check_out
 
@@ -36,8 +37,11 @@ def check_plan(plan: Plan, *, overwrite: bool, resume: bool) -> None:
         check_own_files(plan.finished.folder)
     if plan.out is not None:
         room = plan.bytes + plan.aside_bytes()
+        merged = plan.sources.merge.texts if plan.sources else []
+        texts = [path for text in (plan.recipe.calibration, *merged) for path in text_files(text)]
         for source in plan.checkpoints:
-            check_out(plan.out, source.folder, room, overwrite=overwrite, resume=resume)
+            may = {"overwrite": overwrite, "resume": resume}
+            check_out(plan.out, source.folder, room, beside=texts, **may)
 
 
 def _check_width(plan: Plan) -> None:

@@ -29,6 +29,7 @@ from upcycle.finetune.step import Progress, Setup
 from upcycle.finetune.teacher import size as stored_size
 from upcycle.models.record.file import Identity
 from upcycle.models.shards import read_headers
+from upcycle.models.text import text_files
 from upcycle.models.workspace import (
     ASIDE,
     Workspace,
@@ -77,7 +78,8 @@ def finetune(
     """
     with ExitStack() as stack:
         job = open_job(model, local_path(out).resolve(), preset, settings, stack)
-        check_out(job.out, job.folder, _room(job), overwrite=overwrite, resume=resume)
+        may = {"overwrite": overwrite, "resume": resume}
+        check_out(job.out, job.folder, _room(job), beside=_read_beside(job), **may)
         accelerator = stack.enter_context(accelerator_for(job.settings))
         identity = _identity(job, accelerator.num_processes, overwrite=overwrite, resume=resume)
         stack.enter_context(torch_threads(identity.threads))
@@ -156,6 +158,13 @@ def _identity(job: Job, processes: int, *, overwrite: bool, resume: bool) -> Ide
         check_unfinished(job.out, known, overwrite=overwrite)
         begun = begun_run(job.out)
     return job_identity(job, processes, begun.threads if begun else torch.get_num_threads())
+
+
+def _read_beside(job: Job) -> list[Path]:
+    """Files and folders that a run reads besides the model."""
+    settings = job.settings
+    files = [*text_files(settings.data), *text_files(settings.validate_also or "builtin")]
+    return files if job.teacher is None else [job.teacher, *files]
 
 
 def _room(job: Job) -> int:

@@ -4,7 +4,7 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -276,7 +276,15 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def check_out(out: Path, source: Path, size: int, *, overwrite: bool, resume: bool = False) -> None:
+def check_out(
+    out: Path,
+    source: Path,
+    size: int,
+    *,
+    overwrite: bool,
+    resume: bool = False,
+    beside: Iterable[Path] = (),
+) -> None:
     """Raise the errors about the output's place that can be known before the work.
 
     Args:
@@ -284,6 +292,7 @@ def check_out(out: Path, source: Path, size: int, *, overwrite: bool, resume: bo
         size: bytes that will be written.
         resume: whether a result that is there may be the one that is asked for; see
             `check_replaceable`.
+        beside: what else is read, texts and a teacher's folder: it is not to be overwritten either.
     """
     check_name(out)
     if out.exists() and not out.is_dir():
@@ -293,8 +302,10 @@ def check_out(out: Path, source: Path, size: int, *, overwrite: bool, resume: bo
             f"`out={out}` is a mount point, which the finished folder can't replace: give a folder "
             "inside it"
         )
-    if source.resolve() == out or out in source.resolve().parents:
-        raise UpcycleError(f"`out={out}` holds the source: give another folder")
+    for path in (source, *beside):
+        if out in (path.resolve(), *path.resolve().parents):
+            what = "the source" if path == source else f"{path}, which is read"
+            raise UpcycleError(f"`out={out}` holds {what}: give another folder")
     check_ours(partial_folder(out))
     if resume and recorded_run(out) is not None:
         return  # It may be finished, and then needs no room.
