@@ -239,6 +239,31 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
 # --- folders and hub -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["b.md", "a/c.txt", ".git/x.txt", "figure.png"], ["a/c.txt", "b.md"]),
+        (["wiki.test.raw", "wiki.train.raw", "readme.txt"], ["readme.txt", "wiki.train.raw"]),
+        (["training.txt", "testimony.txt"], ["testimony.txt", "training.txt"]),
+    ],
+)
+def test_a_folder_of_plain_text_holds_a_document_per_file(tmp_path, files, found):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n\nits second line\n")
+    check_text(str(tmp_path), "data")
+    assert list(documents(str(tmp_path), 0)) == [f"{name}\n\nits second line\n" for name in found]
+    assert parse(str(tmp_path)).files == [tmp_path / name for name in found]
+
+
+def test_a_card_beside_rows_is_no_text(tmp_path):
+    (tmp_path / "README.md").write_text("a card\n")
+    assert isinstance(parse(str(tmp_path)), DataSet)
+    write(tmp_path / "train.jsonl", [{"text": "a row"}])
+    (tmp_path / "LICENSE.txt").write_text("free")
+    assert list(documents(str(tmp_path), 0)) == ["a row"]
+
+
 def test_folders_that_datasets_has_saved(tmp_path):
     rows = datasets.Dataset.from_list([{"messages": CHAT}, {"messages": None}])
     rows.save_to_disk(tmp_path / "one")

@@ -23,7 +23,7 @@ from pathlib import Path
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.core.paths import local_path, public_name
-from upcycle.models.reading import COMPRESSED, ENDINGS, ending, read_dataset, read_file
+from upcycle.models.reading import COMPRESSED, ENDINGS, PLAIN, ending, read_dataset, read_file
 from upcycle.models.rows import Document, Exchange
 
 CORPUS = Path(str(resources.files("upcycle.models") / "corpus"))
@@ -42,6 +42,11 @@ NAMES = {
     "validate_also": ("probes", "builtin"),
 }
 """Of texts that are no files, by what they are for."""
+DATA = {*ENDINGS} - {*PLAIN} | {".arrow", ".tar", ".zip", ".zst"}
+"""What files of a data set end in that are more than text."""
+HIDDEN = re.compile(r"(^|/)\.")
+PART = re.compile(r"(?<![a-z])(train|test|val|valid|validation|dev|eval)(?![a-z])")
+"""Of a data set, in a file's name."""
 MODULE_MOST = 4000
 """Characters of one module of the standard library; all of them are about as much as our code."""
 MODULES = """
@@ -88,6 +93,22 @@ class File:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A folder of plain text, each file of which is a document. (`datasets` would make one of every
+    line, and read but one kind of file.)"""
+
+    path: Path
+    local = True
+
+    @property
+    def files(self) -> list[Path]:
+        return _plain_files(self.path)
+
+    def documents(self, seed: int) -> Iterator[Document]:
+        return (document for path in self.files for document in read_file(path))
+
+
+@dataclass(frozen=True)
 class DataSet:
     """A data set on the hub, or a folder of one. What is empty is left to `datasets`."""
 
@@ -113,7 +134,7 @@ class DataSet:
         )
 
 
-Text = Shipped | File | DataSet
+Text = Shipped | File | Folder | DataSet
 """A text that has documents; what the model writes has none that could be read again."""
 
 
@@ -157,7 +178,7 @@ def parse(text: str, field: str = "text") -> Text:
         return _data_set(text, field)
     path = local_path(text)
     if path.name and path.is_dir():  # what is here, or everything, is no text
-        return DataSet(text, str(path))
+        return Folder(path) if _plain_files(path) else DataSet(text, str(path))
     if not path.is_file():
         raise UpcycleError(
             f"`{field}={text!r}` is not a file: give {', '.join(NAMES[field])}, {HUB}, or a file "
@@ -169,6 +190,20 @@ def parse(text: str, field: str = "text") -> Text:
             f"followed by {', '.join(COMPRESSED)}"
         )
     return File(path)
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    """The files of a folder of plain text, in order, of parts of a data set (`wiki.train.raw`)
+    those to train on; none where rows or archives lie there, too, or nothing but a card."""
+    every = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = [path for path in every if not HIDDEN.search(str(path.relative_to(folder)))]
+    plain = [path for path in found if ending(path) in PLAIN]
+    if any(ending(path) in DATA for path in found) or {p.name for p in plain} <= {"README.md"}:
+        return []
+    parts = {path: PART.findall(path.name.lower()) for path in plain}
+    if any("train" in part for part in parts.values()):
+        return [path for path, part in parts.items() if "train" in part or not part]
+    return plain
 
 
 def _data_set(text: str, field: str) -> DataSet:
