@@ -123,6 +123,26 @@ def test_the_teacher_reads_held_out_text_once(train, monkeypatch):
     assert len(calls) == 6 + len(read)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"balance_bias": 0.001}, "has no effect on qwen2_moe"),
+        ({"router_losses": {"labels": 1}}, "there is one text alone"),
+        ({"gating": "sparse_mixer", "dense_router_gradient": True}, "a gradient of its own"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_the_teacher_reads(train, teachers, settings, message):
+    with pytest.raises(UpcycleError, match=message):
+        train(teacher_top_k=8, **settings)
+    assert not teachers
+
+
+def test_a_dense_model_is_refused_before_the_teacher_reads(dense, short, teachers, tmp_path):
+    with pytest.raises(UpcycleError, match="has no experts: it is dense"):
+        finetune(str(dense()), tmp_path / "out", data=str(short), **QUICK)
+    assert not teachers
+
+
 def test_only_tokens_that_are_learnt_from_are_stored(dense, text, tmp_path):
     """With the loss of the teacher on those that count, by plain transformers."""
     _, data = training_data(

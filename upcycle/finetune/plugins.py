@@ -42,6 +42,39 @@ def facts_of(config: Any, blocks: list[MoEBlock], data: Data, accelerator: Accel
     )
 
 
+def check_plugins(settings: Training, facts: Facts) -> None:
+    """
+    Raises:
+        UpcycleError: a plug-in that the request names can't work.
+    """
+    for name, choice in settings.weighed_router_losses.items():
+        bound = bind(ROUTER_LOSSES, Choice(name=name, **choice.params))
+        why_not = bound.method.refusal(facts, bound.params)
+        if why_not:
+            given = setting(settings.field_of(name), choice.weight)
+            raise UpcycleError(f"{given} has no effect: {why_not}")
+    if settings.train == "partition" and facts.sharded:
+        raise UpcycleError(
+            "`train=partition` with FSDP, where no process holds all neurons of a layer: use data "
+            "parallelism"
+        )
+    if settings.gating is not None:
+        _check_gating(settings, facts, settings.gating)
+
+
+def _check_gating(settings: Training, facts: Facts, gating: Choice) -> None:
+    given = setting("gating", gating)
+    if facts.top_k == facts.experts:
+        raise UpcycleError(
+            f"{given} changes which experts a token gets, but in this model it gets all "
+            f"{facts.experts}: leave it out"
+        )
+    if settings.dense_router_gradient and not bind(GATINGS, gating).method.runs_own:
+        raise UpcycleError(
+            f"{given} has a gradient of its own: give {setting('dense_router_gradient', False)}"
+        )
+
+
 def router_terms(
     settings: Training,
     facts: Facts,
@@ -49,52 +82,23 @@ def router_terms(
     scales: list[Scale],
     score: Callable[[Tensor], Tensor],
 ) -> RouterTerms:
-    """The losses of routers that are asked for.
-
-    Raises:
-        UpcycleError: one of them can't work.
-    """
+    """The losses of routers that are asked for."""
     terms = {}
     for name, choice in settings.weighed_router_losses.items():
-        bound = bind(ROUTER_LOSSES, Choice(name=name, **choice.params))
-        why_not = bound.method.refusal(facts, bound.params)
-        if why_not:
-            given = setting(settings.field_of(name), choice.weight)
-            raise UpcycleError(f"{given} has no effect: {why_not}")
-        terms[name] = Term(bound, choice.weight)
+        terms[name] = Term(bind(ROUTER_LOSSES, Choice(name=name, **choice.params)), choice.weight)
     return RouterTerms(terms, blocks, scales, score, facts.texts, settings.seed)
 
 
 def gater_for(
     settings: Training,
-    facts: Facts,
     blocks: list[MoEBlock],
     scales: list[Scale],
     score: Callable[[Tensor], Tensor],
 ) -> Gater | Dealer | None:
-    """The gating that is asked for, if one is; or what stands in for one.
-
-    Raises:
-        UpcycleError: it can't work.
-    """
+    """The gating that is asked for, if one is; or what stands in for one."""
     if settings.train == "partition":
-        if facts.sharded:
-            raise UpcycleError(
-                "`train=partition` with FSDP, where no process holds all neurons of a layer: use "
-                "data parallelism"
-            )
         return Dealer(blocks, score)
     if settings.gating is None:
         return None
-    bound, given = bind(GATINGS, settings.gating), setting("gating", settings.gating)
-    if facts.top_k == facts.experts:
-        raise UpcycleError(
-            f"{given} changes which experts a token gets, but in this model it gets all "
-            f"{facts.experts}: leave it out"
-        )
-    if settings.dense_router_gradient and not bound.method.runs_own:
-        raise UpcycleError(
-            f"{given} has a gradient of its own: give {setting('dense_router_gradient', False)}"
-        )
     spreads = [scale.spread or 1.0 for scale in scales]
-    return Gater(bound, blocks, spreads, score)
+    return Gater(bind(GATINGS, settings.gating), blocks, spreads, score)

@@ -19,7 +19,8 @@ from upcycle.finetune.data import Data, batch_rows, training_data, with_texts
 from upcycle.finetune.job import Job
 from upcycle.finetune.loop import make_optimizer
 from upcycle.finetune.partition import add_affinities
-from upcycle.finetune.plugins import facts_of, gater_for, router_terms
+from upcycle.finetune.plugins import check_plugins, facts_of, gater_for, router_terms
+from upcycle.finetune.router_losses.base import Facts
 from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.settings import Training
 from upcycle.finetune.state import torch_dtype
@@ -36,10 +37,12 @@ from upcycle.finetune.trainable import (
     trained,
 )
 from upcycle.models.blocks import MoEBlock, moe_blocks
-from upcycle.models.config import read_text_config
+from upcycle.models.config import read_config, read_text_config
+from upcycle.models.config_fields import check_layers
 from upcycle.models.loading import load_model
 from upcycle.models.record.training import Used
 from upcycle.models.shards import read_headers
+from upcycle.models.stream import skeleton
 from upcycle.models.train_log import TRAIN_LOG
 from upcycle.models.workspace import ASIDE, partial_folder
 
@@ -74,10 +77,10 @@ def prepare(
     """Model, data, optimizer: all that the loop needs, for all steps or the first ones."""
     settings, folder = job.settings, job.folder
     train_data, validation = _data(job)
+    facts = _facts(job, train_data, accelerator)
     teacher = _teacher(job, accelerator, train_data, validation, watch, steps)
     model = load_model(folder, _dtype(job), accelerator.device)
     blocks = moe_blocks(model)
-    _check_blocks(job, blocks, model.config.model_type)
     activations = settings.activation and swap(model, settings.activation, validation)
     keep_float32(blocks)
     run_together(blocks)
@@ -96,9 +99,8 @@ def prepare(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = trained(model, known)
     score = score_of(model.config)
-    facts = facts_of(model.config, blocks, train_data, accelerator)
     terms = router_terms(settings, facts, blocks, scales, score)
-    gater = gater_for(settings, facts, blocks, scales, score)
+    gater = gater_for(settings, blocks, scales, score)
     tap = RouterTap(blocks, settings.dense_router_gradient, score, gater)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
     model.train()
@@ -125,6 +127,23 @@ def prepare(
         say_budget=watch.budget,
     )
     return setup, summary(known, training)
+
+
+def _facts(job: Job, train_data: Data, accelerator: Accelerator) -> Facts:
+    """What plug-ins may ask, found without the weights: what can't work is refused before a teacher
+    has read a text, which may take hours.
+
+    Raises:
+        UpcycleError: the model has no experts, or a setting has no effect on it.
+    """
+    config = read_config(job.folder)
+    layers = config.get_text_config().num_hidden_layers
+    check_layers(layers, len(read_headers(job.folder)), job.folder)
+    blocks = moe_blocks(skeleton(config))
+    _check_blocks(job, blocks, config.model_type)
+    facts = facts_of(config, blocks, train_data, accelerator)
+    check_plugins(job.settings, facts)
+    return facts
 
 
 def _check_blocks(job: Job, blocks: list[MoEBlock], model_type: str) -> None:

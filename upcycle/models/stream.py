@@ -1,5 +1,6 @@
 """The dense model as transformers builds it, and its hidden states layer by layer."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from itertools import pairwise
@@ -27,9 +28,12 @@ UNTOLD = -100
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config on the meta device: modules, names and shapes, no memory."""
-    with blaming("transformers can't build a model from config.json"), torch.device("meta"):
-        auto = auto_class(config)
-        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    with warnings.catch_warnings():
+        # A target that always has a shared expert holds one of no neurons.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        with blaming("transformers can't build a model from config.json"), torch.device("meta"):
+            auto = auto_class(config)
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
     return model.eval()
 
 
