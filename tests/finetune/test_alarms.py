@@ -32,6 +32,14 @@ def about(*rows, known=()):
 # --- of lines alone --------------------------------------------------------------------------
 
 
+def test_routers_that_do_not_train_are_not_to_be_balanced():
+    """`balance` and `router_lr` are refused there."""
+    worse = {"step": 1, "routing": ROUTING | {"starved": 9, "imbalance": 7.0}}
+    for train, words in ((True, "raise `balance`, or lower `router_lr=…`"), (False, "lower `lr`")):
+        says = [alarm.says for alarm in new_alarms([START, worse], set(), routers_train=train)]
+        assert [each.split(": ")[1] for each in says] == [words, words]
+
+
 def test_a_gradient_far_above_the_median_of_recent_steps():
     usual = [1.0, 2.0, 3.0] * 3
     (alarm,) = new_alarms([START, *steps(*usual, 1.01 * JUMP * 2)], set())

@@ -67,6 +67,24 @@ def test_tables_go_to_stdout_and_progress_to_stderr(model, text, tmp_path):
     assert "the weights themselves, preset heal" in result.stderr + result.stdout
 
 
+def test_a_run_that_brings_nothing_says_so_with_a_teacher_too(model, text, tmp_path):
+    result = run(model, "--data", text, "-o", tmp_path / "out", *QUICK, "--lr", "1e-30")
+    assert result.exit_code == 0, result.stderr
+    assert "the state after step 0 of 2" in result.stdout
+    assert "Training made it no better: lower --lr, or give more --tokens." in result.stdout
+
+
+def test_a_dense_model_that_is_gone(dense, moe, text, tmp_path):
+    copy = shutil.copytree(moe(dense()), tmp_path / "model")
+    record = json.loads((copy / "upcycle.json").read_text())
+    record["source"]["name"] = "../gone"
+    (copy / "upcycle.json").write_text(json.dumps(record))
+    assert error(copy, "--data", text, "-o", tmp_path / "out", *QUICK) == (
+        "--distill 1 compares with a dense model, and what the model was made from is not known, "
+        "or is not there: name it by --teacher DENSE, or give --distill 0"
+    )
+
+
 def test_how_much_of_a_text_is_used_is_said_and_recorded(model, text, tmp_path):
     result = run(model, "-o", tmp_path / "out", "--data", text, *QUICK)
     said = " ".join(result.stderr.split())

@@ -102,7 +102,7 @@ def show_proposal(proposal: "Proposal") -> None:
         )
     teacher = ""
     if asked.teacher_seconds:
-        teacher = f", the teacher runs once for {duration(asked.teacher_seconds)}"
+        teacher = f", what the teacher predicts once takes {duration(asked.teacher_seconds)}"
     out.print(
         f"Timed by a step of {asked.step_seconds:.2g} s and a validation of "
         f"{asked.validation_seconds:.2g} s ({asked.measuring_seconds / asked.seconds:.0%} of the "
@@ -192,7 +192,8 @@ def show_finetuning(done: "Finetuning") -> None:
     table(f"{done.model}, on held-out text of {done.settings.data}", rows, "before", "after")
     for alarm in done.alarms:
         out.print(_alarm(alarm.step, alarm.says), highlight=False)
-    if done.after["loss"] >= done.before["loss"] and not done.settings.distill:
+    objective = done.settings.objective
+    if objective(done.after) >= objective(done.before):
         out.print(
             "[bold yellow]Training made it no better[/]: lower --lr, or give more --tokens.",
             highlight=False,

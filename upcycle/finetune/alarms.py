@@ -36,15 +36,20 @@ no chance of sampling; what the first steps lose and win back is less."""
 Row = dict[str, Any]
 
 
-def new_alarms(log: Sequence[Row], known: Collection[str]) -> list[Alarm]:
+def new_alarms(
+    log: Sequence[Row], known: Collection[str], *, routers_train: bool = True
+) -> list[Alarm]:
     """What the last line of a log gives cause for.
 
     Args:
         log: the lines up to now as plain values, that of the validation before training first.
         known: what alarms were given about before.
+        routers_train: whether routing can be mended by what is asked of routers.
     """
     *before, row = log[-RECENT - 1 :]
-    found = [*_gradient(row, before), *_routing(row, log[0]), *_texts(row, log[0])]
+    remedy = f"raise {setting('balance')}, or lower {setting('router_lr')}"
+    routing = _routing(row, log[0], remedy if routers_train else f"lower {setting('lr')}")
+    found = [*_gradient(row, before), *routing, *_texts(row, log[0])]
     return [alarm for alarm in found if alarm.about not in known]
 
 
@@ -63,7 +68,7 @@ def _gradient(row: Row, before: Sequence[Row]) -> Iterator[Alarm]:
         )
 
 
-def _routing(row: Row, first: Row) -> Iterator[Alarm]:
+def _routing(row: Row, first: Row, remedy: str) -> Iterator[Alarm]:
     if "routing" not in row:
         return
     now, then = row["routing"], first["routing"]
@@ -73,8 +78,7 @@ def _routing(row: Row, first: Row) -> Iterator[Alarm]:
             row["step"],
             "experts out of use",
             f"{now['starved']} of {now['experts']:,} experts get less than {STARVED:.0%} of their "
-            f"fair share of the held-out tokens, {then['starved']} before training: raise "
-            f"{setting('balance')}, or lower {setting('router_lr')}",
+            f"fair share of the held-out tokens, {then['starved']} before training: {remedy}",
         )
     room = math.log(now["worst_imbalance"] / then["imbalance"])
     if room > 0 and math.log(now["imbalance"] / then["imbalance"]) > HALFWAY * room:
@@ -83,7 +87,7 @@ def _routing(row: Row, first: Row) -> Iterator[Alarm]:
             "imbalance",
             f"the busiest expert gets {now['imbalance']:.2f} times its fair share of the held-out "
             f"tokens, {then['imbalance']:.2f} before training ({now['worst_imbalance']:.2f} is "
-            f"the worst): raise {setting('balance')}, or lower {setting('router_lr')}",
+            f"the worst): {remedy}",
         )
 
 

@@ -216,8 +216,9 @@ class Training(BaseModel):
         for name in ("distill", "match_layers"):
             if getattr(self, name) and self.teacher is None:
                 raise UpcycleError(
-                    f"{setting(name, getattr(self, name))} compares with a dense model: name it "
-                    "by `teacher=DENSE`"
+                    f"{setting(name, getattr(self, name))} compares with a dense model, and what "
+                    "the model was made from is not known, or is not there: name it by "
+                    f"`teacher=DENSE`, or give {setting(name, 0)}"
                 )
         if self.teacher_top_k and self.match_layers:
             raise UpcycleError(
@@ -334,6 +335,12 @@ class Training(BaseModel):
         if self.lr is None:
             raise ValueError("a request without `lr` has a rate when the weights are known")
         return self.lr
+
+    def objective(self, validation: Mapping[str, float]) -> float:
+        """What the state that is kept has least of, by what a validation has measured."""
+        if not self.distill:
+            return validation["loss"]
+        return self.next_token * validation["loss"] + self.distill * validation["kl"]
 
     @property
     def step_tokens(self) -> int:

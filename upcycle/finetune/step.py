@@ -87,7 +87,8 @@ class Progress:
 def note(setup: Setup, progress: Progress, row: Row) -> None:
     """Add a line to the log, with the alarms that it gives cause for."""
     progress.log.append(row)
-    alarms = new_alarms(progress.log, progress.alarmed)
+    routers_train = setup.settings.train != "experts"
+    alarms = new_alarms(progress.log, progress.alarmed, routers_train=routers_train)
     if alarms:
         row["alarms"] = [asdict(alarm) for alarm in alarms]
         progress.alarmed |= {alarm.about for alarm in alarms}

@@ -28,9 +28,7 @@ def validate(setup: Setup, progress: Progress) -> None:
     accelerator, settings = setup.accelerator, setup.settings
     row = measure(setup)
     measured, texts = row["validation"], row["texts"]
-    objective = measured["loss"]
-    if settings.distill:
-        objective = settings.next_token * objective + settings.distill * measured["kl"]
+    objective = settings.objective(measured)
     each = {f"perplexity of {name}": perplexity for name, perplexity in texts.items()}
     check_finite(setup, {"validation loss": objective} | measured | each, progress.step)
     if settings.keep_best and objective < progress.best:
