@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import upcycle
 from upcycle import CheckFailed
+from upcycle.arguments import as_set
 from upcycle.cli import app
 from upcycle.conversion import geometry as budget
 from upcycle.conversion import run as conversion
@@ -40,7 +41,6 @@ from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.settings import Training
 from upcycle.models.companions import copy_companions
 from upcycle.models.text import PROBES, kind_name
-from upcycle.options import as_set
 from upcycle.router_init import ROUTERS
 from upcycle.router_init.gates import GATES
 from upcycle.split import SPLITS

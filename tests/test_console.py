@@ -9,9 +9,8 @@ import records
 from tiny import PLAIN_SPLIT, once
 
 import upcycle
-from upcycle.cli import every_method
 from upcycle.console.conversion import show_conversion
-from upcycle.console.listing import show_recipes
+from upcycle.console.listing import every_method, show_recipes
 from upcycle.console.output import out
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
 from upcycle.conversion.plan import CHECK_TOKENS

@@ -1,20 +1,20 @@
 """The command line: parse, call, render. The only place that ends the process."""
 
-import errno
 import gc
 import io
 import os
-import signal
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upcycle.core.errors import AlreadyFinished, CheckFailed, UpcycleError
-from upcycle.core.flags import MERGE_FLAGS, as_flags
+from upcycle.arguments import OfRecipe, OfTraining, assignment, texts_by_owner
+from upcycle.console.ending import ending, first_process, print_json
+from upcycle.core.errors import UpcycleError
+from upcycle.core.flags import MERGE_FLAGS
 from upcycle.core.json_text import json_text
 from upcycle.core.paths import check_model, local_path, write_whole
 from upcycle.models.hub import check_repo, push
@@ -24,7 +24,11 @@ from upcycle.options import (
     REQUEST,
     RUN,
     TRAINING,
+    Against,
+    BatchSize,
+    Card,
     DryRun,
+    EvalDtype,
     Json,
     Model,
     Options,
@@ -36,8 +40,10 @@ from upcycle.options import (
     Rehearse,
     Revision,
     Set,
-    as_set,
-    field_named,
+    Speed,
+    Tasks,
+    Texts,
+    TopKs,
     option,
     with_options,
 )
@@ -68,49 +74,6 @@ def _show_version(asked: bool) -> None:
 
         sys.stdout.write(f"{__version__}\n")
         raise typer.Exit
-
-
-class Settings(typer.core.TyperCommand):
-    """A command that takes any setting as a flag: one that help does not show is `--set`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = {name for param in self.get_params(ctx) for name in param.opts}
-        end = args.index("--") if "--" in args else len(args)
-        words, left = [], args[:end]
-        while left:
-            flag, count = left[0].partition("=")[0].replace("_", "-"), 1
-            given = None
-            if flag.startswith("--") and flag not in known:
-                with _errors():
-                    given = self.given(left[0], left[1] if len(left) > 1 else None)
-            if given is not None:
-                setting, count = given
-                words += ["--set", setting]
-            else:
-                words.append(left[0])
-            left = left[count:]
-        return super().parse_args(ctx, words + args[end:])
-
-    def given(self, word: str, after: str | None) -> tuple[str, int] | None:
-        """An unknown flag as `--set` takes it; see `as_set`. The settings are imported when there
-        is one."""
-        raise NotImplementedError
-
-
-class OfRecipe(Settings):
-    def given(self, word: str, after: str | None) -> tuple[str, int] | None:
-        from upcycle.conversion.recipe import SHARED_EXPERTS, Recipe
-
-        if field_named(word) == "shared_experts":
-            raise UpcycleError(SHARED_EXPERTS)
-        return as_set(word, after, Recipe.model_fields)
-
-
-class OfTraining(Settings):
-    def given(self, word: str, after: str | None) -> tuple[str, int] | None:
-        from upcycle.finetune.settings import Training
-
-        return as_set(word, after, Training.model_fields)
 
 
 @app.callback()
@@ -145,7 +108,7 @@ def convert(
     """
     if dry_run:
         return _show_plan(options)
-    with _errors(as_json=options["json_"]):
+    with ending(as_json=options["json_"]):
         if options["out"] is None:
             raise UpcycleError("name the folder for the result: -o OUT")
         check_repo(push_to_hub, private=private)
@@ -174,7 +137,7 @@ def _carry_out(made: "Plan", options: Options, push_to_hub: str | None, *, priva
         overwrite, resume = options["overwrite"], options["resume"]
         done = run(made, overwrite=overwrite, resume=resume, progress=progress)
     if as_json:
-        _print_json(conversion_summary(done).plain())
+        print_json(conversion_summary(done).plain())
     else:
         show_conversion(done)
     if push_to_hub is not None:
@@ -189,7 +152,7 @@ def plan(options: Options) -> None:
 
 
 def _show_plan(options: Options) -> None:
-    with _errors():
+    with ending():
         _check_conversion(options)
         with _importing():
             from upcycle.conversion import card  # noqa: F401
@@ -203,7 +166,7 @@ def _print_plan(made: "Plan", *, as_json: bool) -> None:
     from upcycle.conversion.card import plan_summary
 
     if as_json:
-        _print_json(plan_summary(made).plain())
+        print_json(plan_summary(made).plain())
     else:
         show_plan(made)
 
@@ -228,7 +191,7 @@ def merge(
     * `upcycle merge ./base+lora1 ./base+lora2 --base ./base -o out`
     * `upcycle merge ./merged --add ./lawyer --text law.txt -o out`
     """
-    with _errors(as_json=options["json_"]):
+    with ending(as_json=options["json_"]):
         if options["out"] is None and not dry_run:
             raise UpcycleError("name the folder for the result: -o OUT")
         check_repo(push_to_hub, private=private)
@@ -240,7 +203,7 @@ def merge(
             given,
             base=options["base"],
             shared_model=options["shared_model"],
-            texts=_texts(options["text"] or [], added=options["add"] is not None),
+            texts=texts_by_owner(options["text"] or [], added=options["add"] is not None),
             add=options["add"],
             prompts=options["prompt"] or [],
         )
@@ -256,32 +219,6 @@ def merge(
             _carry_out(made, options, push_to_hub, private=private)
 
 
-def _texts(words: list[str], *, added: bool) -> dict[str, str]:
-    """Texts by whose they are; that of an expert that is added may be given alone.
-
-    Raises:
-        UpcycleError: a word is no such pair, or one is given twice.
-    """
-    found: dict[str, str] = {}
-    for word in words:
-        alone = added and ("=" not in word or local_path(word).exists())
-        name, text = ("", word) if alone else _text(word)
-        if name in found:
-            raise UpcycleError(
-                f"--text gives {name or 'the new expert'} two texts: give one file, or a folder of "
-                "both"
-            )
-        found[name] = text
-    return found
-
-
-def _text(word: str) -> tuple[str, str]:
-    name, equals, text = word.partition("=")
-    if not equals or not name or not text:
-        raise UpcycleError(f"--text {word!r} is not MODEL=TEXT")
-    return name, text
-
-
 def _check_conversion(options: Options) -> None:
     """Raise what is wrong with the request, as far as it shows without torch."""
     from upcycle.conversion.preflight import check_conversion
@@ -294,7 +231,7 @@ def _check_conversion(options: Options) -> None:
 def _recipe_settings(options: Options, flags: Collection[str] = CONVERSION) -> dict[str, Any]:
     """The fields of the recipe that the command's options replace."""
     settings = {name: options[name] for name in flags if options[name] not in (None, [])}
-    return settings | dict(_assignment(text) for text in options["set_"] or [])
+    return settings | dict(assignment(text) for text in options["set_"] or [])
 
 
 def _plan(options: Options) -> "Plan":
@@ -310,54 +247,6 @@ def _plan(options: Options) -> "Plan":
         resume=options["resume"],
         **_recipe_settings(options),
     )
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    from upcycle.core.foreign import parse_yaml
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UpcycleError(f"--set {text!r} is not KEY=VALUE")
-    return key.strip(), parse_yaml(value, f"the value of --set {key.strip()}")
-
-
-Against = Annotated[str | None, typer.Option(help="The dense model that MODEL was made from.")]
-Texts = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A file or folder of text, probes, builtin or hf:… Repeatable. [default: probes]",
-        show_default=False,
-    ),
-]
-TopKs = Annotated[
-    str | None,
-    typer.Option(
-        metavar="K,…", help="Measure MODEL at other numbers of experts per token, too: 4,8,16."
-    ),
-]
-Speed = Annotated[
-    bool, typer.Option("--speed", help="Time both models in turn; this holds both in memory.")
-]
-Card = Annotated[
-    bool,
-    typer.Option(
-        "--card", help="Write the speed to MODEL's README.md, in place of an earlier one."
-    ),
-]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TASK,…", help="Run tasks of lm-eval, such as arc_easy,hellaswag, on both models."
-    ),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at once, for --speed and --tasks.")]
-EvalDtype = Annotated[
-    str,
-    typer.Option(
-        help="auto | float32 | bfloat16 | float16; auto is float32 on a CPU, elsewhere the "
-        "checkpoint's own."
-    ),
-]
 
 
 @app.command(cls=OfTraining)
@@ -398,11 +287,11 @@ def finetune(
     * `upcycle finetune split --recipe lora --merge --data chats.jsonl -o out`
     """
     kept = "" if dry_run else "; --resume goes on from the last saved state"
-    with _errors(f"interrupted{kept}", as_json=json_):
+    with ending(f"interrupted{kept}", as_json=json_):
         from upcycle.finetune.preflight import check_finetuning
 
         settings = {name: value for name, value in options.items() if value is not None}
-        settings |= dict(_assignment(text) for text in set_ or [])
+        settings |= dict(assignment(text) for text in set_ or [])
         if out is None and not dry_run:
             raise UpcycleError("name the folder for the result: -o OUT")
         check_repo(push_to_hub, private=private)
@@ -414,7 +303,7 @@ def finetune(
         from upcycle.finetune.run import finetune as train
 
         _quiet_model_loading()
-        with watching_training(quiet=json_ or not _first_process()) as watch:
+        with watching_training(quiet=json_ or not first_process()) as watch:
             done = train(
                 model,
                 out,
@@ -424,7 +313,7 @@ def finetune(
                 watch=watch,
                 **settings,
             )
-        if _first_process():
+        if first_process():
             _tell_training(done, push_to_hub, private=private, as_json=json_)
 
 
@@ -437,7 +326,7 @@ def _tell_training(
     from upcycle.finetune.publish import finetuning_summary
 
     if as_json:
-        _print_json(finetuning_summary(done).plain())
+        print_json(finetuning_summary(done).plain())
     else:
         show_finetuning(done)
     if push_to is not None:
@@ -450,12 +339,12 @@ def _rehearse(model: str, recipe: str | None, settings: Options, *, as_json: boo
     from upcycle.finetune.run import rehearse
 
     _quiet_model_loading()
-    with watching_training(quiet=as_json or not _first_process()) as watch:
+    with watching_training(quiet=as_json or not first_process()) as watch:
         made = rehearse(model, preset=recipe, watch=watch, **settings)
-    if not _first_process():
+    if not first_process():
         return
     if as_json:
-        _print_json(made.plain())
+        print_json(made.plain())
     else:
         show_proposal(made)
 
@@ -490,7 +379,7 @@ def evaluate(
     * `upcycle eval out --against MODEL --speed --card --output eval.json`
     * `upcycle eval out --against MODEL --top-k 4,8,16`
     """
-    with _errors():
+    with ending():
         from upcycle.evaluation.preflight import check_evaluation, top_ks_named
 
         _check_file(output)
@@ -533,7 +422,7 @@ def _tell(report: Any, output: Path | None, *, card: bool, as_json: bool) -> Non
     if card:
         write_speed(report)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     elif isinstance(report, encoders.HiddenEvaluation):
         show_hidden(report)
     else:
@@ -545,7 +434,7 @@ def inspect(
     model: Model, revision: Revision = None, partition: Partition = None, json_: Json = False
 ) -> None:
     """Show a model's shapes, its FFN width and divisors, and the MoE targets that it can reach."""
-    with _errors():
+    with ending():
         check_model(model, revision)
         from upcycle.console.listing import show_inspection
         from upcycle.conversion.inspection import inspect_model
@@ -556,7 +445,7 @@ def inspect(
         if partition is not None:
             report["agreement"] = partition_agreement(model, partition)
         if json_:
-            _print_json(report)
+            print_json(report)
         else:
             show_inspection(report)
 
@@ -565,16 +454,8 @@ def inspect(
 def report(
     model: Model,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The HTML file to write.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="The dense model that MODEL was made from.")
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A file or folder of text, probes, builtin or hf:… Repeatable. [default: probes]",
-            show_default=False,
-        ),
-    ] = None,
+    against: Against = None,
+    text: Texts = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -599,7 +480,7 @@ def report(
     * `upcycle report out --against MODEL -o report.html`
     * `upcycle report out --evaluation eval.json -o report.html`
     """
-    with _errors():
+    with ending():
         from upcycle.evaluation.preflight import check_evaluation
 
         if out is None:
@@ -634,8 +515,8 @@ def recipes(
 ) -> None:
     """List the recipes of `convert` and `finetune`, the methods that they are made of and every
     setting, or print one recipe."""
-    with _errors():
-        from upcycle.console.listing import show_recipes, show_settings
+    with ending():
+        from upcycle.console.listing import every_method, every_setting, show_recipes, show_settings
         from upcycle.conversion.catalogue import describe_presets, describe_recipes
         from upcycle.conversion.recipe import load_recipe
         from upcycle.core.settings import recipe_text, shipped_presets, yaml_fields
@@ -643,46 +524,26 @@ def recipes(
         if name is not None and json_:
             presets = shipped_presets()
             preset = yaml_fields(presets[name]) if name in presets else None
-            _print_json(preset or load_recipe(name).settings())
+            print_json(preset or load_recipe(name).settings())
         elif name is not None:
             sys.stdout.write(recipe_text(name))
         elif json_:
             listed = {"recipes": describe_recipes(), "presets": describe_presets()}
-            _print_json(listed | {"methods": every_method(), "settings": every_setting()})
+            print_json(listed | {"methods": every_method(), "settings": every_setting()})
         else:
             show_recipes(describe_recipes(), describe_presets(), every_method())
             show_settings(every_setting())
 
 
-def every_method() -> list[dict[str, Any]]:
-    """Every plug-in of `convert`, `merge` and `finetune`."""
-    from upcycle.conversion import catalogue as of_conversion
-    from upcycle.finetune import catalogue as of_training
-
-    return [*of_conversion.methods(), *of_training.methods()]
-
-
-def every_setting() -> dict[str, list[dict[str, str]]]:
-    """What `--set` sets, by command. A recipe or a preset may have other defaults."""
-    from upcycle.conversion.recipe import load_recipe
-    from upcycle.core.flags import CONVERSION_FLAGS, TRAINING_FLAGS, describe_settings
-    from upcycle.finetune.settings import Training
-
-    return {
-        "convert": describe_settings(load_recipe(), CONVERSION_FLAGS),
-        "finetune": describe_settings(Training(), TRAINING_FLAGS),
-    }
-
-
 @app.command()
 def env(json_: Json = False) -> None:
     """Show versions and the machine, for a bug report."""
-    with _errors():
+    with ending():
         from upcycle.console.output import table
         from upcycle.conversion.inspection import describe_environment
 
         if json_:
-            _print_json(describe_environment())
+            print_json(describe_environment())
         else:
             table("environment", describe_environment())
 
@@ -707,75 +568,6 @@ def _write_json(output: Path, value: Any) -> None:
     """A file of JSON; a link to one stays, and the file that it leads to is replaced."""
     path = local_path(output)
     write_whole(path.resolve() if path.is_file() else path, json_text(value, indent=2) + "\n")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json_text(value) + "\n")
-
-
-def _first_process() -> bool:
-    """Of several that train together, only one process speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _errors(
-    interrupted: str = "interrupted; nothing was left behind, unless --resume was given to go on "
-    "later",
-    *,
-    as_json: bool = False,
-) -> Iterator[None]:
-    """One sentence instead of a traceback: exit code 2 for bad input and too little
-    memory, 1 for anything else.
-
-    Args:
-        interrupted: what is said of an interrupt.
-        as_json: whether the result is printed as JSON, an earlier one's too.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except AlreadyFinished as finished:
-        _show_finished(finished, as_json=as_json)
-    except UpcycleError as error:
-        _fail(as_flags(str(error)), 2)
-    except CheckFailed as error:
-        _fail(f"{error}; please report this", 1)
-    except KeyboardInterrupt:
-        _fail(interrupted, 1)
-    except OSError as error:
-        where = f": {str(error.filename)[:200]}" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}", 2 if error.errno in BAD_NAME else 1)
-    except (MemoryError, RuntimeError) as error:
-        from upcycle.core.foreign import OUT_OF_MEMORY, out_of_memory
-
-        if not out_of_memory(error):
-            raise
-        _fail(as_flags(OUT_OF_MEMORY), 2)
-
-
-BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
-"""What the system says of a path that nobody could have meant."""
-
-
-def _show_finished(finished: AlreadyFinished, *, as_json: bool) -> None:
-    """Of a result that an earlier run has left: what upcycle.json says of its last run, or a
-    sentence."""
-    if not _first_process():
-        return
-    if not as_json:
-        sys.stdout.write(f"{finished}\n")
-        return
-    from upcycle.models.record import RECORD, read_record
-
-    record = read_record(finished.out / RECORD)
-    _print_json((record.training[-1] if record.training else record).plain())
-
-
-def _fail(sentence: str, code: int) -> NoReturn:
-    if _first_process():
-        sys.stderr.write(f"error: {sentence}\n")
-    raise typer.Exit(code)
 
 
 @contextmanager

@@ -5,13 +5,12 @@ Without torch or transformers: `--help` must be quick.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import flag_of
 
 Options = dict[str, Any]
@@ -65,6 +64,44 @@ Partition = Annotated[
     ),
 ]
 Json = Annotated[bool, option("One JSON object on stdout, nothing else.", "--json", panel=RESULT)]
+
+Against = Annotated[str | None, typer.Option(help="The dense model that MODEL was made from.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A file or folder of text, probes, builtin or hf:… Repeatable. [default: probes]",
+        show_default=False,
+    ),
+]
+TopKs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K,…", help="Measure MODEL at other numbers of experts per token, too: 4,8,16."
+    ),
+]
+Speed = Annotated[
+    bool, typer.Option("--speed", help="Time both models in turn; this holds both in memory.")
+]
+Card = Annotated[
+    bool,
+    typer.Option(
+        "--card", help="Write the speed to MODEL's README.md, in place of an earlier one."
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK,…", help="Run tasks of lm-eval, such as arc_easy,hellaswag, on both models."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at once, for --speed and --tasks.")]
+EvalDtype = Annotated[
+    str,
+    typer.Option(
+        help="auto | float32 | bfloat16 | float16; auto is float32 on a CPU, elsewhere the "
+        "checkpoint's own."
+    ),
+]
 
 
 def _settings(panel: str, *rows: tuple[str, Any, str]) -> Options:
@@ -236,36 +273,6 @@ TRAINING = (
     )
 )
 """The flags for fields of a training request."""
-
-
-def field_named(word: str) -> str:
-    """The setting that a word of the command line names: `top_k` of `--top-k=2`."""
-    return word.partition("=")[0].removeprefix("--").replace("-", "_")
-
-
-def as_set(word: str, after: str | None, fields: Mapping[str, Any]) -> tuple[str, int] | None:
-    """What `--set` takes for a setting that is given as a flag it does not have, and how many words
-    that is; None if there is no such setting.
-
-    Args:
-        after: the word that follows it.
-        fields: of the recipe or the training request, as pydantic describes them.
-
-    Raises:
-        UpcycleError: it wants a value and has none.
-    """
-    (flag, equals, value), field = word.partition("="), field_named(word)
-    off = field not in fields and field.startswith("no_")
-    field = field.removeprefix("no_") if off else field
-    if field not in fields:
-        return None
-    if equals:
-        return f"{field}={value}", 1
-    if fields[field].annotation in (bool, bool | None):
-        return f"{field}={'false' if off else 'true'}", 1
-    if after is None or after.startswith("--"):
-        raise UpcycleError(f"{flag} wants a value: --set {field}=…")
-    return f"{field}={after}", 2
 
 
 def with_options(listed: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -94,3 +94,23 @@ def _defaults(parameters: Mapping[str, Any]) -> str:
 def _default(value: Any) -> str:
     """As a recipe spells it."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def every_method() -> list[dict[str, Any]]:
+    """Every plug-in of `convert`, `merge` and `finetune`."""
+    from upcycle.conversion import catalogue as of_conversion
+    from upcycle.finetune import catalogue as of_training
+
+    return [*of_conversion.methods(), *of_training.methods()]
+
+
+def every_setting() -> dict[str, list[dict[str, str]]]:
+    """What `--set` sets, by command. A recipe or a preset may have other defaults."""
+    from upcycle.conversion.recipe import load_recipe
+    from upcycle.core.flags import CONVERSION_FLAGS, TRAINING_FLAGS, describe_settings
+    from upcycle.finetune.settings import Training
+
+    return {
+        "convert": describe_settings(load_recipe(), CONVERSION_FLAGS),
+        "finetune": describe_settings(Training(), TRAINING_FLAGS),
+    }
