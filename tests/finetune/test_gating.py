@@ -8,10 +8,13 @@ from reference import gap, load, logits, weights
 
 from upcycle.core.binding import bind
 from upcycle.core.settings import Choice
+from upcycle.finetune.data import Data
 from upcycle.finetune.gating import GATINGS
 from upcycle.finetune.gating.base import Gater, Numbers, Pass, Route
 from upcycle.finetune.gating.soft_to_hard import Fade
 from upcycle.finetune.gating.sparse_mixer import near_shares
+from upcycle.finetune.router_losses import ROUTER_LOSSES
+from upcycle.finetune.router_terms import RouterTerms, Term
 from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.step import score_of
 from upcycle.models.blocks import moe_blocks
@@ -156,6 +159,26 @@ def test_noise_of_the_logits_spread_selects(dense, moe, spread):
     noisy_TE = routed.logits_TE + measured * routed.noise_TE
     noisy_TK = noisy_TE.topk(2).indices
     assert torch.equal(noisy_TK.sort().values, routed.chosen_TK.sort().values)
+
+
+@pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
+def test_losses_see_the_noise_that_weighs_the_selected(dense, moe, target):
+    """Shares of what the selected experts count; of a tempered router's, at ordinary spread."""
+    for spread in (0.05, 1e-4):
+        model = split_model(dense, moe, target, router_spread=spread)
+        model, tap = gated(model, "noisy_top_k", noise=0.5)
+        scales = measure_scales(model, tap.blocks, TOKENS_BL[:1])
+        routed = routed_by(model, tap)
+        every_BL = torch.ones_like(TOKENS_BL, dtype=torch.bool)
+        batch = Data(TOKENS_BL, every_BL, every_BL, torch.zeros(3).long(), torch.arange(3))
+        terms = {"cv2": Term(bind(ROUTER_LOSSES, Choice(name="cv2")), 1.0)}
+        seen = RouterTerms(terms, tap.blocks, scales, tap.score, 1, 0).seen(routed, batch, 0)[0]
+        own_TK, weights_TK = seen.weighing_TE.gather(1, seen.chosen_TK), routed[0].weights_TK
+        if spread == 1e-4:
+            logits_TE = routed[0].logits_TE / scales[0].spread + routed[0].noise_TE
+            weights_TK = tap.score(logits_TE).gather(1, seen.chosen_TK)
+        shares = (each / each.sum(-1, keepdim=True) for each in (own_TK, weights_TK))
+        torch.testing.assert_close(*shares, rtol=1e-4, atol=1e-5)
 
 
 def test_dropped_experts_are_not_selected_and_count_nothing(dense, moe):
