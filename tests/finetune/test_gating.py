@@ -210,6 +210,27 @@ def test_a_tempered_split_is_the_dense_model_while_all_experts_run(dense, moe):
     assert routed_by(model, tap)[0].chosen_TK.shape[1] == 2
 
 
+def test_selected_experts_count_what_the_class_lets_them_while_all_run(dense, moe):
+    """Also where it multiplies each by a number of its own."""
+    model = split_model(dense, moe, "gemma4")
+    for block in moe_blocks(model):
+        block.around.router.per_expert_scale.data.copy_(torch.linspace(0.5, 2, 8))
+    _, tap = gated(model, "soft_to_hard", full=0.5)
+    seen = []
+    soft = tap.gate
+
+    def see(place, logits_TE, chosen_TK, weights_TK):
+        gates = soft(place, logits_TE, chosen_TK, weights_TK)
+        seen.append((gates.weights_TK.gather(1, chosen_TK), weights_TK))
+        return gates
+
+    tap.gate = see
+    trained_logits(model)
+    assert len(seen) == 3
+    for ours_TK, its_TK in seen:
+        torch.testing.assert_close(ours_TK, its_TK, rtol=1e-4, atol=1e-6)
+
+
 def test_scores_fade_between_full_and_until():
     fade = Fade(full=0.2, until=0.6)
     assert [fade.left(p) for p in (0, 0.2, 0.6, 1)] == [1, 1, 0, 0]

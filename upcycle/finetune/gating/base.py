@@ -14,7 +14,7 @@ from torch import Tensor
 from upcycle.core.binding import Bound
 from upcycle.core.registry import About, Method, Params, Registry, registering
 from upcycle.core.rng import generator
-from upcycle.finetune.routers import all_weights, renormalises
+from upcycle.finetune.routers import all_weights, expert_scale, renormalises
 from upcycle.models.blocks import MoEBlock
 
 P = TypeVar("P", bound=Params, contravariant=True)
@@ -101,7 +101,7 @@ class Route:
         )
         chosen_TK = allowed_TE.topk(self.chosen_TK.shape[1], dim=-1).indices
         kept_TK = scores_TE.gather(1, chosen_TK)
-        scale_E = _expert_scale(self.block, scores_TE)
+        scale_E = expert_scale(self.block, scores_TE)
         sum_T1 = (self.weights_TK / scale_E[self.chosen_TK]).sum(-1, keepdim=True).detach()
         if renormalises(self.block.router):
             weights_TK = kept_TK / kept_TK.sum(-1, keepdim=True) * sum_T1
@@ -112,8 +112,8 @@ class Route:
 
     def all_weights(self) -> Tensor:
         """What each expert would count [T, E] if all ran."""
-        scores_TE, always = self.score(self.logits_TE), renormalises(self.block.router)
-        return all_weights(scores_TE, self.chosen_TK, self.weights_TK, always)
+        scores_TE = self.score(self.logits_TE)
+        return all_weights(self.block, scores_TE, self.chosen_TK, self.weights_TK)
 
 
 def _allowed(block: MoEBlock, scores_TE: Tensor) -> Tensor:
@@ -129,13 +129,6 @@ def _allowed(block: MoEBlock, scores_TE: Tensor) -> Tensor:
     kept_TG.scatter_(1, best_TG.topk(block.router.topk_group, dim=-1).indices, True)
     allowed_TE: Tensor = scores_TGS.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
     return allowed_TE
-
-
-def _expert_scale(block: MoEBlock, like_TE: Tensor) -> Tensor:
-    """What each expert's weight is multiplied by at last [E]: in Gemma 4, numbers beside the
-    router."""
-    scale_E = getattr(getattr(block.around, "router", None), "per_expert_scale", None)
-    return torch.ones_like(like_TE[0]) if scale_E is None else scale_E.to(like_TE)
 
 
 class Gate(Protocol[P]):
