@@ -14,7 +14,8 @@ from upcycle.console.listing import every_method, show_recipes
 from upcycle.console.output import out
 from upcycle.conversion.catalogue import describe_presets, describe_recipes
 from upcycle.conversion.plan import CHECK_TOKENS
-from upcycle.models.record import DenseLayers, Findings, Trial
+from upcycle.models.record.conversion import DenseLayers, Trial
+from upcycle.models.record.merging import Findings
 from upcycle.models.text import PROBES
 
 WIDTH = 80

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
     from upcycle.conversion.plan import Plan
     from upcycle.core.progress import Progress
+    from upcycle.finetune.finished import Finetuning
     from upcycle.finetune.preparing import Watch
-    from upcycle.finetune.publish import Finetuning
 
 __version__ = version("upcycle")
 __all__ = ["AlreadyFinished", "CheckFailed", "UpcycleError", "convert", "finetune", "merge", "plan"]

@@ -50,7 +50,7 @@ from upcycle.options import (
 
 if TYPE_CHECKING:
     from upcycle.conversion.plan import Plan
-    from upcycle.finetune.publish import Finetuning
+    from upcycle.finetune.finished import Finetuning
 
 app = typer.Typer(
     name="upcycle",
@@ -323,7 +323,7 @@ def _tell_training(
     """Show what a run of `finetune` did, and push it if that was asked for."""
     from upcycle.console.output import show_push
     from upcycle.console.training import show_finetuning
-    from upcycle.finetune.publish import finetuning_summary
+    from upcycle.finetune.finished import finetuning_summary
 
     if as_json:
         print_json(finetuning_summary(done).plain())

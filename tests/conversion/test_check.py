@@ -21,7 +21,7 @@ from upcycle.evaluation import result as comparison
 from upcycle.evaluation.comparing import Comparison
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.assemble import assemble_head
-from upcycle.models.record import CheckReport, KindResult, check_summary
+from upcycle.models.record.check import CheckReport, KindResult, check_summary
 from upcycle.models.targets import base
 from upcycle.models.text import PROBES
 from upcycle.split import SPLITS

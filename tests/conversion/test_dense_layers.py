@@ -26,7 +26,7 @@ from upcycle.conversion.dense_layers import (
 )
 from upcycle.conversion.planning import make_plan
 from upcycle.models import own_text as writer
-from upcycle.models.record import Trial
+from upcycle.models.record.conversion import Trial
 from upcycle.models.workspace import partial_folder
 
 F, LAYERS = SIZES["intermediate_size"], SIZES["num_hidden_layers"]

@@ -24,7 +24,8 @@ from upcycle.evaluation.run import evaluate
 from upcycle.finetune.run import finetune
 from upcycle.models.calibration import calibration
 from upcycle.models.opening import open_source
-from upcycle.models.record import EncoderReport, read_record
+from upcycle.models.record.check import EncoderReport
+from upcycle.models.record.file import read_record
 from upcycle.models.stream import HiddenStream
 from upcycle.models.tokens import open_reader
 

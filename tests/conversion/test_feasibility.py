@@ -13,7 +13,7 @@ import upcycle
 from upcycle import UpcycleError
 from upcycle.conversion import dense_layers
 from upcycle.core.clustering import balanced_kmeans
-from upcycle.models.record import Trial
+from upcycle.models.record.conversion import Trial
 from upcycle.models.workspace import partial_folder
 from upcycle.router_init import kmeans
 

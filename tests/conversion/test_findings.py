@@ -19,7 +19,7 @@ from upcycle.conversion.merging.passages import passages
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.conversion.run import run
 from upcycle.evaluation.beside import MEAN
-from upcycle.models.record import read_record
+from upcycle.models.record.file import read_record
 from upcycle.models.tokens import open_reader
 
 QUICK = {"check": "none", "router": "uniform_random"}

@@ -18,7 +18,7 @@ from upcycle.conversion.fit.learn import Held, learn, said
 from upcycle.conversion.plan import CHECK_TOKENS
 from upcycle.core.settings import Choice
 from upcycle.core.types import DenseFFN, LayerActivations
-from upcycle.models.record import FitPart
+from upcycle.models.record.conversion import FitPart
 
 D, F, E, K, T = 12, 48, 4, 2, 1300
 BATCH = 64

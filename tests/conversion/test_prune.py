@@ -33,7 +33,7 @@ from upcycle.conversion.recipe import load_recipe
 from upcycle.conversion.ways.prune import ALL_TOKENS, overall_strength, strongest_neurons
 from upcycle.core.types import DenseFFN, LayerActivations
 from upcycle.evaluation.page import origin
-from upcycle.models.record import read_record
+from upcycle.models.record.file import read_record
 
 EXPERTS, SEQ_LEN, GAIN = 4, 64, {"qwen2_moe": 4, "mixtral": 1, "glm4_moe": 1}
 PRUNE = {

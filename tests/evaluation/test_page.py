@@ -28,7 +28,8 @@ from upcycle.evaluation.page.routing import pairs, related, together
 from upcycle.evaluation.page.words import digits, public_name
 from upcycle.evaluation.routing import count_pairs, independent_pairs, layer_routing, pair_counts
 from upcycle.evaluation.sample import Sample
-from upcycle.models.record import GatePart, Made, read_record
+from upcycle.models.record.file import Made, read_record
+from upcycle.models.record.merging import GatePart
 from upcycle.models.train_log import LogLine
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -14,7 +14,7 @@ from upcycle.finetune.alarms import FEWEST, JUMP, RECENT, new_alarms
 from upcycle.finetune.data import training_data
 from upcycle.finetune.preparing import Watch
 from upcycle.finetune.run import finetune
-from upcycle.models.record import read_record
+from upcycle.models.record.file import read_record
 from upcycle.models.train_log import read_log
 
 ROUTING = {"experts": 200, "starved": 3, "imbalance": 2.0, "worst_imbalance": 8.0}

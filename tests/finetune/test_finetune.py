@@ -27,7 +27,7 @@ from upcycle.finetune.settings import Training
 from upcycle.finetune.step import learning_rate
 from upcycle.models.frontmatter import split_card
 from upcycle.models.loading import load_model
-from upcycle.models.record import read_record
+from upcycle.models.record.file import read_record
 from upcycle.models.train_log import read_log
 from upcycle.models.workspace import partial_folder
 
@@ -178,16 +178,16 @@ def test_low_rank_changes_of_rounded_weights_are_of_the_whole_ones(split, train)
 
 def test_a_tensor_that_is_written_wrong_is_noticed(split, train, tmp_path, monkeypatch):
     """Even where rounding blurs the logits."""
-    from upcycle.finetune import publish
+    from upcycle.finetune import writing
 
     def wrong(*args):
         model = load_model(*args)
         model.model.norm.weight.data[3] *= 1.01
         return model
 
-    load_model = publish.load_result
-    monkeypatch.setattr(publish, "load_result", wrong)
-    with pytest.raises(publish.CheckFailed, match=r"another model\.norm\.weight"):
+    load_model = writing.load_result
+    monkeypatch.setattr(writing, "load_result", wrong)
+    with pytest.raises(writing.CheckFailed, match=r"another model\.norm\.weight"):
         train(split(), precision="bf16")
     assert files(tmp_path) >= {Path(".out.partial/aside/state.safetensors")}
     assert not (tmp_path / "out").exists()

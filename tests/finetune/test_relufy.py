@@ -15,7 +15,7 @@ from upcycle.finetune.data import Data
 from upcycle.finetune.losses import square_hoyer_loss
 from upcycle.finetune.preparing import Watch
 from upcycle.models.loading import load_model
-from upcycle.models.record import read_record
+from upcycle.models.record.file import read_record
 from upcycle.models.train_log import read_log
 
 STEPS = 12

@@ -18,7 +18,7 @@ from upcycle import UpcycleError
 from upcycle.cli import app
 from upcycle.conversion.inspection import inspect_model
 from upcycle.models.opening import open_source
-from upcycle.models.record import DOMAINS
+from upcycle.models.record.file import DOMAINS
 from upcycle.models.shards import INDEX, SINGLE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

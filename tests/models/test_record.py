@@ -7,7 +7,7 @@ import records
 
 import upcycle
 from upcycle import UpcycleError
-from upcycle.models.record import Made, Trained, read_record, record_text
+from upcycle.models.record.file import Made, Trained, read_record, record_text
 from upcycle.models.train_log import LogLine, log_text, read_log
 
 LATER = {"runtimes", "feedback"}

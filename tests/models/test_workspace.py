@@ -14,7 +14,7 @@ from processes import killed as killed_process
 
 from upcycle import AlreadyFinished, UpcycleError
 from upcycle.models import workspace as publishing
-from upcycle.models.record import Identity
+from upcycle.models.record.file import Identity
 from upcycle.models.workspace import (
     JOURNAL,
     Workspace,

@@ -13,12 +13,13 @@ from upcycle.core.flags import as_flags
 from upcycle.core.paths import public_name
 from upcycle.core.words import count, size
 from upcycle.evaluation.verdict import verdict
-from upcycle.models.record import EncoderReport
+from upcycle.models.record.check import EncoderReport
 from upcycle.models.text import kind_name
 
 if TYPE_CHECKING:
     from upcycle.conversion.card import Conversion
-    from upcycle.models.record import Beside, Findings, Report
+    from upcycle.models.record.check import Report
+    from upcycle.models.record.merging import Beside, Findings
 
 TEXTS_AT_ONCE = 4
 """Columns of texts that a terminal has room for."""

@@ -66,7 +66,7 @@ def _show_finished(finished: AlreadyFinished, *, as_json: bool) -> None:
     if not as_json:
         sys.stdout.write(f"{finished}\n")
         return
-    from upcycle.models.record import RECORD, read_record
+    from upcycle.models.record.file import RECORD, read_record
 
     record = read_record(finished.out / RECORD)
     print_json((record.training[-1] if record.training else record).plain())

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from upcycle.evaluation.encoders import HiddenEvaluation
     from upcycle.evaluation.measured import Evaluation, TextResult
     from upcycle.evaluation.tasks import TaskScores
-    from upcycle.models.record import HiddenResult
+    from upcycle.models.record.check import HiddenResult
 
 
 def show_evaluation(report: "Evaluation") -> None:

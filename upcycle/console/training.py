@@ -15,10 +15,10 @@ from upcycle.finetune.catalogue import methods as of_training
 
 if TYPE_CHECKING:
     from upcycle.finetune.budget import Budget, Proposal
+    from upcycle.finetune.finished import Finetuning
     from upcycle.finetune.preparing import Watch
-    from upcycle.finetune.publish import Finetuning
     from upcycle.finetune.settings import Training
-    from upcycle.models.record import Used
+    from upcycle.models.record.training import Used
 
 AGAIN = 1.1
 """Times that a text is read from which on that is worth a word."""

@@ -19,25 +19,16 @@ from upcycle.core.paths import local_path, public_name, way_from
 from upcycle.core.versions import versions
 from upcycle.evaluation.verdict import verdict
 from upcycle.models.frontmatter import read_card, with_results
-from upcycle.models.record import (
-    TEXTUAL,
-    AddedPart,
-    CheckReport,
+from upcycle.models.record.check import CheckReport, HiddenResult, KindResult, Report
+from upcycle.models.record.conversion import (
     ConversionResult,
     DenseLayers,
-    ExpertPart,
-    Findings,
-    HiddenResult,
-    Identity,
-    KindResult,
     LayerPart,
-    Made,
-    MergePart,
     PlanPart,
     RecipePart,
-    Report,
-    Source,
 )
+from upcycle.models.record.file import TEXTUAL, Identity, Made, Source
+from upcycle.models.record.merging import AddedPart, ExpertPart, Findings, MergePart
 from upcycle.models.source import DenseSource
 from upcycle.models.targets import TARGETS
 from upcycle.models.text import kind_name, public_texts

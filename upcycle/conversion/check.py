@@ -30,7 +30,7 @@ from upcycle.evaluation.routing import utilisation
 from upcycle.models.blocks import moe_blocks, watch_selections
 from upcycle.models.head import drop_layers
 from upcycle.models.loading import load_model
-from upcycle.models.record import CheckReport, EncoderReport, KindResult, Report
+from upcycle.models.record.check import CheckReport, EncoderReport, KindResult, Report
 from upcycle.models.stream import replace_ffn
 
 EXACT_TOKENS = 128

@@ -11,7 +11,7 @@ from upcycle.conversion.design import Design
 from upcycle.conversion.fit.loop import Tell
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, LayerActivations, MoELayer, Selection, Weigh
-from upcycle.models.record import FitPart
+from upcycle.models.record.conversion import FitPart
 from upcycle.models.stream import BATCH_TOKENS
 
 

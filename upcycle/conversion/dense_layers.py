@@ -25,7 +25,7 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.progress import Progress
 from upcycle.core.types import LayerActivations, LossGradient
 from upcycle.models.assemble import dense_ffn
-from upcycle.models.record import DenseLayers, Trial
+from upcycle.models.record.conversion import DenseLayers, Trial
 from upcycle.models.stream import PREDICTED_TOKENS, HiddenStream
 from upcycle.models.targets import TARGETS
 from upcycle.models.text import texts

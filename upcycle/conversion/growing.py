@@ -33,7 +33,7 @@ from upcycle.models.assemble import assemble_config, name_in_whole
 from upcycle.models.companions import copy_companions
 from upcycle.models.names import EMBEDDINGS
 from upcycle.models.passages import Grouped, losses_of_models, next_token_losses
-from upcycle.models.record import DOMAINS
+from upcycle.models.record.file import DOMAINS
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
 from upcycle.models.tokens import open_reader

@@ -32,7 +32,9 @@ from upcycle.core.types import DenseFFN
 from upcycle.core.versions import versions
 from upcycle.models.assemble import dense_ffn
 from upcycle.models.calibration import Calibration, calibration, text_fingerprint
-from upcycle.models.record import RECORD, DenseLayers, FitPart, Identity, Report, record_text
+from upcycle.models.record.check import Report
+from upcycle.models.record.conversion import DenseLayers, FitPart
+from upcycle.models.record.file import RECORD, Identity, record_text
 from upcycle.models.workspace import Workspace, begun_run, check_unfinished, recorded_run
 
 DENSE_LAYERS = "layers to keep dense"

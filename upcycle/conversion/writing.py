@@ -31,7 +31,7 @@ from upcycle.models.assemble import (
 from upcycle.models.companions import copy_companions
 from upcycle.models.holders import HOLDERS
 from upcycle.models.names import EMBEDDINGS
-from upcycle.models.record import DOMAINS
+from upcycle.models.record.file import DOMAINS
 from upcycle.models.stream import HiddenStream
 from upcycle.models.targets import TARGETS
 from upcycle.models.targets.base import Whole

@@ -37,7 +37,7 @@ from upcycle.models.families import is_encoder
 from upcycle.models.head import drop_layers
 from upcycle.models.loading import load_model
 from upcycle.models.opening import checkpoint_folder
-from upcycle.models.record import HiddenResult
+from upcycle.models.record.check import HiddenResult
 from upcycle.models.text import check_text
 from upcycle.models.tokens import open_reader
 

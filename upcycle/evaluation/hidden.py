@@ -15,7 +15,7 @@ from upcycle.evaluation.comparing import Step
 from upcycle.evaluation.result import relative_error
 from upcycle.evaluation.routing import counting_pairs
 from upcycle.models.head import Decoded, decode, given
-from upcycle.models.record import HiddenResult
+from upcycle.models.record.check import HiddenResult
 
 
 @dataclass(frozen=True)

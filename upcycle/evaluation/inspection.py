@@ -10,7 +10,8 @@ from upcycle.models.checkpoint import Checkpoint
 from upcycle.models.config import read_config
 from upcycle.models.hosted import target_of
 from upcycle.models.opening import open_located
-from upcycle.models.record import RECORD, Made, check_summary, read_record
+from upcycle.models.record.check import check_summary
+from upcycle.models.record.file import RECORD, Made, read_record
 from upcycle.models.source import DenseSource
 
 

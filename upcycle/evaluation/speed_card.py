@@ -9,7 +9,7 @@ import jinja2
 from upcycle.core.errors import UpcycleError
 from upcycle.core.paths import local_path, write_whole
 from upcycle.evaluation.measured import Evaluation
-from upcycle.models.record import RECORD
+from upcycle.models.record.file import RECORD
 
 CARD = "README.md"
 BEGIN, END = "<!-- upcycle eval --speed -->", "<!-- end of upcycle eval --speed -->"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from upcycle.core.errors import UpcycleError
 from upcycle.core.paths import local_path
-from upcycle.models.record import Made, read_record
+from upcycle.models.record.file import Made, read_record
 
 
 def partition_agreement(model: str, other: str) -> dict[int, float]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from upcycle.core.errors import UpcycleError
 from upcycle.models.blocks import MoEBlock
-from upcycle.models.record import RECORD, Made, PlanPart, read_record
+from upcycle.models.record.conversion import PlanPart
+from upcycle.models.record.file import RECORD, Made, read_record
 from upcycle.models.targets import TARGETS
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from upcycle.core.flags import setting
-from upcycle.models.record import Alarm
+from upcycle.models.record.training import Alarm
 
 JUMP = 10.0
 """The norm of a step's gradient over the median of the steps before. In the runs of SmolLM2 that

@@ -15,7 +15,7 @@ from upcycle.core.paths import public_name
 from upcycle.core.rng import generator
 from upcycle.finetune.assistant import chat_stream
 from upcycle.finetune.settings import SHORTEST
-from upcycle.models.record import Used
+from upcycle.models.record.training import Used
 from upcycle.models.text import documents, parse, texts, weighted
 from upcycle.models.tokens import Drawn, Reader, open_reader
 

@@ -21,7 +21,7 @@ from upcycle.models.families import is_dense
 from upcycle.models.loading import check_decoder, check_trainable, kind_of
 from upcycle.models.opening import checkpoint_folder, open_source
 from upcycle.models.quantised import UNQUANTISED
-from upcycle.models.record import RECORD, Identity, Made, Record, Source, Trained, read_record
+from upcycle.models.record.file import RECORD, Identity, Made, Record, Source, Trained, read_record
 from upcycle.models.shards import read_headers
 from upcycle.models.weights import fingerprint
 

@@ -38,7 +38,7 @@ from upcycle.finetune.trainable import (
 from upcycle.models.blocks import MoEBlock, moe_blocks
 from upcycle.models.config import read_text_config
 from upcycle.models.loading import load_model
-from upcycle.models.record import Used
+from upcycle.models.record.training import Used
 from upcycle.models.shards import read_headers
 from upcycle.models.train_log import TRAIN_LOG
 from upcycle.models.workspace import ASIDE, partial_folder

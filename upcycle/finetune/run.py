@@ -17,16 +17,17 @@ from upcycle.core.errors import Diverged, UpcycleError
 from upcycle.core.machine import torch_threads
 from upcycle.core.paths import local_path
 from upcycle.finetune.budget import Proposal
+from upcycle.finetune.finished import Finetuning
 from upcycle.finetune.job import Job, job_identity, open_job
 from upcycle.finetune.loop import restore_best, settle, train
 from upcycle.finetune.preparing import Watch, prepare, stored_words
 from upcycle.finetune.processes import accelerator_for
-from upcycle.finetune.publish import Finetuning, publish
+from upcycle.finetune.publish import publish
 from upcycle.finetune.rehearsal import STEPS, propose
 from upcycle.finetune.state import read_notes
 from upcycle.finetune.step import Progress, Setup
 from upcycle.finetune.teacher import size as stored_size
-from upcycle.models.record import Identity
+from upcycle.models.record.file import Identity
 from upcycle.models.shards import read_headers
 from upcycle.models.workspace import (
     ASIDE,

@@ -13,7 +13,7 @@ from upcycle.finetune.budget import Look
 from upcycle.finetune.data import Data
 from upcycle.finetune.state import save_tensors, trained_tensors
 from upcycle.finetune.step import Progress, Row, Setup, check_finite, count, note
-from upcycle.models.record import Used
+from upcycle.models.record.training import Used
 
 LARGEST_LOSS = 690.0
 """Whose exponential the log still takes."""

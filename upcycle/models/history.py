@@ -5,7 +5,7 @@ from pathlib import Path
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import read_json
 from upcycle.core.paths import public_name
-from upcycle.models.record import OURS, RECORD, Made, Record, record_of
+from upcycle.models.record.file import OURS, RECORD, Made, Record, record_of
 from upcycle.models.text import weighted
 
 

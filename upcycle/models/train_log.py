@@ -9,7 +9,8 @@ from pydantic import Field, FiniteFloat, ValidationError
 from upcycle.core.errors import UpcycleError
 from upcycle.core.foreign import first_problem, parse_json, read_text
 from upcycle.core.json_text import json_text
-from upcycle.models.record import Alarm, Measured, Part
+from upcycle.models.record.part import Measured, Part
+from upcycle.models.record.training import Alarm
 
 TRAIN_LOG = "train_log.jsonl"
 

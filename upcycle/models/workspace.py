@@ -18,7 +18,7 @@ from torch import Tensor
 from upcycle.core.errors import AlreadyFinished, UpcycleError
 from upcycle.core.foreign import blaming, parse_json
 from upcycle.core.paths import check_name, sync, sync_tree, write_whole
-from upcycle.models.record import RECORD, Identity
+from upcycle.models.record.file import RECORD, Identity
 
 JOURNAL = "journal.jsonl"
 BEGIN = b'{"fingerprint": "'

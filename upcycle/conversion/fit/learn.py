@@ -15,7 +15,7 @@ from upcycle.conversion.fit.base import Experts, Fit, FitParams, Lesson
 from upcycle.conversion.fit.loop import BATCH, Tell
 from upcycle.core.registry import Params
 from upcycle.core.types import CHUNK_ELEMENTS, LayerActivations
-from upcycle.models.record import FitPart
+from upcycle.models.record.conversion import FitPart
 
 HELD = 16
 """Of so many batches one is held out, with the tokens that fill no batch; at least one."""

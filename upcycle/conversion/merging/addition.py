@@ -15,7 +15,8 @@ from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import ABOUT, setting
 from upcycle.core.paths import check_model, local_path
 from upcycle.models.model_name import check_name, parse_model
-from upcycle.models.record import RECORD, TEXTUAL, Made, MergePart, read_record
+from upcycle.models.record.file import RECORD, TEXTUAL, Made, read_record
+from upcycle.models.record.merging import MergePart
 from upcycle.models.text import check_text
 
 NEW = ""

@@ -16,15 +16,14 @@ from upcycle.evaluation.beside import measured, perplexities
 from upcycle.evaluation.distance import Distances as FFNDistances
 from upcycle.evaluation.distance import remarks
 from upcycle.models.loading import load_model
-from upcycle.models.record import (
-    TEXTUAL,
+from upcycle.models.record.check import CheckReport, Report
+from upcycle.models.record.file import TEXTUAL
+from upcycle.models.record.merging import (
     Beside,
-    CheckReport,
     Distances,
     Findings,
     GatePart,
     ModelPerplexities,
-    Report,
     SourceDistance,
 )
 from upcycle.models.text import public_texts

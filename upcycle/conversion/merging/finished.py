@@ -26,7 +26,8 @@ from upcycle.models.checkpoint import Checkpoint, locate
 from upcycle.models.config import read_config
 from upcycle.models.download import Remote
 from upcycle.models.model_name import ModelName, Place, parse_model
-from upcycle.models.record import DOMAINS, RECORD, ExpertPart, Made
+from upcycle.models.record.file import DOMAINS, RECORD, Made
+from upcycle.models.record.merging import ExpertPart
 from upcycle.models.shards import TensorInfo
 from upcycle.models.source import DenseSource
 from upcycle.models.targets import MoESpec, MoETarget

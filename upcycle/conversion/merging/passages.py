@@ -7,7 +7,7 @@ from upcycle.conversion.merging.request import PROMPTED, Expert, Merge
 from upcycle.conversion.recipe import Recipe
 from upcycle.core.passages import Passage
 from upcycle.models.passages import prompt_passage, text_passages
-from upcycle.models.record import TEXTUAL
+from upcycle.models.record.file import TEXTUAL
 from upcycle.models.tokens import Reader
 
 PROMPT_TOKENS = 32

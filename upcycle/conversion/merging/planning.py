@@ -17,7 +17,7 @@ from upcycle.conversion.merging.sources import open_sources
 from upcycle.conversion.plan import Plan
 from upcycle.conversion.planning import make_plan
 from upcycle.conversion.recipe import load_recipe
-from upcycle.models.record import TEXTUAL
+from upcycle.models.record.file import TEXTUAL
 
 
 def plan_merge(

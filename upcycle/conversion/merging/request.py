@@ -11,7 +11,7 @@ from typing import Any
 from upcycle.core.errors import UpcycleError
 from upcycle.core.flags import setting
 from upcycle.models.model_name import ModelName, check_name, parse_model
-from upcycle.models.record import TEXTUAL
+from upcycle.models.record.file import TEXTUAL
 
 PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 """Routers whose rows are made from prompts."""

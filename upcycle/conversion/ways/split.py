@@ -24,7 +24,7 @@ from upcycle.core.flags import setting
 from upcycle.core.innovation import innovations
 from upcycle.core.rng import generator
 from upcycle.core.types import DenseFFN, ExpertLayout, Geometry, LayerActivations
-from upcycle.models.record import FitPart
+from upcycle.models.record.conversion import FitPart
 from upcycle.models.targets.base import MoETarget
 
 

@@ -10,7 +10,8 @@ from upcycle.evaluation.page.quality import overall
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, public_name
 from upcycle.evaluation.verdict import FINE
-from upcycle.models.record import CheckReport, Made
+from upcycle.models.record.check import CheckReport
+from upcycle.models.record.file import Made
 from upcycle.models.text import texts
 
 NO_TRAINING_TEXT = ("self", "none")

@@ -23,7 +23,7 @@ from upcycle.models.checkpoint import locate
 from upcycle.models.config import read_config
 from upcycle.models.families import auto_class
 from upcycle.models.loading import check_decoder
-from upcycle.models.record import RECORD, Made, read_record
+from upcycle.models.record.file import RECORD, Made, read_record
 from upcycle.models.train_log import TRAIN_LOG, LogLine, read_log
 
 Read = TypeVar("Read")

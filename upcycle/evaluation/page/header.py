@@ -10,7 +10,7 @@ from upcycle.evaluation.page.quality import Overall, overall
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, percent, public_name
 from upcycle.evaluation.verdict import FINE
-from upcycle.models.record import Made
+from upcycle.models.record.file import Made
 
 
 def kind(facts: Facts) -> str:

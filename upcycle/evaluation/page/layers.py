@@ -6,7 +6,7 @@ from upcycle.evaluation.measured import LayerSimilarity
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, listing
-from upcycle.models.record import Made
+from upcycle.models.record.file import Made
 
 ALIKE = 0.05
 """A difference of cosines that counts for nothing."""

@@ -9,7 +9,8 @@ from upcycle.core.flags import as_flags
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, listing, percent
-from upcycle.models.record import Beside, Distances, Findings, GatePart, Made
+from upcycle.models.record.file import Made
+from upcycle.models.record.merging import Beside, Distances, Findings, GatePart
 from upcycle.models.text import kind_name
 
 

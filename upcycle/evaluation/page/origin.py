@@ -8,7 +8,10 @@ from upcycle.core.flags import as_flags
 from upcycle.core.words import size
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, duration, listing, percent, public_name
-from upcycle.models.record import Made, PlanPart, Report, Source, TrainingRun
+from upcycle.models.record.check import Report
+from upcycle.models.record.conversion import PlanPart
+from upcycle.models.record.file import Made, Source
+from upcycle.models.record.training import TrainingRun
 
 LOSSY_METHODS = {"split": "split", "prune": "pruned copies"}
 

@@ -9,7 +9,8 @@ from upcycle.evaluation.measured import Evaluation, TextResult
 from upcycle.evaluation.page import charts
 from upcycle.evaluation.page.section import Section
 from upcycle.evaluation.page.words import digits, percent, public_name
-from upcycle.models.record import CheckReport, KindResult, Made
+from upcycle.models.record.check import CheckReport, KindResult
+from upcycle.models.record.file import Made
 from upcycle.models.text import kind_name
 
 

@@ -1,0 +1,1 @@
+"""What upcycle leaves beside a model's weights: one schema, by which it is written and read."""
