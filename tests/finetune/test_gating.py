@@ -38,12 +38,12 @@ def split_model(dense, moe, target, **settings):
     return load(moe(dense(HOSTS[target]), **(fields | settings)))
 
 
-def gated(model, name, now=PASS, **params):
+def gated(model, name, now=PASS, parts=True, **params):
     """The model, routed by a gating while it trains; and the tap that sees it."""
     blocks, score = moe_blocks(model), score_of(model.config)
     scales = measure_scales(model, blocks, TOKENS_BL[:1])
     bound = bind(GATINGS, Choice(name=name, **params))
-    gater = Gater(bound, blocks, [scale.spread for scale in scales], score, now)
+    gater = Gater(bound, blocks, [scale.spread for scale in scales], score, parts, now)
     return model, RouterTap(blocks, score=score, gate=gater)
 
 
@@ -71,7 +71,9 @@ def test_the_rule_is_the_classs_own(dense, moe, target):
 
     def own(place, logits_TE, chosen_TK, weights_TK):
         numbers = PASS.numbers(place, len(logits_TE))
-        return Route(blocks[place], score, logits_TE, chosen_TK, weights_TK, 0.05, 0.0, numbers)
+        return Route(
+            blocks[place], score, logits_TE, chosen_TK, weights_TK, 0.05, True, 0.0, numbers
+        )
 
     RouterTap(blocks, score=score, gate=see)
     model.train()(input_ids=TOKENS_BL, use_cache=False)
@@ -103,7 +105,9 @@ def test_groups_of_copies_are_selected_whole(dense, moe):
     x_TD = torch.randn(50, rows_ED.shape[1], generator=torch.Generator().manual_seed(2))
     logits_TE = x_TD @ block.router.weight.T
     _, weights_TK, chosen_TK = block.router(x_TD)
-    route = Route(block, torch.sigmoid, logits_TE, chosen_TK, weights_TK, 1.0, 0.0, Numbers([], 0))
+    route = Route(
+        block, torch.sigmoid, logits_TE, chosen_TK, weights_TK, 1.0, True, 0.0, Numbers([], 0)
+    )
     gates = route.gates(logits_TE)
     assert torch.equal(gates.chosen_TK.sort().values, chosen_TK.sort().values)
     plain_TK = logits_TE.sigmoid().topk(2).indices
@@ -210,6 +214,22 @@ def test_a_tempered_split_is_the_dense_model_while_all_experts_run(dense, moe):
     assert routed_by(model, tap)[0].chosen_TK.shape[1] == 2
 
 
+@pytest.mark.parametrize("settings", [
+    {"target": "mixtral", "top_k": 2},
+    {"target": "qwen2_moe", "top_k": 1},  # whose weights are no share of the selected ones
+    {"target": "glm4_moe", "top_k": 2},
+])  # fmt: skip
+def test_copies_count_as_much_together_however_many_run(dense, moe, settings):
+    """They do not add up, as parts of an FFN do."""
+    source = dense(HOSTS[settings["target"]])
+    expected = logits(load(source), TOKENS_BL)
+    model = load(moe(source, method="copy", experts=4, **settings))
+    model, tap = gated(model, "soft_to_hard", parts=False, full=0.2, until=0.6)
+    for progress in (0.0, 0.4, 0.6):
+        tap.gate.now = replace(PASS, progress=progress)
+        assert gap(trained_logits(model), expected) < 1e-2
+
+
 def test_selected_experts_count_what_the_class_lets_them_while_all_run(dense, moe):
     """Also where it multiplies each by a number of its own."""
     model = split_model(dense, moe, "gemma4")
@@ -272,7 +292,7 @@ def mixed(logits_TE, jitter=0.3):
     numbers = Numbers([torch.Generator().manual_seed(5)], len(logits_TE))
     chosen_TK = logits_TE.topk(2).indices
     unit_TK = torch.full(chosen_TK.shape, 0.25)
-    route = Route(None, None, logits_TE, chosen_TK, unit_TK, 1.0, 0.0, numbers)
+    route = Route(None, None, logits_TE, chosen_TK, unit_TK, 1.0, True, 0.0, numbers)
     bound = bind(GATINGS, Choice(name="sparse_mixer", jitter=jitter))
     return bound.run(route, bound.params)
 

@@ -327,7 +327,7 @@ def test_tempered_logits_are_seen_at_ordinary_spread_with_their_own_gradient():
 # --- where they can't work ------------------------------------------------------------------------
 
 
-FACTS = Facts(score="softmax", experts=8, top_k=2, texts=2, sharded=True)
+FACTS = Facts(score="softmax", experts=8, top_k=2, texts=2, parts=True, sharded=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from upcycle.finetune.routers import Scale
 from upcycle.finetune.settings import Training
 from upcycle.models.blocks import MoEBlock
 from upcycle.models.hosted import target_of
+from upcycle.models.record.file import Made, Record
 
 
 def registered() -> list[dict[str, Any]]:
@@ -30,14 +31,21 @@ def registered() -> list[dict[str, Any]]:
     return describe((ROUTER_LOSSES, GATINGS))
 
 
-def facts_of(config: Any, blocks: list[MoEBlock], data: Data, accelerator: Accelerator) -> Facts:
-    """What plug-ins may ask of a model and a run."""
+def facts_of(
+    config: Any, record: Record, blocks: list[MoEBlock], data: Data, accelerator: Accelerator
+) -> Facts:
+    """What plug-ins may ask of a model and a run.
+
+    Args:
+        record: the model's upcycle.json.
+    """
     target = target_of(config)
     return Facts(
         score="softmax" if target is None else target.routing.score,
         experts=blocks[0].num_experts if blocks else 0,
         top_k=blocks[0].top_k if blocks else 0,
         texts=len(data.used),
+        parts=isinstance(record, Made) and record.plan.method == "split",
         sharded=accelerator.distributed_type == DistributedType.FSDP,
     )
 
@@ -97,4 +105,4 @@ def gater_for(
             f"{given} has a gradient of its own: give {setting('dense_router_gradient', False)}"
         )
     spreads = [scale.spread or 1.0 for scale in scales]
-    return Gater(bound, blocks, spreads, score)
+    return Gater(bound, blocks, spreads, score, facts.parts)

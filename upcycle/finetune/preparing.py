@@ -96,7 +96,7 @@ def prepare(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = trained(model, known)
     score = score_of(model.config)
-    facts = facts_of(model.config, blocks, train_data, accelerator)
+    facts = facts_of(model.config, job.record, blocks, train_data, accelerator)
     terms = router_terms(settings, facts, blocks, scales, score)
     gater = gater_for(settings, facts, blocks, scales, score)
     tap = RouterTap(blocks, settings.dense_router_gradient, score, gater)

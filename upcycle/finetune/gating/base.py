@@ -85,6 +85,8 @@ class Route:
     weights_TK: Tensor
     spread: float
     """Of a token's logits, before the first step."""
+    parts: bool
+    """Whether experts are parts of an FFN, whose outputs add up, or each stand for a whole one."""
     progress: float
     numbers: Numbers
 
@@ -110,10 +112,16 @@ class Route:
             weights_TK = kept_TK * (sum_T1 / own_T1.detach())
         return Gates(chosen_TK, weights_TK * scale_E[chosen_TK], logits_TE)
 
-    def all_weights(self) -> Tensor:
-        """What each expert would count [T, E] if all ran."""
+    def all_weights(self, left: float = 1.0) -> Tensor:
+        """What each expert would count [T, E] if all ran; those not selected this share of it."""
         scores_TE = self.score(self.logits_TE)
-        return all_weights(self.block, scores_TE, self.chosen_TK, self.weights_TK)
+        weights_TE = all_weights(self.block, scores_TE, self.chosen_TK, self.weights_TK)
+        weights_TE = weights_TE * torch.full_like(weights_TE, left).scatter(1, self.chosen_TK, 1.0)
+        if self.parts:
+            return weights_TE
+        sum_T1 = weights_TE.sum(-1, keepdim=True)
+        sum_T1 = sum_T1 if renormalises(self.block.router) else sum_T1.detach()
+        return weights_TE * (self.weights_TK.sum(-1, keepdim=True).detach() / sum_T1)
 
 
 def _allowed(block: MoEBlock, scores_TE: Tensor) -> Tensor:
@@ -163,6 +171,8 @@ class Gater:
     blocks: list[MoEBlock]
     spreads: list[float]
     score: Callable[[Tensor], Tensor]
+    parts: bool
+    """As in `Route`."""
     now: Pass | None = None
     """None before the first step."""
 
@@ -178,6 +188,7 @@ class Gater:
             chosen_TK=chosen_TK,
             weights_TK=weights_TK,
             spread=self.spreads[place],
+            parts=self.parts,
             progress=self.now.progress,
             numbers=self.now.numbers(place, len(logits_TE)),
         )

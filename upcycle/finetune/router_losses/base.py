@@ -75,6 +75,8 @@ class Facts:
     experts: int
     top_k: int
     texts: int
+    parts: bool
+    """Whether experts are parts of an FFN, whose outputs add up, or each stand for a whole one."""
     sharded: bool
     """Whether processes hold parts of the weights."""
 
