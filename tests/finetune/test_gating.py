@@ -13,11 +13,13 @@ from upcycle.finetune.gating import GATINGS
 from upcycle.finetune.gating.base import Gater, Numbers, Pass, Route
 from upcycle.finetune.gating.soft_to_hard import Fade
 from upcycle.finetune.gating.sparse_mixer import near_shares
+from upcycle.finetune.plugins import add_up
 from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.router_terms import RouterTerms, Term
 from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.step import score_of
 from upcycle.models.blocks import moe_blocks
+from upcycle.models.record.file import Trained, read_record
 
 TOKENS_BL = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(2))
 HOSTS = {
@@ -228,6 +230,16 @@ def test_copies_count_as_much_together_however_many_run(dense, moe, settings):
     for progress in (0.0, 0.4, 0.6):
         tap.gate.now = replace(PASS, progress=progress)
         assert gap(trained_logits(model), expected) < 1e-2
+
+
+def test_experts_add_up_that_are_parts_of_an_ffn(dense, moe):
+    def parts(**settings):
+        return add_up(read_record(moe(dense(), **settings) / "upcycle.json"))
+
+    assert parts(split="contiguous")
+    assert not parts(split="sharing_inner")  # which gives a neuron to several
+    assert not parts(method="copy", experts=4)
+    assert not add_up(Trained())
 
 
 def test_selected_experts_count_what_the_class_lets_them_while_all_run(dense, moe):

@@ -24,6 +24,7 @@ from upcycle.finetune.settings import Training
 from upcycle.models.blocks import MoEBlock
 from upcycle.models.hosted import target_of
 from upcycle.models.record.file import Made, Record
+from upcycle.split import SPLITS
 
 
 def registered() -> list[dict[str, Any]]:
@@ -45,9 +46,16 @@ def facts_of(
         experts=blocks[0].num_experts if blocks else 0,
         top_k=blocks[0].top_k if blocks else 0,
         texts=len(data.used),
-        parts=isinstance(record, Made) and record.plan.method == "split",
+        parts=add_up(record),
         sharded=accelerator.distributed_type == DistributedType.FSDP,
     )
+
+
+def add_up(record: Record) -> bool:
+    """Whether a model's experts are parts of an FFN, each of its neurons in one of them."""
+    if not isinstance(record, Made) or record.plan.method != "split":
+        return False
+    return SPLITS[record.plan.recipe.split.name].partitions
 
 
 def router_terms(
