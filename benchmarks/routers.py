@@ -87,7 +87,7 @@ def train(
     the last tenth kept most energy.
 
     Departure: the paper's label is the sum of an expert's activations, which ReLU makes positive.
-    Here it is the root of its energy, which `ridge` regresses, too.
+    Here it is the square root of its energy.
     """
     unit_TD, energy_TE, fit = normalize(x_TD), split.energies(x_TD), len(x_TD) * 9 // 10
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)

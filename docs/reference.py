@@ -14,7 +14,8 @@ from typing import Any
 import typer
 from transformers import CONFIG_MAPPING
 
-from upcycle.cli import app, every_method, every_setting
+from upcycle.cli import app
+from upcycle.console.listing import every_method, every_setting
 from upcycle.conversion.catalogue import UNMEASURED, describe_presets, describe_recipes
 from upcycle.models.families import FAMILIES, describe
 from upcycle.models.holders import HOLDERS

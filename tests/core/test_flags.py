@@ -10,7 +10,7 @@ from upcycle.conversion.recipe import Recipe
 from upcycle.core.flags import PARAMETERS, as_flags, setting
 from upcycle.finetune.settings import Training
 
-SPEAK_FLAGS = ("cli.py", "options.py", "console", "core/flags.py")
+SPEAK_FLAGS = ("arguments.py", "cli.py", "options.py", "console", "core/flags.py")
 """The modules of the command line itself."""
 
 

@@ -140,3 +140,29 @@ def test_the_loss_is_that_of_the_answers_alone(chatty, chats, tmp_path):
         losses.append(each[scored_L[1:]])
     assert done.before["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
     assert done.last["loss"] > 0
+
+
+def test_micro_batches_change_no_loss_where_sequences_hold_unequal_amounts_to_learn(
+    chatty, dense, tmp_path
+):
+    """What is a mean over all tokens, or over those that foretell, is that of the whole step."""
+    path = tmp_path / "uneven.jsonl"
+    answers = ["ok" if number % 3 else "so long, and a good day " * 3 for number in range(60)]
+    path.write_text(
+        "".join(
+            json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": answer}]}) + "\n"
+            for answer in answers
+        )
+    )
+    settings = {
+        "preset": "specialise", "steps": 2, "seq_len": 16, "batch_size": 4, "lr": 1e-3,
+        "validation_tokens": 32, "data": str(path), "assistant_only_loss": True,
+        "teacher": str(dense()), "distill": 1.0, "match_layers": 1.0,
+        "router_losses": {"cv2": 0.1, "entropy": 0.1},
+    }  # fmt: skip
+    parts = finetune(str(chatty), tmp_path / "parts", micro_batch=1, **settings)
+    whole = finetune(str(chatty), tmp_path / "whole", micro_batch=4, **settings)
+    names = "loss", "next_token", "distill", "match_layers", "balance", "z_loss", "cv2", "entropy"
+    for one, other in zip(parts.log, whole.log, strict=True):
+        for name in (*names, "grad_norm") if "loss" in one else ():
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name

@@ -153,6 +153,17 @@ def test_an_adapter_loads_by_peft_and_is_what_merge_merges(split, train, tmp_pat
     assert gap(unmerged, logits(load(source))) > 1e-2
 
 
+def test_an_adapter_of_laguna_is_found_by_peft(dense, moe, train):
+    """Though transformers reads its shared expert by another name."""
+    from peft import PeftModel
+
+    source = moe(dense("qwen3"), target="laguna", shared=0.25)
+    adapter = train(source, lora=2, steps=1)
+    assert adapter.groups["shared experts"]["trained"] > 0
+    unmerged = logits(PeftModel.from_pretrained(load(source), adapter.out).eval())
+    assert gap(unmerged, logits(load(source))) > 1e-4
+
+
 def test_low_rank_changes_of_the_moe_leave_attention_and_dense_layers(split, train):
     source = split(keep_dense=[0])
     done = train(source, lora=2, merge=True, train="moe")

@@ -8,13 +8,18 @@ from reference import gap, load, logits, weights
 
 from upcycle.core.binding import bind
 from upcycle.core.settings import Choice
+from upcycle.finetune.data import Data
 from upcycle.finetune.gating import GATINGS
 from upcycle.finetune.gating.base import Gater, Numbers, Pass, Route
 from upcycle.finetune.gating.soft_to_hard import Fade
 from upcycle.finetune.gating.sparse_mixer import near_shares
+from upcycle.finetune.plugins import add_up
+from upcycle.finetune.router_losses import ROUTER_LOSSES
+from upcycle.finetune.router_terms import RouterTerms, Term
 from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
 from upcycle.finetune.step import score_of
 from upcycle.models.blocks import moe_blocks
+from upcycle.models.record.file import Trained, read_record
 
 TOKENS_BL = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(2))
 HOSTS = {
@@ -35,12 +40,12 @@ def split_model(dense, moe, target, **settings):
     return load(moe(dense(HOSTS[target]), **(fields | settings)))
 
 
-def gated(model, name, now=PASS, **params):
+def gated(model, name, now=PASS, parts=True, **params):
     """The model, routed by a gating while it trains; and the tap that sees it."""
     blocks, score = moe_blocks(model), score_of(model.config)
     scales = measure_scales(model, blocks, TOKENS_BL[:1])
     bound = bind(GATINGS, Choice(name=name, **params))
-    gater = Gater(bound, blocks, [scale.spread for scale in scales], score, now)
+    gater = Gater(bound, blocks, [scale.spread for scale in scales], score, parts, now)
     return model, RouterTap(blocks, score=score, gate=gater)
 
 
@@ -68,7 +73,9 @@ def test_the_rule_is_the_classs_own(dense, moe, target):
 
     def own(place, logits_TE, chosen_TK, weights_TK):
         numbers = PASS.numbers(place, len(logits_TE))
-        return Route(blocks[place], score, logits_TE, chosen_TK, weights_TK, 0.05, 0.0, numbers)
+        return Route(
+            blocks[place], score, logits_TE, chosen_TK, weights_TK, 0.05, True, 0.0, numbers
+        )
 
     RouterTap(blocks, score=score, gate=see)
     model.train()(input_ids=TOKENS_BL, use_cache=False)
@@ -100,7 +107,9 @@ def test_groups_of_copies_are_selected_whole(dense, moe):
     x_TD = torch.randn(50, rows_ED.shape[1], generator=torch.Generator().manual_seed(2))
     logits_TE = x_TD @ block.router.weight.T
     _, weights_TK, chosen_TK = block.router(x_TD)
-    route = Route(block, torch.sigmoid, logits_TE, chosen_TK, weights_TK, 1.0, 0.0, Numbers([], 0))
+    route = Route(
+        block, torch.sigmoid, logits_TE, chosen_TK, weights_TK, 1.0, True, 0.0, Numbers([], 0)
+    )
     gates = route.gates(logits_TE)
     assert torch.equal(gates.chosen_TK.sort().values, chosen_TK.sort().values)
     plain_TK = logits_TE.sigmoid().topk(2).indices
@@ -158,6 +167,26 @@ def test_noise_of_the_logits_spread_selects(dense, moe, spread):
     assert torch.equal(noisy_TK.sort().values, routed.chosen_TK.sort().values)
 
 
+@pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
+def test_losses_see_the_noise_that_weighs_the_selected(dense, moe, target):
+    """Shares of what the selected experts count; of a tempered router's, at ordinary spread."""
+    for spread in (0.05, 1e-4):
+        model = split_model(dense, moe, target, router_spread=spread)
+        model, tap = gated(model, "noisy_top_k", noise=0.5)
+        scales = measure_scales(model, tap.blocks, TOKENS_BL[:1])
+        routed = routed_by(model, tap)
+        every_BL = torch.ones_like(TOKENS_BL, dtype=torch.bool)
+        batch = Data(TOKENS_BL, every_BL, every_BL, torch.zeros(3).long(), torch.arange(3))
+        terms = {"cv2": Term(bind(ROUTER_LOSSES, Choice(name="cv2")), 1.0)}
+        seen = RouterTerms(terms, tap.blocks, scales, tap.score, 1, 0).seen(routed, batch, 0)[0]
+        own_TK, weights_TK = seen.weighing_TE.gather(1, seen.chosen_TK), routed[0].weights_TK
+        if spread == 1e-4:
+            logits_TE = routed[0].logits_TE / scales[0].spread + routed[0].noise_TE
+            weights_TK = tap.score(logits_TE).gather(1, seen.chosen_TK)
+        shares = (each / each.sum(-1, keepdim=True) for each in (own_TK, weights_TK))
+        torch.testing.assert_close(*shares, rtol=1e-4, atol=1e-5)
+
+
 def test_dropped_experts_are_not_selected_and_count_nothing(dense, moe):
     """With a drop of 1 − 1/E, about one of E survives; where none does, all do."""
     model = split_model(dense, moe, "glm4_moe")
@@ -185,6 +214,53 @@ def test_a_tempered_split_is_the_dense_model_while_all_experts_run(dense, moe):
     tap.gate.now = replace(PASS, progress=0.5)
     assert torch.equal(trained_logits(model), trained_logits(plain))
     assert routed_by(model, tap)[0].chosen_TK.shape[1] == 2
+
+
+@pytest.mark.parametrize("settings", [
+    {"target": "mixtral", "top_k": 2},
+    {"target": "qwen2_moe", "top_k": 1},  # whose weights are no share of the selected ones
+    {"target": "glm4_moe", "top_k": 2},
+])  # fmt: skip
+def test_copies_count_as_much_together_however_many_run(dense, moe, settings):
+    """They do not add up, as parts of an FFN do."""
+    source = dense(HOSTS[settings["target"]])
+    expected = logits(load(source), TOKENS_BL)
+    model = load(moe(source, method="copy", experts=4, **settings))
+    model, tap = gated(model, "soft_to_hard", parts=False, full=0.2, until=0.6)
+    for progress in (0.0, 0.4, 0.6):
+        tap.gate.now = replace(PASS, progress=progress)
+        assert gap(trained_logits(model), expected) < 1e-2
+
+
+def test_experts_add_up_that_are_parts_of_an_ffn(dense, moe):
+    def parts(**settings):
+        return add_up(read_record(moe(dense(), **settings) / "upcycle.json"))
+
+    assert parts(split="contiguous")
+    assert not parts(split="sharing_inner")  # which gives a neuron to several
+    assert not parts(method="copy", experts=4)
+    assert not add_up(Trained())
+
+
+def test_selected_experts_count_what_the_class_lets_them_while_all_run(dense, moe):
+    """Also where it multiplies each by a number of its own."""
+    model = split_model(dense, moe, "gemma4")
+    for block in moe_blocks(model):
+        block.around.router.per_expert_scale.data.copy_(torch.linspace(0.5, 2, 8))
+    _, tap = gated(model, "soft_to_hard", full=0.5)
+    seen = []
+    soft = tap.gate
+
+    def see(place, logits_TE, chosen_TK, weights_TK):
+        gates = soft(place, logits_TE, chosen_TK, weights_TK)
+        seen.append((gates.weights_TK.gather(1, chosen_TK), weights_TK))
+        return gates
+
+    tap.gate = see
+    trained_logits(model)
+    assert len(seen) == 3
+    for ours_TK, its_TK in seen:
+        torch.testing.assert_close(ours_TK, its_TK, rtol=1e-4, atol=1e-6)
 
 
 def test_scores_fade_between_full_and_until():
@@ -228,7 +304,7 @@ def mixed(logits_TE, jitter=0.3):
     numbers = Numbers([torch.Generator().manual_seed(5)], len(logits_TE))
     chosen_TK = logits_TE.topk(2).indices
     unit_TK = torch.full(chosen_TK.shape, 0.25)
-    route = Route(None, None, logits_TE, chosen_TK, unit_TK, 1.0, 0.0, numbers)
+    route = Route(None, None, logits_TE, chosen_TK, unit_TK, 1.0, True, 0.0, numbers)
     bound = bind(GATINGS, Choice(name="sparse_mixer", jitter=jitter))
     return bound.run(route, bound.params)
 

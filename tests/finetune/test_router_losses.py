@@ -53,7 +53,8 @@ def seen(logits_TE, *, score=torch.sigmoid, part=slice(None), **changes):
     }  # fmt: skip
     if "noisy_TE" not in changes:
         fields["noisy_TE"] = logits_TE + NOISE_TE[part].to(logits_TE)
-    return Seen(**(fields | changes))
+        fields["weighing_TE"] = score(fields["noisy_TE"])
+    return Seen(**({"weighing_TE": score(logits_TE)} | fields | changes))
 
 
 def term(name):
@@ -94,10 +95,10 @@ def naive_cv2(z_TE):
     importance, load = [0.0] * E, [0.0] * E
     for t in COUNTED:
         chosen = CHOSEN_TK[t].tolist()
-        total = sum(sigmoid(z_TE[t, e]) for e in chosen)
-        for e in chosen:
-            importance[e] = importance[e] + sigmoid(z_TE[t, e]) / total
         noisy = [z_TE[t, e] + NOISE_TE[t, e] for e in range(E)]
+        total = sum(sigmoid(noisy[e]) for e in chosen)
+        for e in chosen:
+            importance[e] = importance[e] + sigmoid(noisy[e]) / total
         for e in range(E):
             # Selected if its noise, drawn once more, lifts it over the K-th best of the others.
             others = sorted(
@@ -204,7 +205,8 @@ def test_padding_does_not_count(name):
 def used(logits_TE, chosen_TK):
     every_T = torch.ones(len(logits_TE), dtype=torch.bool)
     softmax = logits_TE.softmax(-1)
-    return seen(logits_TE, chosen_TK=chosen_TK, scores_TE=softmax, mask_T=every_T, noisy_TE=None)
+    changes = {"scores_TE": softmax, "weighing_TE": softmax, "noisy_TE": None}
+    return seen(logits_TE, chosen_TK=chosen_TK, mask_T=every_T, **changes)
 
 
 def test_an_even_use_costs_nothing_and_one_expert_alone_the_most():
@@ -325,7 +327,7 @@ def test_tempered_logits_are_seen_at_ordinary_spread_with_their_own_gradient():
 # --- where they can't work ------------------------------------------------------------------------
 
 
-FACTS = Facts(score="softmax", experts=8, top_k=2, texts=2, sharded=True)
+FACTS = Facts(score="softmax", experts=8, top_k=2, texts=2, parts=True, sharded=True)
 
 
 @pytest.mark.parametrize(

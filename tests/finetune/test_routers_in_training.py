@@ -1,6 +1,7 @@
 """Routers in training: their scale, their precision, their gradients."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +255,30 @@ def test_dense_router_gradient_of_experts_without_gates(dense, moe):
     expected_ED = block.router.weight.grad
     assert expected_ED.std() > 0
     torch.testing.assert_close(actual_ED, expected_ED, rtol=1e-3, atol=1e-4 * expected_ED.std())
+
+
+def test_dense_router_gradient_of_experts_with_scales(dense, moe):
+    """Gemma 4's, by which weights are multiplied at last: they learn as the router does."""
+    model = load(moe(dense("gemma4_text"), target="gemma4", shared=0, router_spread=1e-4))
+    (block, *_), (x_TD, *_) = moe_blocks(model), inputs_of_routers(model)
+    scale_E = block.around.router.per_expert_scale
+    scale_E.data.copy_(torch.linspace(0.5, 2, 8))
+    RouterTap([block], dense_gradient=True, score=score_of(model.config))
+    x_TD = x_TD.detach()
+
+    def naive_TE():
+        scores_TE = naive_scores("mixtral", SimpleNamespace(router=router), x_TD)
+        return scores_TE * scale_E
+
+    router = SimpleNamespace(weight=block.router.weight, top_k=2)
+    chosen_TK = block.router(x_TD).topk(2).indices
+    y_TD = block.experts(x_TD, chosen_TK, naive_TE().gather(1, chosen_TK))
+    grad_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(0))
+    learnt = [block.router.weight, scale_E]
+    actual = torch.autograd.grad(y_TD, learnt, grad_TD)
+    expected = torch.autograd.grad(naive_mixture(naive_TE(), x_TD, block.experts), learnt, grad_TD)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.std())
 
 
 def test_dense_router_gradient_changes_no_output(dense, moe):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from upcycle.core.transport import partition, straight_through, transport
 from upcycle.finetune.gating.base import Gates, Pass
-from upcycle.finetune.routers import all_weights, renormalises
+from upcycle.finetune.routers import all_weights
 from upcycle.finetune.together import counts, first_parts, put_out
 from upcycle.models.blocks import MoEBlock
 
@@ -59,8 +59,8 @@ class Dealer:
     def __call__(
         self, place: int, logits_TE: Tensor, chosen_TK: Tensor, weights_TK: Tensor
     ) -> Gates:
-        always = renormalises(self.blocks[place].router)
-        self._counts[place] = all_weights(self.score(logits_TE), chosen_TK, weights_TK, always)
+        scores_TE = self.score(logits_TE)
+        self._counts[place] = all_weights(self.blocks[place], scores_TE, chosen_TK, weights_TK)
         return Gates(chosen_TK, weights_TK, logits_TE)
 
     @property

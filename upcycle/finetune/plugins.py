@@ -23,6 +23,8 @@ from upcycle.finetune.routers import Scale
 from upcycle.finetune.settings import Training
 from upcycle.models.blocks import MoEBlock
 from upcycle.models.hosted import target_of
+from upcycle.models.record.file import Made, Record
+from upcycle.split import SPLITS
 
 
 def registered() -> list[dict[str, Any]]:
@@ -30,16 +32,30 @@ def registered() -> list[dict[str, Any]]:
     return describe((ROUTER_LOSSES, GATINGS))
 
 
-def facts_of(config: Any, blocks: list[MoEBlock], data: Data, accelerator: Accelerator) -> Facts:
-    """What plug-ins may ask of a model and a run."""
+def facts_of(
+    config: Any, record: Record, blocks: list[MoEBlock], data: Data, accelerator: Accelerator
+) -> Facts:
+    """What plug-ins may ask of a model and a run.
+
+    Args:
+        record: the model's upcycle.json.
+    """
     target = target_of(config)
     return Facts(
         score="softmax" if target is None else target.routing.score,
         experts=blocks[0].num_experts if blocks else 0,
         top_k=blocks[0].top_k if blocks else 0,
         texts=len(data.used),
+        parts=add_up(record),
         sharded=accelerator.distributed_type == DistributedType.FSDP,
     )
+
+
+def add_up(record: Record) -> bool:
+    """Whether a model's experts are parts of an FFN, each of its neurons in one of them."""
+    if not isinstance(record, Made) or record.plan.method != "split":
+        return False
+    return SPLITS[record.plan.recipe.split.name].partitions
 
 
 def check_plugins(settings: Training, facts: Facts) -> None:
@@ -63,13 +79,13 @@ def check_plugins(settings: Training, facts: Facts) -> None:
 
 
 def _check_gating(settings: Training, facts: Facts, gating: Choice) -> None:
-    given = setting("gating", gating)
+    bound, given = bind(GATINGS, gating), setting("gating", gating)
     if facts.top_k == facts.experts:
         raise UpcycleError(
             f"{given} changes which experts a token gets, but in this model it gets all "
             f"{facts.experts}: leave it out"
         )
-    if settings.dense_router_gradient and not bind(GATINGS, gating).method.runs_own:
+    if settings.dense_router_gradient and not bound.method.runs_own:
         raise UpcycleError(
             f"{given} has a gradient of its own: give {setting('dense_router_gradient', False)}"
         )
@@ -91,6 +107,7 @@ def router_terms(
 
 def gater_for(
     settings: Training,
+    facts: Facts,
     blocks: list[MoEBlock],
     scales: list[Scale],
     score: Callable[[Tensor], Tensor],
@@ -101,4 +118,4 @@ def gater_for(
     if settings.gating is None:
         return None
     spreads = [scale.spread or 1.0 for scale in scales]
-    return Gater(bind(GATINGS, settings.gating), blocks, spreads, score)
+    return Gater(bind(GATINGS, settings.gating), blocks, spreads, score, facts.parts)

@@ -100,7 +100,7 @@ def prepare(
     training = trained(model, known)
     score = score_of(model.config)
     terms = router_terms(settings, facts, blocks, scales, score)
-    gater = gater_for(settings, blocks, scales, score)
+    gater = gater_for(settings, facts, blocks, scales, score)
     tap = RouterTap(blocks, settings.dense_router_gradient, score, gater)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, training))
     model.train()
@@ -141,7 +141,7 @@ def _facts(job: Job, train_data: Data, accelerator: Accelerator) -> Facts:
     check_layers(layers, len(read_headers(job.folder)), job.folder)
     blocks = moe_blocks(skeleton(config))
     _check_blocks(job, blocks, config.model_type)
-    facts = facts_of(config, blocks, train_data, accelerator)
+    facts = facts_of(config, job.record, blocks, train_data, accelerator)
     check_plugins(job.settings, facts)
     return facts
 

@@ -77,10 +77,14 @@ class RouterTerms:
     def _seen(self, place: int, routed: Routed, batch: Data, step: int) -> Seen:
         z_TE, scale = routed.logits_TE, self.scales[place]
         logits_TE = untempered(z_TE, scale)
-        clean_TE = of_spread(z_TE, scale.spread or 1.0)
+        spread, noise_TE = scale.spread or 1.0, routed.noise_TE
+        clean_TE = of_spread(z_TE, spread)
+        # Of a tempered router, the logits are in units of their spread already.
+        unit = spread / scale.router
         return Seen(
             logits_TE=logits_TE,
             scores_TE=self.score(logits_TE),
+            weighing_TE=self.score(logits_TE if noise_TE is None else logits_TE + unit * noise_TE),
             chosen_TK=routed.chosen_TK,
             mask_T=batch.mask_BL.flatten().to(z_TE.device),
             text_T=batch.text_B.repeat_interleave(batch.mask_BL.shape[1]).to(z_TE.device),
@@ -89,7 +93,7 @@ class RouterTerms:
             scale=scale,
             rng=generator(self.seed, f"losses of router {place}", step),
             clean_TE=clean_TE,
-            noisy_TE=None if routed.noise_TE is None else clean_TE + routed.noise_TE,
+            noisy_TE=None if noise_TE is None else clean_TE + noise_TE,
             noise=routed.noise,
         )
 

@@ -116,12 +116,11 @@ class RouterTap:
     def _add_dense_gradient(self, place: int) -> Callable[..., Tensor]:
         def hook(experts: Any, args: tuple[Tensor, Tensor, Tensor], y_TD: Tensor) -> Tensor:
             x_TD, chosen_TK, weights_TK = args
-            router = self.blocks[place].router
-            scores_TE = self.score(self._selecting[place])
+            block, scores_TE = self.blocks[place], self.score(self._selecting[place])
             nothing_TD: Tensor = DenseRouterGradient.apply(  # type: ignore[no-untyped-call]
-                all_weights(scores_TE, chosen_TK, weights_TK, renormalises(router)),
+                all_weights(block, scores_TE, chosen_TK, weights_TK),
                 x_TD,
-                self.blocks[place].first,
+                block.first,
                 experts.down_proj,
                 experts.act_fn,
             )
@@ -131,23 +130,33 @@ class RouterTap:
 
 
 def all_weights(
-    scores_TE: Tensor, chosen_TK: Tensor, weights_TK: Tensor, renormalised: bool
+    block: MoEBlock, scores_TE: Tensor, chosen_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """What each expert would count [T, E] if all ran, in the unit of the selected ones' weights.
 
     As in DenseMixer's release, the sum that weights are divided by is a function of the logits for
     the experts that are selected, and a constant for the others.
     """
-    own_TK = scores_TE.gather(1, chosen_TK)
+    scale_E = expert_scale(block, scores_TE)
+    own_TK, plain_TK = scores_TE.gather(1, chosen_TK), weights_TK / scale_E[chosen_TK]
     # What a score is multiplied by on its way to a weight: renormalisation, scaling factor.
-    factor_T1 = weights_TK.detach().sum(-1, keepdim=True) / own_TK.sum(-1, keepdim=True)
+    factor_T1 = plain_TK.detach().sum(-1, keepdim=True) / own_TK.sum(-1, keepdim=True)
     weights_TE = scores_TE * factor_T1.detach()
-    return weights_TE.scatter(1, chosen_TK, own_TK * factor_T1) if renormalised else weights_TE
+    if renormalises(block.router):
+        weights_TE = weights_TE.scatter(1, chosen_TK, own_TK * factor_T1)
+    return weights_TE * scale_E
 
 
 def renormalises(router: Any) -> bool:
     """Routers that always do have no such setting."""
     return bool(getattr(router, "norm_topk_prob", True))
+
+
+def expert_scale(block: MoEBlock, like_TE: Tensor) -> Tensor:
+    """What each expert's weight is multiplied by at last [E]: in Gemma 4, numbers beside the
+    router."""
+    scale_E = getattr(getattr(block.around, "router", None), "per_expert_scale", None)
+    return torch.ones_like(like_TE[0]) if scale_E is None else scale_E.to(like_TE)
 
 
 def _logits(router: Any, x: Tensor) -> Tensor:

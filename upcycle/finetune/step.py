@@ -32,6 +32,8 @@ from upcycle.models.train_log import log_text
 
 Row = dict[str, Any]
 """A line of train_log.jsonl, as plain values."""
+OTHERS = "others"
+"""Losses that are means over all tokens of the text."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,8 @@ def take_step(setup: Setup, step: int) -> Row:
     """
     settings, accelerator = setup.settings, setup.accelerator
     batches = _micro_batches(setup, step)
-    counted = sum(int(batch.mask_BL.sum()) for batch in batches)
-    scored = sum(batch.scored for batch in batches)
     counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in setup.blocks]
-    row = _gradients(setup, step, batches, scored, counts)
+    row = _gradients(setup, step, batches, counts)
     if step == 0:
         _check_router_gradient(setup)
     row["grad_norm"] = float(accelerator.clip_grad_norm_(setup.model.parameters(), settings.clip))
@@ -140,28 +140,26 @@ def take_step(setup: Setup, step: int) -> Row:
     setup.optimizer.step()
     setup.optimizer.zero_grad()
     row["lr"] = settings.rate * learning_rate(settings, step, "other")
-    return {"step": step + 1} | row | {"tokens": counted} | _balance(setup, counts)
+    row["tokens"] = _counted(*batches)[OTHERS]
+    return {"step": step + 1} | row | _balance(setup, counts)
 
 
-def _gradients(
-    setup: Setup, step: int, batches: list[Data], scored: int, counts: list[Tensor]
-) -> Row:
+def _gradients(setup: Setup, step: int, batches: list[Data], counts: list[Tensor]) -> Row:
     """This process's part of the gradients of a batch, and its losses.
 
     Args:
-        scored: tokens of the batch that are to be learnt.
         counts: per block [E], to which each expert's selections are added.
     """
     settings, accelerator = setup.settings, setup.accelerator
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    row: Row = {}
+    whole, row = _counted(*batches), Row()
     # Of dropout, where a model has it.
     torch.manual_seed(
         draw_seed(generator(settings.seed, f"step {accelerator.process_index}", step))
     )
     means = None
     if setup.router_terms.of_steps and len(batches) > 1:
-        means = _means_of_step(setup, step, mine, scored)
+        means = _means_of_step(setup, step, mine, whole)
     weights = settings.loss_weights(step) | setup.router_terms.weights
     for number, batch in enumerate(mine, 1):
         last = number == len(mine)
@@ -171,12 +169,30 @@ def _gradients(
             if step == 0 and number == 1:
                 _check_effect(setup, terms)
             # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
-            share = batch.scored / scored * accelerator.num_processes
-            loss = share * torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+            parts = {
+                name: accelerator.num_processes * _share(batch, whole, name) * term
+                for name, term in terms.items()
+            }
+            loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
             accelerator.backward(loss)
-        for name, value in {"loss": loss / share, **terms}.items():
-            row[name] = row.get(name, 0.0) + share * float(value.detach())
+        for name, value in {"loss": loss, **parts}.items():
+            row[name] = row.get(name, 0.0) + float(value.detach())
     return row
+
+
+def _counted(*batches: Data) -> dict[str, int]:
+    """The tokens that losses are means over."""
+    return {
+        "next_token": sum(batch.scored for batch in batches),
+        "distill": sum(int(batch.foretelling_BL.sum()) for batch in batches),
+        OTHERS: sum(int(batch.mask_BL.sum()) for batch in batches),
+    }
+
+
+def _share(batch: Data, whole: dict[str, int], loss: str = OTHERS) -> float:
+    """What of a step's tokens that a loss is a mean over a micro-batch holds."""
+    loss = loss if loss in whole else OTHERS
+    return _counted(batch)[loss] / whole[loss]
 
 
 def _begin_pass(setup: Setup, step: int, number: int) -> None:
@@ -195,7 +211,7 @@ def pass_of(setup: Setup, step: int, rows: Sequence[int] = ()) -> Pass:
 
 
 @torch.no_grad()
-def _means_of_step(setup: Setup, step: int, mine: list[Data], scored: int) -> Means:
+def _means_of_step(setup: Setup, step: int, mine: list[Data], whole: dict[str, int]) -> Means:
     """What router losses are functions of, over the whole step, by a pass of its own: every part
     must know it before the first gradient."""
     parts = []
@@ -205,7 +221,7 @@ def _means_of_step(setup: Setup, step: int, mine: list[Data], scored: int) -> Me
             tokens_BL = batch.tokens_BL.to(setup.accelerator.device)
             setup.model(input_ids=tokens_BL, use_cache=False)
         means = setup.router_terms.means(setup.router_terms.seen(setup.tap.routed, batch, step))
-        parts.append((batch.scored / scored, means))
+        parts.append((_share(batch, whole), means))
     return {
         name: [
             setup.accelerator.reduce(

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from upcycle.core.errors import CheckFailed
 from upcycle.core.paths import disk_errors, local_path, way_from
@@ -17,6 +19,7 @@ from upcycle.finetune.job import Job
 from upcycle.models.blocks import SELECTION_BIAS
 from upcycle.models.companions import copy_companions
 from upcycle.models.loading import load_model
+from upcycle.models.lora import WEIGHTS
 from upcycle.models.shards import INDEX, SINGLE, read_headers, reading
 
 TRAINED, PARTS = "model-text.safetensors", "model-parts.safetensors"
@@ -97,8 +100,22 @@ def write_adapter(model: Any, tensors: dict[str, Tensor], job: Job, place: Path)
     model.peft_config["default"].base_model_name_or_path = base_from(job)
     with disk_errors():
         model.save_pretrained(place, state_dict=tensors, save_embedding_layers=False)
+        _name_as_read(place / WEIGHTS, model.get_base_model())
     copy_companions(job.folder, place)
     (place / "README.md").unlink(missing_ok=True)  # peft's own card
+
+
+def _name_as_read(path: Path, model: Any) -> None:
+    """Let peft find low-rank changes again: it renames what it reads as transformers does the names
+    in a checkpoint, and laguna's rule for `shared_expert` spoils `shared_experts`, too."""
+    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    back = [rule.reverse_transform() for rule in rules]
+    tensors = load_file(path)
+    spoiled = {name for name in tensors if rename_source_key(name, rules, [])[0] != name}
+    if spoiled:
+        names = {name: rename_source_key(name, back, [])[0] for name in spoiled}
+        renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
+        save_file(renamed, path, metadata={"format": "pt"})
 
 
 def base_from(job: Job) -> str:

@@ -3,7 +3,8 @@
 LLaMA-MoE v2, arXiv:2411.15708: raw centroids of a balanced k-means. There experts are made for
 the clusters; here the experts exist already, so clusters and experts are matched one to one where
 each expert's output energy is largest (for copies any matching is the same). The clusters are those
-of `token_clusters`, of as many tokens, whose experts are then matched with their own.
+of `token_clusters`, of as many tokens, whose experts are then matched with their own, but for close
+ones where importance is Taylor's.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,8 @@
 LLaMA-MoE's split, arXiv:2406.16554: an expert is made for a cluster of text and holds the M neurons
 that matter most there. Some neurons are then in several experts, and some in none.
 
-Departures: clusters are of hidden states, layer by layer. Unless `importance` is `taylor`, the
+Departures: clusters are of hidden states, layer by layer, and a token counts where the centroid has
+the largest dot product with it, as in LLaMA-MoE v2. Unless `importance` is `taylor`, the
 paper's |h ∂loss/∂h|, a neuron matters by what it puts out, |h| |down|.
 """
 

@@ -5,8 +5,10 @@ y k / E. The k experts that come nearest have target 1, the others 0; softmax ma
 probabilities, and the router's are drawn to them by cross entropy, beside a loss that keeps experts
 equally busy. Split and weights stay as they are.
 
-Departures: the paper adds this to the language model's loss, and trains the experts, too; its
-released loop leaves it out, so that its router learns nothing. Here it is all that there is.
+Departures: the released loss is the divergence of the router's probabilities from the target's,
+where cross entropy has the gradient of the target's from the router's. The paper adds it to the
+language model's loss, and trains the experts, too; its released loop leaves it out, so that its
+router learns nothing. Here it is all that there is.
 An expert that puts out all of y is as far from y / 2 as one that puts out nothing, so the layer's
 error need not fall: what is learned is kept all the same.
 """

@@ -9,7 +9,8 @@ gradient of its error, straight through both roundings. The weights stay as they
 
 Departures: affinities begin at noise and the router at what the recipe's router gives. The paper's
 loss is that of the whole model, the re-implementation's the layer's mean squared error; here it is
-that over the output's own, and tokens count as in a refit.
+that over the output's own, and tokens count as in a refit. The temperature falls by equal factors,
+the re-implementation's by equal steps.
 """
 
 import torch

@@ -14,7 +14,7 @@ from torch import Tensor
 from upcycle.core.binding import Bound
 from upcycle.core.registry import About, Method, Params, Registry, registering
 from upcycle.core.rng import generator
-from upcycle.finetune.routers import all_weights, renormalises
+from upcycle.finetune.routers import all_weights, expert_scale, renormalises
 from upcycle.models.blocks import MoEBlock
 
 P = TypeVar("P", bound=Params, contravariant=True)
@@ -85,6 +85,8 @@ class Route:
     weights_TK: Tensor
     spread: float
     """Of a token's logits, before the first step."""
+    parts: bool
+    """Whether experts are parts of an FFN, whose outputs add up, or each stand for a whole one."""
     progress: float
     numbers: Numbers
 
@@ -101,7 +103,7 @@ class Route:
         )
         chosen_TK = allowed_TE.topk(self.chosen_TK.shape[1], dim=-1).indices
         kept_TK = scores_TE.gather(1, chosen_TK)
-        scale_E = _expert_scale(self.block, scores_TE)
+        scale_E = expert_scale(self.block, scores_TE)
         sum_T1 = (self.weights_TK / scale_E[self.chosen_TK]).sum(-1, keepdim=True).detach()
         if renormalises(self.block.router):
             weights_TK = kept_TK / kept_TK.sum(-1, keepdim=True) * sum_T1
@@ -110,10 +112,16 @@ class Route:
             weights_TK = kept_TK * (sum_T1 / own_T1.detach())
         return Gates(chosen_TK, weights_TK * scale_E[chosen_TK], logits_TE)
 
-    def all_weights(self) -> Tensor:
-        """What each expert would count [T, E] if all ran."""
-        scores_TE, always = self.score(self.logits_TE), renormalises(self.block.router)
-        return all_weights(scores_TE, self.chosen_TK, self.weights_TK, always)
+    def all_weights(self, left: float = 1.0) -> Tensor:
+        """What each expert would count [T, E] if all ran; those not selected this share of it."""
+        scores_TE = self.score(self.logits_TE)
+        weights_TE = all_weights(self.block, scores_TE, self.chosen_TK, self.weights_TK)
+        weights_TE = weights_TE * torch.full_like(weights_TE, left).scatter(1, self.chosen_TK, 1.0)
+        if self.parts:
+            return weights_TE
+        sum_T1 = weights_TE.sum(-1, keepdim=True)
+        sum_T1 = sum_T1 if renormalises(self.block.router) else sum_T1.detach()
+        return weights_TE * (self.weights_TK.sum(-1, keepdim=True).detach() / sum_T1)
 
 
 def _allowed(block: MoEBlock, scores_TE: Tensor) -> Tensor:
@@ -129,13 +137,6 @@ def _allowed(block: MoEBlock, scores_TE: Tensor) -> Tensor:
     kept_TG.scatter_(1, best_TG.topk(block.router.topk_group, dim=-1).indices, True)
     allowed_TE: Tensor = scores_TGS.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
     return allowed_TE
-
-
-def _expert_scale(block: MoEBlock, like_TE: Tensor) -> Tensor:
-    """What each expert's weight is multiplied by at last [E]: in Gemma 4, numbers beside the
-    router."""
-    scale_E = getattr(getattr(block.around, "router", None), "per_expert_scale", None)
-    return torch.ones_like(like_TE[0]) if scale_E is None else scale_E.to(like_TE)
 
 
 class Gate(Protocol[P]):
@@ -170,6 +171,8 @@ class Gater:
     blocks: list[MoEBlock]
     spreads: list[float]
     score: Callable[[Tensor], Tensor]
+    parts: bool
+    """As in `Route`."""
     now: Pass | None = None
     """None before the first step."""
 
@@ -185,6 +188,7 @@ class Gater:
             chosen_TK=chosen_TK,
             weights_TK=weights_TK,
             spread=self.spreads[place],
+            parts=self.parts,
             progress=self.now.progress,
             numbers=self.now.numbers(place, len(logits_TE)),
         )

@@ -2,7 +2,8 @@
 
 Zheng et al., NeurIPS 2024, "Learn To be Efficient", arXiv:2402.06126, trains softly, then with the
 selected experts alone; its two stages are `full` = `until`. Every router then learns from all
-experts, at the cost of all of them. Departures: the best K are selected, not what exceeds a
+experts, at the cost of all of them. Where experts are no parts of an FFN, as copies, all together
+count as much as the selected ones do alone. Departures: the best K are selected, not what exceeds a
 threshold, and routers go on learning in the second stage.
 """
 
@@ -43,7 +44,6 @@ def gate(route: Route, params: Fade) -> Gates:
     left = params.left(route.progress)
     if not left:
         return route.own
-    weights_TE = route.all_weights()
-    faded_TE = torch.full_like(weights_TE, left).scatter(1, route.chosen_TK, 1.0)
+    weights_TE = route.all_weights(left)
     every_TE = torch.arange(weights_TE.shape[1]).to(route.chosen_TK).expand_as(weights_TE)
-    return Gates(every_TE, weights_TE * faded_TE, route.logits_TE, selected_TK=route.chosen_TK)
+    return Gates(every_TE, weights_TE, route.logits_TE, selected_TK=route.chosen_TK)

@@ -28,6 +28,8 @@ class Seen:
     """Of ordinary spread, whatever the router's temperature; without noise."""
     scores_TE: Tensor
     """What the architecture makes of them: a softmax, or sigmoids."""
+    weighing_TE: Tensor
+    """The same by which selected experts count: with the noise that selected, if any did."""
     chosen_TK: Tensor
     mask_T: Tensor
     """Which tokens count, the rest being padding."""
@@ -73,6 +75,8 @@ class Facts:
     experts: int
     top_k: int
     texts: int
+    parts: bool
+    """Whether experts are parts of an FFN, whose outputs add up, or each stand for a whole one."""
     sharded: bool
     """Whether processes hold parts of the weights."""
 

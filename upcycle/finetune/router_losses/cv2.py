@@ -1,11 +1,11 @@
 """LLaMA-MoE's balance: the squared coefficients of variation of experts' importance and load.
 
 Zhu et al., EMNLP 2024, arXiv:2406.16554, after Shazeer et al., ICLR 2017, arXiv:1701.06538.
-Importance is the sum of an expert's weights, of the selected experts alone. Load can be learnt only
-where noise selects (gating `noisy_top_k`): it is then the sum of the probabilities that, with the
-noise drawn once more, a token selects the expert; else importance alone is balanced. Departure: the
-authors' code asks whether the noise alone exceeds the threshold, here the noisy logit does, as in
-Shazeer's.
+Importance is the sum of an expert's weights, of the selected experts alone, as they count with the
+noise. Load can be learnt only where noise selects (gating `noisy_top_k`): it is then the sum of the
+probabilities that, with the noise drawn once more, a token selects the expert; else importance
+alone is balanced. Departure: the authors' code asks whether the noise alone exceeds the threshold,
+here the noisy logit does, as in Shazeer's.
 """
 
 import math
@@ -23,7 +23,7 @@ SMALLEST = 1e-10
 def importance_and_load(seen: Seen, params: Params) -> Tensor:
     """The mean weight of each expert and, where noise selects, the probability that it is selected:
     [1 or 2, E]."""
-    own_TK = seen.scores_TE.gather(1, seen.chosen_TK)
+    own_TK = seen.weighing_TE.gather(1, seen.chosen_TK)
     weights_TK = own_TK / own_TK.sum(-1, keepdim=True)
     weights_TE = torch.zeros_like(seen.scores_TE).scatter(1, seen.chosen_TK, weights_TK)
     rows = [seen.mean(weights_TE)]

@@ -4,7 +4,8 @@ LLaMA-MoE's Sharing-Inter, arXiv:2406.16554, as released: an expert is made for 
 and wants the M neurons that matter most there. Those that most experts want are shared, the
 experts want others in their place, and so on until the shared expert is full.
 
-Departures: clusters are of hidden states, layer by layer. Unless `importance` is `taylor`, the
+Departures: clusters are of hidden states, layer by layer, and a token counts where the centroid has
+the largest dot product with it, as in LLaMA-MoE v2. Unless `importance` is `taylor`, the
 paper's |h ∂loss/∂h|, a neuron matters by what it puts out, |h| |down|.
 """
 
