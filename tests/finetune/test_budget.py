@@ -55,9 +55,9 @@ def test_law_ends_at_no_loss_and_at_no_number():
     assert healed(2.0, 32_768) > healed(2.0, 131_072) > 1
 
 
-def seen(settings, trained=256, ratio=2.0):
+def seen(settings, trained=256, ratio=2.0, tokens=None):
     """A step of 6 s, a validation of 12 sequences of 30 s, half a second a sequence once."""
-    return Look(settings, trained, 12, 12 * 512, 6.0, 30.0, 0.5, ratio)
+    return Look(settings, trained, tokens, 12, 12 * 512, 6.0, 30.0, 0.5, ratio)
 
 
 def test_time_is_that_of_all_steps_and_validations_and_of_the_teacher():
@@ -86,6 +86,26 @@ def test_time_is_that_of_all_steps_and_validations_and_of_the_teacher():
 def test_nothing_is_foretold_of_what_was_not_measured(change, ratio):
     settings = Training(**HEAL | {"steps": 100} | change)
     assert budget(settings, seen(settings, ratio=ratio)).expected is None
+
+
+def test_a_text_that_is_read_again_and_again_brings_less_than_is_known():
+    asked = Training(**HEAL, tokens=131_072)
+    found = [budget(asked, seen(asked, tokens=131_072 // n)) for n in (1, 2, 4)]
+    assert [made.passes for made in found] == [1, 2, 4]
+    assert [made.expected for made in found] == [healed(2.0, 131_072)] * 2 + [None]
+
+
+@pytest.mark.parametrize("steps", [4, 400])
+def test_a_dry_run_says_how_often_a_text_is_read(model, text, steps):
+    """Of one that the run leaves most of, and of one that it reads whole."""
+    request = (model, "--data", text, *QUICK, "--steps", steps, "--dry-run")
+    passes = json.loads(run(*request, "--json").stdout)["passes"]
+    assert passes == pytest.approx(steps * 64 / (len(text.read_bytes()) - 32), rel=0.02)
+    said = " ".join(run(*request).stdout.split())
+    if steps == 4:
+        assert "would be read" not in said
+    else:
+        assert f"would be read {passes:.1f} times, by the longest" in said
 
 
 def test_others_hold_back_as_much_as_their_length_lets_them():

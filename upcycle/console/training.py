@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from upcycle.console.output import err, out, table
 from upcycle.core.flags import as_flags
 from upcycle.core.words import count, duration
-from upcycle.evaluation.verdict import LAW_MODELS, LAW_TOKENS
+from upcycle.evaluation.verdict import LAW_MODELS, LAW_PASSES, LAW_TOKENS
 from upcycle.finetune.catalogue import methods as of_training
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def _expected(budget: "Budget") -> str:
     if budget.expected is None:
         return (
             f"nobody knows: only runs of heal on {LAW_TOKENS:,} tokens and more, where everything "
-            "trains and the dense model teaches one that is worse than it, were measured."
+            "trains and the dense model teaches one that is worse than it, were measured, none of "
+            f"which read its text more than {LAW_PASSES} times."
         )
     return (
         f"perplexity on the held-out text from {budget.ratio:.2f} to about {budget.expected:.2f} × "
@@ -94,12 +95,11 @@ def show_proposal(proposal: "Proposal") -> None:
     each = sorted((asked, *proposal.others), key=lambda budget: budget.tokens)
     rows = {f"{budget.tokens:,}": row(budget) for budget in each}
     table("tokens, and what they take here", rows, "steps", "held out", "time", "perplexity", "")
-    again = ""
-    if asked.tokens > AGAIN * proposal.held:
-        times = asked.tokens / proposal.held
-        again = (
-            f" The text holds {proposal.held:,} to train on, which would be read {times:.1f} times."
-        )
+    again, longest = "", each[-1]
+    if longest.passes and longest.passes > AGAIN:
+        text = count(round(longest.tokens / longest.passes))
+        again = f" The text holds about {text} tokens to train on, which would be read "
+        again += f"{asked.passes:.1f} times, by the longest {longest.passes:.1f} times."
     teacher = ""
     if asked.teacher_seconds:
         teacher = f", what the teacher predicts once takes {duration(asked.teacher_seconds)}"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from upcycle.evaluation.verdict import LAW_TOKENS, healed
+from upcycle.evaluation.verdict import LAW_PASSES, LAW_TOKENS, healed
 from upcycle.finetune.settings import Training
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)
@@ -30,6 +30,8 @@ class Budget:
     """For what the teacher predicts once, before all steps."""
     ratio: float | None
     """Perplexity over the teacher's on the held-out text before training; None without one."""
+    passes: float | None
+    """Times that the text is read; None where nobody knows how much it holds."""
     expected: float | None
     """About the same after it, by runs of another model; None where they say nothing of it."""
 
@@ -70,6 +72,8 @@ class Look:
     settings: Training
     trained: int
     """Sequences that there are to train on."""
+    tokens: int | None
+    """That the text holds to train on, if that is known; many of them may not be asked for."""
     held: int
     """Sequences that are validated on."""
     held_tokens: int
@@ -90,9 +94,11 @@ def budget(settings: Training, look: Look) -> Budget:
         kinds = 1 if settings.validate_also is None else 2
         share = min(1.0, kinds * settings.held_tokens / look.held_tokens)
         sequences = min(sequences, look.trained)
+    tokens = steps * settings.step_tokens
+    passes = None if look.tokens is None else tokens / look.tokens
     once = share * look.held + (sequences if settings.teacher_top_k else 0)
     return Budget(
-        tokens=steps * settings.step_tokens,
+        tokens=tokens,
         steps=steps,
         step_seconds=look.step_seconds,
         validation_seconds=share * look.validation_seconds,
@@ -100,14 +106,15 @@ def budget(settings: Training, look: Look) -> Budget:
         validation_tokens=round(share * look.held_tokens),
         teacher_seconds=once * look.sequence_seconds,
         ratio=look.ratio,
-        expected=_expected(settings, look.ratio),
+        passes=passes,
+        expected=_expected(settings, look.ratio, passes),
     )
 
 
-def _expected(settings: Training, ratio: float | None) -> float | None:
+def _expected(settings: Training, ratio: float | None, passes: float | None) -> float | None:
     tokens = settings.total_steps * settings.step_tokens
     whole = settings.train == "all" and not settings.lora and settings.activation is None
-    known = settings.distill and whole and tokens >= LAW_TOKENS
+    known = settings.distill and whole and tokens >= LAW_TOKENS and (passes or 1) <= LAW_PASSES
     return healed(ratio, tokens) if ratio is not None and ratio > 1 and known else None
 
 

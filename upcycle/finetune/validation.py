@@ -77,6 +77,7 @@ def look(setup: Setup, step: float, validation: float, ratio: float | None) -> L
     return Look(
         settings=setup.settings,
         trained=len(setup.train),
+        tokens=_tokens_of_text(setup),
         held=len(setup.validation),
         held_tokens=int(setup.validation.mask_BL.sum()),
         step_seconds=step,
@@ -84,6 +85,16 @@ def look(setup: Setup, step: float, validation: float, ratio: float | None) -> L
         sequence_seconds=0.0 if setup.teacher is None else setup.teacher.seconds,
         ratio=ratio,
     )
+
+
+def _tokens_of_text(setup: Setup) -> int | None:
+    """That there are to train on, used or not."""
+    used, settings = setup.train.used, setup.settings
+    if len(setup.train) < settings.total_steps * settings.batch_size:  # all of them
+        return sum(text.tokens for text in used)
+    if any(text.total is None for text in used):
+        return None
+    return sum((text.total or 0) - text.held_out for text in used)
 
 
 def _means(setup: Setup, batch: Data, counts: list[Tensor] | None) -> Tensor:
