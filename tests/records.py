@@ -59,7 +59,7 @@ def training_run(data, **changed):
         "used": [{"text": "more.txt", "tokens": 4096, "held_out": 512, "total": None}],
         "before": measured,
         "after": measured,
-        "step": 200,
+        "step": 180,
         "steps": 200,
         "tokens": 409600,
         "seconds": 125.0,

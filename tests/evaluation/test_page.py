@@ -219,7 +219,10 @@ def test_everything_is_shown():
     assert "org/dense at abc123" in text
     assert "vLLM: ok; MLX: every layer must have experts" in text
     assert "512 tokens of notes.txt+builtin" in text
-    assert "preset heal: 200 steps on 409,600 tokens of more.txt in 2 min 5 s" in text
+    assert (
+        "preset heal: 409,600 tokens of more.txt in 2 min 5 s, the state after step 180 of 200"
+        in text
+    )
     assert 'href="https://arxiv.org/abs/2110.01786"' in page
     assert "/home/me" not in page
 

@@ -91,8 +91,8 @@ def _texts(label: str) -> str:
 
 def _trained(run: TrainingRun) -> str:
     return (
-        f"preset {run.settings.name}: {run.step:,} steps on {run.tokens:,} tokens of "
-        f"{_texts(run.settings.data)} in {duration(run.seconds)}"
+        f"preset {run.settings.name}: {run.tokens:,} tokens of {_texts(run.settings.data)} in "
+        f"{duration(run.seconds)}, the state after step {run.step:,} of {run.steps:,} kept"
     )
 
 
