@@ -492,6 +492,23 @@ def test_what_layers_learn_is_in_the_model_and_its_record(dense, tmp_path, setti
     assert done.learned.startswith("On tokens that it did not see")
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"calibration_tokens": 64}, "64 tokens are less than the 128 that it takes to learn"),
+        ({"top_k": 4}, "all experts are on, so that there is nothing to choose"),
+    ],
+)
+def test_a_fit_that_can_learn_nothing_is_said_to_do_so(dense, tmp_path, settings, why):
+    done = upcycle.convert(
+        str(dense()),
+        tmp_path / "out",
+        **SETTINGS | {"fit": "transport", "check": "none"} | settings,
+    )
+    assert f"Nothing was learned: {why}" in (tmp_path / "out" / "README.md").read_text()
+    assert any(f"`fit=transport` changes nothing here: {why}" in n for n in done.plan.warnings)
+
+
 @pytest.mark.parametrize("method", ["copy", "prune", "drop"])
 def test_a_fit_goes_with_a_split(dense, method):
     with pytest.raises(UpcycleError, match="`fit=transport` goes with a split"):

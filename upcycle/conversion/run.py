@@ -15,7 +15,7 @@ from torch import Tensor
 from upcycle.conversion.card import Conversion, conversion_record, model_card
 from upcycle.conversion.check import dtype_that_fits, run_check
 from upcycle.conversion.dense_layers import choose_dense_layers
-from upcycle.conversion.fit.learn import said
+from upcycle.conversion.fit.learn import idle, said
 from upcycle.conversion.gradients import loss_gradient, put_gradients_aside
 from upcycle.conversion.growing import write_grown, write_grown_files
 from upcycle.conversion.merging.findings import findings, measure_beside
@@ -140,9 +140,11 @@ def _fill(plan: Plan, out: Path, workspace: Workspace, progress: Progress) -> Co
     dense_layers = None if chosen is None else TypeAdapter(DenseLayers).validate_python(chosen)
     units = [workspace.records[unit] for unit in plan.units if unit in workspace.records]
     found = findings(plan, units, beside)
-    learned = said(
-        [FitPart(**unit["fit"]) for unit in units if "fit" in unit], plan.design.geometry.top_k
-    )
+    geometry, fits = plan.design.geometry, [FitPart(**u["fit"]) for u in units if "fit" in u]
+    learned = said(fits, geometry.top_k)
+    if plan.design.fits and not fits:
+        why = idle(plan.fit_tokens, geometry.top_k, geometry.num_experts)
+        learned = f"Nothing was learned: {why or 'the experts put out nothing'}."
     conversion = Conversion(
         plan, workspace.run, out, check, seconds, peak, dense_layers, found, learned
     )

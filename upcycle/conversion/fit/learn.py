@@ -21,6 +21,15 @@ HELD = 16
 """Of so many batches one is held out, with the tokens that fill no batch; at least one."""
 
 
+def idle(tokens: int, top_k: int, experts: int) -> str:
+    """Why nothing can be learned of so many tokens, in words; empty if something can."""
+    if top_k == experts:
+        return "all experts are on, so that there is nothing to choose"
+    if tokens < 2 * BATCH:
+        return f"{tokens:,} tokens are less than the {2 * BATCH:,} that it takes to learn and test"
+    return ""
+
+
 def learn(
     fit: Fit,
     params: Params,
@@ -32,17 +41,17 @@ def learn(
     tell: Tell,
 ) -> tuple[Experts, FitPart | None]:
     """What a fit makes of experts, and what that is worth; the same experts, and nothing, where
-    it learns nothing: there is no choice among them, or less text than two batches.
+    it learns nothing; see `idle`.
 
     Args:
         experts: of a router whose logits spread by 1.
         activations: of the routed neurons.
         weight_T: how much an error on each token counts.
     """
-    batches = len(weight_T) // BATCH
-    if not isinstance(params, FitParams) or batches < 2 or top_k == len(experts.router_ED):
+    tokens, batches = len(weight_T), len(weight_T) // BATCH
+    if not isinstance(params, FitParams) or idle(tokens, top_k, len(experts.router_ED)):
         return experts, None
-    order_T = torch.randperm(len(weight_T), generator=rng).to(weight_T.device)
+    order_T = torch.randperm(tokens, generator=rng).to(weight_T.device)
     taught = (batches - max(1, batches // HELD)) * BATCH
     ours_T, held_T = order_T[:taught], order_T[taught:]
     held = Held(activations.on(held_T), weight_T[held_T])

@@ -14,7 +14,7 @@ from torch import Tensor
 from upcycle.conversion.converted import ConvertedLayer, Inputs, refit, route, scaled, stored
 from upcycle.conversion.design import Design, Methods
 from upcycle.conversion.fit.base import Experts
-from upcycle.conversion.fit.learn import learn
+from upcycle.conversion.fit.learn import idle, learn
 from upcycle.conversion.geometry import split_geometry
 from upcycle.conversion.recipe import Recipe
 from upcycle.conversion.ways.base import WAYS, Exact, Room, Way, check_no_copies
@@ -190,6 +190,9 @@ class Split(Way):
         rule = recipe.shared_by
         if not geometry.shared_size and rule != Recipe.model_fields["shared_by"].default:
             yield f"{setting('shared_by', rule)} changes nothing here: no neuron is shared"
+        why = idle(recipe.calibration_tokens, geometry.top_k, geometry.num_experts)
+        if design.fits and why:
+            yield f"{setting('fit', design.methods.fit.name)} changes nothing here: {why}"
 
 
 WAYS.add("split", Split())
