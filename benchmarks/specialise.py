@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upcycle.core.machine import choose_device
 from upcycle.finetune.data import batch_rows, training_data
+from upcycle.finetune.schedule import learning_rate
 from upcycle.finetune.settings import Training, load_training
-from upcycle.finetune.step import learning_rate
 from upcycle.finetune.trainable import members, rate_unit
 from upcycle.models.config import read_config
 

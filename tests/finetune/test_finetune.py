@@ -23,8 +23,8 @@ from upcycle import AlreadyFinished, UpcycleError
 from upcycle.core.errors import Diverged
 from upcycle.finetune import preparing, step
 from upcycle.finetune.preparing import Watch
+from upcycle.finetune.schedule import learning_rate
 from upcycle.finetune.settings import Training
-from upcycle.finetune.step import learning_rate
 from upcycle.models.frontmatter import split_card
 from upcycle.models.loading import load_model
 from upcycle.models.record.file import read_record

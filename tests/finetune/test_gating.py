@@ -16,8 +16,7 @@ from upcycle.finetune.gating.sparse_mixer import near_shares
 from upcycle.finetune.plugins import add_up
 from upcycle.finetune.router_losses import ROUTER_LOSSES
 from upcycle.finetune.router_terms import RouterTerms, Term
-from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
-from upcycle.finetune.step import score_of
+from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales, score_of
 from upcycle.models.blocks import moe_blocks
 from upcycle.models.record.file import Trained, read_record
 

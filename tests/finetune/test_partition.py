@@ -8,9 +8,8 @@ from upcycle import UpcycleError
 from upcycle.core.transport import transport
 from upcycle.finetune.partition import AFFINITY, Dealer, add_affinities
 from upcycle.finetune.preparing import Watch
-from upcycle.finetune.routers import RouterTap
+from upcycle.finetune.routers import RouterTap, score_of
 from upcycle.finetune.run import finetune
-from upcycle.finetune.step import score_of
 from upcycle.models.blocks import moe_blocks
 
 TOKENS_BL = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(2))

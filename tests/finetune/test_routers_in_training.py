@@ -15,10 +15,10 @@ from upcycle.finetune.routers import (
     Scale,
     keep_float32,
     measure_scales,
+    score_of,
     update_bias,
 )
 from upcycle.finetune.settings import Training
-from upcycle.finetune.step import score_of
 from upcycle.finetune.trainable import freeze_all_but, members, trained
 from upcycle.models.blocks import moe_blocks
 

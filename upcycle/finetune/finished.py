@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.finetune.settings import Training
-from upcycle.finetune.step import Row
+from upcycle.finetune.setup import Row
 from upcycle.finetune.trainable import Groups
 from upcycle.models.record.training import Alarm, TrainingResult, TrainingSettings, Used, Zeros
 

@@ -14,8 +14,9 @@ from torch import nn
 from upcycle.finetune.budget import budget
 from upcycle.finetune.partition import Dealer
 from upcycle.finetune.settings import Training
+from upcycle.finetune.setup import Progress, Setup, note
 from upcycle.finetune.state import load_state, put_back, read_notes, save_state
-from upcycle.finetune.step import Progress, Setup, note, pass_of, take_step
+from upcycle.finetune.step import pass_of, take_step
 from upcycle.finetune.trainable import Trained
 from upcycle.finetune.validation import look, validate
 from upcycle.models.train_log import LogLine, log_text

@@ -21,10 +21,10 @@ from upcycle.finetune.loop import make_optimizer
 from upcycle.finetune.partition import add_affinities
 from upcycle.finetune.plugins import check_plugins, facts_of, gater_for, router_terms
 from upcycle.finetune.router_losses.base import Facts
-from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales
+from upcycle.finetune.routers import RouterTap, keep_float32, measure_scales, score_of
 from upcycle.finetune.settings import Training
+from upcycle.finetune.setup import Row, Setup
 from upcycle.finetune.state import torch_dtype
-from upcycle.finetune.step import Row, Setup, score_of
 from upcycle.finetune.teacher import HELD_WORDS, Teacher, fill, is_stored, open_store
 from upcycle.finetune.together import run_together
 from upcycle.finetune.trainable import (

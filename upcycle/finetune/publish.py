@@ -15,8 +15,8 @@ from upcycle.finetune.finished import Finetuning
 from upcycle.finetune.history import write_history
 from upcycle.finetune.job import Job
 from upcycle.finetune.settings import Training
+from upcycle.finetune.setup import Progress, Setup
 from upcycle.finetune.state import whole_model
-from upcycle.finetune.step import Progress, Setup
 from upcycle.finetune.trainable import Groups
 from upcycle.finetune.writing import check_tensors, with_adapter, write_adapter, write_model
 from upcycle.models.record.file import DOMAINS

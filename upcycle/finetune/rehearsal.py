@@ -3,7 +3,8 @@
 import time
 
 from upcycle.finetune.budget import Proposal, budget, others
-from upcycle.finetune.step import Setup, take_step
+from upcycle.finetune.setup import Setup
+from upcycle.finetune.step import take_step
 from upcycle.finetune.validation import look, measure
 
 STEPS = 2

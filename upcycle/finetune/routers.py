@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from upcycle.models.blocks import MoEBlock, watch_selections
+from upcycle.models.hosted import target_of
 
 TEMPERED = 3e-3
 """Logits that spread by less belong to a tempered router: well below the 0.01 of a split whose
@@ -267,3 +269,11 @@ def update_bias(block: MoEBlock, count_E: Tensor, rate: float) -> None:
     assert bias_E is not None
     count_E = count_E.float()
     bias_E += rate * (count_E.mean() - count_E).sign().to(bias_E)
+
+
+def score_of(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
+    """How the architecture makes scores of logits [T, E]."""
+    target = target_of(config)
+    if target is not None and target.routing.score == "sigmoid":
+        return torch.sigmoid
+    return lambda logits_TE: logits_TE.softmax(-1)

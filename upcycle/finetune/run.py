@@ -24,8 +24,8 @@ from upcycle.finetune.preparing import Watch, prepare, stored_words
 from upcycle.finetune.processes import accelerator_for
 from upcycle.finetune.publish import publish
 from upcycle.finetune.rehearsal import STEPS, propose
+from upcycle.finetune.setup import Progress, Setup
 from upcycle.finetune.state import read_notes
-from upcycle.finetune.step import Progress, Setup
 from upcycle.finetune.teacher import size as stored_size
 from upcycle.models.record.file import Identity
 from upcycle.models.shards import read_headers

@@ -1,120 +1,24 @@
 """One step of training: the losses of a batch, their gradients, and what the routers did."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from torch import Tensor
 
-from upcycle.core.errors import Diverged, UpcycleError
-from upcycle.core.flags import setting
 from upcycle.core.rng import draw_seed, generator
 from upcycle.finetune import losses
-from upcycle.finetune.activations import ActivationTap
-from upcycle.finetune.alarms import new_alarms
-from upcycle.finetune.budget import Budget
+from upcycle.finetune.checks import check_effect, check_finite, check_router_gradient
 from upcycle.finetune.data import Data, batch_rows
-from upcycle.finetune.gating.base import Gater, Pass
-from upcycle.finetune.partition import Dealer
-from upcycle.finetune.router_terms import Means, RouterTerms
-from upcycle.finetune.routers import RouterTap, Scale, update_bias
-from upcycle.finetune.settings import Training
-from upcycle.finetune.teacher import Teacher
-from upcycle.models.blocks import MoEBlock
-from upcycle.models.hosted import target_of
-from upcycle.models.train_log import log_text
+from upcycle.finetune.gating.base import Pass
+from upcycle.finetune.router_terms import Means
+from upcycle.finetune.routers import update_bias
+from upcycle.finetune.schedule import learning_rate
+from upcycle.finetune.setup import Row, Setup
 
-Row = dict[str, Any]
-"""A line of train_log.jsonl, as plain values."""
 OTHERS = "others"
 """Losses that are means over all tokens of the text."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that the steps need. The model and the optimizer are as accelerate prepared them."""
-
-    settings: Training
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: Any
-    teacher: Teacher | None
-    blocks: list[MoEBlock]
-    scales: list[Scale]
-    tap: RouterTap
-    activations: ActivationTap | None
-    """Of a dense model that got others."""
-    gater: Gater | Dealer | None
-    router_terms: RouterTerms
-    train: Data
-    validation: Data
-    folder: Path
-    """Where the state grows."""
-    log_file: Path
-    watch: Callable[[Row, int, int], None]
-    """Told of every line of the log, the steps done and all steps."""
-    say_budget: Callable[[Budget], None]
-    """Told what the run takes, once that is known."""
-
-    @property
-    def plain(self) -> Any:
-        """The model without what accelerate wrapped it in."""
-        return self.accelerator.unwrap_model(self.model)
-
-
-@dataclass
-class Progress:
-    """How far a run is: all that its steps change besides the model and the optimizer."""
-
-    step: int = 0
-    """Steps that are done."""
-    seconds: float = 0.0
-    """That they took."""
-    best: float = math.inf
-    """The lowest objective of a validation so far; infinite before the first."""
-    best_step: int = 0
-    log: list[Row] = field(default_factory=list)
-    alarmed: set[str] = field(default_factory=set)
-    """What alarms were given about."""
-    stop: bool = False
-    """Set from outside: save after this step and leave."""
-
-
-def note(setup: Setup, progress: Progress, row: Row) -> None:
-    """Add a line to the log, with the alarms that it gives cause for."""
-    progress.log.append(row)
-    routers_train = setup.settings.train != "experts"
-    alarms = new_alarms(progress.log, progress.alarmed, routers_train=routers_train)
-    if alarms:
-        row["alarms"] = [asdict(alarm) for alarm in alarms]
-        progress.alarmed |= {alarm.about for alarm in alarms}
-    if setup.accelerator.is_main_process:
-        with setup.log_file.open("a") as file:
-            file.write(log_text(row))
-    texts = {f"perplexity of {name}": value for name, value in row.get("texts", {}).items()}
-    flat = row | row.get("validation", {}) | row.get("routing", {}) | texts
-    numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
-    setup.accelerator.log(numbers, step=row["step"])
-    setup.watch(row, progress.step, setup.settings.total_steps)
-
-
-def learning_rate(settings: Training, step: int, part: str) -> float:
-    """What the base learning rate is multiplied by in a step: a linear rise, then a cosine."""
-    total = settings.total_steps
-    start = round(settings.start(part) * total)
-    if step < start:
-        return 0.0
-    rise = max(1, round(settings.warmup * total))
-    if step - start < rise:
-        return (step - start + 1) / rise
-    way = (step - start - rise) / max(1, total - start - rise)
-    return settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * way)) / 2
 
 
 def take_step(setup: Setup, step: int) -> Row:
@@ -131,7 +35,7 @@ def take_step(setup: Setup, step: int) -> Row:
     counts = [torch.zeros(block.num_experts, device=accelerator.device) for block in setup.blocks]
     row = _gradients(setup, step, batches, counts)
     if step == 0:
-        _check_router_gradient(setup)
+        check_router_gradient(setup)
     row["grad_norm"] = float(accelerator.clip_grad_norm_(setup.model.parameters(), settings.clip))
     row = _reduced(setup, row)
     check_finite(setup, row, step + 1)
@@ -167,7 +71,7 @@ def _gradients(setup: Setup, step: int, batches: list[Data], counts: list[Tensor
             _begin_pass(setup, step, number)
             terms = dict(_terms(setup, step, batch, counts, means))
             if step == 0 and number == 1:
-                _check_effect(setup, terms)
+                check_effect(setup, terms)
             # Processes' gradients are averaged: the mean over all tokens, however they are dealt.
             parts = {
                 name: accelerator.num_processes * _share(batch, whole, name) * term
@@ -239,31 +143,6 @@ def count(setup: Setup, mask_T: Tensor, counts: list[Tensor]) -> None:
         count_E += routed.chosen_TK[mask_T].flatten().bincount(minlength=len(count_E))
 
 
-def check_finite(setup: Setup, measured: dict[str, float], step: int) -> None:
-    """Stop at what is no number, before it gets into the weights or the log.
-
-    Args:
-        step: at which it was measured, counted from 1; 0 before all.
-
-    Raises:
-        Diverged: one of the values is not finite; of gradients, unless it is the loss scaler of
-            float16, which lowers itself and skips the step.
-    """
-    scaler = setup.accelerator.scaler
-    rescaled = scaler is not None and scaler.get_scale() > 1
-    for name, value in measured.items():
-        if math.isfinite(value) or (name == "grad_norm" and rescaled):
-            continue
-        if step == 0:
-            raise Diverged(f"the {name} is {value:g} before the first step: the model is broken")
-        rate = setup.settings.rate * learning_rate(setup.settings, step - 1, "other")
-        raise Diverged(
-            f"training stopped at step {step}: the {name.replace('_', ' ')} is {value:g} "
-            f"(learning rate {rate:.3g} of `lr={setup.settings.rate:g}`, precision "
-            f"{setup.accelerator.mixed_precision}): lower `lr`, or train in another `precision`"
-        )
-
-
 def _micro_batches(setup: Setup, step: int) -> list[Data]:
     settings = setup.settings
     rows = batch_rows(len(setup.train), settings.batch_size, step, settings.seed)
@@ -320,61 +199,6 @@ def _from_teacher(
     if out.hidden_states is not None:
         hidden = out.hidden_states[1:], expected.hidden_states[1:]
         yield "match_layers", losses.layer_match_loss(*hidden, batch.mask_BL.to(device))
-
-
-def score_of(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
-    """How the architecture makes scores of logits [T, E]."""
-    target = target_of(config)
-    if target is not None and target.routing.score == "sigmoid":
-        return torch.sigmoid
-    return lambda logits_TE: logits_TE.softmax(-1)
-
-
-def _check_effect(setup: Setup, terms: dict[str, Tensor]) -> None:
-    """A router loss that moves nothing is a mistake, whoever made it; but where all experts are
-    on for every token, as in a merge of two, there is nothing to balance."""
-    if not setup.router_terms.weights:
-        return
-    # The last block's alone: from the others, the way leads through the blocks after them.
-    routed, router = setup.tap.routed[-1], setup.blocks[-1].router
-    all_on = routed.chosen_TK.shape[1] == routed.logits_TE.shape[1]
-    moving = [each for each in (routed.logits_TE, router.weight) if each.requires_grad]
-    for name, weight in setup.router_terms.weights.items():
-        if not float(terms[name].detach()) or (name == "balance" and all_on):
-            continue
-        grads: tuple[Tensor | None, ...] = ()
-        if moving and terms[name].requires_grad:
-            grads = torch.autograd.grad(terms[name], moving, retain_graph=True, allow_unused=True)
-        if not any(grad is not None and bool(grad.any()) for grad in grads):
-            raise UpcycleError(
-                f"{setting(setup.settings.field_of(name), weight)} has no effect on this model's "
-                "routers: set it to 0, or train them (`train=moe`)"
-            )
-
-
-def _check_router_gradient(setup: Setup) -> None:
-    routers = [g for g in setup.optimizer.param_groups if g["part"] == "router"]
-    grads = [p.grad for group in routers for p in group["params"] if p.grad is not None]
-    if routers and (_fixed_weights(setup) or not any(float(grad.norm()) for grad in grads)):
-        raise UpcycleError(
-            "the routers get no gradient: with one expert per token and renormalised weights, the "
-            f"weight is always 1; pass {setting('dense_router_gradient', True)} or `balance`, or "
-            "`train=experts`"
-        )
-
-
-def _fixed_weights(setup: Setup) -> bool:
-    """Whether the routers' weights do not depend on their logits, so that a gradient would be
-    rounding; several alike, as those of a copy's shards, are not fixed."""
-    settings = setup.settings
-    if settings.dense_router_gradient or settings.train == "partition" or setup.router_terms.terms:
-        return False
-    return all(
-        routed.weights_TK.shape[1] == 1
-        and bool((routed.weights_TK == routed.weights_TK[0, 0]).all())
-        and bool((routed.logits_TE != routed.logits_TE[0, 0]).any())
-        for routed in setup.tap.routed
-    )
 
 
 def _balance(setup: Setup, counts: list[Tensor]) -> Row:

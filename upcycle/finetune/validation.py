@@ -10,9 +10,11 @@ from torch import Tensor
 from upcycle.finetune import losses
 from upcycle.finetune.alarms import STARVED
 from upcycle.finetune.budget import Look
+from upcycle.finetune.checks import check_finite
 from upcycle.finetune.data import Data
+from upcycle.finetune.setup import Progress, Row, Setup, note
 from upcycle.finetune.state import save_tensors, trained_tensors
-from upcycle.finetune.step import Progress, Row, Setup, check_finite, count, note
+from upcycle.finetune.step import count
 from upcycle.models.record.training import Used
 
 LARGEST_LOSS = 690.0
