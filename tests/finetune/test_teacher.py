@@ -96,9 +96,12 @@ def test_a_stopped_run_goes_on_from_the_stored_predictions(train, teachers, tmp_
         train(watch=Watch(teacher=stop), **settings)
     aside = partial_folder(tmp_path / "out") / "aside"
     assert [path.name for path in aside.iterdir()] == ["teacher-train.draft"]
+    told = []
+    again = Watch(row=lambda row, done, _: stop(done, 0), teacher=lambda *done: told.append(done))
     with pytest.raises(KeyboardInterrupt):
-        train(watch=Watch(row=lambda row, done, _: stop(done, 0)), resume=True, **settings)
+        train(watch=again, resume=True, **settings)
     assert len(teachers) == 3
+    assert told[0][0] == 5
     resumed = train(resume=True, **settings)
     assert len(teachers) == 3
     one, other = (done.out / "model.safetensors" for done in (resumed, whole))

@@ -5,6 +5,7 @@ T tokens after which one comes that is to be learnt, N words kept of V.
 """
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,8 @@ def fill(
     watch: Callable[[int, int], None],
     rows: Sequence[int] | None = None,
 ) -> None:
-    """Write the predictions for all sequences, each once, to a file that is whole or absent.
+    """Write the predictions for all sequences, each once, to a file that is whole or absent. One
+    process alone goes on where it was stopped before.
 
     Args:
         teacher: takes one sequence [1, L].
@@ -112,11 +114,13 @@ def fill(
     number, world, wait = processes
     draft, starts = path.with_suffix(".draft"), _starts(data)
     rows = range(len(data)) if rows is None else rows
-    if number == 0:
+    in_order = world == 1 and len(rows) == len(data)
+    done_before = _whole_rows(draft, starts, words) if in_order else 0
+    if number == 0 and not done_before:
         draft.write_bytes(b"")
     wait()
     with disk_errors(), draft.open("r+b") as file:
-        for done in range(number, len(rows), world):
+        for done in range(done_before + number, len(rows), world):
             row = rows[done]
             batch = data.take(torch.tensor([row]))
             records_T = _records(teacher(batch.tokens_BL), batch, words, temperature)
@@ -129,6 +133,14 @@ def fill(
         sync(draft)
         draft.replace(path)
     wait()
+
+
+def _whole_rows(draft: Path, starts: Sequence[int], words: int) -> int:
+    """How many sequences' predictions a draft holds, if they were written one after the other."""
+    if not draft.is_file():
+        return 0
+    held = draft.stat().st_size // record_type(words).itemsize
+    return bisect_right(starts, held) - 1
 
 
 def _records(
