@@ -23,7 +23,7 @@ from upcycle.models import own_text as writer
 from upcycle.models import reading
 from upcycle.models.opening import open_source
 from upcycle.models.text import PROBES
-from upcycle.models.tokens import front_tokens, open_reader
+from upcycle.models.tokens import front_tokens, load_tokenizer, open_reader
 
 BOS, EOS, VOCAB = 256, 257, 272
 TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>\n{% endfor %}"
@@ -270,6 +270,15 @@ def test_only_so_much_is_read_as_training_wants(model, tmp_path):
     )  # fmt: skip
     assert (len(train), len(held)) == (20, 2)
     assert bool(held.mask_BL.all())
+
+
+def test_a_tokenizer_of_no_words_is_none(moe, dense, tmp_path):
+    """As transformers makes it of a qwen2_moe model without tokenizer files."""
+    folder = shutil.copytree(moe(dense()), tmp_path / "bare")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UpcycleError, match=r"no tokenizer that .*: it has no vocabulary"):
+        load_tokenizer(folder)
 
 
 def test_front_of_a_tokenizer_is_what_it_adds_to_any_text():

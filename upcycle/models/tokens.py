@@ -361,7 +361,11 @@ def load_tokenizer(folder: Path, *, instead: str = "") -> Any:
             f"{folder} holds no tokenizer that transformers reads, so no text can be tokenised "
             f"(add the model's tokenizer files{instead})"
         ):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # Without any file, transformers makes an empty one of some classes.
+            if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+                raise ValueError("it has no vocabulary")
+            return tokenizer
     except UpcycleError:
         for pattern, libraries in LIBRARIES.items():
             _check_libraries(folder, pattern, libraries)
