@@ -219,6 +219,14 @@ def test_place_that_holds_the_source(dense):
         assert sentence == f"`out={out.resolve()}` holds the source: give another folder"
 
 
+@pytest.mark.parametrize(("tokens", "said"), [(512, True), (1024, False)])
+def test_descent_without_tokens_for_a_step_is_least_squares(dense, tokens, said):
+    settings = {"compensate": "descent", "calibration": "builtin", "seq_len": 64}
+    found = upcycle.plan(str(dense()), calibration_tokens=tokens, **settings).warnings
+    note = "`compensate=descent` refits in closed form alone: its steps take 1,024 tokens"
+    assert any(each.startswith(note) for each in found) == said
+
+
 def test_place_that_holds_the_calibration_text(dense, tmp_path):
     text = tmp_path / "out" / "notes.txt"
     text.parent.mkdir()

@@ -93,6 +93,12 @@ def warnings(
     if asked is not None and abs(asked - got) * geometry.num_neurons >= 1:
         experts, size = geometry.num_experts, geometry.expert_size
         yield f"`shared={asked:g}` became {got:.3g}: {experts} experts of {size} neurons leave that"
+    compensate, tokens = design.methods.compensate, recipe.calibration_tokens
+    if tokens < compensate.method.descends_from:
+        yield (
+            f"{setting('compensate', compensate.name)} refits in closed form alone: its steps take "
+            f"{compensate.method.descends_from:,} tokens, and {tokens:,} are given"
+        )
     for field in way.void:
         chosen = getattr(recipe, field)
         if chosen != Recipe.model_fields[field].default:

@@ -33,18 +33,21 @@ Run = Callable[[LayerActivations, Selection, Tensor, Tensor, Params], DenseFFN]
 class Compensation(Method[Run]):
     refits: tuple[str, ...] = ()
     """Which matrices of a `DenseFFN` it changes."""
+    descends_from: int = 0
+    """The fewest tokens by which it takes steps; 0 for one that takes none."""
 
 
 COMPENSATIONS: Registry[Compensation] = Registry("compensation")
 
 
 def compensation(
-    name: str, *, refits: tuple[str, ...] = (), **about: Unpack[About]
+    name: str, *, refits: tuple[str, ...] = (), descends_from: int = 0, **about: Unpack[About]
 ) -> Callable[[Compensate[P]], Compensate[P]]:
     """Register a function that returns an FFN and leaves its input alone.
 
     Args:
         refits: which matrices of the FFN it changes.
+        descends_from: the fewest tokens by which it takes steps, if it does.
     """
-    fields = {"needs_activations": bool(refits), "refits": refits}
+    fields = {"needs_activations": bool(refits), "refits": refits, "descends_from": descends_from}
     return registering(COMPENSATIONS, Compensation, name=name, **fields, **about)

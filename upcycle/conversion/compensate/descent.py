@@ -32,6 +32,7 @@ class DescentParams(LeastSquaresParams):
     paper="ours; local reconstruction as in BRECQ, arXiv:2102.05426",
     params=DescentParams,
     refits=MATRICES,
+    descends_from=2 * BATCH,
 )
 def descend(
     activations: LayerActivations,
