@@ -161,3 +161,8 @@ def test_no_is_a_precision_in_yaml(tmp_path):
 def test_a_module_of_the_folder_leaves_the_function_of_its_name():
     """This module has imported one."""
     assert callable(upcycle.finetune)
+
+
+def test_a_presets_gating_can_be_left_out():
+    assert load_training("grin", {}).gating.name == "sparse_mixer"
+    assert load_training("grin", {"gating": "none"}).gating is None

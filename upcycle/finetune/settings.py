@@ -63,6 +63,10 @@ def _no(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _named(value: Any) -> Any:
+    return None if value == "none" else value
+
+
 class Training(BaseModel):
     """A training request."""
 
@@ -174,9 +178,9 @@ class Training(BaseModel):
     router_losses: WeighedPlugIns | None = None
     """Weights of further losses of routers, by name: `--set router_losses.cv2=0.01`, and of their
     parameters: `--set router_losses.erc.alpha=0.9`."""
-    gating: PlugIn | None = None
-    """Which experts tokens get while the model trains, such as `noisy_top_k`. By default what they
-    get afterwards."""
+    gating: Annotated[PlugIn | None, BeforeValidator(_named)] = None
+    """Which experts tokens get while the model trains, such as `noisy_top_k`. By default, or by
+    `none`, what they get afterwards."""
     dense_router_gradient: bool = False
     """Let routers learn from experts not selected, too."""
 
