@@ -633,7 +633,8 @@ def by_text(activations):
 def test_common_neurons_are_moeberts_experts(common, size):
     """As its released code makes them of a list of neurons, the most important first."""
     activations = make_activations(2)
-    ranked = sorted(range(F), key=lambda neuron: -by_text(activations)[neuron])
+    importance = by_text(activations)
+    ranked = sorted(range(F), key=lambda neuron: -importance[neuron])
     top, remain = ranked[:size], ranked[size:]
     expected = [(top + remain[expert::E])[: F // E] for expert in range(E)]
     found = split("common_neurons", activations, common=common)
