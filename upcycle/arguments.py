@@ -113,6 +113,11 @@ def _text(word: str) -> tuple[str, str]:
 
 
 def assignment(text: str) -> tuple[str, Any]:
+    """The setting and the value that a `--set` gives.
+
+    Raises:
+        UpcycleError: it is no such pair, or the value is no YAML.
+    """
     from upcycle.core.foreign import parse_yaml
 
     key, equals, value = text.partition("=")

@@ -79,6 +79,7 @@ def _fail(sentence: str, code: int) -> NoReturn:
 
 
 def print_json(value: Any) -> None:
+    """A line of JSON on stdout, for machines."""
     sys.stdout.write(json_text(value) + "\n")
 
 

@@ -8,7 +8,12 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle.console.output import out, table
+from upcycle.conversion import catalogue as of_conversion
 from upcycle.conversion.catalogue import UNMEASURED
+from upcycle.conversion.recipe import load_recipe
+from upcycle.core.flags import CONVERSION_FLAGS, TRAINING_FLAGS, describe_settings
+from upcycle.finetune import catalogue as of_training
+from upcycle.finetune.settings import Training
 
 
 def show_inspection(report: Mapping[str, Any]) -> None:
@@ -98,18 +103,11 @@ def _default(value: Any) -> str:
 
 def every_method() -> list[dict[str, Any]]:
     """Every plug-in of `convert`, `merge` and `finetune`."""
-    from upcycle.conversion import catalogue as of_conversion
-    from upcycle.finetune import catalogue as of_training
-
     return [*of_conversion.methods(), *of_training.methods()]
 
 
 def every_setting() -> dict[str, list[dict[str, str]]]:
     """What `--set` sets, by command. A recipe or a preset may have other defaults."""
-    from upcycle.conversion.recipe import load_recipe
-    from upcycle.core.flags import CONVERSION_FLAGS, TRAINING_FLAGS, describe_settings
-    from upcycle.finetune.settings import Training
-
     return {
         "convert": describe_settings(load_recipe(), CONVERSION_FLAGS),
         "finetune": describe_settings(Training(), TRAINING_FLAGS),

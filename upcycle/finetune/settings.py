@@ -63,7 +63,8 @@ def _no(value: Any) -> Any:
     return "no" if value is False else value
 
 
-def _named(value: Any) -> Any:
+def _unless_none(value: Any) -> Any:
+    """Of a plug-in that may be left out."""
     return None if value == "none" else value
 
 
@@ -178,7 +179,7 @@ class Training(BaseModel):
     router_losses: WeighedPlugIns | None = None
     """Weights of further losses of routers, by name: `--set router_losses.cv2=0.01`, and of their
     parameters: `--set router_losses.erc.alpha=0.9`."""
-    gating: Annotated[PlugIn | None, BeforeValidator(_named)] = None
+    gating: Annotated[PlugIn | None, BeforeValidator(_unless_none)] = None
     """Which experts tokens get while the model trains, such as `noisy_top_k`. By default, or by
     `none`, what they get afterwards."""
     dense_router_gradient: bool = False
