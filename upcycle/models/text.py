@@ -44,7 +44,6 @@ NAMES = {
 """Of texts that are no files, by what they are for."""
 DATA = {*ENDINGS} - {*PLAIN} | {".arrow", ".tar", ".zip", ".zst"}
 """What files of a data set end in that are more than text."""
-HIDDEN = re.compile(r"(^|/)\.")
 PART = re.compile(r"(?<![a-z])(train|test|val|valid|validation|dev|eval)(?![a-z])")
 """Of a data set, in a file's name."""
 MODULE_MOST = 4000
@@ -196,7 +195,7 @@ def _plain_files(folder: Path) -> list[Path]:
     """The files of a folder of plain text, in order, of parts of a data set (`wiki.train.raw`)
     those to train on; none where rows or archives lie there, too, or nothing but a card."""
     every = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    found = [path for path in every if not HIDDEN.search(str(path.relative_to(folder)))]
+    found = [path for path in every if not _is_hidden(path.relative_to(folder))]
     plain = [path for path in found if ending(path) in PLAIN]
     if any(ending(path) in DATA for path in found) or {p.name for p in plain} <= {"README.md"}:
         return []
@@ -204,6 +203,10 @@ def _plain_files(folder: Path) -> list[Path]:
     if any("train" in part for part in parts.values()):
         return [path for path, part in parts.items() if "train" in part or not part]
     return plain
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _data_set(text: str, field: str) -> DataSet:
