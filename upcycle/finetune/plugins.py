@@ -59,7 +59,8 @@ def add_up(record: Record) -> bool:
 
 
 def check_plugins(settings: Training, facts: Facts) -> None:
-    """
+    """Refuse what can't work, before there is a model.
+
     Raises:
         UpcycleError: a plug-in that the request names can't work.
     """
